@@ -173,12 +173,37 @@ class Config:
 
 # Settings a resumed run may change: they alter how the run is computed or watched, not what it computes.
 FREE_AT_RESUME = (
-    "trainer.steps trainer.micro_batch trainer.device trainer.shard trainer.replicas trainer.compile "
-    "trainer.activation_checkpointing trainer.loss_chunk_tokens trainer.log_every trainer.health_every "
-    "trainer.eval_every trainer.checkpoint_every trainer.keep_last trainer.async_checkpoint trainer.timeout_s "
-    "trainer.peak_tflops trainer.progress trainer.nonfinite trainer.max_skipped_steps trainer.deterministic "
-    "data.num_workers data.prefetch data.words logger eval name runs_root run_dir resume dry_run"
-).split()
+    "trainer.steps",
+    "trainer.micro_batch",
+    "trainer.device",
+    "trainer.shard",
+    "trainer.replicas",
+    "trainer.compile",
+    "trainer.activation_checkpointing",
+    "trainer.loss_chunk_tokens",
+    "trainer.log_every",
+    "trainer.health_every",
+    "trainer.eval_every",
+    "trainer.checkpoint_every",
+    "trainer.keep_last",
+    "trainer.async_checkpoint",
+    "trainer.timeout_s",
+    "trainer.peak_tflops",
+    "trainer.progress",
+    "trainer.nonfinite",
+    "trainer.max_skipped_steps",
+    "trainer.deterministic",
+    "data.num_workers",
+    "data.prefetch",
+    "data.words",
+    "logger",
+    "eval",
+    "name",
+    "runs_root",
+    "run_dir",
+    "resume",
+    "dry_run",
+)
 # Overrides that never name a run folder: they say where and how it runs, not what it is.
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
 
@@ -226,7 +251,8 @@ def check(cfg: Any) -> None:
             raise ConfigError(f"trainer.{key}={trainer[key]} must be at least 1")
     if trainer.global_batch % trainer.micro_batch:
         raise ConfigError(
-            f"trainer.global_batch={trainer.global_batch} must be a multiple of trainer.micro_batch={trainer.micro_batch}"
+            f"trainer.global_batch={trainer.global_batch} must be a multiple of "
+            f"trainer.micro_batch={trainer.micro_batch}"
         )
     for key in ("context", "documents", "piece", "batch"):
         if cfg.eval[key] < 1:
@@ -235,7 +261,7 @@ def check(cfg: Any) -> None:
         raise ConfigError(
             f"model.num_heads={cfg.model.num_heads} must be a multiple of model.num_kv_heads={cfg.model.num_kv_heads}"
         )
-    if not 0 <= cfg.optim.lr or not 0 <= cfg.optim.min_lr_ratio <= 1 or not 0 <= cfg.optim.decay_share <= 1:
+    if cfg.optim.lr < 0 or not 0 <= cfg.optim.min_lr_ratio <= 1 or not 0 <= cfg.optim.decay_share <= 1:
         raise ConfigError("optim.lr must be at least 0, optim.min_lr_ratio and optim.decay_share in 0..1")
     if cfg.tokenizer.kind == "sentencepiece" and not cfg.tokenizer.model_path:
         raise ConfigError(
@@ -430,7 +456,7 @@ def help_text() -> str:
         "",
         "  python train.py [experiment=NAME] [group=OPTION ...] [key=value ...]",
         "  torchrun --nproc_per_node 8 train.py experiment=pg19_150m      one process per GPU, sharded with FSDP",
-        "  python train.py experiment=pg19_150m dry_run=true              parameters, state, FLOPs, memory; no training",
+        "  python train.py experiment=pg19_150m dry_run=true             parameters, state, FLOPs, memory; no training",
         "",
         "The same command finds its run folder again and continues it (resume=auto).",
         "",

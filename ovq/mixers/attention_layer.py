@@ -1,0 +1,81 @@
+"""What softmax-attention layers share: projections, optional unit-norm keys and queries, and the key/value cache.
+
+Shapes: B batch, T tokens, S cached + new tokens, D model width, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ovq.mixers.base import MixerShape, SequenceMixer
+
+
+@dataclass
+class KVCache:
+    """Keys and values [B, S, G, K] of the last S tokens (RoPE applied), and the number of tokens seen so far."""
+
+    key: Tensor
+    value: Tensor
+    position: int
+
+
+pytree.register_pytree_node(
+    KVCache,
+    lambda cache: ([cache.key, cache.value], cache.position),
+    lambda leaves, position: KVCache(*leaves, position),
+    serialized_type_name="ovq.KVCache",
+)
+
+
+class AttentionLayer(SequenceMixer):
+    """Query, key, value and output projections around a softmax attention.
+
+    With `qk_norm`, queries and keys have unit norm and the logits are beta_h sqrt(K) cos(q, k), with beta_h learned and
+    1 at the start, which is OVQ's parameterisation: models then differ by what they remember and by nothing else.
+    """
+
+    def __init__(self, shape: MixerShape, *, qk_norm: bool = False) -> None:
+        super().__init__(shape)
+        width = shape.num_heads * shape.head_dim
+        kv_width = shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.dim, width, bias=False)
+        self.k_proj = nn.Linear(shape.dim, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.dim, kv_width, bias=False)
+        self.out_proj = nn.Linear(width, shape.dim, bias=False)
+        self.beta = nn.Parameter(torch.ones(shape.num_heads)) if qk_norm else None
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        if self.beta is not None:
+            nn.init.ones_(self.beta)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, K], k and v [B, T, G, K]; q and k of unit norm with `qk_norm`."""
+        B, T, _ = x_BTD.shape
+        K = self.shape.head_dim
+        q = self.q_proj(x_BTD).view(B, T, self.shape.num_heads, K)
+        k = self.k_proj(x_BTD).view(B, T, self.shape.num_kv_heads, K)
+        v = self.v_proj(x_BTD).view(B, T, self.shape.num_kv_heads, K)
+        if self.beta is not None:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return q, k, v
+
+    def temper(self, q_BTHK: Tensor) -> Tensor:
+        """Queries scaled so that the logits are q.k / sqrt(K), also where they are beta sqrt(K) cos(q, k)."""
+        if self.beta is None:
+            return q_BTHK
+        return q_BTHK * (self.beta * self.shape.head_dim).to(q_BTHK.dtype)[:, None]
+
+    def project_out(self, o_BTHK: Tensor) -> Tensor:
+        return self.out_proj(o_BTHK.flatten(2))
+
+    def extend(self, cache: KVCache | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the cache followed by the new ones."""
+        if cache is None:
+            return k, v
+        return torch.cat([cache.key, k], dim=1), torch.cat([cache.value, v], dim=1)

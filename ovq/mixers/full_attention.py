@@ -1,0 +1,54 @@
+"""Full causal softmax attention (arXiv 1706.03762, eq. 1), with rotary positions or without any (NoPE)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ovq.mixers.attention_layer import AttentionLayer, KVCache
+from ovq.mixers.base import MixerShape
+from ovq.mixers.rope import rotate
+from ovq.ops.attention import full_attention
+
+
+class FullAttention(AttentionLayer):
+    """Every token attends to itself and to all before it. State: all keys and values so far.
+
+    Args:
+        position: "rope" or "none" (the paper's sw-nope alternates sliding windows with attention without positions).
+        rope_base: base of the rotary frequencies.
+        qk_norm: unit-norm queries and keys with a learned inverse temperature a head.
+
+    Raises:
+        ValueError: a position other than those two, or RoPE with an odd head width.
+    """
+
+    def __init__(
+        self, shape: MixerShape, *, position: str = "rope", rope_base: float = 10000.0, qk_norm: bool = False
+    ) -> None:
+        super().__init__(shape, qk_norm=qk_norm)
+        if position not in ("rope", "none"):
+            raise ValueError(f"position={position} of full_attention is not a legal value; legal: rope, none")
+        self.rope_base = rope_base if position == "rope" else None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: KVCache | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, KVCache | None]:
+        q, k, v = self.project(x_BTD)
+        start = state.position if state else 0
+        if self.rope_base is not None:
+            q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
+        k, v = self.extend(state, k, v)
+        o = full_attention(self.temper(q), k, v, cu_seqlens=cu_seqlens)
+        return self.project_out(o), KVCache(k, v, start + x_BTD.shape[1]) if return_state else None
+
+    def state_size(self, context: int) -> int:
+        return 2 * self.shape.num_kv_heads * self.shape.head_dim * context
+
+    def mixing_flops(self, context: int) -> float:
+        # Two products of a query with (context + 1) / 2 keys and values on average.
+        return 4 * self.shape.num_heads * self.shape.head_dim * (context + 1) / 2

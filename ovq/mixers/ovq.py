@@ -1,0 +1,109 @@
+"""OVQ-attention as a layer (arXiv 2602.03922, eqs. 15-19): unit-norm keys and queries, no positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ovq.mixers.attention_layer import AttentionLayer
+from ovq.mixers.base import MixerShape
+from ovq.ops import OVQState, ovq_attention
+from ovq.ops.ovq_attention.spec import OVQSpec
+
+
+class OVQ(AttentionLayer):
+    """Attends to a dictionary of at most `num_centroids` running means of keys and values, and to its own chunk exactly.
+
+    logits = beta_h sqrt(K) cos(q, k) (+ log count for a centroid), beta_h learned, `beta_init` at the start. All other
+    arguments are those of `ovq.ops.ovq_attention`. State: the dictionary and the keys and values of the unfinished chunk.
+
+    Raises:
+        ValueError: a setting outside its legal values (see `ovq.ops.ovq_attention.spec.OVQSpec`).
+    """
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        *,
+        num_centroids: int = 2048,
+        chunk_size: int = 128,
+        growth: str = "plateau",
+        growth_tokens: int | None = None,
+        seeding: str = "spread",
+        seed: int = 0,
+        step: str | float = "count",
+        first_chunk: str = "merge",
+        assign_on: str = "key",
+        beta_init: float = 1.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(shape, qk_norm=True)
+        self.beta_init = beta_init
+        self.settings = {
+            "num_centroids": num_centroids,
+            "chunk_size": chunk_size,
+            "growth": growth,
+            "growth_tokens": growth_tokens,
+            "seeding": seeding,
+            "seed": seed,
+            "step": step,
+            "first_chunk": first_chunk,
+            "assign_on": assign_on,
+            "backend": backend,
+        }
+        self.spec = OVQSpec(**{key: value for key, value in self.settings.items() if key != "backend"})
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        nn.init.constant_(self.beta, self.beta_init)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: OVQState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, OVQState | None]:
+        q, k, v = self.project(x_BTD)
+        beta = self.beta.float() * self.shape.head_dim**0.5  # type: ignore[union-attr]
+        report = self.collect_health and cu_seqlens is None
+        o, new_state = ovq_attention(
+            q, k, v, beta, cu_seqlens=cu_seqlens, state=state, return_state=return_state or report, **self.settings
+        )
+        if self.collect_health:
+            self._report(new_state if report else self._longest_document(q, k, v, beta, cu_seqlens))
+        return self.project_out(o), new_state if return_state else None
+
+    @torch.no_grad()
+    def _longest_document(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor) -> OVQState:
+        """The dictionary at the end of the longest packed document, for the health report."""
+        bounds = cu_seqlens.tolist()
+        start, end = max(zip(bounds, bounds[1:]), key=lambda pair: pair[1] - pair[0])
+        part = slice(start, end)
+        return ovq_attention(q[:, part], k[:, part], v[:, part], beta, return_state=True, **self.settings)[1]
+
+    @torch.no_grad()
+    def _report(self, state: OVQState) -> None:
+        used = state.count[:, :, : max(state.size, 1)]
+        self.health = {
+            "fill": used.new_tensor(state.size / self.spec.num_centroids),
+            "used_once": (used == 1).float().mean(),
+            "mean_count": used.mean(),
+            "beta": self.beta.detach().float().mean(),  # type: ignore[union-attr]
+        }
+
+    def state_size(self, context: int) -> int:
+        """N key sums, value sums and counts, and at most a chunk of pending keys and values."""
+        shape, N = self.shape, self.spec.num_centroids
+        pending = min(context, self.spec.chunk_size)
+        return shape.num_kv_heads * (N * (2 * shape.head_dim + 1) + 2 * shape.head_dim * pending)
+
+    def mixing_flops(self, context: int) -> float:
+        """Assignment (a product of each key with the centroids), prediction (two of each query), and the own chunk."""
+        shape, L = self.shape, self.spec.chunk_size
+        starts = range(0, context, L)
+        mean_size = sum(self.spec.size_at(start) for start in starts) / len(starts)
+        assign = 2 * shape.num_kv_heads * shape.head_dim * mean_size
+        predict = 4 * shape.num_heads * shape.head_dim * (mean_size + (min(L, context) + 1) / 2)
+        return assign + predict

@@ -1,0 +1,61 @@
+"""Sliding-window softmax attention with rotary positions: exact attention to the last `window` tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ovq.mixers.attention_layer import AttentionLayer, KVCache
+from ovq.mixers.base import MixerShape
+from ovq.mixers.rope import rotate
+from ovq.ops.sliding_window import sliding_window_attention
+
+
+class SlidingWindow(AttentionLayer):
+    """A token attends to itself and the window - 1 tokens before it. State: the last window - 1 keys and values.
+
+    Args:
+        window: number of tokens attended to, at least 1.
+        rope_base: base of the rotary frequencies.
+        qk_norm: unit-norm queries and keys with a learned inverse temperature a head.
+
+    Raises:
+        ValueError: window below 1.
+    """
+
+    def __init__(
+        self, shape: MixerShape, *, window: int = 256, rope_base: float = 10000.0, qk_norm: bool = False
+    ) -> None:
+        super().__init__(shape, qk_norm=qk_norm)
+        if window < 1:
+            raise ValueError(f"window={window} of sliding_window must be at least 1")
+        self.window = window
+        self.rope_base = rope_base
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: KVCache | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, KVCache | None]:
+        q, k, v = self.project(x_BTD)
+        start = state.position if state else 0
+        q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
+        k, v = self.extend(state, k, v)
+        o = sliding_window_attention(self.temper(q), k, v, window=self.window, cu_seqlens=cu_seqlens)
+        return self.project_out(o), self._cache(k, v, start + x_BTD.shape[1]) if return_state else None
+
+    def _cache(self, k: Tensor, v: Tensor, position: int) -> KVCache:
+        kept = slice(max(0, k.shape[1] - self.window + 1), None)
+        # Cloned: a view would keep the whole piece's keys alive.
+        return KVCache(k[:, kept].clone(), v[:, kept].clone(), position)
+
+    def state_size(self, context: int) -> int:
+        return 2 * self.shape.num_kv_heads * self.shape.head_dim * min(context, self.window - 1)
+
+    def mixing_flops(self, context: int) -> float:
+        full = min(context, self.window)
+        # Mean number of keys attended to: a triangle until the window is full, then the window.
+        keys = (full * (full + 1) / 2 + (context - full) * full) / context
+        return 4 * self.shape.num_heads * self.shape.head_dim * keys

@@ -1,0 +1,213 @@
+"""The decoder-only language model: embedding, pre-norm blocks of a sequence mixer and a SwiGLU MLP, norm, head.
+
+What is notable:
+- the mixer of each layer comes from a pattern of names in the config, so a hybrid is one override;
+- the loss is computed inside `forward`, from chunks of logits that are never held whole (64k tokens x 32k pieces fit);
+- the state of all layers can be carried from piece to piece, for evaluation at any length and for decoding;
+- nothing here knows about devices, ranks or parallelism: `ovq.train.distributed.parallelize` is applied from outside.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import get_class
+from torch import Tensor, nn
+
+from ovq.config import ConfigError, ModelConfig
+from ovq.mixers.base import MixerShape, SequenceMixer
+from ovq.ops import chunked_cross_entropy
+
+IGNORE = -100  # target of a position that has no label
+
+
+@dataclass
+class ModelOutput:
+    """loss: nats, summed over valid targets (scalar) or per token [B, T]; z_loss and aux_loss likewise, already
+    weighted, scalars; logits [B, T, V] only without targets; state: one entry a layer, only if asked for."""
+
+    loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: list[Any] | None = None
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, ffn_dim, bias=False)
+        self.up_proj = nn.Linear(dim, ffn_dim, bias=False)
+        self.out_proj = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, mixer: SequenceMixer) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.mixer = mixer
+        self.norm2 = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.mlp = MLP(cfg.dim, cfg.ffn_dim)
+
+    def forward(
+        self, x_BTD: Tensor, cu_seqlens: Tensor | None = None, state: Any = None, return_state: bool = False
+    ) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.norm1(x_BTD), cu_seqlens=cu_seqlens, state=state, return_state=return_state)
+        x_BTD = x_BTD + mixed
+        return x_BTD + self.mlp(self.norm2(x_BTD)), state
+
+
+class Transformer(nn.Module):
+    """A stack of blocks whose mixers follow `cfg.pattern`, repeated until `cfg.num_layers` are filled."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.init_std = cfg.init_std
+        self.embed = nn.Embedding(vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(Block(cfg, build_mixer(cfg, index)) for index in range(cfg.num_layers))
+        self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.head = nn.Linear(cfg.dim, vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        targets_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: list[Any] | None = None,
+        return_state: bool = False,
+        reduction: str = "sum",
+        loss_chunk_tokens: int = 2048,
+        z_loss: float = 0.0,
+    ) -> ModelOutput:
+        """One pass over T tokens, from the start of a sequence or from a carried state.
+
+        Args:
+            tokens_BT: int64 [B, T].
+            targets_BT: int64 [B, T], -100 where there is no label. With targets the loss is returned, else the logits.
+            cu_seqlens: int32 bounds of documents in the flattened B x T tokens: nothing passes from one to the next.
+            state: `state` of the output of an earlier call; the new tokens follow that call's last one.
+            return_state: return the state after the last token.
+            reduction: "sum" over valid targets, or "none" for the loss of each token [B, T] (0 where ignored).
+            loss_chunk_tokens: tokens whose logits are held at once.
+            z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311), summed like the loss.
+        """
+        B, T = tokens_BT.shape
+        x = self.embed(tokens_BT)
+        if cu_seqlens is not None:
+            x = x.flatten(0, 1)[None]
+        states: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            x, layer_state = layer(x, cu_seqlens, state[index] if state is not None else None, return_state)
+            states.append(layer_state)
+        x = self.norm(x).view(B, T, -1)
+        out = ModelOutput(aux_loss=self._auxiliary_loss(), state=states if return_state else None)
+        if targets_BT is None:
+            out.logits = self.head(x)
+            return out
+        loss, z = chunked_cross_entropy(
+            x.flatten(0, 1),
+            self.head.weight,
+            targets_BT.flatten(),
+            chunk=loss_chunk_tokens,
+            z_loss=z_loss,
+            reduction=reduction,
+        )
+        out.loss, out.z_loss = loss.view(B, T) if reduction == "none" else loss, z
+        return out
+
+    def _auxiliary_loss(self) -> Tensor | None:
+        terms = [term for mixer in self.mixers() if (term := mixer.auxiliary_loss()) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def mixers(self) -> list[SequenceMixer]:
+        """The sequence mixers, first layer first."""
+        return [module for module in self.modules() if isinstance(module, SequenceMixer)]
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """GPT-2's initialisation: normal with `init_std`, output projections smaller by sqrt(2 layers); norms at 1.
+
+        A pure function of the seed and the architecture on the CPU, so every rank and every world size starts alike.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            nn.init.normal_(self.embed.weight, std=self.init_std)
+            if self.head.weight is not self.embed.weight:
+                nn.init.normal_(self.head.weight, std=self.init_std)
+            for layer in self.layers:
+                layer.mixer.init_weights(self.init_std)
+                for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                    nn.init.normal_(projection.weight, std=self.init_std)
+                nn.init.normal_(layer.mlp.out_proj.weight, std=self.init_std / (2 * len(self.layers)) ** 0.5)
+            for module in self.modules():
+                if isinstance(module, nn.RMSNorm):
+                    nn.init.ones_(module.weight)
+
+
+def build_mixer(cfg: ModelConfig, index: int) -> SequenceMixer:
+    """The mixer of layer `index`: the class named by `_target_` with the other keys as arguments.
+
+    Raises:
+        ConfigError: the class does not exist, or an argument is unknown or has an illegal value.
+    """
+    name = cfg.pattern[index % len(cfg.pattern)]
+    settings = dict(cfg.mixers[name])
+    path = settings.pop("_target_")
+    where = f"model.mixers.{name}"
+    try:
+        cls = get_class(path)
+    except Exception as error:
+        raise ConfigError(f"{where}._target_={path} cannot be imported: {' '.join(str(error).split())}") from None
+    accepted = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for key in settings:
+        if key not in accepted:
+            raise ConfigError(f"there is no setting '{where}.{key}'; legal: {', '.join(accepted)}")
+    shape = MixerShape(cfg.dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, index, cfg.num_layers, cfg.norm_eps)
+    try:
+        return cls(shape, **settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def build_model(cfg: ModelConfig, vocab_size: int) -> Transformer:
+    """The model of a config, on the current default device, not yet initialised (`init_weights`)."""
+    return Transformer(cfg, vocab_size)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, those outside the embedding and the head); a tied matrix counts once."""
+    total = sum(p.numel() for p in model.parameters())
+    tables = {id(p): p.numel() for m in (model.embed, model.head) for p in m.parameters()}  # type: ignore[attr-defined]
+    return total, total - sum(tables.values())
+
+
+def flops_per_token(model: Transformer, context: int, *, training: bool = True) -> float:
+    """Matmul FLOPs a token, mean over a sequence of `context` tokens.
+
+    Forward: 2 per weight of every matrix that multiplies activations (the embedding is a look-up), plus each mixer's own
+    mixing. Training: three times that (backward is two products for each of forward's). Recomputation under activation
+    checkpointing is not counted, as in PaLM's MFU (arXiv 2204.02311, appendix B).
+    """
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    forward = 2 * weights + sum(mixer.mixing_flops(context) for mixer in model.mixers())
+    return forward * (3 if training else 1)
+
+
+def state_size(model: Transformer, context: int) -> int:
+    """Numbers the model holds for one sequence after `context` tokens."""
+    return sum(mixer.state_size(context) for mixer in model.mixers())
