@@ -29,8 +29,8 @@ IGNORE = -100  # target of a position that has no label
 
 @dataclass
 class ModelOutput:
-    """loss: nats, summed over valid targets (scalar) or per token [B, T]; z_loss and aux_loss likewise, already
-    weighted, scalars; logits [B, T, V] only without targets; state: one entry a layer, only if asked for."""
+    """loss: nats, summed over valid targets (scalar) or per token [B, T]; z_loss and aux_loss: summed likewise,
+    already weighted; logits [B, T, V] only without targets; state: one entry a layer, only if asked for."""
 
     loss: Tensor | None = None
     z_loss: Tensor | None = None
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
             x, layer_state = layer(x, cu_seqlens, state[index] if state is not None else None, return_state)
             states.append(layer_state)
         x = self.norm(x).view(B, T, -1)
-        out = ModelOutput(aux_loss=self._auxiliary_loss(), state=states if return_state else None)
+        out = ModelOutput(aux_loss=self._auxiliary_loss(B * T), state=states if return_state else None)
         if targets_BT is None:
             out.logits = self.head(x)
             return out
@@ -130,9 +130,9 @@ class Transformer(nn.Module):
         out.loss, out.z_loss = loss.view(B, T) if reduction == "none" else loss, z
         return out
 
-    def _auxiliary_loss(self) -> Tensor | None:
+    def _auxiliary_loss(self, tokens: int) -> Tensor | None:
         terms = [term for mixer in self.mixers() if (term := mixer.auxiliary_loss()) is not None]
-        return torch.stack(terms).sum() if terms else None
+        return tokens * torch.stack(terms).sum() if terms else None
 
     def mixers(self) -> list[SequenceMixer]:
         """The sequence mixers, first layer first."""
@@ -199,9 +199,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def flops_per_token(model: Transformer, context: int, *, training: bool = True) -> float:
     """Matmul FLOPs a token, mean over a sequence of `context` tokens.
 
-    Forward: 2 per weight of every matrix that multiplies activations (the embedding is a look-up), plus each mixer's own
-    mixing. Training: three times that (backward is two products for each of forward's). Recomputation under activation
-    checkpointing is not counted, as in PaLM's MFU (arXiv 2204.02311, appendix B).
+    Forward: 2 per weight of every matrix that multiplies activations (the embedding is a look-up), plus each mixer's
+    own mixing. Training: three times that (backward is two products for each of forward's). Recomputation under
+    activation checkpointing is not counted, as in PaLM's MFU (arXiv 2204.02311, appendix B).
     """
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     forward = 2 * weights + sum(mixer.mixing_flops(context) for mixer in model.mixers())

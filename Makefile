@@ -1,0 +1,32 @@
+# Two commands: `make train` and `make test`. Both set up .venv first (see launch/install.py).
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: setup train test check bench bench-gpu recall clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml launch/install.py
+	$(PYTHON) launch/install.py
+
+train: setup  ## train a small sliding-window + OVQ model on the embedded corpus; ARGS="seed=1 ..." overrides settings
+	$(BIN)/python train.py experiment=cpu_demo $(ARGS)
+
+test: setup  ## the whole test suite; ARGS="tests/test_model.py -k causal" picks
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: setup  ## style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ovq data eval launch train.py
+
+bench: setup  ## the operators on this machine, beside torch's own attention
+	$(BIN)/python -m eval.bench_ops $(ARGS)
+
+bench-gpu: setup  ## every figure that needs a GPU, at most nine minutes
+	$(BIN)/python -m eval.bench_gpu $(ARGS)
+
+recall: setup  ## the in-context recall figure at CPU scale
+	$(BIN)/python -m eval.recall $(ARGS)
+
+clean:  ## what was installed; runs/ is left alone
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,96 @@
+"""What a run would cost, before it is paid for: `python train.py dry_run=true` prints this report.
+
+The model is built on the meta device, so a 480M model is described in a second on a laptop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ovq.config import digest
+from ovq.model import Transformer, build_model, count_parameters, flops_per_token, state_size
+
+CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
+MIXING_FACTOR = 14  # activations a block keeps for its backward pass, in multiples of the residual stream
+
+
+def report(cfg: Any, vocab_size: int, data: dict[str, Any], world_size: int, run_dir: Any) -> str:
+    """The whole plan as text: model, state by context, compute, memory, data.
+
+    Args:
+        vocab_size: pieces of the tokenizer.
+        data: what `data.describe` found (shards, bytes, documents).
+        world_size: processes the run would use.
+    """
+    with torch.device("meta"):
+        model = build_model(cfg.model, vocab_size)
+    total, body = count_parameters(model)
+    trainer = cfg.trainer
+    tokens_a_step = trainer.global_batch * trainer.context
+    flops = flops_per_token(model, trainer.context)
+    names = [cfg.model.pattern[index % len(cfg.model.pattern)] for index in range(cfg.model.num_layers)]
+    tokens = tokens_a_step * trainer.steps
+    rows = [
+        ("run folder", str(run_dir)),
+        ("settings", digest(cfg)),
+        ("model", f"{cfg.model.name}, size {cfg.model.size}, vocabulary {vocab_size:,}"),
+        ("layers", f"{len(names)}: {_runs(names)}"),
+        ("parameters", f"{total:,} total, {body:,} without embedding and head"),
+        ("training FLOPs", f"{flops:.4g} a token at context {trainer.context:,}; {flops * tokens:.3g} in all"),
+        ("tokens", f"{tokens_a_step:,} a step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in all"),
+        ("steps", f"{trainer.steps:,}"),
+        (
+            "processes",
+            f"{world_size}, micro-batch {trainer.micro_batch}, accumulation {_accumulation(cfg, world_size)}",
+        ),
+        ("memory a device", _memory(cfg, model, total, vocab_size, world_size)),
+        ("data", ", ".join(f"{key} {v:,}" if isinstance(v, int) else f"{key} {v}" for key, v in data.items())),
+    ]
+    lines = [f"{name:<16} {value}" for name, value in rows]
+    lines += ["", f"{'context':>10} {'state numbers':>16} {'bytes (bf16)':>14}   of one sequence, all layers"]
+    for context in CONTEXTS:
+        numbers = state_size(model, context)
+        lines.append(f"{context:>10,} {numbers:>16,} {_bytes(2 * numbers):>14}")
+    return "\n".join(lines)
+
+
+def _accumulation(cfg: Any, world_size: int) -> str:
+    share, rest = divmod(cfg.trainer.global_batch, cfg.trainer.micro_batch * world_size)
+    return (
+        str(share) if share and not rest else "impossible: global_batch must be a multiple of micro_batch x processes"
+    )
+
+
+def _runs(names: list[str]) -> str:
+    """'a b a b' as '(a b) x 2' where the pattern repeats whole."""
+    for width in range(1, len(names) // 2 + 1):
+        if len(names) % width == 0 and names == names[:width] * (len(names) // width):
+            return f"({', '.join(names[:width])}) x {len(names) // width}"
+    return ", ".join(names)
+
+
+def _memory(cfg: Any, model: Transformer, total: int, vocab_size: int, world_size: int) -> str:
+    """An estimate: float32 parameters, gradients and two AdamW moments, sharded; activations; one chunk of logits."""
+    trainer, width = cfg.trainer, 4 if cfg.trainer.precision == "fp32" else 2
+    shards = world_size // trainer.replicas if trainer.shard != "none" else 1
+    weights = 16 * total / shards
+    stream = trainer.micro_batch * trainer.context * cfg.model.dim * width
+    ffn = 3 * trainer.micro_batch * trainer.context * cfg.model.ffn_dim * width
+    block = MIXING_FACTOR * stream + ffn
+    kept = {"none": block, "selective": block / 2, "full": stream}[trainer.activation_checkpointing]
+    activations = cfg.model.num_layers * kept + block
+    logits = 3 * min(trainer.loss_chunk_tokens, trainer.micro_batch * trainer.context) * vocab_size * 4
+    return (
+        f"about {_bytes(weights + activations + logits)} (weights, gradients, optimizer {_bytes(weights)}; "
+        f"activations {_bytes(activations)}; logits {_bytes(logits)})"
+    )
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    raise AssertionError
