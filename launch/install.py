@@ -1,7 +1,7 @@
 """Make .venv and install the pinned dependencies; run by `make setup` with nothing but the standard library.
 
-Which torch: with an NVIDIA GPU the CUDA build, which brings its own triton; without one the CPU build from PyTorch's CPU
-index if that answers within seconds, else from the default index, and triton beside it for the interpreter tests.
+Which torch: with an NVIDIA GPU the CUDA build, which brings its own triton; without one the CPU build, from PyTorch's
+CPU index if that answers within seconds, else from the default index, and triton beside it for the interpreter tests.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class SequenceMixer(nn.Module):
         raise NotImplementedError
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Loss term of the last forward pass in training mode, per token and already weighted (VQ's commitment loss)."""
+        """Loss term of the last training forward pass, mean over tokens, already weighted (VQ's commitment)."""
         return None
 
     def state_size(self, context: int) -> int:

@@ -12,10 +12,11 @@ from ovq.ops.ovq_attention.spec import OVQSpec
 
 
 class OVQ(AttentionLayer):
-    """Attends to a dictionary of at most `num_centroids` running means of keys and values, and to its own chunk exactly.
+    """Attends to a dictionary of at most `num_centroids` running means of keys and values, and exactly to its chunk.
 
-    logits = beta_h sqrt(K) cos(q, k) (+ log count for a centroid), beta_h learned, `beta_init` at the start. All other
-    arguments are those of `ovq.ops.ovq_attention`. State: the dictionary and the keys and values of the unfinished chunk.
+    logits = beta_h sqrt(K) cos(q, k) (+ log count for a centroid), beta_h learned, `beta_init` at the start. All
+    other arguments are those of `ovq.ops.ovq_attention`. State: the dictionary, and the keys and values of the chunk
+    that is not finished.
 
     Raises:
         ValueError: a setting outside its legal values (see `ovq.ops.ovq_attention.spec.OVQSpec`).

@@ -1,0 +1,127 @@
+"""The contract of every mixer in configs/model/mixer/, new ones included: causal, streamable, decodable, isolated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ovq.config import CONFIG_DIR, compose
+from ovq.mixers.base import SequenceMixer
+from ovq.model import build_mixer
+from tests.helpers import MIXERS, SMALL_MIXER, TINY, relative_error
+
+T = 45  # odd: several chunks of 8, a partial one, several windows of 7
+
+
+def make(name: str, *, kv_heads: int = 2, seed: int = 0) -> SequenceMixer:
+    cfg = compose(["model=sw_ovq", *TINY, f"+model/mixer@model.mixers.{name}={name}", f"model.pattern=[{name}]"])
+    cfg.model.num_kv_heads = kv_heads
+    for key, value in SMALL_MIXER.get(name, {}).items():
+        assert key in cfg.model.mixers[name], f"tests/helpers.py names {name}.{key}, which is no setting of it"
+        cfg.model.mixers[name][key] = value
+    mixer = build_mixer(cfg.model, 0)
+    torch.manual_seed(seed)
+    mixer.init_weights(0.2)
+    return mixer.double().eval()
+
+
+def random_input(seed: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, T, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_output_before_t_ignores_token_t(name: str) -> None:
+    mixer, x = make(name), random_input(1)
+    before = mixer(x)[0]
+    for t in (0, 1, 7, 8, 23, T - 1):
+        changed = x.clone()
+        changed[:, t] += torch.randn(32, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        after = mixer(changed)[0]
+        assert torch.equal(after[:, :t], before[:, :t]), f"token {t} changed an output before it"
+        assert not torch.equal(after[:, t], before[:, t]), f"token {t} does not reach its own output"
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("pieces", [[T], [8, 8, 16, 13], [1, 6, 20, 18], [1] * T], ids=str)
+def test_streamed_in_pieces_equals_one_pass(name: str, pieces: list[int]) -> None:
+    mixer, x = make(name), random_input(2)
+    with torch.no_grad():
+        whole = mixer(x)[0]
+        state, outputs = None, []
+        for piece in x.split(pieces, dim=1):
+            y, state = mixer(piece, state=state, return_state=True)
+            outputs.append(y)
+    assert relative_error(torch.cat(outputs, dim=1), whole) < 1e-9
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_state_is_not_modified_by_using_it(name: str) -> None:
+    mixer, x = make(name), random_input(3)
+    with torch.no_grad():
+        state = mixer(x[:, :19], return_state=True)[1]
+        first = mixer(x[:, 19:], state=state, return_state=True)[0]
+        for token in x[:, 19:35].split(1, dim=1):
+            state_copy = mixer(token, state=state, return_state=True)[1]
+        assert torch.equal(mixer(x[:, 19:], state=state)[0], first)
+    assert state_copy is not None
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_packed_documents_do_not_see_each_other(name: str) -> None:
+    mixer, x = make(name), random_input(4, batch=1)
+    bounds = [0, 1, 9, 25, T]
+    packed = mixer(x, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))[0]
+    alone = [mixer(x[:, start:end])[0] for start, end in zip(bounds, bounds[1:])]
+    assert relative_error(packed, torch.cat(alone, dim=1)) < 1e-9
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_parameter_and_the_input_get_a_finite_gradient(name: str) -> None:
+    mixer, x = make(name).train(), random_input(5).requires_grad_()
+    y = mixer(x)[0]
+    loss = (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(6), dtype=y.dtype)).sum()
+    if (aux := mixer.auxiliary_loss()) is not None:
+        loss = loss + aux
+    loss.backward()
+    for label, tensor in [("x", x), *mixer.named_parameters()]:
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all(), label
+        assert tensor.grad.abs().max() > 0, f"{label} gets no gradient"
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_state_size_is_what_is_held(name: str) -> None:
+    mixer, x = make(name), random_input(7, batch=1)
+    with torch.no_grad():
+        for length in (5, 16, T):
+            state = mixer(x[:, :length], return_state=True)[1]
+            held = sum(
+                leaf.numel() for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)
+            )
+            claimed = mixer.state_size(length)
+            assert held <= claimed * 1.1 + 8, f"holds {held} numbers after {length} tokens, claims {claimed}"
+        assert claimed <= held * 1.6 + 300, f"claims {claimed} numbers, holds {held}"
+    assert mixer.mixing_flops(T) > 0
+
+
+@pytest.mark.parametrize("name", ["full_attention", "sliding_window", "ovq"])
+def test_grouped_heads_equal_repeated_ones(name: str) -> None:
+    """One key/value head for two query heads is the same as two equal key/value heads."""
+    grouped, full = make(name, kv_heads=1), make(name, kv_heads=2)
+    weights = dict(grouped.state_dict())
+    for part in ("k_proj.weight", "v_proj.weight"):
+        weights[part] = torch.cat([weights[part]] * 2)
+    full.load_state_dict(weights)
+    x = random_input(8)
+    assert relative_error(grouped(x)[0], full(x)[0]) < 1e-9
+
+
+def test_every_mixer_config_names_exactly_the_arguments_of_its_class() -> None:
+    import inspect
+
+    from hydra.utils import get_class
+    from omegaconf import OmegaConf
+
+    for name in MIXERS:
+        settings = OmegaConf.load(CONFIG_DIR / "model" / "mixer" / f"{name}.yaml")
+        parameters = inspect.signature(get_class(settings.pop("_target_"))).parameters.values()
+        assert set(settings) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}, name
