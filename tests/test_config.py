@@ -76,7 +76,9 @@ def test_resume_may_change_how_but_not_what() -> None:
 
 
 def test_config_errors_come_before_torch_is_imported() -> None:
-    code = "import sys, ovq.config as c\ntry:\n c.compose(['seeds=1'])\nexcept c.ConfigError:\n print('torch' in sys.modules)"
+    code = (
+        "import sys, ovq.config as c\ntry: c.compose(['seeds=1'])\nexcept c.ConfigError: print('torch' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 
