@@ -1,0 +1,162 @@
+"""Run a list of configurations, one fresh process each, and carry on where an earlier sweep stopped.
+
+    python -m launch.sweep experiment=cpu_demo model=sw,sw_nope,sw_ovq seed=0,1
+    python -m launch.sweep --gpus 8 --per-job 2 experiment=pg19_70m model=sw_ovq,sw_nope
+
+The values are Hydra's own sweep syntax. Every job is `train.py` with one combination of them, so its run folder is the
+one that the same command finds by hand: finished jobs are skipped, broken ones are resumed from their last checkpoint.
+A failure does not stop the others (unless --stop-on-failure); a table of failures ends the sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from ovq import config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Job:
+    """One combination of overrides and what has become of it."""
+
+    overrides: list[str]
+    run_dir: Path
+    status: str = "waiting"  # waiting | finished before | running | finished | failed
+    code: int | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.run_dir / "sweep.log"
+
+
+def expand(overrides: list[str]) -> list[Job]:
+    """The jobs of a sweep: the product of all `key=a,b,c`, each checked before the first one starts.
+
+    Raises:
+        ConfigError: an override that cannot be read, a job that is not legal, or two jobs with one run folder.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise config.ConfigError(" ".join(str(error).split("\n")[0].split())) from None
+    axes = []
+    for text, override in zip(overrides, parsed):
+        if override.is_sweep_override():
+            key = text.partition("=")[0]
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            axes.append([text])
+    jobs: list[Job] = []
+    for combination in itertools.product(*axes):
+        chosen = list(combination)
+        jobs.append(Job(chosen, config.run_dir_of(config.compose(chosen), chosen)))
+    folders = [job.run_dir for job in jobs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise config.ConfigError(f"two jobs of the sweep would share the run folder {folder}; leave run_dir out")
+    return jobs
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether training ended here as planned: `summary.json` is the last thing that train.py writes."""
+    return (run_dir / "summary.json").is_file()
+
+
+def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool) -> None:
+    """Run the waiting jobs, as many at a time as there are groups of GPUs (one at a time without)."""
+    slots = [list(range(at, at + per_job)) for at in range(0, gpus - per_job + 1, per_job)] or [[]]
+    free, running = list(slots), {}  # type: ignore[var-annotated]
+    waiting = [job for job in jobs if job.status == "waiting"]
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, slot = waiting.pop(0), free.pop(0)
+                running[start(job, slot)] = (job, slot)
+            time.sleep(0.2)
+            for process in [process for process in running if process.poll() is not None]:
+                job, slot = running.pop(process)
+                free.append(slot)
+                job.code = process.returncode
+                job.status = "finished" if job.code == 0 and is_finished(job.run_dir) else "failed"
+                print(f"{job.status:<9} {job.run_dir}", flush=True)
+                if job.status == "failed" and stop_on_failure:
+                    waiting.clear()
+    except KeyboardInterrupt:
+        # train.py saves and exits on SIGINT, which the terminal has sent to it as well.
+        print("interrupted: waiting for the running jobs to save", flush=True)
+        for process in running:
+            process.wait()
+        raise
+
+
+def start(job: Job, slot: list[int]) -> subprocess.Popen[bytes]:
+    """Start one job in a process of its own, its output in <run folder>/sweep.log."""
+    job.status = "running"
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, slot))} if slot else {})
+    launcher = [sys.executable]
+    if len(slot) > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(len(slot))]
+    print(f"started   {job.run_dir}   log: {job.log}", flush=True)
+    with job.log.open("ab") as log:
+        command = [*launcher, str(ROOT / "train.py"), *job.overrides, "trainer.progress=false"]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def table(jobs: list[Job]) -> str:
+    """One line a job: status, run folder."""
+    return "\n".join(f"{job.status:<16} {job.run_dir}" for job in jobs)
+
+
+def failures(jobs: list[Job]) -> str:
+    """The failed jobs with the last line each one printed."""
+    lines = []
+    for job in jobs:
+        if job.status == "failed":
+            printed = job.log.read_text(errors="replace").strip().splitlines() if job.log.exists() else []
+            lines.append(f"exit {job.code}  {job.run_dir}\n    {printed[-1] if printed else '(printed nothing)'}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=__doc__.split("\n")[0])  # type: ignore
+    parser.add_argument("overrides", nargs="*", help="settings in Hydra's syntax; key=a,b sweeps")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs of this machine to use (0: run on what train.py picks)"
+    )
+    parser.add_argument("--per-job", type=int, default=1, help="GPUs a job")
+    parser.add_argument("--stop-on-failure", action="store_true", help="start no further job after a failure")
+    parser.add_argument("--plan", action="store_true", help="only show what would run")
+    options = parser.parse_args(argv)
+    try:
+        jobs = expand(options.overrides)
+    except config.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for job in jobs:
+        if is_finished(job.run_dir):
+            job.status = "finished before"
+    print(table(jobs), flush=True)
+    if options.plan:
+        return 0
+    run(jobs, gpus=options.gpus, per_job=options.per_job, stop_on_failure=options.stop_on_failure)
+    print(f"\n{table(jobs)}")
+    if broken := failures(jobs):
+        print(f"\nfailed; the same sweep resumes them:\n{broken}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Claims about sweeps: the product is run, failures do not stop it, finished jobs are not run again."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch import sweep
+from ovq.config import ConfigError
+
+# Stands for train.py: fails for seed=1 until a file says that the fault is gone, else finishes; counts its starts.
+FAKE_TRAIN = """
+import pathlib, sys
+here = pathlib.Path(__file__).parent
+from ovq import config
+overrides = [o for o in sys.argv[1:] if o != "trainer.progress=false"]
+folder = config.run_dir_of(config.compose(overrides), overrides)
+with (here / "starts").open("a") as starts:
+    print(folder.name, file=starts)
+if "seed=1" in overrides and not (here / "mended").exists():
+    sys.exit("error: the disk is full")
+(folder / "summary.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def fake_train(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(FAKE_TRAIN)
+    monkeypatch.setenv("PYTHONPATH", str(sweep.ROOT))
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_sweep_is_the_product_of_its_lists() -> None:
+    jobs = sweep.expand(["experiment=cpu_demo", "model=sw,sw_ovq", "seed=0,1", "model.pattern=[sliding_window]"])
+    assert [job.overrides[1:3] for job in jobs] == [
+        ["model=sw", "seed=0"],
+        ["model=sw", "seed=1"],
+        ["model=sw_ovq", "seed=0"],
+        ["model=sw_ovq", "seed=1"],
+    ]
+    assert len({job.run_dir for job in jobs}) == 4
+
+
+def test_a_wrong_job_is_refused_before_the_first_one_starts() -> None:
+    with pytest.raises(ConfigError, match="model=nope"):
+        sweep.expand(["model=sw,nope"])
+    with pytest.raises(ConfigError, match="share the run folder"):
+        sweep.expand(["model=sw,sw_ovq", "run_dir=x"])
+
+
+def test_a_failed_job_does_not_stop_the_others_and_is_resumed_alone(fake_train, capsys) -> None:
+    line = [f"runs_root={fake_train}/runs", "seed=0,1,2"]
+    assert sweep.main(line) == 1
+    assert "error: the disk is full" in capsys.readouterr().err
+    starts = fake_train / "starts"
+    assert starts.read_text().split() == ["default,seed=0", "default,seed=1", "default,seed=2"]
+    (fake_train / "mended").touch()
+    assert sweep.main(line) == 0
+    assert starts.read_text().split()[3:] == ["default,seed=1"]
+
+
+def test_stop_on_failure_starts_no_further_job(fake_train) -> None:
+    assert sweep.main(["--stop-on-failure", f"runs_root={fake_train}/runs", "seed=1,2"]) == 1
+    assert (fake_train / "starts").read_text().split() == ["default,seed=1"]
