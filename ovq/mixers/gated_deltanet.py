@@ -1,0 +1,111 @@
+"""Gated DeltaNet (arXiv 2412.06464): a fast-weight memory corrected by the delta rule and decayed by a gate.
+
+Shapes: B batch, T tokens, D model width, H heads, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.mixers.base import MixerShape, SequenceMixer
+from ovq.mixers.recurrent import DecayGate, RecurrentState, positive, width
+from ovq.mixers.short_conv import ShortConv
+from ovq.ops.gated_delta_rule import gated_delta_rule
+
+
+class GatedDeltaNet(SequenceMixer):
+    """Figure 1 of the paper: short convolutions on q, k and v, unit-norm q and k, gates alpha and beta from the token,
+    and a head-wise RMSNorm gated by SiLU before the output projection.
+
+    Values are twice as wide as keys, as in the paper. With half of attention's heads (the default), keys as wide as
+    attention's heads, the projections hold (1 + 2 + 1) dim x width weights: attention's number, so that models
+    compare; the paper's own layer is half as large again.
+
+    Args:
+        num_heads: heads of the memory; null for half of model.num_heads, at least 1.
+        expand_k: total key width in multiples of attention's inner width.
+        expand_v: the same for values.
+        conv_size: taps of the short convolutions.
+        chunk_size: tokens a chunk of the torch form; changes the speed only.
+        backend: auto (kernels on a GPU in bf16 where fla-core is installed) | reference | torch | fla.
+
+    Raises:
+        ValueError: a size that is not positive, or widths that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        *,
+        num_heads: int | None = None,
+        expand_k: float = 0.5,
+        expand_v: float = 1.0,
+        conv_size: int = 4,
+        chunk_size: int = 64,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(shape)
+        positive("gated_deltanet", expand_k=expand_k, expand_v=expand_v, conv_size=conv_size, chunk_size=chunk_size)
+        self.num_heads = H = max(1, shape.num_heads // 2) if num_heads is None else num_heads
+        positive("gated_deltanet", num_heads=H)
+        self.key_width, self.value_width = (round(expand * width(shape)) for expand in (expand_k, expand_v))
+        if self.key_width % H or self.value_width % H:
+            raise ValueError(
+                f"num_heads={H} of gated_deltanet must divide its key width {self.key_width} and value width "
+                f"{self.value_width} (model.num_heads x model.head_dim times expand_k and expand_v)"
+            )
+        self.chunk_size, self.backend = chunk_size, backend
+        self.q_proj = nn.Linear(shape.dim, self.key_width, bias=False)
+        self.k_proj = nn.Linear(shape.dim, self.key_width, bias=False)
+        self.v_proj = nn.Linear(shape.dim, self.value_width, bias=False)
+        self.g_proj = nn.Linear(shape.dim, self.value_width, bias=False)
+        self.alpha_proj = nn.Linear(shape.dim, H, bias=False)
+        self.beta_proj = nn.Linear(shape.dim, H, bias=False)
+        self.decay = DecayGate(H)
+        self.conv = ShortConv(2 * self.key_width + self.value_width, conv_size)
+        self.norm = nn.RMSNorm(self.value_width // H, eps=shape.norm_eps)
+        self.out_proj = nn.Linear(self.value_width, shape.dim, bias=False)
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        self.decay.init_weights()
+        self.conv.init_weights()
+        nn.init.ones_(self.norm.weight)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: RecurrentState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        qkv = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)], dim=-1)
+        qkv, tail = self.conv(qkv, cu_seqlens, state.tail if state else None)
+        widths = [self.key_width, self.key_width, self.value_width]
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv.split(widths, dim=-1))
+        o, memory = gated_delta_rule(
+            F.normalize(q, dim=-1),
+            F.normalize(k, dim=-1),
+            v,
+            self.decay(self.alpha_proj(x_BTD))[0],
+            self.beta_proj(x_BTD).sigmoid(),
+            chunk_size=self.chunk_size,
+            cu_seqlens=cu_seqlens,
+            state=state.memory if state else None,
+            backend=self.backend,
+        )
+        y = self.out_proj(self.norm(o).flatten(2) * F.silu(self.g_proj(x_BTD)))
+        return y, RecurrentState(memory, tail) if return_state else None
+
+    def state_size(self, context: int) -> int:
+        """A K x V memory a head, and the convolution's last inputs."""
+        taps = self.conv.weight.shape[1] - 1
+        return self.key_width * self.value_width // self.num_heads + taps * (2 * self.key_width + self.value_width)
+
+    def mixing_flops(self, context: int) -> float:
+        """The recurrence: recall, write and read a K x V memory a head, and the convolutions."""
+        memory = 6 * self.key_width * self.value_width / self.num_heads
+        return memory + 2 * self.conv.weight.numel()

@@ -1,0 +1,104 @@
+"""Mamba-2 (arXiv 2405.21060): a selective state space with one decay a head, run by its dual, attention-like form.
+
+Shapes: B batch, T tokens, D model width, H heads, P head width, N state width, E inner width = H x P.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.mixers.base import MixerShape, SequenceMixer
+from ovq.mixers.recurrent import DecayGate, RecurrentState, positive, width
+from ovq.mixers.short_conv import ShortConv
+from ovq.ops.simple_gla import simple_gla
+
+
+class Mamba2(SequenceMixer):
+    """Figure 6 of the paper: one parallel projection to (gate z, x, B, C, dt), a short convolution over (x, B, C), the
+    SSD recurrence h_t = exp(dt A) h_{t-1} + dt B x, y = C h + D x, a gated RMSNorm, and the output projection.
+
+    B and C are shared by all heads. Run as simple GLA with q = C, k = B, v = dt x, g = dt A.
+
+    The paper's block (expansion 2) stands for attention and MLP together; here it takes attention's place, and the
+    number of heads is chosen so that the layer has attention's number of weights.
+
+    Args:
+        num_heads: heads of width model.head_dim; null for the number that matches attention's weights.
+        state_dim: N, the width of B and C; null for 128 as in the paper, in models narrower than 256 half the width.
+        conv_size: taps of the short convolution.
+        chunk_size: tokens a chunk of the torch form; changes the speed only.
+        backend: auto (kernels on a GPU in bf16 where fla-core is installed) | reference | torch | fla.
+
+    Raises:
+        ValueError: a size that is not positive.
+    """
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        *,
+        num_heads: int | None = None,
+        state_dim: int | None = None,
+        conv_size: int = 4,
+        chunk_size: int = 64,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(shape)
+        N = min(128, max(1, width(shape) // 2)) if state_dim is None else state_dim
+        if num_heads is None:
+            # Attention has 4 x width columns of weights; this layer 3 E (z, x, out) + 2 N.
+            num_heads = max(1, round((4 * width(shape) - 2 * N) / (3 * shape.head_dim)))
+        positive("mamba2", num_heads=num_heads, state_dim=N, conv_size=conv_size, chunk_size=chunk_size)
+        self.num_heads, self.state_dim, self.inner = num_heads, N, num_heads * shape.head_dim
+        self.chunk_size, self.backend = chunk_size, backend
+        self.in_proj = nn.Linear(shape.dim, 2 * self.inner + 2 * N + num_heads, bias=False)
+        self.conv = ShortConv(self.inner + 2 * N, conv_size, bias=True)
+        self.decay = DecayGate(num_heads)
+        self.skip = nn.Parameter(torch.empty(num_heads))  # the paper's D
+        self.norm = nn.RMSNorm(self.inner, eps=shape.norm_eps)
+        self.out_proj = nn.Linear(self.inner, shape.dim, bias=False)
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        self.conv.init_weights()
+        self.decay.init_weights()
+        nn.init.ones_(self.skip)
+        nn.init.ones_(self.norm.weight)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: RecurrentState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        E, N, H = self.inner, self.state_dim, self.num_heads
+        z, xBC, raw = self.in_proj(x_BTD).split([E, E + 2 * N, H], dim=-1)
+        xBC, tail = self.conv(xBC, cu_seqlens, state.tail if state else None)
+        x_BTE, B_BTN, C_BTN = xBC.split([E, N, N], dim=-1)
+        g_BTH, step_BTH = self.decay(raw)
+        x_BTHP = x_BTE.unflatten(-1, (H, -1))
+        y, memory = simple_gla(
+            C_BTN[:, :, None],
+            B_BTN[:, :, None],
+            x_BTHP * step_BTH[..., None].to(x_BTHP.dtype),
+            g_BTH,
+            chunk_size=self.chunk_size,
+            cu_seqlens=cu_seqlens,
+            state=state.memory if state else None,
+            backend=self.backend,
+        )
+        y = y + x_BTHP * self.skip.to(y.dtype)[:, None]
+        y = self.out_proj(self.norm(y.flatten(2) * F.silu(z)))
+        return y, RecurrentState(memory, tail) if return_state else None
+
+    def state_size(self, context: int) -> int:
+        """An N x P state a head, and the convolution's last inputs."""
+        return self.inner * self.state_dim + (self.conv.weight.shape[1] - 1) * (self.inner + 2 * self.state_dim)
+
+    def mixing_flops(self, context: int) -> float:
+        """The recurrence: write and read an N x P state a head, and the convolution."""
+        return 4 * self.inner * self.state_dim + 2 * self.conv.weight.numel()

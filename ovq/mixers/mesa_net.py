@@ -1,0 +1,109 @@
+"""Mesa-Net (arXiv 2506.05233): at every token, the ridge regression of all values so far on their keys.
+
+Shapes: B batch, T tokens, D model width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.mixers.base import MixerShape, SequenceMixer
+from ovq.mixers.recurrent import DecayGate, RecurrentState, positive, width
+from ovq.mixers.short_conv import ShortConv
+from ovq.ops.mesa import mesa
+
+
+class MesaNet(SequenceMixer):
+    """Short convolutions on q and k, both of unit norm, decay and input gates from the token, the Mesa layer with a
+    learned ridge, a head-wise RMSNorm, and the output projection. Weights: attention's, and two gates.
+
+    Args:
+        conv_size: taps of the short convolutions.
+        iterations: steps of conjugate gradients for each token's regression; the paper trains with 30.
+        lambda_init: ridge at the start.
+        lambda_min: lower bound of the ridge, below which the solve converges badly.
+        chunk_size: tokens a chunk of the torch form; changes the speed only.
+        backend: auto (kernels on a GPU in bf16 where fla-core is installed) | reference (direct solve) | torch | fla.
+
+    Raises:
+        ValueError: a size that is not positive, or lambda_init not above lambda_min.
+    """
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        *,
+        conv_size: int = 4,
+        iterations: int = 30,
+        lambda_init: float = 1.0,
+        lambda_min: float = 0.25,
+        chunk_size: int = 64,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(shape)
+        positive("mesa_net", conv_size=conv_size, iterations=iterations, lambda_min=lambda_min, chunk_size=chunk_size)
+        if lambda_init <= lambda_min:
+            raise ValueError(f"lambda_init={lambda_init} of mesa_net must be above lambda_min={lambda_min}")
+        self.iterations, self.chunk_size, self.backend = iterations, chunk_size, backend
+        self.lambda_init, self.lambda_min = lambda_init, lambda_min
+        H, E = shape.num_heads, width(shape)
+        self.q_proj = nn.Linear(shape.dim, E, bias=False)
+        self.k_proj = nn.Linear(shape.dim, E, bias=False)
+        self.v_proj = nn.Linear(shape.dim, E, bias=False)
+        self.alpha_proj = nn.Linear(shape.dim, H, bias=False)
+        self.beta_proj = nn.Linear(shape.dim, H, bias=True)
+        self.decay = DecayGate(H)
+        self.ridge = nn.Parameter(torch.empty(E))  # softplus^-1 of (lambda - lambda_min)
+        self.conv = ShortConv(2 * E, conv_size)
+        self.norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps)
+        self.out_proj = nn.Linear(E, shape.dim, bias=False)
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        self.decay.init_weights()
+        self.conv.init_weights()
+        nn.init.constant_(self.ridge, math.log(math.expm1(self.lambda_init - self.lambda_min)))
+        nn.init.ones_(self.norm.weight)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: RecurrentState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        H = self.shape.num_heads
+        qk = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD)], dim=-1)
+        qk, tail = self.conv(qk, cu_seqlens, state.tail if state else None)
+        q, k = (F.normalize(part.unflatten(-1, (H, -1)), dim=-1) for part in qk.chunk(2, dim=-1))
+        lamb_HK = F.softplus(self.ridge.to(torch.promote_types(self.ridge.dtype, torch.float32))) + self.lambda_min
+        o, memory = mesa(
+            q,
+            k,
+            self.v_proj(x_BTD).unflatten(-1, (H, -1)),
+            self.decay(self.alpha_proj(x_BTD))[0],
+            self.beta_proj(x_BTD).sigmoid(),
+            lamb_HK.view(H, -1),
+            iterations=self.iterations,
+            chunk_size=self.chunk_size,
+            cu_seqlens=cu_seqlens,
+            state=state.memory if state else None,
+            backend=self.backend,
+        )
+        y = self.out_proj(self.norm(o).flatten(2))
+        return y, RecurrentState(memory, tail) if return_state else None
+
+    def state_size(self, context: int) -> int:
+        """Hkk and Hkv, K x K a head each, and the convolution's last inputs."""
+        E = width(self.shape)
+        return 2 * E * self.shape.head_dim + (self.conv.weight.shape[1] - 1) * 2 * E
+
+    def mixing_flops(self, context: int) -> float:
+        """Two K x K states a head written, one read, and a product with the other for every step of the solve."""
+        E, K = width(self.shape), self.shape.head_dim
+        return (4 + 2 + 2 * self.iterations) * E * K + 2 * self.conv.weight.numel()

@@ -1,0 +1,208 @@
+"""VQ-attention (Transformer-VQ, Lingle 2023, arXiv 2309.16354): a codebook of keys learned in training, then fixed.
+
+Shapes: B batch, T tokens, G key/value heads, N codes, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.mixers.attention_layer import AttentionLayer
+from ovq.mixers.base import MixerShape
+from ovq.ops.vq_attention import VQState, assign, vq_attention
+
+REVIVED = 0.1  # weight of a code that replaces a dead one, in multiples of the mean code's
+
+
+class VQ(AttentionLayer):
+    """Exact attention to the current and the previous block, and to the codes of all keys before.
+
+    As in OVQ, keys and queries have unit norm, logits are beta_h sqrt(K) cos(q, k), and there are no positions: what
+    differs is that the dictionary of keys is made in training and not by the sequence (per sequence there are only the
+    codes' mean values and log-counts).
+
+    The codebook is not trained by gradient: each code is a moving average of the keys assigned to it, Laplace-smoothed,
+    over the tokens of all ranks; codes that nothing is assigned to are given a key of the batch; a commitment loss draws
+    keys to their codes, and keys get their code's gradient (straight through). The averages are buffers, so they are
+    saved and resumed with the weights. They move once for every training forward pass: what a pass learns becomes the
+    codebook at the start of the next one, so that a pass repeated in the backward pass by activation checkpointing sees
+    the same codebook, and learns nothing.
+
+    Args:
+        num_codes: codes a head.
+        block_size: tokens a block.
+        quantize_recent: quantise the keys of the two recent blocks also, as Transformer-VQ does.
+        ema_decay: of the moving averages, for each forward pass.
+        laplace: smoothing of the moving counts.
+        dead_below: a code is dead when its moving count is below this share of the mean code's.
+        commitment: weight of the commitment loss.
+        beta_init: inverse temperature at the start.
+        backend: auto | reference | torch.
+
+    Raises:
+        ValueError: a setting outside its legal values.
+    """
+
+    codebook: Tensor
+    ema_count: Tensor
+    ema_sum: Tensor
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        *,
+        num_codes: int = 512,
+        block_size: int = 512,
+        quantize_recent: bool = False,
+        ema_decay: float = 0.99,
+        laplace: float = 1e-5,
+        dead_below: float = 0.01,
+        commitment: float = 1e-4,
+        beta_init: float = 1.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(shape, qk_norm=True)
+        if num_codes < 1 or block_size < 1:
+            raise ValueError(f"num_codes={num_codes} and block_size={block_size} of vq must be at least 1")
+        if not 0 <= ema_decay < 1 or laplace < 0 or dead_below < 0 or commitment < 0:
+            raise ValueError(
+                f"ema_decay={ema_decay} of vq must be in [0, 1), laplace={laplace}, dead_below={dead_below} and "
+                f"commitment={commitment} at least 0"
+            )
+        self.num_codes, self.block_size, self.quantize_recent = num_codes, block_size, quantize_recent
+        self.ema_decay, self.laplace, self.dead_below = ema_decay, laplace, dead_below
+        self.commitment, self.beta_init, self.backend = commitment, beta_init, backend
+        G, K = shape.num_kv_heads, shape.head_dim
+        # The codebook in use, and the averages from which the next one is made.
+        self.register_buffer("codebook", torch.zeros(G, num_codes, K))
+        self.register_buffer("ema_count", torch.zeros(G, num_codes))
+        self.register_buffer("ema_sum", torch.zeros(G, num_codes, K))
+        self._commitment_loss: Tensor | None = None
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        nn.init.constant_(self.beta, self.beta_init)  # type: ignore[arg-type]
+        with torch.no_grad():
+            # Random directions for the first pass; the keys of that pass take their place.
+            nn.init.normal_(self.codebook)
+            self.codebook.copy_(F.normalize(self.codebook, dim=-1))
+            self.ema_count.zero_()
+            self.ema_sum.zero_()
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: VQState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, VQState | None]:
+        q, k, v = self.project(x_BTD)
+        learns = self.training and state is None
+        if learns:
+            self._use_what_was_learned()
+            # Made in a repeated pass too, whose graph must be that of the first.
+            self._keep_commitment(self._distance(k))
+        beta = self.beta.float() * self.shape.head_dim**0.5  # type: ignore[union-attr]
+        o, new_state = vq_attention(
+            q,
+            k,
+            v,
+            # The averages move after this pass, and the backward pass may still need the codes as they were.
+            self.codebook.clone() if learns else self.codebook,
+            beta,
+            block_size=self.block_size,
+            quantize_recent=self.quantize_recent,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            backend=self.backend,
+        )
+        if learns:
+            self._learn(k)
+        if self.collect_health:
+            self._report()
+        return self.project_out(o), new_state if return_state else None
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """commitment x mean over tokens and heads of |k - code|^2, of the last training forward pass."""
+        loss, self._commitment_loss = self._commitment_loss, None
+        return loss
+
+    def _distance(self, k_BTGK: Tensor) -> Tensor:
+        code_BTG = assign(k_BTGK, self.codebook)
+        nearest = self.codebook[torch.arange(len(self.codebook), device=k_BTGK.device), code_BTG]
+        work = torch.promote_types(k_BTGK.dtype, torch.float32)
+        return self.commitment * (k_BTGK.to(work) - nearest.to(work)).square().sum(-1).mean()
+
+    def _keep_commitment(self, loss: Tensor) -> None:
+        if not in_backward():
+            self._commitment_loss = loss
+
+    @torch.no_grad()
+    def _use_what_was_learned(self) -> None:
+        """The codebook from the moving averages; codes that have none yet stay."""
+        if in_backward():
+            return
+        total = self.ema_count.sum(-1, keepdim=True)
+        smoothed = (self.ema_count + self.laplace) / (total + self.num_codes * self.laplace) * total
+        learned = self.ema_sum / smoothed.clamp_min(torch.finfo(smoothed.dtype).tiny)[..., None]
+        self.codebook.copy_(torch.where(self.ema_count[..., None] > 0, learned, self.codebook))
+
+    @torch.no_grad()
+    def _learn(self, k_BTGK: Tensor) -> None:
+        """Move the averages by the keys of all ranks, and replace dead codes."""
+        if in_backward():
+            return
+        G, N, K = self.codebook.shape
+        keys_GSK = k_BTGK.to(self.ema_sum.dtype).flatten(0, 1).transpose(0, 1)
+        index_GS = assign(k_BTGK, self.codebook).flatten(0, 1).transpose(0, 1)
+        count = self.ema_count.new_zeros(G, N, 1).scatter_add(
+            1, index_GS[..., None], torch.ones_like(keys_GSK[..., :1])
+        )
+        total = self.ema_sum.new_zeros(G, N, K).scatter_add(1, index_GS[..., None].expand_as(keys_GSK), keys_GSK)
+        # A key for each code, should it be dead: evenly spaced over the first rank's batch.
+        spaced = torch.arange(N, device=keys_GSK.device) * keys_GSK.shape[1] // N
+        spare = keys_GSK[:, spaced]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if dist.get_rank() > 0:
+                spare = torch.zeros_like(spare)
+            packed = torch.cat([count, total, spare], dim=-1)
+            dist.all_reduce(packed)
+            count, total, spare = packed.split([1, K, K], dim=-1)
+        self.ema_count.lerp_(count[..., 0], 1 - self.ema_decay)
+        self.ema_sum.lerp_(total, 1 - self.ema_decay)
+        mean_count = self.ema_count.mean(-1, keepdim=True)
+        dead = self.ema_count <= self.dead_below * mean_count
+        self.ema_count.copy_(torch.where(dead, REVIVED * mean_count, self.ema_count))
+        revived = spare * (REVIVED * mean_count)[..., None]
+        self.ema_sum.copy_(torch.where(dead[..., None], revived, self.ema_sum))
+
+    @torch.no_grad()
+    def _report(self) -> None:
+        share = self.ema_count / self.ema_count.sum(-1, keepdim=True).clamp_min(1e-20)
+        entropy = -(share * share.clamp_min(1e-20).log()).sum(-1)
+        self.health = {
+            "code_perplexity": entropy.exp().mean(),
+            "beta": self.beta.detach().float().mean(),  # type: ignore[union-attr]
+        }
+
+    def state_size(self, context: int) -> int:
+        """N value sums and counts (the codebook is a weight), and the keys and values of at most two blocks."""
+        shape, L = self.shape, self.block_size
+        recent = context if context < L else L + context % L
+        return shape.num_kv_heads * (self.num_codes * (shape.head_dim + 1) + 2 * shape.head_dim * recent)
+
+    def mixing_flops(self, context: int) -> float:
+        """The nearest code of each key, two products of each query with the codes, and its one and a half blocks."""
+        shape, L = self.shape, self.block_size
+        near = sum(min(t % L + 1 + (L if t >= L else 0), t + 1) for t in range(context)) / context
+        assigned = 2 * shape.num_kv_heads * shape.head_dim * self.num_codes
+        return assigned + 4 * shape.num_heads * shape.head_dim * (self.num_codes + near)
+
+
+def in_backward() -> bool:
+    """Whether this runs inside a backward pass, that is, repeated by activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1

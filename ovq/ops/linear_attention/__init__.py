@@ -1,0 +1,51 @@
+"""Normalised linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eqs. 9-12), features already applied."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ovq.ops import fla
+from ovq.ops.linear_attention import reference
+from ovq.ops.linear_attention import torch as chunked
+
+State = tuple[Tensor, Tensor]
+
+
+def linear_attention(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    *,
+    chunk_size: int = 64,
+    cu_seqlens: Tensor | None = None,
+    state: State | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State | None]:
+    """o_t = (sum_{s<=t} v_s k_s^T) q_t / (q_t . sum_{s<=t} k_s), for positive features q and k.
+
+    Args:
+        q_BTHK, k_BTHK: [B, T, H, K], feature maps applied, positive.
+        v_BTHV: [B, T, H, V].
+        chunk_size: tokens a chunk of the torch form.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state.
+        state: (sum of k v^T [B, H, K, V], sum of k [B, H, K]) in float32 (float64 for float64 inputs).
+        backend: auto | reference | torch | fla.
+
+    Returns:
+        (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
+
+    Raises:
+        ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
+    """
+    kernel = fla.uses_fla(backend, q_BTHK, "linear_attention")
+    if cu_seqlens is not None:
+        # Also on the kernels: their own normaliser does not stop at a document's end in every version.
+        return fla.each_document(
+            lambda *x: linear_attention(*x, chunk_size=chunk_size, backend=backend)[0],
+            cu_seqlens,
+            (q_BTHK, k_BTHK, v_BTHV),
+            state,
+        ), None
+    if backend == "reference":
+        return reference.forward(q_BTHK, k_BTHK, v_BTHV, state)
+    return chunked.forward(q_BTHK, k_BTHK, v_BTHV, chunk_size=chunk_size, state=state, kernel=kernel)

@@ -1,0 +1,91 @@
+"""The Mesa layer: ridge regression on all key/value pairs so far, solved anew at every token (arXiv 2506.05233)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ovq.ops import fla
+from ovq.ops.mesa import reference
+from ovq.ops.mesa import torch as chunked
+
+State = tuple[Tensor, Tensor]
+
+
+def mesa(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    lamb_HK: Tensor,
+    *,
+    iterations: int = 30,
+    chunk_size: int = 64,
+    cu_seqlens: Tensor | None = None,
+    state: State | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State | None]:
+    """o_t = Hkv_t^T (Hkk_t + diag lambda)^-1 q_t, with Hkk and Hkv the decayed sums of beta k k^T and beta k v^T.
+
+    Args:
+        q_BTHK, k_BTHK: [B, T, H, K], k of unit norm.
+        v_BTHV: [B, T, H, V] (the kernels want V = K).
+        g_BTH: [B, T, H], log of the decay, at most 0.
+        beta_BTH: [B, T, H], weight of a pair, 0..1.
+        lamb_HK: [H, K], positive ridge, at least 0.25 for the solve to converge well.
+        iterations: steps of conjugate gradients; K or more are exact up to rounding. The reference solves directly.
+        chunk_size: tokens a chunk of the torch form.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state.
+        state: (Hkk [B, H, K, K], Hkv [B, H, K, V]) in float32 (float64 for float64 inputs).
+        backend: auto | reference | torch | fla.
+
+    Returns:
+        (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
+
+    Raises:
+        ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
+    """
+    tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
+    if fla.uses_fla(backend, q_BTHK, "mesa"):
+        return _kernel(*tensors, lamb_HK, iterations, cu_seqlens, state)
+    settings = {"iterations": iterations, "chunk_size": chunk_size, "backend": backend}
+    if cu_seqlens is not None:
+        return fla.each_document(
+            lambda *x: mesa(*x, lamb_HK, **settings)[0],  # type: ignore[arg-type]
+            cu_seqlens,
+            tensors,
+            state,
+        ), None
+    if backend == "reference":
+        return reference.forward(*tensors, lamb_HK, state)
+    return chunked.forward(*tensors, lamb_HK, iterations=iterations, chunk_size=chunk_size, state=state)
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    lamb: Tensor,
+    iterations: int,
+    cu_seqlens: Tensor | None,
+    state: State | None,
+) -> tuple[Tensor, State | None]:
+    from fla.ops.mesa_net import chunk_mesa_net
+
+    kk, kv = state or (None, None)
+    o, kk, kv = chunk_mesa_net(
+        q,
+        k,
+        v,
+        g.float(),
+        beta.float(),
+        lamb.float(),
+        h_kk_init=kk,
+        h_kv_init=kv,
+        output_final_state=cu_seqlens is None,
+        max_CG_iteration=iterations,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+    )
+    return o, (kk, kv) if cu_seqlens is None else None

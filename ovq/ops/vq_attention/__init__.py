@@ -1,0 +1,65 @@
+"""Attention to vector-quantised keys in linear time (Transformer-VQ, Lingle 2023, arXiv 2309.16354)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ovq.ops import fla
+from ovq.ops.vq_attention import reference
+from ovq.ops.vq_attention import torch as blocked
+from ovq.ops.vq_attention.state import VQState, assign
+
+__all__ = ["VQState", "assign", "vq_attention"]
+
+
+def vq_attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    codebook_GNK: Tensor,
+    beta_H: Tensor,
+    *,
+    block_size: int = 512,
+    quantize_recent: bool = False,
+    cu_seqlens: Tensor | None = None,
+    state: VQState | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, VQState | None]:
+    """Token t attends exactly to its own and the previous block, and to the codes of everything before.
+
+        logits = [ beta q.c_n + log count_n ] ++ [ beta q.k_s for s of the two blocks, s <= t ]
+        o      = softmax(logits) @ [ mean value of the tokens with code n ; v_s ]
+
+    which is attention to all tokens with the keys of older blocks replaced by their nearest code. The codebook gets no
+    gradient (its owner learns it by moving averages); by the straight-through estimator each older key gets that of its
+    code, divided by the code's count.
+
+    Args:
+        q_BTHK: [B, T, H, K].
+        k_BTGK, v_BTGV: [B, T, G, K or V], G divides H.
+        codebook_GNK: [G, N, K].
+        beta_H: [H], inverse temperature.
+        block_size: tokens a block.
+        quantize_recent: also the keys of the two recent blocks are replaced by their codes, as in Transformer-VQ.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state.
+        state: of an earlier call with the same codebook.
+        backend: auto | reference | torch.
+
+    Returns:
+        (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
+
+    Raises:
+        ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
+    """
+    if backend not in ("auto", "reference", "torch"):
+        raise ValueError(f"backend={backend} of vq_attention is not a legal value; legal: auto, reference, torch")
+    forward = reference.forward if backend == "reference" else blocked.forward
+    settings = {"block_size": block_size, "quantize_recent": quantize_recent}
+    if cu_seqlens is not None:
+        return fla.each_document(
+            lambda *x: forward(*x, codebook_GNK, beta_H, **settings)[0],  # type: ignore[arg-type]
+            cu_seqlens,
+            (q_BTHK, k_BTGK, v_BTGV),
+            state,
+        ), None
+    return forward(q_BTHK, k_BTGK, v_BTGV, codebook_GNK, beta_H, state=state, **settings)  # type: ignore[arg-type]

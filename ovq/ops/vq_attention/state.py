@@ -1,0 +1,48 @@
+"""What VQ-attention carries from piece to piece, and which code a key has.
+
+Shapes: B batch, T tokens, S recent tokens, G key/value heads, N codes, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ovq.ops.fla import work_dtype
+
+
+@dataclass
+class VQState:
+    """value_sum [B, G, N, V] and count [B, G, N] (float32; float64 for float64 inputs) of the tokens in blocks before
+    the recent ones; the recent keys and values [B, S, G, ...], not quantised; and the number of tokens so far."""
+
+    value_sum: Tensor
+    count: Tensor
+    recent_key: Tensor
+    recent_value: Tensor
+    position: int
+
+
+pytree.register_pytree_node(
+    VQState,
+    lambda s: ([s.value_sum, s.count, s.recent_key, s.recent_value], s.position),
+    lambda leaves, position: VQState(*leaves, position),
+    serialized_type_name="ovq.VQState",
+)
+
+
+def recent_start(position: int, block_size: int) -> int:
+    """First token that is still held as it is when the next token has this position: that of the previous block."""
+    return max(0, position // block_size - 1) * block_size
+
+
+@torch.no_grad()
+def assign(k_BTGK: Tensor, codebook_GNK: Tensor) -> Tensor:
+    """int64 [B, T, G]: the code nearest to each key (Euclidean), ties to the lowest."""
+    work = work_dtype(k_BTGK)
+    code = codebook_GNK.to(work)
+    score_BGTN = k_BTGK.to(work).transpose(1, 2) @ code.transpose(-1, -2) - code.square().sum(-1)[:, None] / 2
+    return score_BGTN.argmax(-1).transpose(1, 2)
