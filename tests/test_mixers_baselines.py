@@ -18,7 +18,7 @@ from ovq.config import compose
 from ovq.mixers.base import MixerShape
 from ovq.mixers.gated_deltanet import GatedDeltaNet
 from ovq.mixers.mamba2 import Mamba2
-from ovq.mixers.memory_rules import FIFO, LearnedCompression, Reservoir, position_hash
+from ovq.mixers.memory_rules import FIFO, KVM, LearnedCompression, Reservoir, position_hash
 from ovq.mixers.mesa_net import MesaNet
 from ovq.mixers.short_conv import ShortConv
 from ovq.mixers.vq import VQ
@@ -401,7 +401,7 @@ def test_fifo_is_a_window_of_the_last_pairs_before_the_chunk() -> None:
     assert relative_error(mixer(x)[0], want) < 1e-12
 
 
-@pytest.mark.parametrize("cls", [FIFO, Reservoir, LearnedCompression])
+@pytest.mark.parametrize("cls", [FIFO, Reservoir, LearnedCompression, KVM])
 def test_memory_rules_equal_full_attention_while_nothing_is_dropped(cls: type) -> None:
     settings = {"tokens_per_slot": 1} if cls is LearnedCompression else {}
     mixer, x = memory(cls, num_centroids=12, **settings), random_x(31, T=15)
@@ -410,7 +410,7 @@ def test_memory_rules_equal_full_attention_while_nothing_is_dropped(cls: type) -
     assert relative_error(mixer(x)[0], mixer.project_out(want)) < 1e-12
 
 
-@pytest.mark.parametrize("cls", [FIFO, Reservoir, LearnedCompression])
+@pytest.mark.parametrize("cls", [FIFO, Reservoir, LearnedCompression, KVM])
 def test_memory_rules_backends_agree(cls: type) -> None:
     settings = {"tokens_per_slot": 3} if cls is LearnedCompression else {}
     fast, slow, x = memory(cls, **settings), memory(cls, backend="reference", **settings), random_x(32)
@@ -424,11 +424,11 @@ def test_memory_rules_backends_agree(cls: type) -> None:
 
 def test_reservoir_is_uniform_seeded_and_weighted_by_what_it_stands_for() -> None:
     mixer = memory(Reservoir)
-    kept = mixer(random_x(33, T=37), return_state=True)[1].entry_position
+    kept = mixer(random_x(33, T=37), return_state=True)[1].memory.note
     lowest = position_hash(0, torch.arange(36)).argsort()[:9].sort().values
     assert torch.equal(kept, lowest)
     assert mixer.log_weight(9, 36) == math.log(4)
-    assert not torch.equal(memory(Reservoir, seed=1)(random_x(33, T=37), return_state=True)[1].entry_position, kept)
+    assert not torch.equal(memory(Reservoir, seed=1)(random_x(33, T=37), return_state=True)[1].memory.note, kept)
     # Over seeds every position is kept about equally often.
     count = torch.zeros(36)
     for seed in range(400):
@@ -440,9 +440,33 @@ def test_compression_starts_as_a_mean_of_neighbours() -> None:
     mixer, x = memory(LearnedCompression, tokens_per_slot=3), random_x(34, T=12)
     _, k, v = mixer.project(x)
     state = mixer(x, return_state=True)[1]
-    assert relative_error(state.key, k.unflatten(1, (4, 3)).mean(2)) < 1e-12
-    assert relative_error(state.value, v.unflatten(1, (4, 3)).mean(2)) < 1e-12
-    assert state.entry_position.tolist() == [0, 3, 6, 9]
+    assert relative_error(state.memory.key, k.unflatten(1, (4, 3)).mean(2)) < 1e-12
+    assert relative_error(state.memory.value, v.unflatten(1, (4, 3)).mean(2)) < 1e-12
+    assert state.memory.note.tolist() == [0, 3, 6, 9]
+
+
+def test_kvm_fills_its_places_then_merges_by_cosine() -> None:
+    mixer, x = memory(KVM), random_x(35, T=24)
+    q, k, v = (part[:1, :, :1] for part in mixer.project(x))
+    entries: list[list[int]] = []  # tokens merged into each place
+    for start in range(0, 24, 6):
+        chunk = list(range(start, start + 6))
+        if not entries:
+            entries.append([chunk.pop(0)])
+        centres = F.normalize(torch.stack([k[0, members, 0].sum(0) for members in entries]), dim=-1)
+        likeness = k[0, chunk, 0] @ centres.T
+        order = likeness.max(-1).values.argsort().tolist()
+        novel = {chunk[i] for i in order[: 9 - len(entries)]}
+        for i, token in enumerate(chunk):
+            if token in novel:
+                entries.append([token])
+            else:
+                entries[int(likeness[i].argmax())].append(token)
+    state = mixer(x, return_state=True)[1].memory
+    assert state.note[0, 0].tolist() == [len(members) for members in entries]
+    want = torch.stack([v[0, members, 0].sum(0) for members in entries])
+    assert relative_error(state.value[0, :, 0], want) < 1e-12
+    assert relative_error(mixer.read(state, 24)[0].norm(dim=-1), torch.ones(2, 9, 2)) < 1e-12
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

@@ -15,31 +15,46 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
-from ovq.ops.fla import each_document
+from ovq.mixers.recurrent import inverse_temperature
+from ovq.ops.fla import each_document, work_dtype
 from ovq.ops.memory_attention import memory_attention
 
 
 @dataclass
-class MemoryState:
-    """Entries [B, M, G, K] and the position of each [M], the unfinished chunk's keys and values, and tokens so far."""
+class Memory:
+    """Entries [B, M, G, K], and what the rule notes of each: positions [M] or token counts [B, G, M]."""
 
     key: Tensor
     value: Tensor
-    entry_position: Tensor
+    note: Tensor
+
+
+@dataclass
+class MemoryState:
+    """The memory, the unfinished chunk's keys and values [B, r, G, K], and the number of tokens so far."""
+
+    memory: Memory
     pending_key: Tensor
     pending_value: Tensor
     position: int
 
 
 pytree.register_pytree_node(
+    Memory,
+    lambda m: ([m.key, m.value, m.note], None),
+    lambda leaves, _: Memory(*leaves),
+    serialized_type_name="ovq.Memory",
+)
+pytree.register_pytree_node(
     MemoryState,
-    lambda s: ([s.key, s.value, s.entry_position, s.pending_key, s.pending_value], s.position),
-    lambda leaves, position: MemoryState(*leaves, position),
+    lambda s: ([s.memory, s.pending_key, s.pending_value], s.position),
+    lambda leaves, position: MemoryState(*[*leaves, position]),
     serialized_type_name="ovq.MemoryState",
 )
 
@@ -47,7 +62,8 @@ pytree.register_pytree_node(
 class MemoryLayer(AttentionLayer):
     """Attends to a memory of at most `num_centroids` entries made of earlier chunks, and exactly to its chunk.
 
-    A subclass says what a chunk adds (`entries`), which entries stay (`kept`) and what each stands for (`log_weight`).
+    The base class keeps entries by their positions. A subclass says what a chunk adds (`entries`), which entries stay
+    (`kept`) and what each stands for (`log_weight`); one that merges entries overrides `commit` and `read`.
 
     Args:
         num_centroids: capacity N, named as OVQ's so that one override sets all.
@@ -71,14 +87,38 @@ class MemoryLayer(AttentionLayer):
         self.num_centroids, self.chunk_size = num_centroids, chunk_size
         self.beta_init, self.backend = beta_init, backend
 
+    def empty(self, k_BTGK: Tensor) -> Memory:
+        """The memory before the first chunk."""
+        none = k_BTGK[:, :0]
+        return Memory(none, none, torch.empty(0, dtype=torch.int64, device=k_BTGK.device))
+
+    def read(self, memory: Memory, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values as attention sees them after `position` tokens, and log weights [B, G, M]."""
+        B, M, G, _ = memory.key.shape
+        weight = self.log_weight(M, position)
+        return (
+            memory.key,
+            memory.value,
+            torch.full((B, G, M), weight, dtype=work_dtype(memory.key), device=memory.key.device),
+        )
+
+    def commit(self, memory: Memory, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> Memory:
+        """The memory after the chunk that begins at token `start`."""
+        more_key, more_value, more_position = self.entries(key_BLGK, value_BLGK, start)
+        key, value = torch.cat([memory.key, more_key], dim=1), torch.cat([memory.value, more_value], dim=1)
+        position = torch.cat([memory.note, more_position])
+        if len(position) <= self.num_centroids:
+            return Memory(key, value, position)
+        keep = self.kept(position)
+        return Memory(key.index_select(1, keep), value.index_select(1, keep), position[keep])
+
     def entries(self, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions of what the chunk from token `start` on adds; as they are unless overridden."""
-        position_L = torch.arange(start, start + key_BLGK.shape[1], device=key_BLGK.device)
-        return key_BLGK, value_BLGK, position_L
+        """Keys, values and positions of what a chunk adds: its tokens, unless overridden."""
+        return key_BLGK, value_BLGK, torch.arange(start, start + key_BLGK.shape[1], device=key_BLGK.device)
 
     def kept(self, position_M: Tensor) -> Tensor:
-        """Indices, in ascending order, of the entries that stay when there are more than the capacity."""
-        raise NotImplementedError
+        """Indices, in ascending order, of the entries that stay when there are more than the capacity: the latest."""
+        return torch.arange(len(position_M) - self.num_centroids, len(position_M), device=position_M.device)
 
     def log_weight(self, held: int, position: int) -> float:
         """Logarithm of the number of tokens that each of `held` entries stands for after `position` tokens."""
@@ -109,33 +149,23 @@ class MemoryLayer(AttentionLayer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """Outputs [B, T, H, K] and the state after the last token."""
         if state is None:
-            empty, none = k[:, :0], torch.empty(0, dtype=torch.int64, device=k.device)
-            state = MemoryState(empty, empty, none, empty, empty, 0)
-        key, value, entry_position = state.key, state.value, state.entry_position
+            state = MemoryState(self.empty(k), k[:, :0], v[:, :0], 0)
+        memory, L, position = state.memory, self.chunk_size, state.position
         own_k, own_v = torch.cat([state.pending_key, k], dim=1), torch.cat([state.pending_value, v], dim=1)
-        beta = self.beta.float() * self.shape.head_dim**0.5  # type: ignore[union-attr]
-        L, position, end = self.chunk_size, state.position, state.position + q.shape[1]
-        first = position - state.pending_key.shape[1]  # position of own_k[:, 0]
+        beta = inverse_temperature(self)
+        end, first = position + q.shape[1], position - state.pending_key.shape[1]  # own_k[:, 0] is token `first`
         rows = []
         for start in range(first, end, L):
-            own = slice(start - first, min(start + L, end) - first)
-            asked = slice(max(start, position) - position, min(start + L, end) - position)
-            weight = key.new_full((len(key), key.shape[2], key.shape[1]), self.log_weight(key.shape[1], start))
+            stop = min(start + L, end)
+            asked = q[:, max(start, position) - position : stop - position]
+            chunk_k, chunk_v = own_k[:, start - first : stop - first], own_v[:, start - first : stop - first]
             rows.append(
-                memory_attention(
-                    q[:, asked], key, value, weight, own_k[:, own], own_v[:, own], beta, backend=self.backend
-                )
+                memory_attention(asked, *self.read(memory, start), chunk_k, chunk_v, beta, backend=self.backend)
             )
-            if start + L <= end:
-                more_k, more_v, more_position = self.entries(own_k[:, own], own_v[:, own], start)
-                key, value = torch.cat([key, more_k], dim=1), torch.cat([value, more_v], dim=1)
-                entry_position = torch.cat([entry_position, more_position])
-                if len(entry_position) > self.num_centroids:
-                    keep = self.kept(entry_position)
-                    key, value = key.index_select(1, keep), value.index_select(1, keep)
-                    entry_position = entry_position[keep]
+            if stop - start == L:
+                memory = self.commit(memory, chunk_k, chunk_v, start)
         pending = slice(own_k.shape[1] - end % L, None)
-        held = MemoryState(key, value, entry_position, own_k[:, pending].clone(), own_v[:, pending].clone(), end)
+        held = MemoryState(memory, own_k[:, pending].clone(), own_v[:, pending].clone(), end)
         return torch.cat(rows, dim=1), held
 
     def state_size(self, context: int) -> int:
@@ -152,7 +182,7 @@ class MemoryLayer(AttentionLayer):
 
 
 class FIFO(MemoryLayer):
-    """The last N pairs before the chunk: a sliding window without positions."""
+    """The last N pairs before the chunk: a window without positions."""
 
     def __init__(
         self,
@@ -166,9 +196,6 @@ class FIFO(MemoryLayer):
         super().__init__(
             shape, num_centroids=num_centroids, chunk_size=chunk_size, beta_init=beta_init, backend=backend
         )
-
-    def kept(self, position_M: Tensor) -> Tensor:
-        return torch.arange(len(position_M) - self.num_centroids, len(position_M), device=position_M.device)
 
 
 class Reservoir(MemoryLayer):
@@ -248,14 +275,73 @@ class LearnedCompression(MemoryLayer):
         position = torch.arange(start, start + key_BLGK.shape[1], c, device=key.device)
         return (weight * key).sum(2), (weight * value).sum(2), position
 
-    def kept(self, position_M: Tensor) -> Tensor:
-        return torch.arange(len(position_M) - self.num_centroids, len(position_M), device=position_M.device)
-
     def log_weight(self, held: int, position: int) -> float:
         return math.log(self.tokens_per_slot)
 
     def entries_after(self, chunks: int) -> int:
         return chunks * self.chunk_size // self.tokens_per_slot
+
+
+class KVM(MemoryLayer):
+    """Every pair is kept until the memory is full; then a chunk's pairs merge into the entries most like them.
+
+    In the style of Key-Value Means (arXiv 2605.09877), a peer of OVQ: a pair goes to the entry of highest cosine
+    similarity, and keys are normalised anew whenever they are read, so that an entry's key is a direction and never
+    shrinks by averaging; values are means. That paper's RoPE dimensions, decay and growing state are left out, so that
+    what differs from OVQ is that the memory fills at once and that keys are normalised.
+    """
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        *,
+        num_centroids: int = 2048,
+        chunk_size: int = 128,
+        beta_init: float = 1.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            shape, num_centroids=num_centroids, chunk_size=chunk_size, beta_init=beta_init, backend=backend
+        )
+
+    def empty(self, k_BTGK: Tensor) -> Memory:
+        """Key and value sums in float32 (float64 for float64 inputs), and counts."""
+        none = k_BTGK[:, :0].to(work_dtype(k_BTGK))
+        return Memory(none, none, none[..., 0].transpose(1, 2))
+
+    def read(self, memory: Memory, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        mean = memory.value / memory.note.transpose(1, 2)[..., None]
+        return F.normalize(memory.key, dim=-1), mean, memory.note.log()
+
+    def commit(self, memory: Memory, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> Memory:
+        key, value = key_BLGK.to(memory.key.dtype), value_BLGK.to(memory.key.dtype)
+        B, M, G, K = memory.key.shape
+        if M == 0:  # the first pair has nothing to be like
+            memory = Memory(key[:, :1], value[:, :1], key.new_ones(B, G, 1))
+            key, value, M = key[:, 1:], value[:, 1:], 1
+        with torch.no_grad():
+            likeness_BGLM = torch.einsum("blgk,bmgk->bglm", key, F.normalize(memory.key, dim=-1))
+            best_BGL, entry_BGL = likeness_BGLM.max(-1)
+            room = min(self.num_centroids - M, key.shape[1])
+            # The pairs least like any entry take the free places, in their order in the text.
+            novel_BGR = best_BGL.argsort(dim=-1, stable=True)[..., :room].sort(-1).values
+            places = torch.arange(M, M + room, device=key.device).expand_as(novel_BGR)
+            entry_BGL = entry_BGL.scatter(2, novel_BGR, places)
+            count = F.pad(memory.note, (0, room)).scatter_add(2, entry_BGL, torch.ones_like(best_BGL))
+        index = entry_BGL.transpose(1, 2)[..., None].expand(-1, -1, -1, K)
+        longer_key, longer_value = (F.pad(x, (0, 0, 0, 0, 0, room)) for x in (memory.key, memory.value))
+        return Memory(longer_key.scatter_add(1, index, key), longer_value.scatter_add(1, index, value), count)
+
+    def state_size(self, context: int) -> int:
+        """As the other rules, with a count a head and entry instead of a position an entry."""
+        held = min(self.num_centroids, self.entries_after(context // self.chunk_size))
+        return super().state_size(context) + (self.shape.num_kv_heads - 1) * held
+
+    def mixing_flops(self, context: int) -> float:
+        """Attention, and the product of every key with the memory by which it is merged."""
+        attention = super().mixing_flops(context)
+        own = 4 * self.shape.num_heads * self.shape.head_dim * (min(self.chunk_size, context) + 1) / 2
+        return attention + (attention - own) / 2 * self.shape.num_kv_heads / self.shape.num_heads
 
 
 def position_hash(seed: int, position: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ovq.mixers.base import MixerShape, SequenceMixer
 from ovq.mixers.recurrent import DecayGate, RecurrentState, positive, width
 from ovq.mixers.short_conv import ShortConv
+from ovq.ops.fla import work_dtype
 from ovq.ops.mesa import mesa
 
 
@@ -81,7 +82,7 @@ class MesaNet(SequenceMixer):
         qk = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD)], dim=-1)
         qk, tail = self.conv(qk, cu_seqlens, state.tail if state else None)
         q, k = (F.normalize(part.unflatten(-1, (H, -1)), dim=-1) for part in qk.chunk(2, dim=-1))
-        lamb_HK = F.softplus(self.ridge.to(torch.promote_types(self.ridge.dtype, torch.float32))) + self.lambda_min
+        lamb_HK = F.softplus(self.ridge.to(work_dtype(self.ridge))) + self.lambda_min
         o, memory = mesa(
             q,
             k,

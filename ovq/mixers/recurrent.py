@@ -1,4 +1,4 @@
-"""What gated recurrent mixers share: the decay gate's parameters and their initialisation, and the carried state."""
+"""What the baselines share: the decay gate, the carried state of recurrent mixers, and checks of their sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
+from ovq.ops.fla import work_dtype
 
 
 @dataclass
@@ -54,7 +56,7 @@ class DecayGate(nn.Module):
 
     def forward(self, raw_BTH: Tensor) -> tuple[Tensor, Tensor]:
         """(log decay, step), [B, T, H] each, in float32 or float64: bf16 would round a decay of 0.999 to 1."""
-        work = torch.promote_types(raw_BTH.dtype, torch.float32)
+        work = work_dtype(raw_BTH)
         step = F.softplus(raw_BTH.to(work) + self.dt_bias.to(work))
         return -self.A_log.to(work).exp() * step, step
 
@@ -62,6 +64,12 @@ class DecayGate(nn.Module):
 def width(shape: MixerShape) -> int:
     """The inner width of attention in this model: what the recurrent mixers are sized against."""
     return shape.num_heads * shape.head_dim
+
+
+def inverse_temperature(layer: AttentionLayer) -> Tensor:
+    """beta_h sqrt(K) [H], in float32 or float64."""
+    assert layer.beta is not None
+    return layer.beta.to(work_dtype(layer.beta)) * layer.shape.head_dim**0.5
 
 
 def positive(name: str, **settings: float) -> None:

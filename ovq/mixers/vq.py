@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
+from ovq.mixers.recurrent import inverse_temperature
+from ovq.ops.fla import work_dtype
 from ovq.ops.vq_attention import VQState, assign, vq_attention
 
 REVIVED = 0.1  # weight of a code that replaces a dead one, in multiples of the mean code's
@@ -25,11 +27,11 @@ class VQ(AttentionLayer):
     codes' mean values and log-counts).
 
     The codebook is not trained by gradient: each code is a moving average of the keys assigned to it, Laplace-smoothed,
-    over the tokens of all ranks; codes that nothing is assigned to are given a key of the batch; a commitment loss draws
-    keys to their codes, and keys get their code's gradient (straight through). The averages are buffers, so they are
-    saved and resumed with the weights. They move once for every training forward pass: what a pass learns becomes the
-    codebook at the start of the next one, so that a pass repeated in the backward pass by activation checkpointing sees
-    the same codebook, and learns nothing.
+    over the tokens of all ranks; a code that no key comes to is given one of the batch; a commitment loss draws keys to
+    their codes, and keys get their code's gradient (straight through). The averages are buffers, so they are saved and
+    resumed with the weights. They move once for every training forward pass: what a pass learns becomes the codebook at
+    the start of the next one, so that a pass repeated in the backward pass by activation checkpointing sees the same
+    codebook, and learns nothing.
 
     Args:
         num_codes: codes a head.
@@ -106,14 +108,13 @@ class VQ(AttentionLayer):
             self._use_what_was_learned()
             # Made in a repeated pass too, whose graph must be that of the first.
             self._keep_commitment(self._distance(k))
-        beta = self.beta.float() * self.shape.head_dim**0.5  # type: ignore[union-attr]
         o, new_state = vq_attention(
             q,
             k,
             v,
             # The averages move after this pass, and the backward pass may still need the codes as they were.
             self.codebook.clone() if learns else self.codebook,
-            beta,
+            inverse_temperature(self),
             block_size=self.block_size,
             quantize_recent=self.quantize_recent,
             cu_seqlens=cu_seqlens,
@@ -134,7 +135,7 @@ class VQ(AttentionLayer):
     def _distance(self, k_BTGK: Tensor) -> Tensor:
         code_BTG = assign(k_BTGK, self.codebook)
         nearest = self.codebook[torch.arange(len(self.codebook), device=k_BTGK.device), code_BTG]
-        work = torch.promote_types(k_BTGK.dtype, torch.float32)
+        work = work_dtype(k_BTGK)
         return self.commitment * (k_BTGK.to(work) - nearest.to(work)).square().sum(-1).mean()
 
     def _keep_commitment(self, loss: Tensor) -> None:

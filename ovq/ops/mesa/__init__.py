@@ -51,7 +51,7 @@ def mesa(
     settings = {"iterations": iterations, "chunk_size": chunk_size, "backend": backend}
     if cu_seqlens is not None:
         return fla.each_document(
-            lambda *x: mesa(*x, lamb_HK, **settings)[0],  # type: ignore[arg-type]
+            lambda *x: mesa(*x, lamb_HK, **settings)[0],  # type: ignore[call-arg, arg-type]
             cu_seqlens,
             tensors,
             state,

@@ -57,7 +57,7 @@ def vq_attention(
     settings = {"block_size": block_size, "quantize_recent": quantize_recent}
     if cu_seqlens is not None:
         return fla.each_document(
-            lambda *x: forward(*x, codebook_GNK, beta_H, **settings)[0],  # type: ignore[arg-type]
+            lambda q, k, v: forward(q, k, v, codebook_GNK, beta_H, **settings)[0],  # type: ignore[arg-type]
             cu_seqlens,
             (q_BTHK, k_BTGK, v_BTGV),
             state,

@@ -29,7 +29,7 @@ class VQState:
 pytree.register_pytree_node(
     VQState,
     lambda s: ([s.value_sum, s.count, s.recent_key, s.recent_value], s.position),
-    lambda leaves, position: VQState(*leaves, position),
+    lambda leaves, position: VQState(*[*leaves, position]),
     serialized_type_name="ovq.VQState",
 )
 
