@@ -1,0 +1,188 @@
+"""Claims about the in-context recall task: it can be solved, only by looking back, and it never depends on chance."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import merge_states
+from data.recall import (
+    TEST,
+    TRAIN,
+    RecallTask,
+    RecallTokenizer,
+    accuracy,
+    build_loader,
+    describe,
+    make,
+    oracle,
+    task_of,
+)
+from data.recall import test_batches as batches_for_test
+from ovq.config import ConfigError, compose
+
+GOLDEN_INPUTS = [1, 14, 7, 11, 5, 13, 7, 11, 1, 14, 5, 13]
+GOLDEN_TARGETS = [-100, -100, -100, -100, -100, -100, 11, -100, 14, -100, 13, -100]
+
+TASKS = [
+    RecallTask(),
+    RecallTask(key_tokens=2, value_tokens=3, key_vocab=16, value_vocab=8),
+    RecallTask(key_vocab=128, value_vocab=16, queried=0.3),
+    RecallTask(key_vocab=128, value_vocab=16, filler=0.4, value_tokens=2),
+]
+
+
+def loader(*overrides: str, rank: int = 0, world_size: int = 1, state: dict[str, Any] | None = None) -> Any:
+    cfg = compose(["data=recall", "trainer.context=32", "trainer.global_batch=4", "trainer.micro_batch=2", *overrides])
+    return build_loader(cfg, RecallTokenizer(task_of(cfg)), rank=rank, world_size=world_size, state=state)
+
+
+@pytest.mark.parametrize("length", [32, 57, 200])
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_an_oracle_answers_everything(task: RecallTask, length: int) -> None:
+    for row in range(20):
+        inputs, targets = make(task, length, 3, TRAIN, 0, row)
+        right, answers = accuracy(task, oracle(task, inputs), targets)
+        pairs, queries, _ = task.sizes(length)
+        assert right == answers == queries
+        assert inputs.shape == targets.shape == (length,) and inputs.max() < task.vocab_size
+        assert np.array_equal(oracle(task, inputs), targets), "something else than an answer has a label"
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_keys_are_unique_and_each_is_queried_at_most_once(task: RecallTask) -> None:
+    inputs, _ = make(task, 300, 4, TRAIN, 0, 0)
+    pairs, queries, filler = task.sizes(300)
+    is_key = (inputs >= 1) & (inputs <= task.key_vocab)
+    keys = inputs[is_key].reshape(-1, task.key_tokens).tolist()
+    first, asked = keys[:pairs], keys[pairs:]
+    assert len({tuple(key) for key in first}) == pairs
+    assert len({tuple(key) for key in asked}) == queries == len(asked)
+    assert all(key in first for key in asked) and asked != first[:queries]
+    assert int((inputs > task.key_vocab + task.value_vocab).sum()) == filler
+    assert int((inputs == 0).sum()) < 2 * task.item and abs(queries / pairs - task.queried) < 0.1
+
+
+def test_what_is_seen_of_the_query_alone_gives_chance() -> None:
+    """The best guess from the query's key, its place and the sequence's last value, learned from many sequences."""
+    task = RecallTask(key_vocab=24, value_vocab=8)
+    features: dict[str, dict[int, np.ndarray]] = {"key": {}, "place": {}, "last value": {}}
+    right, total = dict.fromkeys(features, 0), 0
+    for row in range(1500):
+        inputs, targets = make(task, 48, 5, TRAIN, 0, row)
+        for at in np.flatnonzero(targets != -100):
+            value = targets[at] - 1 - task.key_vocab
+            total += row >= 1000
+            for name, feature in (("key", inputs[at]), ("place", at), ("last value", inputs[at - 1])):
+                table = features[name].setdefault(int(feature), np.zeros(8))
+                if row < 1000:
+                    table[value] += 1
+                else:
+                    right[name] += int(table.argmax() == value)
+    for name, count in right.items():
+        # 6,000 answers: a standard deviation of 0.43%.
+        assert abs(count / total - 1 / 8) < 0.02, (name, count / total)
+
+
+def test_sequences_are_a_pure_function_of_seed_purpose_step_and_row() -> None:
+    task = TASKS[0]
+    one = make(task, 64, 1, TRAIN, 2, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(one, make(task, 64, 1, TRAIN, 2, 3)))
+    for other in ((2, TRAIN, 2, 3), (1, TEST, 2, 3), (1, TRAIN, 3, 3), (1, TRAIN, 2, 4)):
+        assert not np.array_equal(one[0], make(task, 64, *other)[0])
+
+
+def test_the_data_never_change_from_version_to_version() -> None:
+    inputs, targets = make(RecallTask(key_vocab=9, value_vocab=5), 12, 0, TRAIN, 0, 0)
+    assert inputs.tolist() == GOLDEN_INPUTS and targets.tolist() == GOLDEN_TARGETS
+
+
+def test_ranks_and_micro_batches_only_deal_the_rows() -> None:
+    alone = [b.inputs for b in islice(loader("trainer.micro_batch=4"), 3)]
+    halves = [[b.inputs for b in islice(loader(rank=rank, world_size=2), 3)] for rank in range(2)]
+    for step in range(3):
+        assert torch.equal(alone[step], torch.cat([halves[0][step], halves[1][step]]))
+
+
+def test_a_stopped_run_goes_on_with_the_next_rows_on_another_number_of_ranks() -> None:
+    whole = [b.inputs for b in islice(loader("trainer.micro_batch=4"), 5)]
+    states = []
+    for rank in range(2):
+        part = loader(rank=rank, world_size=2)
+        list(islice(part, 2))
+        states.append(part.state_dict())
+    rest = loader("trainer.micro_batch=4", state=merge_states(states))
+    assert all(torch.equal(b.inputs, want) for b, want in zip(islice(rest, 3), whole[2:]))
+    with pytest.raises(ConfigError, match="task"):
+        loader("data.task.value_vocab=99", state=merge_states(states))
+
+
+def test_workers_change_nothing() -> None:
+    with_workers = loader("data.num_workers=2")
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(islice(loader(), 4), islice(with_workers, 4)))
+
+
+def test_the_curriculum_gives_more_and_shorter_sequences_first() -> None:
+    short = ("data.task.short_steps=2", "trainer.micro_batch=4")
+    task = RecallTask()
+    made = loader(*short)
+    shapes, lanes = [], []
+    for batch in islice(made, 3):
+        shapes.append(tuple(batch.inputs.shape))
+        lanes.append(len(batch.lanes))
+        for inputs, targets in zip(batch.inputs.numpy(), batch.targets.numpy()):
+            assert np.array_equal(oracle(task, inputs), targets), "a sequence is not whole"
+    assert shapes == [(16, 8), (16, 8), (4, 32)] and lanes == [16, 16, 4]
+    assert sorted(made.state_dict()["lanes"]) == [0, 1, 2, 3]
+    resumed = loader(*short)
+    list(islice(resumed, 1))
+    again = loader(*short, state=merge_states([resumed.state_dict()]))
+    assert [tuple(b.inputs.shape) for b in islice(again, 2)] == [(16, 8), (4, 32)]
+    # Splitting the batch over ranks gives the same short sequences.
+    halves = [next(iter(loader("data.task.short_steps=2", rank=rank, world_size=2))) for rank in range(2)]
+    whole = next(iter(loader(*short)))
+    assert torch.equal(whole.inputs, torch.cat([half.inputs for half in halves]))
+    assert list(whole.lanes) == [lane for half in halves for lane in half.lanes]
+
+
+def test_test_sequences_do_not_depend_on_how_they_are_batched() -> None:
+    task = TASKS[2]
+    one = torch.cat([b.inputs for b in batches_for_test(task, 64, seed=0, rows=7, batch=3)])
+    assert torch.equal(one, next(batches_for_test(task, 64, seed=0, rows=7, batch=7)).inputs) and len(one) == 7
+
+
+def test_an_answer_is_right_when_all_its_tokens_are() -> None:
+    task = RecallTask(value_tokens=2, key_vocab=8, value_vocab=4)
+    inputs, targets = make(task, 36, 0, TRAIN, 0, 0)
+    said = targets.copy()
+    said[np.flatnonzero(targets != -100)[0]] += 1
+    _, queries, _ = task.sizes(36)
+    assert accuracy(task, said, targets) == (queries - 1, queries)
+
+
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        (["data.task.value_vocab=0"], "data.task.value_vocab=0 must be at least 1"),
+        (["data.task.queried=1.5"], "data.task.queried=1.5"),
+        (["data.task.filler=1"], "data.task.filler=1"),
+        (["data.task.key_vocab=3"], "8 different keys in 32 tokens"),
+        (["+data.task.colour=3"], "no setting 'data.task.colour'; legal: key_tokens, "),
+        (["data.task.key_tokens=20"], "no room for a pair"),
+        (["data.task.short_steps=5", "data.task.short_factor=5"], "trainer.context=32 must be a multiple of"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_in_one_line(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("+", r"\+")) as error:
+        loader(*overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_description_and_experiment_hold_together() -> None:
+    cfg = compose(["experiment=recall"])
+    assert describe(cfg) == {"pairs": 32, "queries": 32, "filler": 0, "vocabulary": 4353}
+    assert build_loader(cfg, RecallTokenizer(task_of(cfg)), rank=0, world_size=1).micro_batches_per_step == 1
