@@ -1,0 +1,214 @@
+"""Random access to the documents of a split, holding one document at a time.
+
+A `Corpus` gives the text of document i; `Tokens` gives it tokenised. Nothing here knows about ranks or order. Parquet
+is read batch by batch within a row group with only the needed columns, so that memory is bounded by a few pages and a
+document, not by a row group (PG19's are over 100 MB); a document deep in a row group costs decompressing what stands
+before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from data.sources import DataError, Shard, open_file
+from data.tokenizer import Tokenizer
+from ovq.config import DataConfig
+
+_READ_BYTES = 1 << 20  # of compressed column data read, and of text decoded, at a time
+_OPEN_FILES = 8
+
+
+@dataclass
+class Text:
+    """A document as read. `flags` counts what was out of order: bad_utf8, unreadable_documents, untitled_documents."""
+
+    text: str
+    title: str
+    flags: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class TokenisedDocument:
+    """A document's token ids without separators (integers of any width), with its size in UTF-8 bytes and words."""
+
+    ids: np.ndarray
+    title: str
+    num_bytes: int
+    num_words: int
+    flags: dict[str, int] = field(default_factory=dict)
+
+
+class Corpus(Protocol):
+    """Documents by index. Implementations are picklable and open their files lazily, once per process."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Text: ...
+
+    @property
+    def identity(self) -> list[str]:
+        """One string a shard, of name, size and content hash: equal lists hold equal documents in equal order."""
+        ...
+
+    @property
+    def bad_shards(self) -> int: ...
+
+
+class Tokens(Protocol):
+    """Tokenised documents by index."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> TokenisedDocument: ...
+
+
+class TokenisedCorpus:
+    """A corpus tokenised on the fly."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
+        self.corpus, self.tokenizer = corpus, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def read(self, index: int) -> TokenisedDocument:
+        document = self.corpus.read(index)
+        text = document.text
+        num_bytes = len(text) if text.isascii() else len(text.encode())
+        return TokenisedDocument(
+            self.tokenizer.encode(text), document.title, num_bytes, len(text.split()), document.flags
+        )
+
+
+class ShardCorpus:
+    """Documents of Parquet, JSON-lines or plain-text shards (one text file is one document)."""
+
+    def __init__(self, data: DataConfig, shards: list[Shard], bad_shards: int = 0) -> None:
+        self.kind, self.text_field, self.title_field = data.kind, data.text_field, data.title_field
+        self.skip_bad = data.on_bad_shard == "skip"
+        self.shards, self._bad_shards = shards, bad_shards
+        # A unit is what a reader starts from: a row group, a JSON-lines file, a text file.
+        self._units = [
+            (s, g)
+            for s, shard in enumerate(shards)
+            for g in range(len(shard.rows) if shard.lines is None else min(1, len(shard.lines)))
+        ]
+        sizes = [shards[s].rows[g] if shards[s].lines is None else shards[s].documents for s, g in self._units]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        self._open: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self.documents_decoded = 0  # including those passed over on the way to the one asked for
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def identity(self) -> list[str]:
+        return [f"{shard.file.name}:{shard.file.size}:{shard.digest}" for shard in self.shards]
+
+    @property
+    def commit(self) -> str | None:
+        """The hub commit that the files come from, if they do."""
+        return next((shard.file.commit for shard in self.shards if shard.file.commit), None)
+
+    @property
+    def bad_shards(self) -> int:
+        return self._bad_shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def read(self, index: int) -> Text:
+        """Document `index` in 0..len-1.
+
+        Raises:
+            DataError: it cannot be read, and data.on_bad_shard is "error"; otherwise it counts as empty and unreadable.
+        """
+        unit = int(np.searchsorted(self._starts, index, side="right")) - 1
+        s, group = self._units[unit]
+        row = index - int(self._starts[unit])
+        shard = self.shards[s]
+        fallback = f"{shard.file.name}#{row + sum(shard.rows[:group])}"
+        try:
+            raw, title, bad = {"parquet": self._parquet, "jsonl": self._jsonl, "text": self._text}[self.kind](
+                s, group, row
+            )
+        except Exception as error:  # readers of three formats raise a dozen types; the document is named in each case
+            cause = " ".join(str(error).split())
+            if not self.skip_bad:
+                raise DataError(f"{shard.file.path} document {row}: {cause} (data.on_bad_shard=skip)") from None
+            print(f"warning: {shard.file.path} document {row} left out: {cause}", file=sys.stderr)
+            return Text("", fallback, {"unreadable_documents": 1})
+        text, more = decode_utf8(raw)
+        flags = {"bad_utf8": bad + more} if bad + more else {}
+        if not title and self.title_field:
+            flags["untitled_documents"] = 1
+        return Text(text, title or fallback, flags)
+
+    def _parquet(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
+        shard, reader = self.shards[s], self._reader(s)
+        columns = [self.text_field, *([self.title_field] if self.title_field else [])]
+        size = max(1, min(1024, _READ_BYTES * shard.rows[group] // max(1, shard.row_bytes[group])))
+        # Without threads: decoding ahead would hold more than the batch, and workers are the parallelism here.
+        batches = reader.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
+        batch = next(itertools.islice(batches, row // size, None))
+        self.documents_decoded += row // size * size + batch.num_rows
+        text = batch.column(self.text_field)[row % size]
+        title = batch.column(self.title_field)[row % size] if self.title_field else None
+        # as_py would raise on bad UTF-8, which is ours to replace and count.
+        raw = text.as_buffer().to_pybytes() if text.is_valid else b""
+        return raw, str(title.as_py()) if title is not None and title.is_valid else None, 0
+
+    def _jsonl(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
+        stream, lines = self._reader(s), self.shards[s].lines
+        assert lines is not None
+        stream.seek(int(lines[row]))
+        self.documents_decoded += 1
+        line, bad = decode_utf8(stream.readline())
+        record = json.loads(line)
+        if self.text_field not in record:
+            raise DataError(f"field '{self.text_field}' is not in {sorted(record)}; set data.text_field")
+        title = record.get(self.title_field) if self.title_field else None
+        # JSON can escape half a surrogate pair, which is no character: decoded (and counted) like any bad UTF-8.
+        raw = (record[self.text_field] or "").encode("utf-8", "surrogatepass")
+        return raw, None if title is None else str(title), bad
+
+    def _text(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
+        stream = self._reader(s)
+        stream.seek(0)
+        self.documents_decoded += 1
+        return stream.read(), os.path.splitext(self.shards[s].file.name)[0], 0
+
+    def _reader(self, s: int) -> Any:
+        """The open file of a shard; few are kept, and none is shared with a forked process (they share offsets)."""
+        key = (os.getpid(), s)
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        source = open_file(self.shards[s].file)
+        if self.kind == "parquet":
+            import pyarrow.parquet as pq
+
+            reader = pq.ParquetFile(source, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True)
+        else:
+            reader = open(source, "rb") if isinstance(source, str) else source
+        self._open[key] = reader
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        return reader
+
+
+def decode_utf8(raw: bytes) -> tuple[str, int]:
+    """Text of the bytes, each invalid sequence replaced by U+FFFD, and how many were replaced."""
+    try:
+        return raw.decode(), 0
+    except UnicodeDecodeError:
+        text = raw.decode("utf-8", "replace")
+        return text, text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")

@@ -1,0 +1,174 @@
+"""Which tokens stand in which row of which step: a pure function of (documents, seed, global batch, context).
+
+A *lane* is one row of the global batch, followed through all steps. Lane g reads the documents with ordinals g, g + G,
+g + 2G, ... of an endless sequence (G rows in the global batch): ordinal o is document `o % n` of epoch `o // n`, in
+that epoch's own seeded permutation of all n documents. A lane's state is (ordinal, offset in that document, rows read),
+so ranks, workers and accumulation steps only deal the lanes differently, and resuming needs nothing else. Every
+ordinal belongs to one lane, which reads it from its first token to its last: nothing is read twice or lost.
+
+A document d_1..d_n gives the n + 1 pairs (separator, d_1), (d_1, d_2), ..., (d_n, separator) of input and label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from data.corpus import Tokens
+from data.sources import DataError
+
+_MASK = (1 << 64) - 1
+
+LaneState = dict[str, int]  # ordinal, offset (pairs of that document already read), rows (read by this lane so far)
+
+
+@dataclass
+class Row:
+    """One row of one step: `inputs` and `targets` int32 [T] (-100: no label), where documents start in it, and counts.
+
+    `counts`: tokens (labels), bytes (of the labels' text), and, for documents that begin in the row, documents, words,
+    short_documents (fewer pairs than the context), empty_documents (passed over), bad_utf8 (sequences replaced),
+    unreadable_documents, untitled_documents; in packing "document" also padding and truncated (pairs not read).
+    """
+
+    lane: int
+    inputs: np.ndarray
+    targets: np.ndarray
+    starts: list[int]
+    documents: list[str]
+    state: LaneState
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def permute(index: int, size: int, seed: int) -> int:
+    """The image of `index` under a seeded permutation of range(size).
+
+    A six-round Feistel network on the next even power of two, walked until it lands inside `size`: O(1) memory for any
+    number of documents, and, unlike a library's shuffle, the same numbers for ever.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in range(6):
+            left, right = right, left ^ (_mix(right, seed, key) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def _mix(value: int, seed: int, key: int) -> int:
+    """SplitMix64's finaliser over value, seed and round."""
+    x = (value + 0x9E3779B97F4A7C15 * (6 * seed + key + 1)) & _MASK
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
+    return x ^ x >> 31
+
+
+def first_state(lane: int) -> LaneState:
+    """Where a lane starts."""
+    return {"ordinal": lane, "offset": 0, "rows": 0}
+
+
+class _Held(NamedTuple):
+    """A lane's current document."""
+
+    ordinal: int
+    stream: np.ndarray
+    title: str
+    begun: dict[str, int]
+
+
+class LaneReader:
+    """Rows of lanes, in any order of lanes; holds one tokenised document for each lane it serves."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        separator_id: int,
+        num_bytes: Callable[[np.ndarray], int],
+        *,
+        context: int,
+        global_batch: int,
+        seed: int,
+        shuffle: bool = True,
+        packing: str = "packed",
+    ) -> None:
+        self.tokens, self.separator_id, self.num_bytes = tokens, separator_id, num_bytes
+        self.context, self.global_batch, self.seed = context, global_batch, seed
+        self.shuffle, self.packing = shuffle, packing
+        self._held: dict[int, _Held] = {}  # by lane
+
+    def document_of(self, ordinal: int) -> int:
+        """Index in the corpus of the document with this ordinal."""
+        epoch, position = divmod(ordinal, len(self.tokens))
+        # Every epoch has a permutation of its own; seeds of different runs and epochs never coincide below 2**32.
+        return permute(position, len(self.tokens), self.seed << 32 | epoch) if self.shuffle else position
+
+    def row(self, lane: int, state: LaneState) -> Row:
+        """The lane's next row and the state after it.
+
+        Raises:
+            DataError: a whole epoch of this lane's documents is empty.
+        """
+        context, packed = self.context, self.packing == "packed"
+        inputs = np.full(context, self.separator_id, np.int32)
+        targets = np.full(context, -100, np.int32)
+        row = Row(lane, inputs, targets, [], [], {})
+        ordinal, offset, filled = state["ordinal"], state["offset"], 0
+        empties = 0
+        while filled < context:
+            stream, title, begun = self._document(lane, ordinal)
+            pairs = len(stream) - 1
+            if offset == 0:
+                _count(row.counts, **begun)
+            if pairs < 2:
+                empties += 1
+                if empties > len(self.tokens):
+                    raise DataError("every document of the training data is empty or unreadable; see data.text_field")
+                ordinal, offset = ordinal + self.global_batch, 0
+                continue
+            take = min(context - filled, pairs - offset)
+            inputs[filled : filled + take] = stream[offset : offset + take]
+            targets[filled : filled + take] = stream[offset + 1 : offset + take + 1]
+            row.starts.append(filled)
+            row.documents.append(title)
+            filled, offset = filled + take, offset + take
+            if not packed:
+                _count(row.counts, padding=context - filled, truncated=pairs - offset)
+                row.starts += [filled] if filled < context else []
+            if offset == pairs or not packed:
+                ordinal, offset = ordinal + self.global_batch, 0
+            if not packed:
+                break
+        labels = targets[:filled]
+        _count(row.counts, tokens=filled, bytes=self.num_bytes(labels))
+        row.state = {"ordinal": ordinal, "offset": offset, "rows": state["rows"] + 1}
+        return row
+
+    def _document(self, lane: int, ordinal: int) -> tuple[np.ndarray, str, dict[str, int]]:
+        """The ids of the lane's document between two separators, its title, and what to count where it begins."""
+        held = self._held.get(lane)
+        if held is None or held.ordinal != ordinal:
+            document = self.tokens.read(self.document_of(ordinal))
+            separator = np.array([self.separator_id], document.ids.dtype)
+            length = len(document.ids)
+            begun = {
+                "documents": int(length > 0),
+                "words": document.num_words,
+                "short_documents": int(0 < length + 1 < self.context),
+                "empty_documents": int(length == 0 and "unreadable_documents" not in document.flags),
+                **document.flags,
+            }
+            stream = np.concatenate([separator, document.ids, separator])
+            held = self._held[lane] = _Held(ordinal, stream, document.title, begun)
+        return held.stream, held.title, held.begun
+
+
+def _count(counts: dict[str, int], **amounts: int) -> None:
+    for name, amount in amounts.items():
+        if amount:
+            counts[name] = counts.get(name, 0) + amount

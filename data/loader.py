@@ -1,0 +1,297 @@
+"""Batches for one rank: lanes dealt to ranks and workers, and the state that resumes them anywhere.
+
+    rank r owns the lanes [r G/W, (r+1) G/W)       G rows in the global batch, W ranks
+    worker w of K makes the rows of every K-th of them
+    a micro-batch is m neighbouring lanes           G/(W m) micro-batches make the rank's share of a step
+
+Every row carries the state of its lane after it, so the loader's state is that of the rows handed out: what workers
+have prepared ahead does not count, and a state saved on W ranks is the union of their lanes, which any number of ranks,
+workers and any micro-batch resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data.lanes import LaneReader, LaneState, Row, first_state
+from data.sources import once_per_job
+from data.splits import build_tokens
+from data.tokenizer import Tokenizer
+from ovq.config import Config, ConfigError
+
+Fingerprint = dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """A micro-batch of m rows of T tokens.
+
+    `inputs`, `targets`: int64 [m, T]; a target of -100 is no label. `cu_seqlens`: int32, offsets into the m * T
+    flattened tokens at which a document or a row begins, and m * T; None unless data.isolate_documents. `documents`:
+    titles in it. `lanes`: each lane's state after this batch. `counts`: see `data.lanes.Row`.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    documents: list[str] = field(default_factory=list)
+    lanes: dict[int, LaneState] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; to a GPU through pinned memory, without waiting for the copy."""
+        device = torch.device(device)
+
+        def move(x: torch.Tensor | None) -> torch.Tensor | None:
+            if x is None or device.type != "cuda":
+                return x if x is None else x.to(device)
+            return x.pin_memory().to(device, non_blocking=True)
+
+        inputs, targets = move(self.inputs), move(self.targets)
+        assert inputs is not None and targets is not None
+        return Batch(inputs, targets, move(self.cu_seqlens), self.documents, self.lanes, self.counts)
+
+
+class RowSource(Protocol):
+    """What makes rows: a pure function of lane and state, picklable, with a cache of its own at most."""
+
+    def row(self, lane: int, state: LaneState) -> Row: ...
+
+
+class LaneDataset(IterableDataset):
+    """The rows of some lanes for ever: one row of each lane in turn. Its state is the lanes' states."""
+
+    def __init__(self, source: RowSource, lanes: dict[int, LaneState]) -> None:
+        super().__init__()
+        self.source, self.lanes = source, {lane: dict(state) for lane, state in lanes.items()}
+        # A lane that a restored StatefulDataLoader has read once more than the others is where it goes on.
+        self._next = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        mine = sorted(self.lanes)[worker::workers]
+        while True:
+            lane = mine[self._next]
+            row = self.source.row(lane, self.lanes[lane])
+            self.lanes[lane] = row.state
+            self._next = (self._next + 1) % len(mine)
+            yield row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lanes": {lane: dict(state) for lane, state in self.lanes.items()}, "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.lanes, self._next = {int(lane): dict(s) for lane, s in state["lanes"].items()}, state["next"]
+
+
+class Loader:
+    """Micro-batches of one rank, for ever, from where its state says.
+
+    `state_dict()` describes the batches handed out so far; save it at a step's end and give the ranks' states, merged
+    by `merge_states`, to `build_loader(..., state=...)`.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        fingerprint: Fingerprint,
+        *,
+        context: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        num_workers: int = 0,
+        prefetch: int = 4,
+        isolate_documents: bool = False,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        if global_batch % (world_size * micro_batch):
+            raise ConfigError(
+                f"trainer.global_batch={global_batch} must be a multiple of trainer.micro_batch={micro_batch} times "
+                f"{world_size} ranks"
+            )
+        self.fingerprint = fingerprint
+        self.context, self.micro_batch, self.isolate_documents = context, micro_batch, isolate_documents
+        owned = global_batch // world_size
+        # Workers get equal shares of the lanes, so that taking a row from each in turn keeps the lanes' order.
+        self.num_workers = max((k for k in range(1, num_workers + 1) if owned % k == 0), default=0)
+        self.prefetch = prefetch
+        self._source = source
+        lanes = range(rank * owned, (rank + 1) * owned)
+        self.micro_batches_per_step = owned // micro_batch
+        self.counts: dict[str, int] = {}
+        if state is None:
+            self.lanes = {lane: first_state(lane) for lane in lanes}
+        else:
+            check_fingerprint(state["fingerprint"], fingerprint)
+            saved = {int(lane): dict(s) for lane, s in state["lanes"].items()}
+            self.lanes = {lane: saved[lane] for lane in lanes}
+            # Counts are totals of the job: one rank carries on those of the ranks before.
+            self.counts = dict(state["counts"]) if rank == 0 else {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = iter(self._rows())
+        while True:
+            batch = self._collate([next(rows) for _ in range(self.micro_batch)])
+            self.lanes.update(batch.lanes)
+            _add(self.counts, batch.counts)
+            yield batch
+
+    def _rows(self) -> Iterable[Row]:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        workers = self.num_workers
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+            return StatefulDataLoader(
+                LaneDataset(self._source, self.lanes),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=max(2, math.ceil(self.prefetch * self.micro_batch / workers)) if workers else None,
+                worker_init_fn=_outlive_signals,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, strings and integers: fingerprint, this rank's lanes, and its counts."""
+        lanes = {lane: dict(state) for lane, state in self.lanes.items()}
+        return {"fingerprint": dict(self.fingerprint), "lanes": lanes, "counts": dict(self.counts)}
+
+    def _collate(self, rows: list[Row]) -> Batch:
+        inputs = torch.stack([torch.as_tensor(row.inputs) for row in rows]).long()
+        targets = torch.stack([torch.as_tensor(row.targets) for row in rows]).long()
+        starts = [i * self.context + start for i, row in enumerate(rows) for start in row.starts]
+        bounds = sorted({*starts, *range(0, len(rows) * self.context + 1, self.context)})
+        counts: dict[str, int] = {}
+        for row in rows:
+            _add(counts, row.counts)
+        return Batch(
+            inputs,
+            targets,
+            torch.tensor(bounds, dtype=torch.int32) if self.isolate_documents else None,
+            [title for row in rows for title in row.documents],
+            {row.lane: row.state for row in rows},
+            counts,
+        )
+
+
+def build_loader(
+    cfg: Config, tokenizer: Tokenizer, *, rank: int, world_size: int, state: dict[str, Any] | None = None
+) -> Loader:
+    """The loader of one rank. Collective where torch.distributed runs: rank 0 finds and indexes the files.
+
+    Args:
+        state: of `merge_states`, to go on where that run stopped.
+
+    Raises:
+        ConfigError: nothing to read, a batch that cannot be dealt, or data that differ from those of `state`.
+    """
+    if cfg.data.kind == "recall":
+        from data import recall
+
+        return recall.build_loader(cfg, tokenizer, rank=rank, world_size=world_size, state=state)
+    trainer, data = cfg.trainer, cfg.data
+    commit = state["fingerprint"].get("commit") if state and not data.revision else None
+    tokens, corpus = once_per_job(lambda: build_tokens(cfg, tokenizer, "train", commit))
+    if not len(tokens):
+        raise ConfigError(f"data.train holds no documents: {list(data.train)}")
+    identity = corpus.identity
+    fingerprint = {
+        "kind": data.kind,
+        "files": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        "shards": len(identity),
+        "documents": len(tokens),
+        "commit": getattr(corpus, "commit", None),
+        "tokenizer": tokenizer.fingerprint,
+        "context": trainer.context,
+        "global_batch": trainer.global_batch,
+        "seed": cfg.seed,
+        "shuffle": data.shuffle,
+        "packing": data.packing,
+        "isolate_documents": data.isolate_documents,
+    }
+    source = LaneReader(
+        tokens,
+        tokenizer.separator_id,
+        tokenizer.num_bytes,
+        context=trainer.context,
+        global_batch=trainer.global_batch,
+        seed=cfg.seed,
+        shuffle=data.shuffle,
+        packing=data.packing,
+    )
+    loader = Loader(
+        source,
+        fingerprint,
+        context=trainer.context,
+        global_batch=trainer.global_batch,
+        micro_batch=trainer.micro_batch,
+        rank=rank,
+        world_size=world_size,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        isolate_documents=data.isolate_documents,
+        state=state,
+    )
+    if state is None and rank == 0 and corpus.bad_shards:
+        loader.counts["bad_shards"] = corpus.bad_shards
+    return loader
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state of all ranks' states, in any order: every lane once, counts added up.
+
+    Raises:
+        ConfigError: the ranks read different data, a rank is missing, or they stand at different steps.
+    """
+    for state in states[1:]:
+        check_fingerprint(states[0]["fingerprint"], state["fingerprint"])
+    lanes = {int(lane): dict(s) for state in states for lane, s in state["lanes"].items()}
+    fingerprint = dict(states[0]["fingerprint"])
+    wanted = fingerprint["global_batch"]
+    if sorted(lanes) != list(range(wanted)) or sum(len(state["lanes"]) for state in states) != wanted:
+        raise ConfigError(
+            f"the data states of the ranks hold {len(lanes)} lanes of {wanted}: a rank's state is missing"
+        )
+    rows = {s["rows"] for s in lanes.values()}
+    if len(rows) > 1:
+        raise ConfigError(f"the data states stand at different steps ({min(rows)} to {max(rows)}): saved within a step")
+    counts: dict[str, int] = {}
+    for state in states:
+        _add(counts, state["counts"])
+    return {"fingerprint": fingerprint, "lanes": dict(sorted(lanes.items())), "counts": counts}
+
+
+def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
+    """Raise ConfigError naming everything in which the data of a state and of this run differ."""
+    keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+    if keys:
+        changes = "; ".join(f"{key}: {_short(saved.get(key))} -> {_short(current.get(key))}" for key in keys)
+        raise ConfigError(f"the data differ from those the run was made with ({changes}); use another run_dir")
+
+
+def _add(counts: dict[str, int], more: dict[str, int]) -> None:
+    for name, count in more.items():
+        counts[name] = counts.get(name, 0) + count
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a job; the trainer still needs its workers to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 28 else text[:28] + "..."

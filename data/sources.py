@@ -1,0 +1,294 @@
+"""Which files a data set consists of, found once per job and described by name, size and content hash.
+
+A pattern is a local path or glob, `hf://datasets/OWNER/NAME/PATH`, or any fsspec address (`s3://bucket/...`). Rank 0
+looks them up and tells the other ranks, so that a hub or a bucket sees one client however many processes train. Hub
+files are pinned to a commit, which the data fingerprint records: a resumed run reads that commit even if the setting
+`data.revision` is null and the branch has moved on.
+
+A shard is missing when a path without wildcards does not exist or when a series `NAME-00003-of-00008` has a hole, and
+corrupt when it cannot be indexed. `data.on_bad_shard` decides: "error" stops before anything runs, "skip" leaves the
+shard out, prints its name and counts it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+from ovq.config import ConfigError, DataConfig
+
+SPLITS = ("train", "validation", "test")
+HUB = "hf://datasets/"
+_SERIES = re.compile(r"^(?P<stem>.*-)(?P<index>\d+)-of-(?P<total>\d+)(?P<rest>.*)$")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+
+T = TypeVar("T")
+
+
+class DataError(RuntimeError):
+    """Data that cannot be read. The message is one line: the file, what is wrong, and the setting that mends it."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a split, found but not opened. `size` in bytes; `digest` only where a listing already gives it."""
+
+    path: str
+    name: str
+    size: int
+    digest: str | None = None
+    commit: str | None = None  # of the hub repository
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file with what is needed to read any document of it: `rows` per Parquet row group, or line offsets in bytes."""
+
+    file: File
+    digest: str
+    rows: tuple[int, ...] = ()
+    row_bytes: tuple[int, ...] = ()  # uncompressed size of each row group
+    lines: np.ndarray | None = None
+
+    @property
+    def documents(self) -> int:
+        return len(self.lines) if self.lines is not None else sum(self.rows)
+
+
+def find_files(data: DataConfig, split: str, commit: str | None = None) -> tuple[list[File], list[str]]:
+    """The files of a split in a fixed order (patterns as given, names sorted within one), and those that are missing.
+
+    Args:
+        commit: hub commit to read instead of `data.revision`; a resumed run passes the one it began with.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or files are missing and data.on_bad_shard is "error".
+    """
+    patterns = list(data[split])  # type: ignore[index]
+    if not patterns:
+        raise ConfigError(f"data.{split} is empty; give it paths or globs, for instance data.{split}=[books/*.parquet]")
+    found: dict[str, File] = {}
+    missing: list[str] = []
+    for pattern in patterns:
+        if pattern.startswith(HUB):
+            files = _hub_files(pattern, commit or data.revision)
+        elif "://" in pattern:
+            files = _remote_files(pattern)
+        else:
+            files = [File(p, os.path.basename(p), os.path.getsize(p)) for p in sorted(_local_paths(pattern))]
+        if not files and glob.has_magic(pattern):
+            raise ConfigError(f"data.{split}: no file matches {pattern}")
+        if not files:
+            missing.append(pattern)
+        found.update({file.path: file for file in files if file.path not in found})
+    for file in found.values():
+        if file.name.endswith(_COMPRESSED):
+            raise ConfigError(f"data.{split}: {file.path} is compressed and cannot be read at random; decompress it")
+    missing += _holes(list(found.values()))
+    _bad_shards(data, [f"{name}: missing" for name in missing], split, left=len(found))
+    return list(found.values()), missing
+
+
+def index_shards(data: DataConfig, split: str, commit: str | None = None) -> tuple[list[Shard], int]:
+    """The split's shards, indexed without reading their text, and how many were left out as missing or corrupt."""
+    files, missing = find_files(data, split, commit)
+    shards: list[Shard] = []
+    corrupt: list[str] = []
+    for file in files:
+        try:
+            shards.append(_INDEX[data.kind](file, data))
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever the reader of the format raises: the file is named and the cause quoted
+            corrupt.append(f"{file.path}: {_line(error)}")
+    _bad_shards(data, corrupt, split, left=len(shards))
+    return shards, len(missing) + len(corrupt)
+
+
+def once_per_job(compute: Callable[[], T]) -> T:
+    """`compute()` on rank 0, its result (or its error) on every rank. Collective when torch.distributed runs."""
+    torch = sys.modules.get("torch")
+    dist = torch.distributed if torch is not None else None
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return compute()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box = ["value", compute()]
+        except Exception as error:  # the others must not wait for a rank that has given up
+            kind = type(error) if isinstance(error, ConfigError | DataError) else RuntimeError
+            box = ["error", kind(_line(error))]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] == "error":
+        raise box[1]
+    return box[1]
+
+
+def open_file(file: File) -> BinaryIO | str:
+    """What readers open: a local path (hub files are fetched into the local cache first), or a seekable remote file."""
+    if file.path.startswith(HUB):
+        return hub_download(file)
+    if "://" in file.path:
+        import fsspec
+
+        return fsspec.open(file.path, "rb").open()
+    return file.path
+
+
+def hub_download(file: File) -> str:
+    """Local path of a hub file, downloaded on first use.
+
+    huggingface_hub holds a file lock for the download and asks nobody for a file of a known commit that it has: one
+    process a node downloads each shard, the others wait for it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repo, inside = _hub_parts(file.path)
+    return hf_hub_download(repo.partition("@")[0], inside, repo_type="dataset", revision=file.commit)
+
+
+def _hub_parts(path: str) -> tuple[str, str]:
+    parts = path[len(HUB) :].split("/")
+    if len(parts) < 3:
+        raise ConfigError(f"{path}: hub patterns look like {HUB}OWNER/NAME/PATH")
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def _hub_files(pattern: str, revision: str | None) -> list[File]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    repo, inside = _hub_parts(pattern)
+    repo, _, named = repo.partition("@")
+    try:
+        api = HfApi()
+        commit = api.dataset_info(repo, revision=named or revision).sha
+        entries = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
+        files = [entry for entry in entries if isinstance(entry, RepoFile) and fnmatch.fnmatchcase(entry.path, inside)]
+    except Exception as error:  # no network, no such repository, no such revision: the cause is in the message
+        raise ConfigError(f"{pattern} (revision {named or revision}) cannot be listed: {_line(error)}") from None
+    return [
+        File(
+            f"{HUB}{repo}@{commit}/{entry.path}",
+            os.path.basename(entry.path),
+            entry.size,
+            entry.lfs.sha256 if entry.lfs else entry.blob_id,
+            commit,
+        )
+        for entry in sorted(files, key=lambda entry: entry.path)
+    ]
+
+
+def _remote_files(pattern: str) -> list[File]:
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, path = url_to_fs(pattern)
+        paths = sorted(fs.glob(path)) if glob.has_magic(pattern) else [path] * fs.exists(path)
+        return [File(fs.unstrip_protocol(p), os.path.basename(p), int(fs.info(p)["size"])) for p in paths]
+    except ImportError as error:
+        raise ConfigError(f"{pattern} needs a package that is not installed: {_line(error)}") from None
+
+
+def _local_paths(pattern: str) -> list[str]:
+    pattern = os.path.expanduser(pattern)
+    paths = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern]
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _holes(files: list[File]) -> list[str]:
+    """Names that a numbered series (train-00003-of-00008.parquet) lacks; names may end in a hash, as the hub's do."""
+    series: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        match = _SERIES.match(file.path)
+        if match:
+            series.setdefault((match["stem"], int(match["total"])), set()).add(int(match["index"]))
+    return [
+        f"{stem}{index:05d}-of-{total:05d}"
+        for (stem, total), present in series.items()
+        for index in range(total)
+        if index not in present
+    ]
+
+
+def _bad_shards(data: DataConfig, bad: list[str], split: str, left: int) -> None:
+    if not bad:
+        return
+    shown = "; ".join(bad[:3]) + (f"; and {len(bad) - 3} more" if len(bad) > 3 else "")
+    if data.on_bad_shard == "error" or not left:
+        raise ConfigError(f"data.{split}: {shown} (data.on_bad_shard=skip leaves bad shards out and counts them)")
+    print(f"warning: data.{split}: {len(bad)} shard(s) left out: {shown}", file=sys.stderr)
+
+
+def _index_parquet(file: File, data: DataConfig) -> Shard:
+    """Row counts from the footer, a few kilobytes at the end of the file. The footer's hash stands for the contents."""
+    import pyarrow.parquet as pq
+
+    with _open_for_index(file) as stream:
+        stream.seek(-8, os.SEEK_END)
+        tail = stream.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] != b"PAR1" or length + 12 > file.size:
+            raise DataError("not a whole Parquet file (cut short or damaged)")
+        stream.seek(-8 - length, os.SEEK_END)
+        digest = hashlib.sha256(stream.read(length)).hexdigest()
+        metadata = pq.ParquetFile(stream).metadata
+        columns = metadata.schema.to_arrow_schema().names
+        for key, column in (("text_field", data.text_field), ("title_field", data.title_field)):
+            if column and column not in columns:
+                raise ConfigError(f"data.{key}={column} is no column of {file.path}; legal: {', '.join(columns)}")
+        groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    return Shard(
+        file,
+        file.digest or digest,
+        tuple(group.num_rows for group in groups),
+        tuple(group.total_byte_size for group in groups),
+    )
+
+
+def _index_jsonl(file: File, data: DataConfig) -> Shard:
+    """Byte offsets of the lines that are not blank, and the hash of the whole file, in one pass of bounded memory."""
+    digest = hashlib.sha256()
+    offsets: list[int] = []
+    position = 0
+    with _open_for_index(file) as stream:
+        for line in stream:
+            digest.update(line)
+            if line.strip():
+                offsets.append(position)
+            position += len(line)
+    return Shard(file, digest.hexdigest(), lines=np.asarray(offsets, np.int64))
+
+
+def _index_text(file: File, data: DataConfig) -> Shard:
+    digest = hashlib.sha256()
+    with _open_for_index(file) as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return Shard(file, digest.hexdigest(), rows=(1,), row_bytes=(file.size,))
+
+
+_INDEX = {"parquet": _index_parquet, "jsonl": _index_jsonl, "text": _index_text}
+
+
+def _open_for_index(file: File) -> Any:
+    if file.path.startswith(HUB):
+        from huggingface_hub import HfFileSystem
+
+        # A footer needs a few kilobytes: range requests, not the whole shard.
+        return HfFileSystem().open(file.path, "rb", revision=file.commit)
+    source = open_file(file)
+    return open(source, "rb") if isinstance(source, str) else source
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
