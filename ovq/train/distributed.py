@@ -1,0 +1,226 @@
+"""Processes, devices and sharding: everything about parallelism, applied to a model from outside.
+
+- One process per device, under torchrun or alone; NCCL between GPUs, gloo between CPU processes. Every group also has
+  a gloo half, so that Python objects, stop flags and token counts are agreed without touching a GPU's stream.
+- `parallelize` puts FSDP2 around each block and around the model. `shard=full` shards over all processes,
+  `hybrid` over groups of them with `replicas` copies (HSDP), `none` keeps whole copies (HSDP with groups of one).
+- Gradients are *summed* over processes. The loss is divided once, by the global count of valid tokens, before
+  backward, so that 1 process and N processes compute the same thing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from ovq.config import ConfigError
+
+T = TypeVar("T")
+FIRST_STEP_TIMEOUT_S = 1800  # compiling kernels and resolving data may differ by minutes between processes
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is. `device` is its own; `precision` is "fp32" or "bf16", of compute."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init(trainer: Any) -> World:
+    """Join the other processes (torchrun's environment) or run alone, and choose the device.
+
+    Raises:
+        ConfigError: a device that is not there, or more processes on this machine than GPUs.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kind = trainer.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and torch.cuda.device_count() < local_size:
+        raise ConfigError(
+            f"trainer.device=cuda needs {local_size} GPU(s) here and finds {torch.cuda.device_count()}; "
+            "use trainer.device=cpu or fewer processes"
+        )
+    precision = {"cuda": "bf16", "cpu": "fp32"}[kind] if trainer.precision == "auto" else trainer.precision
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 or precision == "bf16":  # FSDP is also what gives a lone device bf16 compute on float32 parameters
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "cpu:gloo",
+            timeout=datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s)),
+            **({} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),  # type: ignore[arg-type]
+        )
+    return World(rank, size, local_rank, device, precision)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lower_timeout(seconds: int) -> None:
+    """From now on a collective that waits longer than this fails: some process is lost.
+
+    Called after the first step of this process, when nothing slow (compiling, finding data) is left.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch, alike on every rank: what differs by rank comes from the data alone."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+# --- agreeing across ranks -------------------------------------------------------------------------------------------
+
+
+def _alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's object, on every rank."""
+    if _alone():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's object, in the order of ranks, on every rank."""
+    if _alone():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def sum_integers(values: list[int]) -> list[int]:
+    """Sums over ranks of small lists of integers (each below 2^47), on the CPU: no GPU is made to wait."""
+    if _alone():
+        return values
+    total = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def any_flag(flag: bool) -> bool:
+    """Whether the flag is up on any rank; every rank must ask."""
+    return sum_integers([int(flag)])[0] > 0
+
+
+def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks in place, in the order of the device's stream (no host wait)."""
+    if not _alone():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def parallelize(model: nn.Module, trainer: Any, world: World) -> nn.Module:
+    """Apply activation checkpointing, compilation and sharding to `model.layers` and to the model, and move it.
+
+    Parameter names do not change, so checkpoints do not depend on how a run was parallelised. A lone process in
+    float32 gets the plain module.
+
+    Raises:
+        ConfigError: replicas that do not divide the number of processes.
+    """
+    for block in model.layers:  # type: ignore[union-attr]
+        if trainer.compile:
+            block.forward = torch.compile(block.forward)
+        if trainer.activation_checkpointing == "full":
+            block.forward = recomputed(block.forward)
+        elif trainer.activation_checkpointing == "selective":
+            # The mixer is the costly, sequential part: keep its activations, recompute the MLP's, which are the largest.
+            block.mlp.forward = recomputed(block.mlp.forward)
+    if world.size == 1 and world.precision == "fp32":
+        return model.to(world.device)
+
+    shape, names = mesh_shape(trainer.shard, trainer.replicas, world.size)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if world.precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # a carried state holds float32 sums that must stay float32
+    )
+    for block in model.layers:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)  # sums: the loss already carries the division
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no averaging reduction
+    return model.to(world.device)
+
+
+def mesh_shape(shard: str, replicas: int, size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(shape, names) of the device mesh: one dimension to shard over, or replicas x shards."""
+    if shard == "full":
+        return (size,), ("shard",)
+    if shard == "none":
+        return (size, 1), ("replicate", "shard")
+    if size % replicas:
+        raise ConfigError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
+    return (replicas, size // replicas), ("replicate", "shard")
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules FSDP wraps; empty for a plain module."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sync_gradients(model: nn.Module, last: bool) -> None:
+    """Reduce gradients over processes in the next backward only if it is the step's last one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters, after forward passes that no backward follows."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with its activations recomputed in backward instead of kept."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return wrapped

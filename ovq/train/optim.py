@@ -1,0 +1,79 @@
+"""AdamW and the learning rate, which is a pure function of the step: there is no scheduler state to save or to lose."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Parameters of these modules take no weight decay, nor do vectors (norms, biases, temperatures): decay pulls weights
+# that multiply activations towards zero, and the rows of a look-up table multiply nothing.
+UNDECAYED = ("embed.",)
+
+
+def lr_at(step: int, cfg: Any) -> float:
+    """Learning rate of step `step` (the first step is 1): linear warm-up, then `optim.schedule`.
+
+    "cosine" and "linear" reach lr * min_lr_ratio at the last step; "wsd" stays at lr until the last `decay_share` of
+    the steps and goes down linearly; "constant" stays.
+    """
+    optim, steps = cfg.optim, cfg.trainer.steps
+    if step < optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    share = min(1.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))  # of the way after warm-up
+    if optim.schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * share))
+    elif optim.schedule == "linear":
+        height = 1 - share
+    elif optim.schedule == "wsd":
+        height = min(1.0, (steps - step) / max(1.0, optim.decay_share * steps))
+    else:
+        height = 1.0
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * max(0.0, height))
+
+
+def build_optimizer(model: nn.Module, optim: Any) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with two groups: matrices decay, vectors and `UNDECAYED` do not. Call after sharding."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim >= 2 and not name.startswith(UNDECAYED)]
+    rest = [p for name, p in named if p.ndim < 2 or name.startswith(UNDECAYED)]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=optim.lr,
+        betas=tuple(optim.betas),
+        eps=optim.eps,
+        fused=optim.fused,
+    )
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale gradients to a global norm of at most `max_norm` (0: leave them); returns the norm before, on the device.
+
+    The norm is over all shards, so every rank sees the same number and decides alike.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor, lr: float) -> None:
+    """One optimizer step at learning rate `lr`, or none where `bad` (scalar bool on the device) is true.
+
+    The fused kernel reads the flag on the device (it is the one gradient scalers use), so the host does not wait;
+    the unfused optimizer needs the answer first.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bad.item():
+        optimizer.step()
