@@ -55,7 +55,8 @@ def dry_run(cfg: Any, run_dir: Path) -> int:
     from ovq.plan import report
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    print(report(cfg, build_tokenizer(cfg).vocab_size, describe(cfg), world_size, run_dir))
+    vocab_size = cfg.tokenizer.vocab_size or build_tokenizer(cfg).vocab_size
+    print(report(cfg, vocab_size, describe(cfg), world_size, run_dir))
     return 0
 
 
@@ -72,6 +73,11 @@ def train(cfg: Any, run_dir: Path) -> int:
     world = distributed.init(cfg.trainer)
     distributed.seed_everything(cfg.seed, cfg.trainer.deterministic)
     tokenizer = build_tokenizer(cfg, run_dir)
+    if cfg.tokenizer.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but {cfg.tokenizer.model_path} has "
+            f"{tokenizer.vocab_size} pieces; set it to that, or to null"
+        )
     claim(run_dir, cfg, tokenizer)
 
     model = build_model(cfg.model, tokenizer.vocab_size)

@@ -198,7 +198,7 @@ class ShardCorpus:
 
             reader = pq.ParquetFile(source, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True)
         else:
-            reader = open(source, "rb") if isinstance(source, str) else source
+            reader = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115 (closed when evicted)
         self._open[key] = reader
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)[1].close()

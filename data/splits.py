@@ -81,8 +81,12 @@ def heldout_documents(
 def describe(cfg: Config) -> dict[str, dict[str, Any]]:
     """For each split: shards, bytes on disk, documents where that is cheap to know, or the error that opening gives.
 
-    Hub and bucket files are listed but not opened.
+    Hub and bucket files are listed but not opened. A generated task has one split: what a training sequence holds.
     """
+    if cfg.data.kind == "recall":
+        from data import recall
+
+        return {"train": recall.describe(cfg)}
     return {split: _describe(cfg, split) for split in SPLITS if cfg.data.kind == "builtin" or cfg.data[split]}  # type: ignore[index]
 
 

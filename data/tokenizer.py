@@ -15,11 +15,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ovq.config import ConfigError, TokenizerConfig, compose
+from ovq.config import Config, ConfigError, TokenizerConfig, compose
+
+if TYPE_CHECKING:
+    from data.recall import RecallTokenizer
 
 _SPACE = "\u2581"  # how SentencePiece spells a space
 _PROBE = " a\n\n\tb  c\r\n\u2581 \u00e9\u0301\ufb01 \U0001f9ea\u3000\x00 "
@@ -149,12 +152,27 @@ class SentencePieceTokenizer(_TableTokenizer):
         self._save(folder, "sentencepiece")
 
 
-def build_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None) -> ByteTokenizer | SentencePieceTokenizer:
-    """The tokenizer of a config; the run's own stored copy if it has one.
+def build_tokenizer(
+    cfg: Config | TokenizerConfig, run_dir: Path | str | None = None
+) -> ByteTokenizer | SentencePieceTokenizer | RecallTokenizer:
+    """The tokenizer of a run's config; the run's own stored copy if it has one and the model file is gone.
+
+    A generated task (data=recall) has symbols of its own. The tokenizer part of a config alone always means text.
 
     Raises:
         ConfigError: no model file, or the run was made with another tokenizer.
     """
+    whole: Any = cfg
+    if "data" in whole:
+        if whole.data.kind == "recall":
+            from data import recall
+
+            return recall.RecallTokenizer(recall.task_of(whole))
+        whole = whole.tokenizer
+    return _text_tokenizer(whole, run_dir)
+
+
+def _text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None) -> ByteTokenizer | SentencePieceTokenizer:
     folder = Path(run_dir) / "tokenizer" if run_dir else None
     card = (
         json.loads((folder / "tokenizer.json").read_text()) if folder and (folder / "tokenizer.json").exists() else None

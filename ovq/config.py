@@ -87,6 +87,7 @@ class TokenizerConfig:
     name: str = MISSING
     kind: str = field(default=MISSING, metadata={"choices": ("byte", "sentencepiece")})
     model_path: str | None = None
+    vocab_size: int | None = None  # pieces the model is to have; a dry run then needs no model
 
 
 @dataclass
