@@ -1,0 +1,106 @@
+"""How every plot of the project looks, and how it is saved: without a display, whole or not at all.
+
+    fig, (ax,) = style.figure()
+    ax.plot(x, y, color=style.color(0), label="sw_ovq")
+    style.token_axis(ax, "position")
+    style.legend(ax)
+    style.save(fig, run_dir / "plots" / "name.png")
+
+Figures are matplotlib's own objects and never pyplot's: nothing is global, nothing stays open.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours (told apart by colour-blind readers too), the faint yellow left out.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+LINES = ("-", "--", ":", "-.")  # the next one for every eight curves
+RC = {
+    "font.size": 10,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "axes.titlesize": 10,
+}
+DPI = 160
+
+
+def figure(panels: int = 1, width: float = 6.8, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    """A figure of `panels` axes side by side; width and height in inches of each."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(RC):  # type: ignore[arg-type]
+        fig = Figure(figsize=(width * panels, height), layout="constrained")
+        return fig, list(fig.subplots(1, panels, squeeze=False)[0])
+
+
+def color(index: int) -> str:
+    """Colour of the index-th curve."""
+    return COLORS[index % len(COLORS)]
+
+
+def line(index: int) -> str:
+    """Line style of the index-th curve: with the colour, 32 curves differ."""
+    return LINES[index // len(COLORS) % len(LINES)]
+
+
+def token_axis(ax: Axes, label: str, scale: str = "log") -> None:
+    """Make x a number of tokens, ticked in powers of two ("log") or their multiples ("linear"). Call it after plotting."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
+
+    if scale == "log":
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_minor_locator(NullLocator())
+    else:
+        ax.xaxis.set_major_locator(MultipleLocator(2 ** max(0, math.ceil(math.log2(max(1.0, ax.dataLim.x1) / 9)))))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value))))
+    ax.set_xlabel(label)
+
+
+def legend(ax: Axes) -> None:
+    """A legend, if there is more than one curve to tell apart; beside the axes where it would cover them."""
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    if len(labels) <= 6:
+        ax.legend(frameon=False)
+    else:
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def save(fig: Figure, path: Path | str) -> Path:
+    """Write the figure, whole or not at all; the suffix (.png, .pdf, .svg) is the format. Folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        # No date and no version in the file: the same numbers give the same bytes.
+        metadata = {"Software": None} if path.suffix == ".png" else None
+        fig.savefig(scratch, dpi=DPI, metadata=metadata)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+@functools.cache
+def short(number: int) -> str:
+    """2048 -> '2k', 65536 -> '64k', 1048576 -> '1M', 3000 -> '3000': exact or not shortened."""
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if number and number % size == 0:
+            return f"{number // size}{unit}"
+    return str(number)
