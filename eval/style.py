@@ -59,7 +59,7 @@ def line(index: int) -> str:
 
 
 def token_axis(ax: Axes, label: str, scale: str = "log") -> None:
-    """Make x a number of tokens, ticked in powers of two ("log") or their multiples ("linear"). Call it after plotting."""
+    """Make x a number of tokens, with ticks at powers of two ("log") or even steps ("linear"). Call after plotting."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
     if scale == "log":

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D model width, H query heads, G key/value heads, K ke
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,19 @@ class SequenceMixer(nn.Module):
         """Forward FLOPs a token of the mixing itself (no projections), mean over a sequence of `context` tokens."""
         raise NotImplementedError
 
+    @property
+    def capacity(self) -> int | None:
+        """Entries its dictionary holds at most, if no parameter depends on that number; None without such a one."""
+        return None
+
+    def set_capacity(self, num_centroids: int) -> None:
+        """Another capacity, for sequences that begin after the call.
+
+        Raises:
+            ValueError: a capacity that cannot be, or a mixer whose `capacity` is None.
+        """
+        raise ValueError(f"{type(self).__name__} has no dictionary whose capacity could be changed")
+
     def init_weights(self, std: float) -> None:
         """Initialise the parameters. Output projections are scaled by 1/sqrt(2 num_layers), as in GPT-2."""
         for name, module in self.named_modules():
@@ -80,6 +95,29 @@ class SequenceMixer(nn.Module):
                 nn.init.normal_(module.weight, std=scaled)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+@contextmanager
+def other_capacity(mixers: Sequence[SequenceMixer], num_centroids: int | None) -> Iterator[None]:
+    """The dictionaries of all `mixers` at another capacity, within the `with` only. None: as they are.
+
+    Raises:
+        ValueError: none of the mixers has a dictionary, or the capacity cannot be.
+    """
+    if num_centroids is None:
+        yield
+        return
+    held = {mixer: capacity for mixer in mixers if (capacity := mixer.capacity) is not None}
+    if not held:
+        names = ", ".join(dict.fromkeys(type(mixer).__name__ for mixer in mixers))
+        raise ValueError(f"no layer has a dictionary whose capacity could be changed (layers: {names})")
+    try:
+        for mixer in held:
+            mixer.set_capacity(num_centroids)
+        yield
+    finally:
+        for mixer, capacity in held.items():
+            mixer.set_capacity(capacity)
 
 
 def detach_state(state: Any) -> Any:

@@ -80,12 +80,21 @@ class MemoryLayer(AttentionLayer):
     ) -> None:
         super().__init__(shape, qk_norm=True)
         name = type(self).__name__
-        if num_centroids < 1 or chunk_size < 1:
-            raise ValueError(f"num_centroids={num_centroids} and chunk_size={chunk_size} of {name} must be at least 1")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size} of {name} must be at least 1")
         if backend not in ("auto", "reference", "torch"):
             raise ValueError(f"backend={backend} of {name} is not a legal value; legal: auto, reference, torch")
-        self.num_centroids, self.chunk_size = num_centroids, chunk_size
-        self.beta_init, self.backend = beta_init, backend
+        self.set_capacity(num_centroids)
+        self.chunk_size, self.beta_init, self.backend = chunk_size, beta_init, backend
+
+    @property
+    def capacity(self) -> int:
+        return self.num_centroids
+
+    def set_capacity(self, num_centroids: int) -> None:
+        if num_centroids < 1:
+            raise ValueError(f"num_centroids={num_centroids} of {type(self).__name__} must be at least 1")
+        self.num_centroids = num_centroids
 
     def empty(self, k_BTGK: Tensor) -> Memory:
         """The memory before the first chunk."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,14 @@ class OVQ(AttentionLayer):
             "backend": backend,
         }
         self.spec = OVQSpec(**{key: value for key, value in self.settings.items() if key != "backend"})
+
+    @property
+    def capacity(self) -> int:
+        return self.spec.num_centroids
+
+    def set_capacity(self, num_centroids: int) -> None:
+        self.spec = dataclasses.replace(self.spec, num_centroids=num_centroids)  # refuses what cannot be
+        self.settings = {**self.settings, "num_centroids": num_centroids}
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
