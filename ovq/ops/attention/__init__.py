@@ -1,0 +1,64 @@
+"""Causal softmax attention to every token before (arXiv 1706.03762, eq. 1)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ovq.ops import fla
+from ovq.ops.attention import flex, reference
+from ovq.ops.attention import torch as sdpa
+
+__all__ = ["full_attention"]
+
+BACKENDS = ("auto", "reference", "torch", "flex")
+
+
+def full_attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q.k / sqrt(K)) applied to the values; query t stands at key position S - T + t and sees none after it.
+
+    Args:
+        q_BTHK: [B, T, H, K].
+        k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried ones.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without carried keys.
+        backend: auto | reference | torch | flex. auto: torch's scaled_dot_product_attention, and FlexAttention for
+            packed documents on CUDA.
+
+    Returns:
+        o [B, T, H, V] in q's dtype.
+
+    Raises:
+        ValueError: an illegal backend or shape, or cu_seqlens with carried keys or B > 1.
+    """
+    check(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, backend, "full_attention")
+    if flex.takes(backend, q_BTHK, v_BSGV, wanted=cu_seqlens is not None):
+        return flex.forward(q_BTHK, k_BSGK, v_BSGV, None, cu_seqlens, strict=backend == "flex")
+    forward = reference.forward if backend == "reference" else sdpa.forward
+    if cu_seqlens is None:
+        return forward(q_BTHK, k_BSGK, v_BSGV)
+    return fla.each_document(forward, cu_seqlens, (q_BTHK, k_BSGK, v_BSGV))
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: str, op: str) -> None:
+    """What full and sliding-window attention ask of their inputs.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(BACKENDS)}")
+    T, S = q.shape[1], k.shape[1]
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{op} got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: shapes do not match")
+    if S < T:
+        raise ValueError(f"{op} needs a key for every query, got {T} queries and {S} keys")
+    if cu_seqlens is not None and S != T:
+        raise ValueError("state and cu_seqlens exclude each other: a carried state belongs to one document")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a batch of 1 with the documents one after the other, got {q.shape[0]}")

@@ -1,0 +1,53 @@
+"""Cross-entropy of a linear head whose logits are never held whole."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ovq.ops.cross_entropy import reference
+from ovq.ops.cross_entropy import torch as chunked
+
+__all__ = ["chunked_cross_entropy"]
+
+
+def chunked_cross_entropy(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    chunk: int = 2048,
+    z_loss: float = 0.0,
+    reduction: str = "sum",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """-log softmax(weight x)[target], in nats, and z_loss * logsumexp(weight x)^2 (PaLM, arXiv 2204.02311, sec. 5).
+
+    Args:
+        x_ND: [N, D].
+        weight_VD: [V, D], of x's dtype.
+        targets_N: int64 [N]; -100 where there is no label: such a token has no loss.
+        chunk: tokens whose logits [chunk, V] are held at once.
+        z_loss: weight of the second term.
+        reduction: "sum" over labelled tokens, or "none" for the loss of each token [N], 0 without a label.
+        backend: auto | reference | torch.
+
+    Returns:
+        (loss, the z term summed over labelled tokens; None with z_loss = 0), in float32, float64 for float64 inputs.
+        Both are differentiable in x and weight.
+
+    Raises:
+        ValueError: an illegal setting, or shapes or dtypes that do not match.
+    """
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction={reduction} of chunked_cross_entropy is not a legal value; legal: sum, none")
+    if backend not in ("auto", "reference", "torch"):
+        raise ValueError(f"backend={backend} of chunked_cross_entropy is not legal; legal: auto, reference, torch")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} of chunked_cross_entropy must be at least 1")
+    if x_ND.shape[0] != targets_N.shape[0] or x_ND.shape[1] != weight_VD.shape[1] or x_ND.dtype != weight_VD.dtype:
+        raise ValueError(
+            f"chunked_cross_entropy got x {tuple(x_ND.shape)} {x_ND.dtype}, weight {tuple(weight_VD.shape)} "
+            f"{weight_VD.dtype} and {targets_N.shape[0]} targets, which do not match"
+        )
+    forward = reference.forward if backend == "reference" else chunked.forward
+    return forward(x_ND, weight_VD, targets_N, chunk, z_loss, reduction)

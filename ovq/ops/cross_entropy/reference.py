@@ -1,0 +1,25 @@
+"""Cross-entropy with all logits at once: the definition.
+
+Shapes: N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovq.ops.fla import work_dtype
+
+IGNORE = -100
+
+
+def forward(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_loss: float, reduction: str
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk` changes nothing here."""
+    logits_NV = F.linear(x_ND, weight_VD).to(work_dtype(x_ND))
+    loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction=reduction)
+    if not z_loss:
+        return loss, None
+    valid_N = targets_N != IGNORE
+    return loss, z_loss * (logits_NV.logsumexp(-1).square() * valid_N).sum()

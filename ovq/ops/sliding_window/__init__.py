@@ -1,0 +1,51 @@
+"""Causal softmax attention to the last `window` tokens (Longformer, arXiv 2004.05150, sec. 3.1)."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from ovq.ops import fla
+from ovq.ops.attention import check, flex
+from ovq.ops.sliding_window import reference
+from ovq.ops.sliding_window import torch as banded
+
+__all__ = ["sliding_window_attention"]
+
+
+def sliding_window_attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    *,
+    window: int,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q.k / sqrt(K)) applied to the values; query t stands at key position S - T + t and sees itself and the
+    window - 1 keys before it.
+
+    Args:
+        q_BTHK: [B, T, H, K].
+        k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried ones, of which
+            window - 1 are enough.
+        window: number of keys attended to, at least 1.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without carried keys.
+        backend: auto | reference | torch | flex. auto: FlexAttention on CUDA where it can run, else torch.
+
+    Returns:
+        o [B, T, H, V] in q's dtype.
+
+    Raises:
+        ValueError: an illegal backend, window or shape, or cu_seqlens with carried keys or B > 1.
+    """
+    check(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, backend, "sliding_window_attention")
+    if window < 1:
+        raise ValueError(f"window={window} of sliding_window_attention must be at least 1")
+    if flex.takes(backend, q_BTHK, v_BSGV, wanted=True):
+        return flex.forward(q_BTHK, k_BSGK, v_BSGV, window, cu_seqlens, strict=backend == "flex")
+    forward = functools.partial(reference.forward if backend == "reference" else banded.forward, window=window)
+    if cu_seqlens is None:
+        return forward(q_BTHK, k_BSGK, v_BSGV)
+    return fla.each_document(forward, cu_seqlens, (q_BTHK, k_BSGK, v_BSGV))
