@@ -18,7 +18,7 @@ from ovq.config import compose
 from ovq.mixers.base import MixerShape
 from ovq.mixers.gated_deltanet import GatedDeltaNet
 from ovq.mixers.mamba2 import Mamba2
-from ovq.mixers.memory_rules import FIFO, KVM, LearnedCompression, Reservoir, position_hash
+from ovq.mixers.memory_rules import FIFO, KVM, LearnedCompression, Reservoir
 from ovq.mixers.mesa_net import MesaNet
 from ovq.mixers.short_conv import ShortConv
 from ovq.mixers.vq import VQ
@@ -28,6 +28,7 @@ from ovq.ops.gated_delta_rule import gated_delta_rule
 from ovq.ops.linear_attention import linear_attention
 from ovq.ops.memory_attention import memory_attention
 from ovq.ops.mesa import mesa
+from ovq.ops.position_hash import position_hash
 from ovq.ops.simple_gla import simple_gla
 from ovq.ops.vq_attention import assign, vq_attention
 from tests.helpers import MODELS, relative_error

@@ -24,6 +24,7 @@ from ovq.mixers.base import MixerShape
 from ovq.mixers.recurrent import inverse_temperature
 from ovq.ops.fla import each_document, work_dtype
 from ovq.ops.memory_attention import memory_attention
+from ovq.ops.position_hash import position_hash
 
 
 @dataclass
@@ -351,12 +352,3 @@ class KVM(MemoryLayer):
         attention = super().mixing_flops(context)
         own = 4 * self.shape.num_heads * self.shape.head_dim * (min(self.chunk_size, context) + 1) / 2
         return attention + (attention - own) / 2 * self.shape.num_kv_heads / self.shape.num_heads
-
-
-def position_hash(seed: int, position: Tensor) -> Tensor:
-    """A 32-bit hash (lowbias32, Wellons 2018) of seed and position, as int64 in 0 .. 2^32 - 1."""
-    mask = 0xFFFFFFFF
-    x = (position + (seed * 0x9E3779B9 & mask)) & mask
-    x = ((x ^ x >> 16) * 0x7FEB352D) & mask
-    x = ((x ^ x >> 15) * 0x846CA68B) & mask
-    return x ^ x >> 16

@@ -1,0 +1,137 @@
+"""What an OVQ dictionary is: its settings, its size after t tokens, and what is carried from piece to piece.
+
+Shapes: B batch, G key/value heads, N capacity in centroids, L chunk, K key width, V value width, r pending tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ovq.ops.position_hash import position_hash
+
+CHOICES = {
+    "growth": ("plateau", "linear"),
+    "seeding": ("spread", "random"),
+    "first_chunk": ("merge", "nearest"),
+    "assign_on": ("key", "key_value"),
+}
+
+
+@dataclass(frozen=True)
+class OVQSpec:
+    """The settings of a dictionary (arXiv 2602.03922, eqs. 15-19; "similarity" below is k.mu^k unless said otherwise).
+
+    Args:
+        num_centroids: capacity N.
+        chunk_size: tokens L a chunk. The dictionary changes once a chunk, after its last token.
+        growth: "plateau": n(t) = t N / (t + N) centroids after t tokens; "linear": n(t) = N min(1, t / growth_tokens).
+        growth_tokens: where linear growth ends; only linear growth reads it.
+        seeding: which keys of a chunk found new centroids. "spread": those whose best similarity is lowest; "random":
+            those with the lowest hash of (seed, position). They are numbered in their order in the text.
+        seed: of random seeding.
+        step: "count": centroids are running means; a constant eta in (0, 1]: the m keys of a chunk that go to one
+            centroid move it to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys). Counts go on counting either way.
+        first_chunk: the empty dictionary: the first key is centroid 0 and similarity is that to it. Keys of this chunk
+            that found no centroid go to centroid 0 ("merge") or to the founding key with the largest product
+            ("nearest").
+        assign_on: "key": to the centroid of highest k.mu^k; "key_value": of lowest |k - mu^k|^2 + |v - mu^v|^2, which
+            negated is then the similarity of spread seeding.
+
+    Raises:
+        ValueError: a setting outside its legal values.
+    """
+
+    num_centroids: int
+    chunk_size: int = 128
+    growth: str = "plateau"
+    growth_tokens: int | None = None
+    seeding: str = "spread"
+    seed: int = 0
+    step: str | float = "count"
+    first_chunk: str = "merge"
+    assign_on: str = "key"
+
+    def __post_init__(self) -> None:
+        for name in ("num_centroids", "chunk_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value} must be a whole number of at least 1")
+        for name, legal in CHOICES.items():
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name}={getattr(self, name)} is not a legal value; legal: {', '.join(legal)}")
+        if self.growth_tokens is not None and (not isinstance(self.growth_tokens, int) or self.growth_tokens < 1):
+            raise ValueError(f"growth_tokens={self.growth_tokens} must be a whole number of at least 1")
+        if self.growth == "linear" and self.growth_tokens is None:
+            raise ValueError("growth=linear needs growth_tokens (say, the training context), which is not set")
+        number = isinstance(self.step, (int, float)) and not isinstance(self.step, bool)
+        if self.step != "count" and not (number and 0 < self.step <= 1):  # type: ignore[operator]
+            raise ValueError(f"step={self.step} is not a legal value; legal: count, or a number in (0, 1]")
+
+    @property
+    def rate(self) -> float | None:
+        """The constant learning rate, None for running means."""
+        return None if self.step == "count" else float(self.step)
+
+    def size_at(self, tokens: int) -> int:
+        """Centroids held once all whole chunks of the first `tokens` tokens are committed (eq. 17).
+
+        At least 1, at most one a token, whatever the growth: a chunk has no more keys than may found centroids.
+        """
+        t, N = tokens - tokens % self.chunk_size, self.num_centroids
+        if t == 0:
+            return 0
+        allowed = t * N // (t + N) if self.growth == "plateau" else min(N, t * N // (self.growth_tokens or 1))
+        return min(max(allowed, 1), t)
+
+    def hash_order(self, start: int, device: torch.device) -> Tensor:
+        """int64 [L]: the places in the chunk that begins at token `start`, in the order of random seeding."""
+        position = torch.arange(start, start + self.chunk_size, device=device)
+        return position_hash(self.seed, position).argsort(stable=True)
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """What backends read and return: the dictionary after `position` tokens, a multiple of the chunk size.
+
+    key_sum [B, G, N, K], value_sum [B, G, N, V] and count [B, G, N] in float32 (float64 for float64 inputs); centroid n
+    is key_sum / count and value_sum / count. The first `size` centroids are in use, in every head; the rest are zeros.
+    """
+
+    key_sum: Tensor
+    value_sum: Tensor
+    count: Tensor
+    size: int
+    position: int
+
+
+@dataclass
+class OVQState:
+    """The dictionary, the keys and values [B, r, G, ...] of the unfinished chunk, and the number of tokens so far.
+
+    Constant in size but for the pending tokens, r = position % chunk_size. No gradient flows through it.
+    """
+
+    key_sum: Tensor
+    value_sum: Tensor
+    count: Tensor
+    pending_key: Tensor
+    pending_value: Tensor
+    size: int
+    position: int
+
+    def dictionary(self) -> Dictionary:
+        """The dictionary alone, at the start of the unfinished chunk."""
+        start = self.position - self.pending_key.shape[1]
+        return Dictionary(self.key_sum, self.value_sum, self.count, self.size, start)
+
+
+pytree.register_pytree_node(
+    OVQState,
+    lambda s: ([s.key_sum, s.value_sum, s.count, s.pending_key, s.pending_value], (s.size, s.position)),
+    lambda leaves, context: OVQState(*[*leaves, *context]),
+    serialized_type_name="ovq.OVQState",
+)
