@@ -14,7 +14,8 @@ T = 45  # odd: several chunks of 8, a partial one, several windows of 7
 
 
 def make(name: str, *, kv_heads: int = 2, seed: int = 0) -> SequenceMixer:
-    cfg = compose(["model=sw_ovq", *TINY, f"+model/mixer@model.mixers.{name}={name}", f"model.pattern=[{name}]"])
+    extra = [] if name in ("sliding_window", "ovq") else [f"+model/mixer@model.mixers.{name}={name}"]
+    cfg = compose(["model=sw_ovq", *TINY, *extra, f"model.pattern=[{name}]"])
     cfg.model.num_kv_heads = kv_heads
     for key, value in SMALL_MIXER.get(name, {}).items():
         assert key in cfg.model.mixers[name], f"tests/helpers.py names {name}.{key}, which is no setting of it"

@@ -91,15 +91,16 @@ def ovq_attention(
         _check_packed(q, cu_seqlens, state, return_state)
         if hasattr(chosen, "forward_packed"):
             return chosen.forward_packed(q, k, v, beta, spec, cu_seqlens), None
-        return each_document(lambda *x: _run(chosen, *x, beta, spec, None)[0], _bounds(cu_seqlens, q), (q, k, v)), None
+        alone = functools.partial(_run, chosen, beta=beta, spec=spec)
+        return each_document(lambda *qkv: alone(*qkv)[0], _bounds(cu_seqlens, q), (q, k, v)), None
     if state is not None:
         _check_state(state, q, k, v, spec)
-    o, new_state = _run(chosen, q, k, v, beta, spec, state)
+    o, new_state = _run(chosen, q, k, v, beta=beta, spec=spec, state=state)
     return o, new_state if return_state else None
 
 
 def _run(
-    backend: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, spec: OVQSpec, state: OVQState | None
+    backend: Any, q: Tensor, k: Tensor, v: Tensor, *, beta: Tensor, spec: OVQSpec, state: OVQState | None = None
 ) -> tuple[Tensor, OVQState]:
     """One document, or a piece of one: outputs, and the state after the last token."""
     if state is None:
