@@ -30,6 +30,7 @@ from ovq.config import ConfigError
 
 T = TypeVar("T")
 FIRST_STEP_TIMEOUT_S = 1800  # compiling kernels and resolving data may differ by minutes between processes
+BACKGROUND_TIMEOUT_S = 6 * 3600  # writing a checkpoint: a shared disk may be slow, and training goes on meanwhile
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def init(trainer: Any) -> World:
         torch.cuda.set_device(device)
     if size > 1 or precision == "bf16":  # FSDP is also what gives a lone device bf16 compute on float32 parameters
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if kind == "cuda" else "cpu:gloo",
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s)),
             **({} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),  # type: ignore[arg-type]
         )
@@ -87,10 +88,23 @@ def lower_timeout(seconds: int) -> None:
 
     Called after the first step of this process, when nothing slow (compiling, finding data) is left.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+    if distributed():
+        gather_objects(None)  # a process still in its first step must not be given up by one that is not
         for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+            if group not in _BACKGROUND:
+                dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """A gloo group of all processes for a thread of its own, patient enough for slow disks; None for a lone process."""
+    if not distributed():
+        return None
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=BACKGROUND_TIMEOUT_S))
+    _BACKGROUND.append(group)
+    return group
+
+
+_BACKGROUND: list[dist.ProcessGroup] = []
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -103,34 +117,82 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def rng_state() -> dict[str, Any]:
+    """The states of this process's random-number generators, as plain values and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, cached),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 # --- agreeing across ranks -------------------------------------------------------------------------------------------
 
 
-def _alone() -> bool:
-    return not dist.is_initialized() or dist.get_world_size() == 1
+def distributed() -> bool:
+    """Whether there are other processes."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def broadcast_object(value: T) -> T:
+def rank() -> int:
+    return dist.get_rank() if distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if distributed() else 1
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """`compute()` of rank 0, its result or its error, on every rank."""
+    if not distributed():
+        return compute()
+    outcome: Any = None
+    if rank() == 0:
+        try:
+            outcome = (True, compute())
+        except Exception as error:  # the others must not wait for a rank that has given up
+            outcome = (False, error)
+    good, value = broadcast_object(outcome)
+    if not good:
+        raise value
+    return value
+
+
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
     """Rank 0's object, on every rank."""
-    if _alone():
+    if not distributed():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
     return box[0]
 
 
-def gather_objects(value: T) -> list[T]:
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's object, in the order of ranks, on every rank."""
-    if _alone():
+    if not distributed():
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=group)
     return box
 
 
 def sum_integers(values: list[int]) -> list[int]:
     """Sums over ranks of small lists of integers (each below 2^47), on the CPU: no GPU is made to wait."""
-    if _alone():
+    if not distributed():
         return values
     total = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(total)
@@ -144,7 +206,7 @@ def any_flag(flag: bool) -> bool:
 
 def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over ranks in place, in the order of the device's stream (no host wait)."""
-    if not _alone():
+    if distributed():
         dist.all_reduce(tensor)
     return tensor
 
