@@ -1,0 +1,209 @@
+"""The call `ovq_attention`: it checks the arguments, chooses the backend, joins pending tokens with new ones, and builds
+the next state.
+
+A backend is a module beside this one with
+
+    forward(q_BTHK, k_BSGK, v_BSGV, beta_H, spec, dictionary, assignment=None) -> (o_BTHV, dictionary, assignment_BGS)
+
+for S >= T tokens that begin at `dictionary.position`, the queries being of the last T; assignment int32, -1 in an
+unfinished last chunk. Passing `assignment` forces it, which is how backends are compared. It may also have
+
+    forward_packed(q_1THK, k_1TGK, v_1TGV, beta_H, spec, cu_seqlens) -> o_1THV
+    unsupported(q_BTHK, k_BSGK, v_BSGV, spec) -> str | None      one line that says what it cannot do, and why
+
+Shapes: B batch, T tokens, S pending + new tokens, H query heads, G key/value heads, N centroids, K and V widths.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovq.ops.fla import each_document, work_dtype
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+
+
+def ovq_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    num_centroids: int,
+    chunk_size: int = 128,
+    growth: str = "plateau",
+    growth_tokens: int | None = None,
+    seeding: str = "spread",
+    seed: int = 0,
+    step: str | float = "count",
+    first_chunk: str = "merge",
+    assign_on: str = "key",
+    cu_seqlens: Tensor | None = None,
+    state: OVQState | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, OVQState | None]:
+    """softmax(beta q.[mu^k, k_chunk] + [log count, 0]) [mu^v, v_chunk], the dictionary mu being that before the chunk.
+
+    Differentiable in q, k, v and beta. Assignments and counts carry no gradient, and none flows through a carried state
+    (a piece learns from its own tokens: truncated backpropagation).
+
+    Args:
+        q: [B, T, H, K], used as given: the layer normalises queries and keys.
+        k, v: [B, T, G, K] and [B, T, G, V]; H is a multiple of G, heads of a group share one dictionary.
+        beta: [H], multiplies q.k; there is no other scale.
+        num_centroids ... assign_on: see `OVQSpec`.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state. The
+            dictionary begins anew, and chunks are counted anew, at each.
+        state: what an earlier call with the same settings returned; None at the start. Not modified.
+        return_state: also return the state after the last token.
+        backend: reference (the definition, slow) | torch (any device) | triton (GPU) | auto (triton where it can run).
+
+    Returns:
+        o [B, T, H, V] in q's dtype, and the state (None unless return_state).
+
+    Raises:
+        ValueError: a setting or shape that does not fit, or a backend that cannot do what is asked.
+    """
+    spec = OVQSpec(
+        num_centroids=num_centroids,
+        chunk_size=chunk_size,
+        growth=growth,
+        growth_tokens=growth_tokens,
+        seeding=seeding,
+        seed=seed,
+        step=step,
+        first_chunk=first_chunk,
+        assign_on=assign_on,
+    )
+    _check_shapes(q, k, v, beta)
+    chosen = _choose(backend, q, k, v, spec)
+    if cu_seqlens is not None:
+        _check_packed(q, cu_seqlens, state, return_state)
+        if hasattr(chosen, "forward_packed"):
+            return chosen.forward_packed(q, k, v, beta, spec, cu_seqlens), None
+        alone = functools.partial(_run, chosen, beta=beta, spec=spec)
+        return each_document(lambda *qkv: alone(*qkv)[0], _bounds(cu_seqlens, q), (q, k, v)), None
+    if state is not None:
+        _check_state(state, q, k, v, spec)
+    o, new_state = _run(chosen, q, k, v, beta=beta, spec=spec, state=state)
+    return o, new_state if return_state else None
+
+
+def _run(
+    backend: Any, q: Tensor, k: Tensor, v: Tensor, *, beta: Tensor, spec: OVQSpec, state: OVQState | None = None
+) -> tuple[Tensor, OVQState]:
+    """One document, or a piece of one: outputs, and the state after the last token."""
+    if state is None:
+        dictionary = _empty(k, v, spec)
+    else:
+        dictionary = state.dictionary()
+        k = torch.cat([state.pending_key.detach(), k], dim=1)
+        v = torch.cat([state.pending_value.detach(), v], dim=1)
+    o, new, _ = backend.forward(q, k, v, beta, spec, dictionary)
+    end = dictionary.position + k.shape[1]
+    pending = slice(k.shape[1] - end % spec.chunk_size, None)
+    # Cloned: a view would keep the whole piece's keys alive.
+    kept_k, kept_v = k.detach()[:, pending].clone(), v.detach()[:, pending].clone()
+    return o, OVQState(new.key_sum.detach(), new.value_sum.detach(), new.count.detach(), kept_k, kept_v, new.size, end)
+
+
+def _empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
+    B, _, G, K = k.shape
+    N, work = spec.num_centroids, work_dtype(k)
+    zeros = functools.partial(torch.zeros, dtype=work, device=k.device)
+    return Dictionary(zeros(B, G, N, K), zeros(B, G, N, v.shape[3]), zeros(B, G, N), 0, 0)
+
+
+def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any:
+    """The module that does the work."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend} of ovq_attention is not a legal value; legal: {', '.join(BACKENDS)}")
+    if backend == "auto":
+        fits = q.is_cuda and _has_triton() and not _unsupported(_module("triton"), q, k, v, spec)
+        return _module("triton" if fits else "torch")
+    if backend == "triton" and not _has_triton():
+        raise ValueError("backend=triton of ovq_attention needs the triton package; use backend=torch")
+    chosen = _module(backend)
+    if reason := _unsupported(chosen, q, k, v, spec):
+        raise ValueError(f"backend={backend} of ovq_attention: {reason}; use backend=torch")
+    return chosen
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", f"{__package__}.triton"))
+
+
+def _unsupported(module: Any, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
+    return module.unsupported(q, k, v, spec) if hasattr(module, "unsupported") else None
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k and v must be [B, T, heads, width], got {_shape(q)}, {_shape(k)}, {_shape(v)}")
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {_shape(q)}, k {_shape(k)} and v {_shape(v)} must agree in batch and tokens, k and v in heads, "
+            "q and k in width"
+        )
+    if k.shape[1] == 0:
+        raise ValueError("ovq_attention needs at least one token, got none")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads")
+    if beta.shape != q.shape[2:3]:
+        raise ValueError(f"beta must be one number a query head, [{q.shape[2]}], got {_shape(beta)}")
+    if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (q.device == k.device == v.device == beta.device):
+        raise ValueError(
+            f"q, k, v and beta must be on one device, got {q.device}, {k.device}, {v.device}, {beta.device}"
+        )
+
+
+def _check_packed(q: Tensor, cu_seqlens: Tensor, state: OVQState | None, return_state: bool) -> None:
+    if state is not None or return_state:
+        raise ValueError("cu_seqlens excludes state and return_state: a carried state belongs to one document")
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a batch of 1 with the documents one after the other, got {q.shape[0]}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 [documents + 1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}")
+
+
+def _bounds(cu_seqlens: Tensor, q: Tensor) -> Tensor:
+    """cu_seqlens, once its values are known to be bounds of these tokens."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[1] or sorted(bounds) != bounds:
+        raise ValueError(f"cu_seqlens must rise from 0 to the {q.shape[1]} tokens, got {bounds}")
+    return cu_seqlens
+
+
+def _check_state(state: OVQState, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> None:
+    """A state is of this batch, these heads and these settings, or it is refused."""
+    B, _, G, K = k.shape
+    want, got = [B, G, spec.num_centroids, K, v.shape[3]], [*state.key_sum.shape, state.value_sum.shape[-1]]
+    if want != got:
+        raise ValueError(f"state is of [batch, heads, num_centroids, K, V] = {got}, this call of {want}")
+    if state.size != spec.size_at(state.position) or state.pending_key.shape[1] != state.position % spec.chunk_size:
+        raise ValueError(
+            f"state holds {state.size} centroids and {state.pending_key.shape[1]} pending tokens after "
+            f"{state.position}, these settings {spec.size_at(state.position)} and "
+            f"{state.position % spec.chunk_size}: it was made with another chunk_size or growth"
+        )
+    if state.pending_key.dtype != q.dtype:
+        raise ValueError(f"state was made with {state.pending_key.dtype}, this call has {q.dtype}")
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
