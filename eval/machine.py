@@ -1,38 +1,56 @@
-"""What a measurement was made on, for the JSON beside it."""
+"""What a measurement was taken on, and how much memory it took: written beside every figure of a benchmark."""
 
 from __future__ import annotations
 
 import datetime
-import os
 import platform
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def describe() -> dict[str, Any]:
-    """Processor, cores this process may use, threads, memory, GPU and versions; and the time, in UTC."""
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, accelerator, memory, versions, threads, date and command line, ready for JSON."""
     import psutil
-    import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    described: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command_line(),
+        "processor": processor_name(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": gpu,
-        "system": f"{platform.system()} {platform.machine()}",
+        "load_1min": round(psutil.getloadavg()[0], 2),  # of other work: a busy machine times badly
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
+        "torch": torch.__version__,
     }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        described["accelerator"] = properties.name
+        described["accelerator_memory_gib"] = round(properties.total_memory / 2**30, 1)
+    return described
 
 
-def _processor() -> str:
-    """The processor's name as Linux tells it, else what Python knows."""
-    facts = Path("/proc/cpuinfo")
-    if facts.exists():
-        for row in facts.read_text().splitlines():
-            if row.startswith("model name"):
-                return " ".join(row.partition(":")[2].split())
-    return platform.processor() or "unknown"
+def command_line() -> str:
+    """The command that runs, as one would type it: `python -m eval.bench_ops key=value`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name}" if spec else sys.argv[0]
+    return " ".join(["python", program, *sys.argv[1:]])
+
+
+def processor_name() -> str:
+    """The processor's name, and where the system tells only a family, that."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_rss() -> int:
+    """The most memory this process has had resident so far, in bytes; it never falls, so measure in a fresh process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
