@@ -15,8 +15,11 @@ import sysconfig
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from data.corpus import Text, decode_utf8
+import numpy as np
+
+from data.corpus import Text, decode_utf8, fingerprint_of
 from ovq.config import ConfigError
 
 _LONG = 72 * 1024  # bytes after which a document is closed
@@ -44,9 +47,12 @@ class BuiltinCorpus:
     def __len__(self) -> int:
         return len(self._documents)
 
-    @property
-    def identity(self) -> list[str]:
-        return [f"{title}:{hashlib.sha256(text.encode()).hexdigest()}" for title, text in self._documents]
+    def sizes(self) -> np.ndarray:
+        return np.array([len(text) for _, text in self._documents], np.int64)
+
+    def fingerprint(self) -> dict[str, Any]:
+        identity = [f"{title}:{hashlib.sha256(text.encode()).hexdigest()}" for title, text in self._documents]
+        return fingerprint_of("builtin", identity, len(self))
 
     def __getstate__(self) -> dict[str, str]:
         return {"split": self.split}  # a worker reads the library itself

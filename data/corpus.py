@@ -2,17 +2,19 @@
 
 A `Corpus` gives the text of document i; `Tokens` gives it tokenised. Nothing here knows about ranks or order. Parquet
 is read batch by batch within a row group with only the needed columns, so that memory is bounded by a few pages and a
-document, not by a row group (PG19's are over 100 MB); a document deep in a row group costs decompressing what stands
-before it.
+document, not by a row group (PG19's are over 100 MB). Its disadvantage: a document deep in a row group costs
+decompressing what stands before it, unless documents are read in file order. Files are read through
+pyarrow itself and not through `datasets`, whose streaming holds whole row groups and cannot go to document i.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,11 +26,12 @@ from ovq.config import DataConfig
 
 _READ_BYTES = 1 << 20  # of compressed column data read, and of text decoded, at a time
 _OPEN_FILES = 8
+FLAGS = ("bad_utf8", "unreadable_documents", "untitled_documents")  # what can be out of order with a document
 
 
 @dataclass
 class Text:
-    """A document as read. `flags` counts what was out of order: bad_utf8, unreadable_documents, untitled_documents."""
+    """A document as read. `flags` counts what was out of order, by the names in FLAGS."""
 
     text: str
     title: str
@@ -53,9 +56,12 @@ class Corpus(Protocol):
 
     def read(self, index: int) -> Text: ...
 
-    @property
-    def identity(self) -> list[str]:
-        """One string a shard, of name, size and content hash: equal lists hold equal documents in equal order."""
+    def sizes(self) -> np.ndarray:
+        """About how many bytes each document has, int64, without reading any."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the documents are: corpora with equal fingerprints hold equal documents in equal order."""
         ...
 
     @property
@@ -68,6 +74,12 @@ class Tokens(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> TokenisedDocument: ...
+
+
+def fingerprint_of(kind: str, identity: list[str], documents: int, **more: Any) -> dict[str, Any]:
+    """A corpus' fingerprint from one string a shard (name, size and content hash)."""
+    files = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return {"kind": kind, "files": files, "shards": len(identity), "documents": documents, **more}
 
 
 class TokenisedCorpus:
@@ -88,6 +100,17 @@ class TokenisedCorpus:
         )
 
 
+@dataclass
+class _Ahead:
+    """A reader inside a row group of an open file, and the batch it gave last."""
+
+    reader: Any
+    group: int
+    batches: Iterator[Any]
+    number: int = -1
+    batch: Any = None
+
+
 class ShardCorpus:
     """Documents of Parquet, JSON-lines or plain-text shards (one text file is one document)."""
 
@@ -104,26 +127,34 @@ class ShardCorpus:
         sizes = [shards[s].rows[g] if shards[s].lines is None else shards[s].documents for s, g in self._units]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._open: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._ahead: _Ahead | None = None
         self.documents_decoded = 0  # including those passed over on the way to the one asked for
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @property
-    def identity(self) -> list[str]:
-        return [f"{shard.file.name}:{shard.file.size}:{shard.digest}" for shard in self.shards]
+    def sizes(self) -> np.ndarray:
+        parts = [np.empty(0, np.int64)]
+        for shard in self.shards:
+            if shard.lines is not None:
+                parts.append(np.diff(shard.lines, append=shard.file.size))
+            else:
+                parts.append(np.repeat([b // max(1, n) for b, n in zip(shard.row_bytes, shard.rows)], shard.rows))
+        return np.concatenate(parts).astype(np.int64)
 
-    @property
-    def commit(self) -> str | None:
-        """The hub commit that the files come from, if they do."""
-        return next((shard.file.commit for shard in self.shards if shard.file.commit), None)
+    def fingerprint(self) -> dict[str, Any]:
+        identity = [f"{shard.file.name}:{shard.file.size}:{shard.digest}" for shard in self.shards]
+        field_ = None if self.kind == "text" else self.text_field
+        # The hub commit that the files come from, if they do.
+        commit = next((shard.file.commit for shard in self.shards if shard.file.commit), None)
+        return fingerprint_of(self.kind, identity, len(self), text_field=field_, commit=commit)
 
     @property
     def bad_shards(self) -> int:
         return self._bad_shards
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_ahead": None}
 
     def read(self, index: int) -> Text:
         """Document `index` in 0..len-1.
@@ -153,18 +184,31 @@ class ShardCorpus:
         return Text(text, title or fallback, flags)
 
     def _parquet(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
-        shard, reader = self.shards[s], self._reader(s)
-        columns = [self.text_field, *([self.title_field] if self.title_field else [])]
+        shard = self.shards[s]
         size = max(1, min(1024, _READ_BYTES * shard.rows[group] // max(1, shard.row_bytes[group])))
-        # Without threads: decoding ahead would hold more than the batch, and workers are the parallelism here.
-        batches = reader.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
-        batch = next(itertools.islice(batches, row // size, None))
-        self.documents_decoded += row // size * size + batch.num_rows
+        batch = self._batch(s, group, row // size, size)
         text = batch.column(self.text_field)[row % size]
         title = batch.column(self.title_field)[row % size] if self.title_field else None
         # as_py would raise on bad UTF-8, which is ours to replace and count.
         raw = text.as_buffer().to_pybytes() if text.is_valid else b""
         return raw, str(title.as_py()) if title is not None and title.is_valid else None, 0
+
+    def _batch(self, s: int, group: int, wanted: int, size: int) -> Any:
+        """Batch number `wanted` of a row group; goes on from the batch before it if that was read last."""
+        reader, ahead = self._reader(s), self._ahead
+        self._ahead = None  # a reader that raised is of no more use
+        if ahead is None or ahead.reader is not reader or ahead.group != group or ahead.number > wanted:
+            columns = [self.text_field, *([self.title_field] if self.title_field else [])]
+            # Without threads: decoding ahead would hold more than the batch, and workers are the parallelism here.
+            batches = reader.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
+            ahead = _Ahead(reader, group, batches)
+        while ahead.number < wanted:
+            ahead.batch = None  # never two at once
+            ahead.batch = next(ahead.batches)
+            ahead.number += 1
+            self.documents_decoded += ahead.batch.num_rows
+        self._ahead = ahead
+        return ahead.batch
 
     def _jsonl(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
         stream, lines = self._reader(s), self.shards[s].lines

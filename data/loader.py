@@ -11,8 +11,6 @@ workers and any micro-batch resumes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import signal
 import warnings
@@ -206,13 +204,8 @@ def build_loader(
     tokens, corpus = once_per_job(lambda: build_tokens(cfg, tokenizer, "train", commit))
     if not len(tokens):
         raise ConfigError(f"data.train holds no documents: {list(data.train)}")
-    identity = corpus.identity
     fingerprint = {
-        "kind": data.kind,
-        "files": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-        "shards": len(identity),
-        "documents": len(tokens),
-        "commit": getattr(corpus, "commit", None),
+        **corpus.fingerprint(),
         "tokenizer": tokenizer.fingerprint,
         "context": trainer.context,
         "global_batch": trainer.global_batch,

@@ -87,7 +87,19 @@ def describe(cfg: Config) -> dict[str, dict[str, Any]]:
         from data import recall
 
         return {"train": recall.describe(cfg)}
-    return {split: _describe(cfg, split) for split in SPLITS if cfg.data.kind == "builtin" or cfg.data[split]}  # type: ignore[index]
+    return {split: _describe(cfg, split) for split in _splits_of(cfg)}
+
+
+def _splits_of(cfg: Config) -> list[str]:
+    data = cfg.data
+    if data.kind == "memmap" and data.train:
+        from data.memmap import load_index
+
+        try:
+            return list(load_index(data.train[0])["splits"])
+        except ConfigError:
+            return ["train"]  # its description is the error
+    return [split for split in SPLITS if data.kind == "builtin" or data[split]]  # type: ignore[index]
 
 
 def _describe(cfg: Config, split: str) -> dict[str, Any]:
@@ -96,7 +108,7 @@ def _describe(cfg: Config, split: str) -> dict[str, Any]:
         if data.kind == "memmap":
             from data.memmap import describe_prepared
 
-            return describe_prepared(list(data[split]), split)  # type: ignore[index]
+            return describe_prepared(list(data[split] or data.train), split)  # type: ignore[index]
         if data.kind == "builtin":
             corpus = BuiltinCorpus(split)
             size = sum(len(corpus.read(i).text.encode()) for i in range(len(corpus)))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from data.files import write_whole
 from ovq.config import Config, ConfigError, TokenizerConfig, compose
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class _TableTokenizer:
 
     def _save(self, folder: Path | str, kind: str) -> None:
         card = {"kind": kind, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
-        _write(Path(folder) / "tokenizer.json", json.dumps(card, indent=1).encode())
+        write_whole(Path(folder) / "tokenizer.json", json.dumps(card, indent=1).encode())
 
 
 class ByteTokenizer(_TableTokenizer):
@@ -148,7 +149,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         return np.array(ids, self.dtype)
 
     def save(self, folder: Path | str) -> None:
-        _write(Path(folder) / "tokenizer.model", self._model)
+        write_whole(Path(folder) / "tokenizer.model", self._model)
         self._save(folder, "sentencepiece")
 
 
@@ -238,20 +239,23 @@ def train_sentencepiece(
     except RuntimeError as error:
         raise ConfigError(f"vocab_size={vocab_size} cannot be trained: {' '.join(str(error).split())}") from None
     tokenizer = SentencePieceTokenizer(model.getvalue(), str(out))
-    _write(Path(out), model.getvalue())
+    write_whole(Path(out), model.getvalue())
     return tokenizer
 
 
 def sample_lines(corpus: Any, num_bytes: int, seed: int) -> Iterator[str]:
-    """Lines of about `num_bytes` of text in all: one stretch of every document, in seeded order, for small memory."""
+    """Lines of about `num_bytes` of text in all, one stretch of each of a seeded choice of documents."""
     from data.lanes import permute
 
     share = max(1 << 14, num_bytes // max(1, len(corpus)))
+    order = np.array([permute(i, len(corpus), seed) for i in range(len(corpus))], np.int64)
+    before = np.cumsum(np.minimum(corpus.sizes()[order], share)) - share
     left = num_bytes
-    for position in range(len(corpus)):
+    # In file order, which is the fast one; should sizes have been overestimated, the rest follows.
+    for index in [*sorted(order[before < num_bytes]), *order[before >= num_bytes]]:
         if left <= 0:
             return
-        text = corpus.read(permute(position, len(corpus), seed)).text
+        text = corpus.read(int(index)).text
         # A stretch from the middle of a book is more typical than its title page.
         start = max(0, (len(text) - share) // 2)
         stretch = text[start : start + min(share, left)]
@@ -286,13 +290,6 @@ def main(argv: list[str]) -> int:
     print(f"{own['out']}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
     print(f"use it with: tokenizer=sentencepiece tokenizer.model_path={own['out']}   ({tokenizer.fingerprint})")
     return 0
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,348 @@
+"""Tokenise a data set once, so that training needs neither text nor network and resumes at once.
+
+    python -m data.prepare data=parquet 'data.train=[books/*.parquet]' out=DIR [processes=4] [splits=[train]] [key=..]
+    python -m data.prepare verify DIR             hash every file of a prepared folder
+
+The documents of a split are cut into parts of about `part_mb` megabytes of text; a part is a pure function of its
+documents and the tokenizer, written by any process, whole or not at all, and remembered by a small record. So the same
+command goes on after a kill, a crash or a full disk with the parts that are missing, and leaves the same bytes as a
+run that was never stopped. prepared.json, which makes the folder usable, is written last. See data/memmap.py.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.corpus import FLAGS, TokenisedCorpus
+from data.files import AtomicFile, write_whole
+from data.memmap import DOCUMENT, INDEX, SUFFIXES, VERSION, load_index, save_index, verify_prepared
+from data.sources import SPLITS, DataError
+from data.splits import build_corpus, split_arguments
+from data.tokenizer import Tokenizer, build_tokenizer
+from ovq.config import ConfigError, compose
+
+PLAN = "unfinished.json"
+PART_MB = 64
+TOTALS = ("documents", "tokens", "bytes", "words", *FLAGS)
+
+Part = dict[str, Any]
+
+
+@dataclass
+class Job:
+    """What a process needs to make any part: where to write, and the tokenised documents of each split."""
+
+    folder: Path
+    dtype: str
+    tokens: dict[str, TokenisedCorpus]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The documents start..stop-1 of a split, which become the files `name`.*; about `size` bytes of text."""
+
+    split: str
+    name: str
+    start: int
+    stop: int
+    size: int
+
+
+def prepare(
+    cfg: Any,
+    out: Path | str,
+    *,
+    splits: list[str] | None = None,
+    processes: int | None = None,
+    part_mb: float = PART_MB,
+) -> dict[str, Any]:
+    """Tokenise the splits of a config (all it has, unless named) into the folder `out`; returns the index.
+
+    Raises:
+        ConfigError: nothing to prepare, or `out` holds another preparation.
+        DataError: a document cannot be read or a file not be written; finished parts are kept.
+    """
+    folder = Path(out).expanduser()
+    tokenizer = build_tokenizer(cfg)
+    job, plan, ranges = _plan(cfg, tokenizer, folder, splits, part_mb)
+    if (folder / INDEX).exists():
+        _refuse_another(folder, load_index(folder)["plan"], plan)
+        print(f"{folder} is already prepared; check it with: python -m data.prepare verify {folder}", file=sys.stderr)
+        return load_index(folder)
+    try:
+        if (folder / PLAN).exists():
+            _refuse_another(folder, json.loads((folder / PLAN).read_text()), plan)
+        else:
+            write_whole(folder / PLAN, json.dumps(plan, indent=1).encode())
+        tokenizer.save(folder / "tokenizer")
+        for scratch in folder.glob("*.tmp"):  # of a process that was killed
+            scratch.unlink()
+        done = {r.name: part for r in ranges if (part := _finished(folder, r))}
+        done |= _make_all(job, [r for r in ranges if r.name not in done], ranges, processes)
+        index = {"plan": plan, "splits": {split: _split_index(split, ranges, done) for split in job.tokens}}
+        save_index(folder, index)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: {error.strerror or error}; finished parts are kept, the same command goes on"
+        ) from None
+    for leftover in [folder / PLAN, *(_record(folder, r.name) for r in ranges)]:
+        leftover.unlink(missing_ok=True)
+    return index
+
+
+def _plan(
+    cfg: Any, tokenizer: Tokenizer, folder: Path, splits: list[str] | None, part_mb: float
+) -> tuple[Job, dict[str, Any], list[Range]]:
+    """What will be made, before anything is: two preparations with equal plans leave equal folders."""
+    if part_mb <= 0:
+        raise ConfigError(f"part_mb={part_mb} must be above 0")
+    for split in splits or []:
+        if split not in SPLITS:
+            raise ConfigError(f"splits={split} is no split; legal: {', '.join(SPLITS)}")
+    wanted = splits or [split for split in SPLITS if cfg.data.kind == "builtin" or cfg.data[split]]
+    if not wanted:
+        raise ConfigError("data.train, data.validation and data.test are empty: nothing to prepare")
+    corpora = {split: build_corpus(cfg, split) for split in wanted}
+    ranges = []
+    for split, corpus in corpora.items():
+        if not len(corpus):
+            raise ConfigError(f"data.{split} holds no documents: {list(cfg.data[split])}")
+        ranges += _cut(split, corpus.sizes(), max(1, round(part_mb * (1 << 20))))
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    plan = {
+        "version": VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": dtype,
+        "part_mb": part_mb,
+        "title_field": cfg.data.title_field,
+        "splits": {
+            split: {"source": corpus.fingerprint(), "bad_shards": corpus.bad_shards}
+            for split, corpus in corpora.items()
+        },
+    }
+    tokens = {split: TokenisedCorpus(corpus, tokenizer) for split, corpus in corpora.items()}
+    return Job(folder, dtype, tokens), plan, ranges
+
+
+def _cut(split: str, sizes: np.ndarray, part_bytes: int) -> list[Range]:
+    """Neighbouring documents, cut wherever another `part_bytes` of text have gone by."""
+    before = np.cumsum(sizes) - sizes
+    bounds = [*np.flatnonzero(np.diff(before // part_bytes, prepend=-1)).tolist(), len(sizes)]
+    return [
+        Range(split, f"{split}-{number:05d}", start, stop, int(sizes[start:stop].sum()))
+        for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:]))
+    ]
+
+
+def _refuse_another(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if there == wanted:
+        return
+    keys = [key for key in wanted if key != "splits" and there.get(key) != wanted[key]]
+    old, new = there.get("splits", {}), wanted["splits"]
+    keys += [f"data.{split}" for split in {**old, **new} if old.get(split) != new.get(split)]
+    raise ConfigError(f"{folder} holds another preparation (differs in {', '.join(keys)}); use another out=DIR")
+
+
+def make_part(job: Job, wanted: Range) -> Part:
+    """Write the three files and the record of one part; holds one document at a time."""
+    rows = np.zeros(wanted.stop - wanted.start, DOCUMENT)
+    titles = bytearray()
+    start = 0
+    files: dict[str, AtomicFile] = {suffix: AtomicFile(job.folder / f"{wanted.name}.{suffix}") for suffix in SUFFIXES}
+    with files["tokens"] as stream:
+        for row, index in zip(rows, range(wanted.start, wanted.stop)):
+            document = job.tokens[wanted.split].read(index)
+            ids, title = document.ids.astype(job.dtype).tobytes(), document.title.encode("utf-8", "replace")
+            row["start"], row["tokens"], row["crc32"] = start, len(document.ids), zlib.crc32(ids)
+            row["bytes"], row["words"] = document.num_bytes, document.num_words
+            row["title_start"], row["title_bytes"] = len(titles), len(title)
+            for name, count in document.flags.items():
+                row[name] = count
+            stream.write(ids)
+            titles += title
+            start += len(document.ids)
+    for suffix, content in (("documents", rows.tobytes()), ("titles", bytes(titles))):
+        with files[suffix] as stream:
+            stream.write(content)
+    part = {
+        "name": wanted.name,
+        "first_document": wanted.start,
+        "documents": len(rows),
+        **{name: int(rows[name].sum()) for name in TOTALS if name != "documents"},
+        "files": {suffix: {"bytes": file.size, "sha256": file.sha256} for suffix, file in files.items()},
+    }
+    write_whole(_record(job.folder, wanted.name), json.dumps(part).encode())
+    return part
+
+
+def _record(folder: Path, name: str) -> Path:
+    return folder / f"{name}.done"
+
+
+def _finished(folder: Path, wanted: Range) -> Part | None:
+    """The record of a part whose files are all there."""
+    try:
+        part = json.loads(_record(folder, wanted.name).read_text())
+        there = all(
+            (folder / f"{wanted.name}.{suffix}").stat().st_size == part["files"][suffix]["bytes"] for suffix in SUFFIXES
+        )
+    except (FileNotFoundError, ValueError):
+        return None
+    return part if there else None
+
+
+def _split_index(split: str, ranges: list[Range], done: dict[str, Part]) -> dict[str, Any]:
+    parts = [done[r.name] for r in ranges if r.split == split]
+    return {**{name: sum(part[name] for part in parts) for name in TOTALS}, "parts": parts}
+
+
+def _make_all(job: Job, todo: list[Range], ranges: list[Range], processes: int | None) -> dict[str, Part]:
+    """Make the missing parts, with a bar that counts megabytes of text."""
+    from tqdm import tqdm
+
+    sizes = {r.name: r.size for r in ranges}
+    total = sum(sizes.values())
+    bar = tqdm(
+        total=total,
+        initial=total - sum(r.size for r in todo),
+        unit="B",
+        unit_scale=True,
+        desc="prepare",
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )
+    if len(todo) < len(ranges):
+        bar.write(f"goes on: {len(ranges) - len(todo)} of {len(ranges)} parts are there", file=sys.stderr)
+    made: dict[str, Part] = {}
+    with bar:
+        for part in _run(job, todo, min(processes or _cores(), len(todo))):
+            made[part["name"]] = part
+            bar.set_postfix(parts=f"{len(ranges) - len(todo) + len(made)}/{len(ranges)}", refresh=False)
+            bar.update(sizes[part["name"]])
+    return made
+
+
+def _run(job: Job, todo: list[Range], processes: int) -> Iterator[Part]:
+    if processes <= 1:
+        for wanted in todo:
+            yield make_part(job, wanted)
+        return
+    # Spawned, not forked: pyarrow's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(job,)) as pool:
+        futures = [pool.submit(_make_mine, wanted) for wanted in todo]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a process was killed, perhaps for want of memory; finished parts are kept, the same command goes on; "
+                "lower processes"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_mine: Job | None = None  # of a worker process
+
+
+def _begin(job: Job) -> None:
+    global _mine
+    _mine = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parts begun are finished
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # or a killed command would leave its processes waiting for ever
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _make_mine(wanted: Range) -> Part:
+    assert _mine is not None
+    return make_part(_mine, wanted)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _summary(folder: Path, index: dict[str, Any], seconds: float) -> str:
+    """What was made, with everything that was not as it should be, and how to use it."""
+    lines = []
+    for split, made in index["splits"].items():
+        size = sum(part["files"][suffix]["bytes"] for part in made["parts"] for suffix in SUFFIXES)
+        per_token = made["bytes"] / max(1, made["tokens"])
+        lines.append(
+            f"{split:<11}{made['documents']:>11,} documents {made['words']:>14,} words {made['tokens']:>14,} tokens "
+            f"({per_token:.2f} bytes each), {len(made['parts'])} part(s), {size / 2**20:,.1f} MiB"
+        )
+        odd = {name: made[name] for name in FLAGS if made[name]}
+        odd |= {"bad_shards": index["plan"]["splits"][split]["bad_shards"]}
+        if any(odd.values()):
+            lines.append(
+                " " * 11 + "counted: " + ", ".join(f"{name} {count:,}" for name, count in odd.items() if count)
+            )
+    kind = index["plan"]["tokenizer"].partition(":")[0]
+    model = f" tokenizer.model_path={folder}/tokenizer/tokenizer.model" if kind == "sentencepiece" else ""
+    lines.append(f"{seconds:.1f} s; use it with: data=memmap 'data.train=[{folder}]' tokenizer={kind}{model}")
+    return "\n".join(lines)
+
+
+def _verify(folders: list[str]) -> int:
+    status = 0
+    for folder in folders:
+        problems = verify_prepared(folder)
+        print("\n".join(f"error: {problem}" for problem in problems) or f"{folder}: every file is as it was written")
+        status = status or int(bool(problems))
+    return status
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring. Exit status: 0 done, 1 the data failed, 2 a setting is wrong, 130 interrupted."""
+    if not argv or argv[0] in ("-h", "--help") or argv == ["verify"]:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        if argv[0] == "verify":
+            return _verify(argv[1:])
+        own, overrides = split_arguments(argv, {"out": None, "processes": None, "splits": None, "part_mb": PART_MB})
+        if not own["out"]:
+            raise ConfigError("out=DIR is required: where to write")
+        if own["processes"] is not None and (not isinstance(own["processes"], int) or own["processes"] < 1):
+            raise ConfigError(f"processes={own['processes']} must be a whole number of at least 1")
+        splits = [own["splits"]] if isinstance(own["splits"], str) else own["splits"]
+        began = time.perf_counter()
+        folder = Path(own["out"])
+        index = prepare(compose(overrides), folder, splits=splits, processes=own["processes"], part_mb=own["part_mb"])
+        print(_summary(folder, index, time.perf_counter() - began))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; finished parts are kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
