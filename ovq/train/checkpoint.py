@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -130,7 +129,7 @@ class Checkpointer:
         return self.root / name_of(step)
 
     def _complete(self, step: int, extra: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-        """Rank 0: what belongs to all ranks, the manifest, the rename, `latest`, and at last the removal of old ones."""
+        """Rank 0: what belongs to all ranks, the manifest, the rename, `latest`, and last the removal of old ones."""
         scratch, final = self.root / f"saving_{name_of(step)}", self.root / name_of(step)
         torch.save(extra, scratch / EXTRA)
         files |= fingerprints(scratch, EXTRA) | fingerprints(scratch, ".metadata")
@@ -205,22 +204,24 @@ def _choose(root: Path, resume: str) -> Path | None:
     return None
 
 
-def load(path: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(path: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Load a verified checkpoint into the model and the optimizer, however sharded; returns `extra` of its save.
 
-    `extra` has two more entries: "rng", the generators' states of each rank that saved, and "checkpoint", the path.
+    Without an optimizer (evaluation), only the weights are read. `extra` has two more entries: "rng", the generators'
+    states of each rank that saved, and "checkpoint", the path.
 
     Raises:
         CheckpointError: it is of another model.
     """
     path = Path(path)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    optimizers = () if optimizer is None else (optimizer,)
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=not parallel.distributed())
     except Exception as error:
         raise CheckpointError(f"{path} does not fit this model ({reason(error)})") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_extra(path) | {"checkpoint": str(path)}
 
 

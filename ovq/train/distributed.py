@@ -119,10 +119,10 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The states of this process's random-number generators, as plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), position, has_gauss, cached),  # type: ignore[union-attr]
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -229,7 +229,7 @@ def parallelize(model: nn.Module, trainer: Any, world: World) -> nn.Module:
         if trainer.activation_checkpointing == "full":
             block.forward = recomputed(block.forward)
         elif trainer.activation_checkpointing == "selective":
-            # The mixer is the costly, sequential part: keep its activations, recompute the MLP's, which are the largest.
+            # The mixer is the costly, sequential part: keep its activations, recompute the MLP's, the largest ones.
             block.mlp.forward = recomputed(block.mlp.forward)
     if world.size == 1 and world.precision == "fp32":
         return model.to(world.device)

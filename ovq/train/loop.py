@@ -253,8 +253,7 @@ class Trainer:
         """Labels, hash of the tokens and counts of the step over all ranks. On the CPU: the device is not asked."""
         valid = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
         digest = sum(
-            report.token_hash(list(batch.lanes), batch.inputs.numpy(), batch.targets.numpy())
-            for batch in micro_batches
+            report.token_hash(list(batch.lanes), batch.inputs.numpy(), batch.targets.numpy()) for batch in micro_batches
         ) % (1 << 64)
         counts = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in COUNTED]
         total = parallel.sum_integers([valid, digest >> 32, digest & 0xFFFFFFFF, *counts])

@@ -109,6 +109,24 @@ def start_wandb(run_dir: Path, cfg: Any) -> Any:
         return None
 
 
+def show_in_wandb(name: str, picture: Path, rows: list[dict[str, Any]], step: int | None = None) -> None:
+    """A picture and the table behind it, in the Weights & Biases run that this process has open, if there is one.
+
+    Args:
+        step: the run's step; None where the run was reopened after its end, which takes no earlier step.
+    """
+    wandb = sys.modules.get("wandb")
+    run = getattr(wandb, "run", None)
+    if wandb is None or run is None:
+        return
+    try:
+        columns = list(rows[0])
+        table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+        run.log({name: wandb.Image(str(picture)), f"{name}_table": table}, step=step)
+    except Exception as error:  # logging never stops training
+        print(f"logger=wandb did not take {picture}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 class Progress:
     """A bar on a terminal; elsewhere a line at the first and last step and every ten seconds between."""
 
