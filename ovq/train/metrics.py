@@ -1,13 +1,16 @@
 """What a run reports: metrics.jsonl always, a progress line, Weights & Biases if asked, and the machine's peak.
 
 metrics.jsonl has one line a training step, {"step": n, "loss": ...}, and one line an evaluation, whose keys begin with
-"eval/". It is the record that survives: after a resume there is still exactly one line a step.
+"eval/". It is the record that survives: after a resume there is still exactly one line a step. Reporting never stops
+training: lines that a full disk refuses are kept and written once there is room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import sys
@@ -37,7 +40,8 @@ class Metrics:
     def __init__(self, run_dir: Path | str, cfg: Any, *, main: bool = True, start_step: int = 0) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.main = main
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
+        self._unwritten = b""
         self._wandb: Any = None
         if not main:
             return
@@ -46,21 +50,49 @@ class Metrics:
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text("".join(line + "\n" for line in kept))
         os.replace(scratch, self.path)
-        self._file = self.path.open("a")
+        self._file = self.path.open("ab", buffering=0)
         if cfg.logger.name == "wandb":
             self._wandb = start_wandb(Path(run_dir), cfg)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one line; `row["step"]` is required. It is on the disk when a killed process is gone."""
+        """Append one line; `row["step"]` is required. The line outlives this process, however it ends."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._write(json.dumps(row).encode() + b"\n")
         if self._wandb is not None:
-            self._wandb.log({key: v for key, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+            try:
+                self._wandb.log({key: v for key, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+            except Exception as error:
+                print(f"Weights & Biases fails, going on without: {' '.join(str(error).split())}", file=sys.stderr)
+                self._wandb = None
+
+    def _write(self, line: bytes) -> None:
+        """Write what could not be written before, and this; a line that is cut off is completed the next time."""
+        assert self._file is not None
+        waited = bool(self._unwritten)
+        self._unwritten += line
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+        except OSError as error:
+            if not waited:
+                print(
+                    f"{self.path} cannot be written ({error.strerror}); its lines are kept meanwhile", file=sys.stderr
+                )
+
+    def sync(self) -> None:
+        """Ask for the lines so far to be on the disk: a checkpoint must not outlive the record of its steps."""
+        if self._file is not None:
+            self._write(b"")
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
+            self._write(b"")
+            if self._unwritten:
+                lost = self._unwritten.count(b"\n")
+                print(f"{self.path} could not be written to the end: {lost} line(s) are lost", file=sys.stderr)
             self._file.close()
             self._file = None
         if self._wandb is not None:

@@ -1,0 +1,74 @@
+"""per_position_loss.parquet of a run folder: loss by position of every evaluation, one row a bucket."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ovq.config import ConfigError
+
+FILE = "per_position_loss.parquet"
+SCHEMA = pa.schema(
+    [
+        ("run", pa.string()),
+        ("step", pa.int64()),
+        ("context", pa.int64()),
+        ("position_start", pa.int64()),  # 0 is the position that has seen the separator alone
+        ("position_end", pa.int64()),  # one past the last
+        ("loss", pa.float64()),  # nats a token
+        ("stderr", pa.float64()),  # over documents; null if there is only one
+        ("tokens", pa.int64()),
+        ("buckets", pa.string()),  # "log" or "linear": each partitions the context
+        ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
+        ("split", pa.string()),
+    ]
+)
+# Rows of one evaluation share these; a repeated evaluation takes the place of the earlier one.
+KEY = ("step", "context", "num_centroids", "split")
+
+Row = dict[str, Any]
+
+
+def read(run_dir: Path | str) -> list[Row]:
+    """All rows, in the order they were written; none where there is no table.
+
+    Raises:
+        ConfigError: the file is no such table.
+    """
+    path = Path(run_dir) / FILE
+    if not path.exists():
+        return []
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        if table.schema.names != SCHEMA.names:
+            raise ValueError(f"its columns are {', '.join(table.schema.names)}")
+        return table.cast(SCHEMA).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"{path} is no table of loss by position; move it away and evaluate again ({cause})"
+        ) from None
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What tells evaluations apart."""
+    return tuple(row[name] for name in KEY)
+
+
+def write(run_dir: Path | str, rows: list[Row]) -> Path:
+    """Add the rows of one evaluation in place of an earlier one with the same key; whole or not at all."""
+    path = Path(run_dir) / FILE
+    fresh = {key_of(row) for row in rows}
+    kept = [row for row in read(run_dir) if key_of(row) not in fresh]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(pa.Table.from_pylist(kept + rows, schema=SCHEMA), scratch, write_page_checksum=True)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path

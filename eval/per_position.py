@@ -1,0 +1,309 @@
+"""Loss by position: the mean cross-entropy at each position of held-out documents, far beyond the training context.
+
+    python -m eval.per_position run=runs/cpu_demo context=65536
+    torchrun --nproc_per_node 8 -m eval.per_position run=runs/pg19_480m context=65536 documents=32
+    options: run context documents piece batch num_centroids split checkpoint, and settings by their full
+    names (trainer.device=cpu, 'data.validation=[held-out/*.txt]')
+
+In a run folder: per_position_loss.parquet (every evaluation, in two kinds of buckets) and plots/loss_by_position_*.png.
+A document is its separator and its ids. The first `context` predictions of every document long enough are measured, so
+every position has the same documents behind it. Memory is bounded: see `eval.heldout`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from data import DataError
+from eval import loss_table, plot
+from eval.heldout import HeldOut, losses_by_position
+from ovq.config import ConfigError
+from ovq.mixers.base import other_capacity
+from ovq.train import distributed as parallel
+from ovq.train.metrics import show_in_wandb
+
+LINEAR_BUCKETS = 32
+
+
+def log_edges(context: int) -> list[int]:
+    """Bounds of buckets in half-octaves: 0, 1, 2, 3, 4, 6, 8, 11, 16 ... context; the last is never a mere sliver."""
+    octaves = range(2 * math.ceil(math.log2(context)))
+    inner = {round(2 ** (half / 2)) for half in octaves}
+    return [0, *sorted(edge for edge in inner if edge < context / 2**0.25), context]
+
+
+def linear_edges(context: int) -> list[int]:
+    """Bounds of 32 buckets of equal width (to a token); fewer in a context of less."""
+    return sorted({context * i // LINEAR_BUCKETS for i in range(LINEAR_BUCKETS + 1)})
+
+
+EDGES = {"log": log_edges, "linear": linear_edges}
+Document = tuple[int, dict[str, np.ndarray], float]  # its number, its mean loss by kind of buckets, its nats in all
+
+
+@dataclass
+class Measurement:
+    """Documents x buckets: the mean nats a token of each document in each bucket, by kind of buckets; and the totals
+    over all measured tokens."""
+
+    by_bucket: dict[str, np.ndarray]
+    documents: int
+    tokens: int
+    nats: float
+    num_bytes: int
+    num_words: int
+
+    def summary(self) -> dict[str, float]:
+        """loss (nats a token), bits_per_byte, perplexity, word_perplexity, and the number of documents.
+
+        word_perplexity = exp(nats / words) over the measured heads of documents, words split at whitespace and a cut
+        one counted whole. PG19's published numbers are over whole books of a whole split: see `eval.perplexity`.
+        """
+        results = {"loss": self.nats / self.tokens, "perplexity": exp(self.nats / self.tokens)}
+        if self.num_bytes:
+            results["bits_per_byte"] = self.nats / math.log(2) / self.num_bytes
+        if self.num_words:
+            results["word_perplexity"] = exp(self.nats / self.num_words)
+        return {**results, "documents": float(self.documents)}
+
+
+def exp(x: float) -> float:
+    """e^x, infinite where a float cannot hold it."""
+    return math.exp(x) if not x > 700 else math.inf
+
+
+def standard_error(means: np.ndarray) -> np.ndarray | None:
+    """Of the mean over documents (axis 0): sqrt(sum (x - mean)^2 / (D - 1) / D). None for a single document."""
+    documents = len(means)
+    return means.std(axis=0, ddof=1) / math.sqrt(documents) if documents > 1 else None
+
+
+def measure(
+    model: nn.Module,
+    cfg: Any,
+    tokenizer: Any,
+    world: parallel.World,
+    should_stop: Callable[[], bool],
+    *,
+    progress: bool = False,
+) -> Measurement | None:
+    """Run the held-out documents through the model, in evaluation mode already. Collective. None if told to stop.
+
+    Args:
+        progress: a line on stderr for each document of this process.
+
+    Raises:
+        ConfigError: as `check`, or no document is long enough.
+        DataError: the documents cannot be read.
+    """
+    check(model, cfg)
+    wanted = cfg.eval
+    heldout = HeldOut(cfg, tokenizer, wanted.context, wanted.documents)
+    done: list[Document] = []  # of this rank
+    with other_capacity(model.mixers(), wanted.num_centroids):  # type: ignore[operator]
+        while excerpts := heldout.round(wanted.batch * world.size):
+            first = heldout.given - len(excerpts)
+            own = range(world.rank, len(excerpts), world.size)
+            nats_DT = losses_by_position(
+                model,
+                [excerpts[i].tokens for i in own] or [excerpts[0].tokens],
+                positions=wanted.context,
+                piece=wanted.piece,
+                loss_chunk_tokens=cfg.trainer.loss_chunk_tokens,
+                device=world.device,
+                should_stop=should_stop,
+            )
+            if nats_DT is None:
+                return None
+            for i, nats_T in zip(own, nats_DT):
+                means = {kind: bucket_means(nats_T, make(wanted.context)) for kind, make in EDGES.items()}
+                done.append((first + i, means, float(nats_T.sum())))
+                if progress:
+                    print(f"{excerpts[i].title}: loss {nats_T.mean():.4f}", file=sys.stderr, flush=True)
+    if not heldout.given:
+        raise ConfigError(_none_long_enough(cfg, heldout))
+    if heldout.given < wanted.documents and world.is_main:
+        print(
+            f"eval.documents={wanted.documents}: only {heldout.given} of {heldout.seen} {wanted.split} documents have "
+            f"eval.context={wanted.context} tokens, and those are used",
+            file=sys.stderr,
+        )
+    # In the documents' order, whoever measured them: the sums are the same on any number of ranks.
+    everyone = sorted((document for rank in parallel.gather_objects(done) for document in rank), key=lambda d: d[0])
+    return Measurement(
+        {kind: np.stack([means[kind] for _, means, _ in everyone]) for kind in EDGES},
+        documents=heldout.given,
+        tokens=heldout.given * wanted.context,
+        nats=math.fsum(nats for _, _, nats in everyone),
+        num_bytes=heldout.num_bytes,
+        num_words=heldout.num_words,
+    )
+
+
+def check(model: nn.Module, cfg: Any) -> None:
+    """Raise ConfigError if eval.num_centroids is set and no layer has a dictionary, or none of that capacity."""
+    try:
+        with other_capacity(model.mixers(), cfg.eval.num_centroids):  # type: ignore[operator]
+            pass
+    except ValueError as error:
+        raise ConfigError(f"eval.num_centroids={cfg.eval.num_centroids}: {error}") from None
+
+
+def bucket_means(nats_T: np.ndarray, edges: list[int]) -> np.ndarray:
+    """Mean of each bucket [edges[i], edges[i + 1])."""
+    return np.add.reduceat(nats_T, edges[:-1]) / np.diff(edges)
+
+
+def _none_long_enough(cfg: Any, heldout: HeldOut) -> str:
+    split = cfg.eval.split
+    if not heldout.longest:
+        return f"the {split} split holds no text, so there is no loss by position; set data.{split}"
+    return (
+        f"none of {heldout.seen} {split} documents has eval.context={cfg.eval.context} tokens, so there is no loss by "
+        f"position; the longest has {heldout.longest}: set eval.context to that or less"
+    )
+
+
+def table_rows(measured: Measurement, cfg: Any, run_dir: Path, step: int) -> list[loss_table.Row]:
+    """The rows of `loss_table` for an evaluation."""
+    common = {
+        "run": run_dir.resolve().name,
+        "step": step,
+        "context": cfg.eval.context,
+        "num_centroids": cfg.eval.num_centroids,
+        "split": cfg.eval.split,
+    }
+    rows = []
+    for kind, make in EDGES.items():
+        edges, means = make(cfg.eval.context), measured.by_bucket[kind]
+        error = standard_error(means)
+        for i, (start, end) in enumerate(zip(edges, edges[1:])):
+            rows.append(
+                {
+                    **common,
+                    "buckets": kind,
+                    "position_start": start,
+                    "position_end": end,
+                    "loss": float(means[:, i].mean()),
+                    "stderr": None if error is None else float(error[i]),
+                    "tokens": measured.documents * (end - start),
+                }
+            )
+    return [{name: row[name] for name in loss_table.SCHEMA.names} for row in rows]
+
+
+def evaluate_strictly(
+    model: nn.Module,
+    cfg: Any,
+    tokenizer: Any,
+    world: parallel.World,
+    run_dir: Path | str,
+    step: int,
+    should_stop: Callable[[], bool],
+    *,
+    wandb_step: int | None = None,
+    progress: bool = False,
+) -> dict[str, float] | None:
+    """`evaluate`, but what cannot be evaluated is an error.
+
+    Raises:
+        ConfigError, DataError: as `measure`, or the table in the run folder is damaged.
+    """
+    run_dir = Path(run_dir)
+    parallel.on_main(lambda: len(loss_table.read(run_dir)))  # a damaged table is met before the work, not after it
+    measured = measure(model, cfg, tokenizer, world, should_stop, progress=progress)
+    if measured is None:
+        return None
+
+    def publish() -> None:
+        rows = table_rows(measured, cfg, run_dir, step)
+        loss_table.write(run_dir, rows)
+        curves = plot.curves_of(
+            loss_table.read(run_dir),
+            scale="log",
+            train_context=cfg.trainer.context,
+            key=loss_table.key_of(rows[0]),
+        )
+        wanted = cfg.eval
+        name = plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
+        picture = plot.loss_by_position(curves, run_dir / "plots" / name)
+        show_in_wandb("loss_by_position", picture, rows, wandb_step)
+
+    parallel.on_main(publish)
+    return measured.summary()
+
+
+def evaluate(
+    model: nn.Module,
+    cfg: Any,
+    tokenizer: Any,
+    world: parallel.World,
+    run_dir: Path | str,
+    step: int,
+    should_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Loss by position of a model in training, left in the run folder; never stops the training.
+
+    Collective: with several processes all call it, and should_stop is asked equally often by each.
+
+    Returns:
+        Numbers for the log (`Measurement.summary`); {"documents": 0} where nothing could be evaluated, after a line
+        that says why; None if should_stop() said so, and then the run folder is as it was.
+    """
+    try:
+        return evaluate_strictly(model, cfg, tokenizer, world, run_dir, step, should_stop, wandb_step=step)
+    except (ConfigError, DataError) as error:
+        if world.is_main:
+            print(f"no evaluation at step {step}: {error}", file=sys.stderr, flush=True)
+        return {"documents": 0.0}
+
+
+OPTIONS = ("context", "documents", "piece", "batch", "num_centroids", "split")
+
+
+def main(argv: list[str]) -> int:
+    """The command line in the module's docstring. Returns the exit status."""
+    from eval.run import load_run, tool_arguments
+    from ovq.train.checkpoint import CheckpointError
+
+    try:
+        run_dir, at, overrides = tool_arguments(argv, OPTIONS)
+        run = load_run(run_dir, overrides, checkpoint_at=at)
+        results = evaluate_strictly(
+            run.model, run.cfg, run.tokenizer, run.world, run_dir, run.step, lambda: False, progress=run.world.is_main
+        )
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    assert results is not None  # nothing told it to stop
+    if run.world.is_main:
+        print(report(run_dir, run.cfg, run.step, results))
+    parallel.shutdown()
+    return 0
+
+
+def report(run_dir: Path, cfg: Any, step: int, results: dict[str, float]) -> str:
+    """What an evaluation found, by position, and where it lies."""
+    wanted = cfg.eval
+    key = (step, wanted.context, wanted.num_centroids, wanted.split)
+    rows = [row for row in loss_table.read(run_dir) if loss_table.key_of(row) == key and row["buckets"] == "log"]
+    lines = [f"{run_dir} step {step}: {int(results['documents'])} {wanted.split} documents of {wanted.context} tokens"]
+    lines.append("  ".join(f"{name} {value:.5g}" for name, value in results.items() if name != "documents"))
+    lines.append(f"{'position':>17}  loss (nats a token)")
+    for row in rows:
+        error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
+        lines.append(f"{row['position_start']:>8}-{row['position_end']:<8}  {row['loss']:.4f}{error}")
+    picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
+    return "\n".join([*lines, f"{run_dir / loss_table.FILE}", f"{picture}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,249 @@
+"""Curves of one run or several: loss by position with its standard error, or training loss by step.
+
+    python -m eval.plot runs=[runs/a,runs/b] out=both.png                 the newest evaluation of each run
+    python -m eval.plot runs=[runs/a] context=65536 x=linear              of one context, on a linear axis
+    python -m eval.plot runs=[runs/a,runs/b] kind=training out=train.png
+
+Runs are labelled by what differs in their configs.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval import loss_table, style
+from ovq import config
+from ovq.config import FREE_AT_RESUME, ConfigError
+
+FIRST_SHOWN = 16  # positions before it have next to no context, and losses that would flatten all others
+SHOWN_STEPS = 5  # evaluations of one run in one figure, at most
+
+
+@dataclass
+class Curve:
+    """Rows of one evaluation in one kind of buckets, with a name; `train_context` is marked if given."""
+
+    label: str
+    rows: list[loss_table.Row]
+    train_context: int | None = None
+
+
+def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log") -> Path:
+    """Draw loss +- one standard error over documents against position; returns `out`.
+
+    Args:
+        scale: "log" or "linear": of the axis, and the buckets of all curves' rows.
+    """
+    fig, (ax,) = style.figure()
+    longest = max(row["position_end"] for curve in curves for row in curve.rows)
+    first = FIRST_SHOWN if scale == "log" and longest > 16 * FIRST_SHOWN else 0
+    for index, curve in enumerate(curves):
+        rows = [row for row in curve.rows if row["position_start"] >= first]
+        x = [_middle(row, scale) for row in rows]
+        loss = [row["loss"] for row in rows]
+        error = [row["stderr"] or 0.0 for row in rows]
+        ax.plot(x, loss, color=style.color(index), linestyle=style.line(index), label=curve.label)
+        low, high = ([y + sign * e for y, e in zip(loss, error)] for sign in (-1, 1))
+        ax.fill_between(x, low, high, color=style.color(index), alpha=0.15, linewidth=0)
+    for trained in sorted({curve.train_context for curve in curves if curve.train_context}):
+        ax.axvline(trained, color="#555555", linewidth=1, linestyle=(0, (1, 2)))
+        ax.annotate(
+            f"trained at {style.short(trained)}",
+            (trained, 0.98),
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(3, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color="#555555",
+            va="top",
+        )
+    ax.set_ylabel("loss (nats a token)")
+    ax.set_title(_title(curves), loc="left")
+    style.token_axis(ax, "position in the document (tokens)", scale)
+    style.legend(ax)
+    return style.save(fig, out)
+
+
+def _middle(row: loss_table.Row, scale: str) -> float:
+    """Where a bucket stands: its middle, on a log axis the geometric one of the numbers of tokens seen."""
+    start, end = row["position_start"], row["position_end"]
+    return math.sqrt((start + 1) * end) if scale == "log" else (start + end) / 2
+
+
+def _title(curves: list[Curve]) -> str:
+    """'4 validation documents', a range where curves differ."""
+    counts = [row["tokens"] // (row["position_end"] - row["position_start"]) for c in curves for row in c.rows]
+    number = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
+    splits = sorted({row["split"] for curve in curves for row in curve.rows})
+    return f"{number} {' / '.join(splits)} document{'s' if number != '1' else ''}"
+
+
+def curves_of(rows: list[loss_table.Row], *, scale: str, train_context: int, key: tuple[Any, ...]) -> list[Curve]:
+    """A run's evaluation `key` and those before it at the same context, capacity and split, one curve a step."""
+    step, *same = key
+    of_step: dict[int, list[loss_table.Row]] = {}
+    for row in rows:
+        if row["buckets"] == scale and list(loss_table.key_of(row)[1:]) == same and row["step"] <= step:
+            of_step.setdefault(row["step"], []).append(row)
+    steps = sorted(of_step)
+    if len(steps) > SHOWN_STEPS:  # first, last and evenly between
+        steps = [steps[round(i * (len(steps) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]
+    return [Curve(f"step {number:,}", of_step[number], train_context) for number in steps]
+
+
+def picture_name(context: int, split: str, num_centroids: int | None) -> str:
+    """File name of a run's own picture of an evaluation."""
+    parts = ["loss_by_position", style.short(context), *(["test"] if split == "test" else [])]
+    return "_".join([*parts, *([f"N{num_centroids}"] if num_centroids else [])]) + ".png"
+
+
+# --- several runs ----------------------------------------------------------------------------------------------------
+
+
+def labels(configs: list[Any], names: list[str]) -> list[str]:
+    """A short label for each run: the model where that tells runs apart, and the settings that differ.
+
+    Settings of how a run was computed or watched are left out, as are a model's parts where the model's name differs.
+    """
+    flat = [config.flatten(cfg) for cfg in configs]
+    parts: list[list[str]] = [[values["model.name"]] for values in flat]
+    for key in sorted({key for values in flat for key in values}):
+        implied = key == "model.name" or (
+            key.startswith(("model.pattern", "model.mixers.")) and _differ(flat, "model.name")
+        )
+        if implied or any(key == free or key.startswith(free + ".") for free in FREE_AT_RESUME):
+            continue
+        if key != "trainer.steps" and _differ(flat, key):
+            for values, part in zip(flat, parts):
+                if key in values:
+                    part.append(f"{key.rpartition('.')[2]}={values[key]}")
+    made = [", ".join(part) for part in parts]
+    if len(set(made)) == len(made):
+        return made
+    return [f"{label} ({name})" for label, name in zip(made, names)]
+
+
+def _differ(flat: list[dict[str, Any]], key: str) -> bool:
+    return len({repr(values.get(key)) for values in flat}) > 1
+
+
+def compare(
+    run_dirs: list[Path], out: Path, *, context: int | None, step: int | None, split: str | None, scale: str
+) -> Path:
+    """Overlay the newest evaluation of each run (of each capacity it was evaluated with).
+
+    Args:
+        context: of the evaluations; None: the longest that all runs have.
+        step: of the evaluations; None: each run's newest.
+        split: None: any.
+
+    Raises:
+        ConfigError: a folder is no run, or has no such evaluation.
+    """
+    configs = [config.load(run_dir) for run_dir in run_dirs]
+    tables = [
+        [
+            row
+            for row in loss_table.read(run_dir)
+            if row["buckets"] == scale and split in (None, row["split"]) and step in (None, row["step"])
+        ]
+        for run_dir in run_dirs
+    ]
+    contexts = [{row["context"] for row in table} for table in tables]
+    if context is None:
+        context = max(set.intersection(*contexts), default=None)
+    curves: list[Curve] = []
+    for run_dir, cfg, table, label in zip(run_dirs, configs, tables, labels(configs, [d.name for d in run_dirs])):
+        rows = [row for row in table if row["context"] == context]
+        if not rows:
+            have = ", ".join(map(str, sorted({row["context"] for row in loss_table.read(run_dir)}))) or "none"
+            asked = "that all runs share" if context is None else f"of context={context}"
+            raise ConfigError(
+                f"{run_dir} has no such evaluation {asked} (contexts it has: {have}); "
+                f"make one: python -m eval.per_position run={run_dir} context={context or cfg.eval.context}"
+            )
+        newest = {loss_table.key_of(row)[1:]: row["step"] for row in sorted(rows, key=lambda row: row["step"])}
+        for same, at in newest.items():
+            capacity, of_split = same[1], same[2]
+            parts = [label, *([f"N={capacity} in evaluation"] if capacity else [])]
+            parts += [of_split] if len(newest) > 1 and len({other[2] for other in newest}) > 1 else []
+            chosen = [row for row in rows if loss_table.key_of(row) == (at, *same)]
+            curves.append(Curve(", ".join(parts), chosen, cfg.trainer.context))
+    return loss_by_position(curves, out, scale=scale)
+
+
+def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
+    """Draw each run's training loss by step, as logged and as a running mean.
+
+    Raises:
+        ConfigError: a folder is no run, or has no metrics yet.
+    """
+    from ovq.train.metrics import read_rows
+
+    fig, (ax,) = style.figure()
+    configs = [config.load(run_dir) for run_dir in run_dirs]
+    for index, (run_dir, label) in enumerate(zip(run_dirs, labels(configs, [d.name for d in run_dirs]))):
+        rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("loss") is not None]
+        if not rows:
+            raise ConfigError(f"{run_dir} has no training loss yet: its metrics.jsonl holds no step")
+        steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+        ax.plot(steps, losses, color=style.color(index), alpha=0.25, linewidth=0.8)
+        mean = running_mean(losses, max(1, len(losses) // 50))
+        ax.plot(steps, mean, color=style.color(index), linestyle=style.line(index), label=label)
+    if scale == "log":
+        ax.set_xscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel("training loss (nats a token)")
+    style.legend(ax)
+    return style.save(fig, out)
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Mean of each value and those at most `width` before and after it, fewer at both ends."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    spans = [(max(0, i - width), min(len(values), i + width + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+
+
+def main(argv: list[str]) -> int:
+    """The command line in the module's docstring. Returns the exit status."""
+    from eval.run import folders
+
+    defaults: dict[str, Any] = {
+        "runs": [],
+        "out": "runs.png",
+        "kind": "position",
+        "x": None,
+        "context": None,
+        "step": None,
+        "split": None,
+    }
+    try:
+        run_dirs = [path for arg in argv if arg.startswith("runs=") for path in folders(arg.removeprefix("runs="))]
+        args = config.parse_tool_args([arg for arg in argv if not arg.startswith("runs=")], defaults)
+        if not run_dirs:
+            raise ConfigError("runs=[RUN,...] is required: the run folders to draw")
+        for name, legal in (("kind", ("position", "training")), ("x", (None, "log", "linear"))):
+            if args[name] not in legal:
+                raise ConfigError(f"{name}={args[name]} is not legal; legal: {', '.join(v for v in legal if v)}")
+        out = Path(str(args["out"]))
+        if args["kind"] == "training":
+            path = training(run_dirs, out, scale=args["x"] or "linear")
+        else:
+            choice = {name: args[name] for name in ("context", "step", "split")}
+            path = compare(run_dirs, out, **choice, scale=args["x"] or "log")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
