@@ -14,6 +14,7 @@ import datetime
 import functools
 import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from ovq.config import ConfigError
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
 FIRST_STEP_TIMEOUT_S = 1800  # compiling kernels and resolving data may differ by minutes between processes
 BACKGROUND_TIMEOUT_S = 6 * 3600  # writing a checkpoint: a shared disk may be slow, and training goes on meanwhile
 
@@ -204,7 +206,7 @@ def any_flag(flag: bool) -> bool:
     return sum_integers([int(flag)])[0] > 0
 
 
-def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def sum_tensor(tensor: Tensor) -> Tensor:
     """Sum over ranks in place, in the order of the device's stream (no host wait)."""
     if distributed():
         dist.all_reduce(tensor)
@@ -214,15 +216,17 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def parallelize(model: nn.Module, trainer: Any, world: World) -> nn.Module:
+def parallelize(model: Model, trainer: Any, world: World) -> Model:
     """Apply activation checkpointing, compilation and sharding to `model.layers` and to the model, and move it.
 
     Parameter names do not change, so checkpoints do not depend on how a run was parallelised. A lone process in
     float32 gets the plain module.
 
     Raises:
-        ConfigError: replicas that do not divide the number of processes.
+        ConfigError: replicas that do not divide the number of processes, or nothing to compile with.
     """
+    if trainer.compile and world.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        raise ConfigError("trainer.compile=true needs a C++ compiler on a CPU and finds none; install g++ or set CXX")
     for block in model.layers:  # type: ignore[union-attr]
         if trainer.compile:
             block.forward = torch.compile(block.forward)
@@ -264,6 +268,16 @@ def mesh_shape(shard: str, replicas: int, size: int) -> tuple[tuple[int, ...], t
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules FSDP wraps; empty for a plain module."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def persistent_buffers(model: nn.Module) -> list[Tensor]:
+    """Buffers that training changes and checkpoints hold (a codebook and its averages); tables are not among them."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:

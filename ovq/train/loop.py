@@ -3,7 +3,8 @@
 - A step's loss is divided once, by the number of valid tokens in the step over all ranks and micro-batches.
 - The host waits for the device every `trainer.log_every` steps only, yet every step has its line in metrics.jsonl.
   Whether a step is finite is decided on the device, which then leaves parameters and moments as they are.
-- Stopping is agreed: a signal to any process ends all of them after the same step, with a checkpoint.
+- Stopping is agreed: a signal to any process ends all of them after the same step, with a checkpoint, and `fit`
+  returns (train.py then exits with status 0; the run is finished only once summary.json is there).
 - A checkpoint is taken before the evaluation of its step, so an evaluation that was cut short is made again at resume.
 """
 
@@ -55,10 +56,10 @@ class TrainingError(RuntimeError):
 class StopSignal:
     """SIGTERM and SIGINT raise a flag that the loop polls; a second one ends the process at once.
 
-    A context manager: the handlers before it are put back at the end.
+    A context manager: the handlers before it are put back at the end. `announce`: say so on stderr.
     """
 
-    def __init__(self, announce: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, announce: bool = False) -> None:
         self.name: str | None = None
         self.announce = announce
         self._since = 0.0
@@ -78,7 +79,8 @@ class StopSignal:
                 os._exit(128 + number)
             return
         self.name, self._since = signal.Signals(number).name, time.monotonic()
-        self.announce(f"{self.name}: saving after this step (a second signal quits at once)")
+        if self.announce:  # print() may be what was interrupted, and must not be entered twice
+            os.write(2, f"\n{self.name}: saving after this step (a second signal quits at once)\n".encode())
 
 
 @dataclass
@@ -142,13 +144,18 @@ class Trainer:
         self.tokens_per_s: list[float] = []
         self.peak = (0.0, "")
         self.progress: report.Progress | None = None
-        self.signal = StopSignal(self.say)
+        self.signal = StopSignal(announce=world.is_main)
+        self._buffers = parallel.persistent_buffers(model)
+        self._rng: dict[str, Any] | None = None  # of the checkpoint, until the first step
         self._window, self._data_wait = 0.0, 0.0
 
     def resume(self, extra: dict[str, Any]) -> None:
         """Take up the counters of the checkpoint that `extra` came with."""
         self.step = self.start = self.saved_step = int(extra["step"])
         self.tokens, self.skipped_in_row = int(extra["tokens"]), int(extra["skipped_in_row"])
+        self.checkpointer.last = Path(extra["checkpoint"])
+        ranks = extra["rng"]
+        self._rng = ranks[self.world.rank if len(ranks) == self.world.size else 0]
         rows = report.read_rows(self.metrics.path) if self.world.is_main else []
         done = any(row["step"] == self.step and any(key.startswith("eval/") for key in row) for row in rows)
         self.evaluated_step = self.step if parallel.broadcast_object(done) else None
@@ -213,7 +220,11 @@ class Trainer:
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(self.loader.micro_batches_per_step)]
         self._data_wait += time.perf_counter() - began
+        if self._rng is not None:  # only now: starting the loader has drawn numbers too
+            parallel.set_rng_state(self._rng)
+            self._rng = None
         valid, token_hash, counts = self._agree_on_data(micro_batches)
+        buffers = [buffer.clone() for buffer in self._buffers]
 
         losses = torch.zeros(3, device=device)
         for index, batch in enumerate(micro_batches):
@@ -229,6 +240,8 @@ class Trainer:
         bad = ~(torch.isfinite(losses).all() & torch.isfinite(norm))
         lr = lr_at(step, self.cfg)
         step_unless(self.optimizer, bad, lr)
+        for buffer, before in zip(self._buffers, buffers):  # what a codebook learned from such a batch goes too
+            buffer.copy_(torch.where(bad, before, buffer))
 
         numbers = torch.cat([losses, norm.float().view(1), bad.float().view(1)])
         documents = [title for batch in micro_batches for title in batch.documents]
@@ -306,10 +319,11 @@ class Trainer:
         titles = dict.fromkeys(t for rank in parallel.gather_objects(record.documents) for t in rank)
         shown = ", ".join(list(titles)[:8]) + (f" and {len(titles) - 8} more" if len(titles) > 8 else "")
         skipped = f" ({self.skipped_in_row} steps in a row)" if self.cfg.trainer.nonfinite == "skip" else ""
-        last = f"the last good checkpoint is {self.checkpoint_path()}" if self.saved_step else "there is no checkpoint"
+        last = self.checkpointer.last
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise TrainingError(
             f"step {record.step}: loss {loss:g}, gradient norm {norm:g}{skipped}; documents: {shown or 'untitled'}. "
-            f"The optimizer step was not made and nothing was saved over: {last}. "
+            f"The optimizer step was not made and nothing was saved over: {kept}. "
             "Lower optim.lr or trainer.grad_clip, or set trainer.nonfinite=skip"
         )
 
@@ -318,6 +332,7 @@ class Trainer:
         if self.saved_step == self.step:
             return
         self.flush()  # what is not finite must never be saved
+        self.metrics.sync()
         data = self.merge_states(parallel.gather_objects(self.loader.state_dict()))
         extra = {
             "step": self.step,
@@ -340,14 +355,15 @@ class Trainer:
             return
         self.flush()
         self.save()
-        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        rng = parallel.rng_state()
         self.model.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            with torch.no_grad():
                 results = self.evaluate(self.model, step, self.should_stop)
         finally:
             self.model.train()
             parallel.reshard(self.model)
+            parallel.set_rng_state(rng)
         if results is not None:
             self.evaluated_step = step
             self.metrics.log({"step": step, **{f"eval/{key}": _finite(value) for key, value in results.items()}})
@@ -376,9 +392,6 @@ class Trainer:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def checkpoint_path(self) -> Path:
-        return self.run_dir / "checkpoints" / f"step_{self.saved_step or 0:08d}"
-
     def summary(self) -> dict[str, Any]:
         """What a run came to; losses are those of the whole run, also of the processes before this one."""
         rows = report.read_rows(self.metrics.path) if self.world.is_main else []
@@ -393,7 +406,7 @@ class Trainer:
             "tokens_per_s": sorted(self.tokens_per_s)[len(self.tokens_per_s) // 2] if self.tokens_per_s else None,
             "memory_gib": report.peak_memory_gib(self.world.device),
             "evaluation": evaluations[-1] if evaluations else {},
-            "checkpoint": str(self.checkpoint_path()),
+            "checkpoint": str(self.checkpointer.last),
         }
 
 
@@ -443,7 +456,9 @@ def rehearse(model: nn.Module, cfg: Any, vocab_size: int, world: parallel.World)
     trainer = cfg.trainer
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (trainer.micro_batch, trainer.context), generator=generator).to(world.device)
+    buffers = [(buffer, buffer.clone()) for buffer in parallel.persistent_buffers(model)]
     try:
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW will hold as much
         parallel.sync_gradients(model, True)
         model(tokens, targets_BT=tokens, loss_chunk_tokens=trainer.loss_chunk_tokens).loss.backward()
     except torch.cuda.OutOfMemoryError:
@@ -452,4 +467,7 @@ def rehearse(model: nn.Module, cfg: Any, vocab_size: int, world: parallel.World)
             "lower trainer.micro_batch, or set trainer.activation_checkpointing=full or a smaller "
             "trainer.loss_chunk_tokens"
         ) from None
+    del moments
     model.zero_grad()
+    for buffer, before in buffers:  # a codebook must not learn from made-up tokens
+        buffer.copy_(before)
