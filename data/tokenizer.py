@@ -232,7 +232,6 @@ def train_sentencepiece(
             pad_id=-1,
             character_coverage=0.9999,
             max_sentence_length=_LINE_LIMIT + 200,
-            train_extremely_large_corpus=False,
             num_threads=os.cpu_count() or 1,
             minloglevel=1,
         )

@@ -1,0 +1,151 @@
+"""Tokens a second of the data pipeline alone, by number of workers: a GPU must never wait for it.
+
+    python -m data.bench data=builtin                                workers 0, 1 and 2, five seconds each
+    python -m data.bench data=memmap 'data.train=[DIR]' trainer.context=8192 need=900000
+    python -m data.bench run=runs/pg19_70m                           that run's settings, beside the speed it reached
+
+What is measured is one rank that reads the whole global batch, from file to micro-batch, with no model behind it.
+`need` is what the models behind it take, in tokens a second; with run=DIR it is the median of that run's metrics.jsonl.
+Of W ranks each has a pipeline like this one and must supply one W-th of it. json=PATH writes the figures with the
+machine they were taken on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from data.files import write_whole
+from data.loader import Loader, build_loader
+from data.sources import DataError
+from data.splits import split_arguments
+from data.tokenizer import build_tokenizer
+from ovq import config
+from ovq.config import Config, ConfigError
+
+OPTIONS = {"workers": [0, 1, 2], "seconds": 5, "need": None, "run": None, "json": None}
+_SAMPLE_S = 0.25  # between looks at the processes' memory
+
+
+def measure(cfg: Config, workers: int, seconds: float) -> dict[str, Any]:
+    """One figure: the pipeline of `cfg` with this many workers, for at least `seconds` after its first micro-batch."""
+    cfg = config.from_dict(config.to_dict(cfg))
+    cfg.data.num_workers = workers
+    began = time.perf_counter()
+    loader = build_loader(cfg, build_tokenizer(cfg), rank=0, world_size=1)
+    opened = time.perf_counter()
+    batches = iter(loader)
+    next(batches)
+    first = time.perf_counter()
+    memory, tokens, num_bytes, now = 0.0, 0, 0, first
+    sampled = 0.0
+    while now - first < seconds:
+        batch = next(batches)
+        tokens += batch.inputs.numel()
+        num_bytes += batch.counts.get("bytes", 0)
+        now = time.perf_counter()
+        if now - sampled > _SAMPLE_S:
+            sampled, memory = now, max(memory, _memory_mib())
+    elapsed = time.perf_counter() - first
+    del batches  # ends the workers
+    return {
+        "workers": loader.num_workers,
+        "open_s": round(opened - began, 3),
+        "first_batch_s": round(first - opened, 3),
+        "tokens_per_s": round(tokens / elapsed),
+        "text_mb_per_s": round(num_bytes / elapsed / 1e6, 2),
+        "memory_mib": round(memory),
+        "counts": _odd(loader),
+    }
+
+
+def _odd(loader: Loader) -> dict[str, int]:
+    """What was not as it should be in the documents read."""
+    usual = ("tokens", "bytes", "documents", "words", "padding", "truncated")
+    return {name: count for name, count in loader.counts.items() if name not in usual}
+
+
+def _memory_mib() -> float:
+    """Memory of this process and its workers; pages they share count once where the system can tell."""
+    import psutil
+
+    total = 0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            info = process.memory_full_info()
+            total += getattr(info, "pss", info.rss)
+        except psutil.Error:  # it has just ended
+            continue
+    return total / 2**20
+
+
+def _of_run(run: str) -> tuple[Config, float]:
+    """The config of a run folder, and the median speed of its steps."""
+    from ovq.train.metrics import read_rows
+
+    cfg = config.load(run)
+    speeds = [row["tokens_per_s"] for row in read_rows(Path(run) / "metrics.jsonl") if "tokens_per_s" in row]
+    if not speeds:
+        raise ConfigError(f"{run}/metrics.jsonl has no step yet, so how many tokens its model needs is not known")
+    return cfg, median(speeds)
+
+
+def table(rows: list[dict[str, Any]], need: float | None) -> str:
+    """The figures as text."""
+    lines = [
+        f"{'workers':>7} {'open s':>8} {'first batch s':>14} {'tokens/s':>12} {'text MB/s':>10} {'memory MiB':>11}"
+    ]
+    lines[0] += f" {'of need':>9}" if need else ""
+    for row in rows:
+        lines.append(
+            f"{row['workers']:>7} {row['open_s']:>8.2f} {row['first_batch_s']:>14.2f} {row['tokens_per_s']:>12,} "
+            f"{row['text_mb_per_s']:>10.1f} {row['memory_mib']:>11,}"
+            + (f" {row['tokens_per_s'] / need:>8.1f}x" if need else "")
+        )
+        if row["counts"]:
+            lines.append(
+                " " * 8 + "counted: " + ", ".join(f"{name} {count:,}" for name, count in row["counts"].items())
+            )
+    if need:
+        best = max(row["tokens_per_s"] for row in rows)
+        verdict = "enough" if best >= need else "NOT enough: prepare the data (python -m data.prepare) or add workers"
+        lines.append(f"needed: {need:,.0f} tokens/s in all; best {best:,} by one rank: {verdict}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring. Exit status: 0 measured, 1 the data failed, 2 a setting is wrong."""
+    try:
+        own, overrides = split_arguments(argv, OPTIONS)
+        if own["run"] and overrides:
+            raise ConfigError(f"run={own['run']} brings its own settings; leave out {' '.join(overrides)}")
+        cfg, need = _of_run(own["run"]) if own["run"] else (config.compose(overrides), own["need"])
+        workers = [own["workers"]] if isinstance(own["workers"], int) else own["workers"]
+        rows = [measure(cfg, count, own["seconds"]) for count in workers]
+        trainer = cfg.trainer
+        print(
+            f"data={cfg.data.name} tokenizer={cfg.tokenizer.name} context={trainer.context} "
+            f"global_batch={trainer.global_batch} micro_batch={trainer.micro_batch}"
+        )
+        print(table(rows, need))
+        if own["json"]:
+            from eval.machine import describe_machine
+
+            report = {"machine": describe_machine(), "config": config.to_dict(cfg), "need": need, "rows": rows}
+            write_whole(own["json"], json.dumps(report, indent=1).encode())
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
