@@ -1,0 +1,42 @@
+"""What the kernels share: how a tile of tokens, or of version rows, is loaded and stored.
+
+Every tensor is contiguous; widths that are no power of two are padded by masks (WIDTH is real, BLOCK padded). Offsets
+that grow with tokens x heads are 64-bit, offsets inside one head's rows 32-bit.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tokens(ptr, token, heads, head, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """x[token, head, :] of a [.., heads, WIDTH] tensor as a [len(token), BLOCK] tile; zeros where not valid."""
+    d = tl.arange(0, BLOCK)
+    mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
+    offset = (token.to(tl.int64) * heads + head) * WIDTH
+    return tl.load(ptr + offset[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tokens(ptr, token, heads, head, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """x[token, head, :] = x, rounded to the tensor's dtype, where valid."""
+    d = tl.arange(0, BLOCK)
+    mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
+    offset = (token.to(tl.int64) * heads + head) * WIDTH
+    tl.store(ptr + offset[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_rows(ptr, row, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of one head's [rows, WIDTH] matrix as a [len(row), BLOCK] tile; zeros where not valid."""
+    d = tl.arange(0, BLOCK)
+    mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
+    return tl.load(ptr + row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, row, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of one head's [rows, WIDTH] matrix = x, rounded to the matrix's dtype, where valid."""
+    d = tl.arange(0, BLOCK)
+    mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
+    tl.store(ptr + row[:, None] * WIDTH + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)

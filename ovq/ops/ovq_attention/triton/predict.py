@@ -1,0 +1,142 @@
+"""Stage B, prediction: attention of every chunk to the dictionary before it and to itself, all chunks at once.
+
+For query t of chunk i, with n_i centroids whose current version rows are table[i, n]:
+
+    logits = [ beta q.mu^k[table[i, n]] + log count[table[i, n]] ] ++ [ beta q.k_s  for s of the chunk, s <= t ]
+    o      = softmax(logits) @ [ mu^v[table[i, n]] ; v_s ]
+
+One program holds a tile of queries and streams both parts through one online softmax (exponents in base 2, so that
+log-sum-exp is stored in base 2 too). It is paged attention with pages of one row: rows are gathered through the table.
+Programs of one head follow each other, so that its dictionary stays in L2; the last chunks, which have the largest
+dictionary, start first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_tokens
+from ovq.ops.ovq_attention.triton.configs import arch_of, constants
+from ovq.ops.ovq_attention.triton.plan import Plan, plan_tensors
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size"]
+
+
+def predict(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """o [B, T, H, V] and the log-sum-exp [B, H, T] in base 2."""
+    (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
+    sizes, offsets, _ = plan_tensors(plan, q.device)
+    o, lse = q.new_empty(B, T, H, V), q.new_empty(B, H, T, dtype=torch.float32)
+    settings = constants("predict", arch_of(q.device), q.dtype, K, V, plan.spec.chunk_size)
+    predict_kernel[tile_grid(S, plan, settings["BLOCK_M"], B * H)](
+        q, k, v, beta, *rows, sizes, offsets, o, lse,
+        T, S, plan.spec.chunk_size, H, G, plan.rows, plan.table_size, **settings,
+    )  # fmt: skip
+    return o, lse
+
+
+def tile_grid(tokens: int, plan: Plan, block: int, heads: int) -> tuple[int, int]:
+    """Programs of a kernel that takes each chunk in tiles of `block` tokens."""
+    L = plan.spec.chunk_size
+    return triton.cdiv(tokens, L) * triton.cdiv(L, block), heads
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def predict_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, S, G, K]
+    v_ptr,  # [B, S, G, V]
+    beta_ptr,  # [H] float32
+    row_key_ptr,  # [B, G, rows, K]
+    row_value_ptr,  # [B, G, rows, V]
+    row_count_ptr,  # [B, G, rows] float32
+    table_ptr,  # [B, G, table_size] int32
+    sizes_ptr,  # [chunks + 1] int32: centroids before chunk i
+    offsets_ptr,  # [chunks + 1] int64: where the table of chunk i starts
+    o_ptr,  # [B, T, H, V] out
+    lse_ptr,  # [B, H, T] float32 out
+    T,
+    S,
+    L,
+    H,
+    G,
+    rows,
+    table_size,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tiles = tl.cdiv(L, BLOCK_M)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    g = h // (H // G)
+    chunk = tile // tiles
+    start = chunk * L
+    end = tl.minimum(start + L, S)
+    first = start + (tile % tiles) * BLOCK_M
+    position = first + tl.arange(0, BLOCK_M)
+    t = position - (S - T)
+    live = (position < end) & (t >= 0)
+
+    q_ptr += tl.cast(b, tl.int64) * T * H * K
+    k_ptr += tl.cast(b, tl.int64) * S * G * K
+    v_ptr += tl.cast(b, tl.int64) * S * G * V
+    row_base = tl.cast(b * G + g, tl.int64) * rows
+    row_key_ptr += row_base * K
+    row_value_ptr += row_base * V
+    row_count_ptr += row_base
+    table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + chunk)
+    size = tl.load(sizes_ptr + chunk)
+
+    q = load_tokens(q_ptr, t, H, h, live, K, BLOCK_K)
+    scale = tl.load(beta_ptr + h) * LOG2E
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+
+    for n in tl.range(0, size, BLOCK_N, num_stages=STAGES):
+        centroid = n + tl.arange(0, BLOCK_N)
+        held = centroid < size
+        row = tl.load(table_ptr + centroid, mask=held, other=0)
+        key = load_rows(row_key_ptr, row, held, K, BLOCK_K)
+        value = load_rows(row_value_ptr, row, held, V, BLOCK_V)
+        count = tl.load(row_count_ptr + row, mask=held, other=1.0)
+        bias = tl.where(held, tl.log2(count), float("-inf"))
+        logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + bias[None, :]
+        top, total, acc = _absorb(top, total, acc, logit, value, PRECISION)
+
+    for s in tl.range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N, num_stages=STAGES):
+        own = s + tl.arange(0, BLOCK_N)
+        held = own < end
+        key = load_tokens(k_ptr, own, G, g, held, K, BLOCK_K)
+        value = load_tokens(v_ptr, own, G, g, held, V, BLOCK_V)
+        logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale
+        logit = tl.where(held[None, :] & (own[None, :] <= position[:, None]), logit, float("-inf"))
+        top, total, acc = _absorb(top, total, acc, logit, value, PRECISION)
+
+    store_tokens(o_ptr + tl.cast(b, tl.int64) * T * H * V, t, H, h, live, acc / total[:, None], V, BLOCK_V)
+    tl.store(lse_ptr + tl.cast(tl.program_id(1), tl.int64) * T + t, top + tl.log2(total), mask=live)
+
+
+@triton.jit
+def _absorb(top, total, acc, logit, value, PRECISION: tl.constexpr):
+    """One step of the online softmax; every row of `logit` or of what came before has a finite entry."""
+    new_top = tl.maximum(top, tl.max(logit, 1))
+    p = tl.exp2(logit - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    return new_top, total, acc
