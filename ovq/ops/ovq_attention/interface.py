@@ -1,4 +1,4 @@
-"""The call `ovq_attention`: checks the arguments, chooses the backend, joins pending and new tokens, builds the next state.
+"""The call `ovq_attention`: checks arguments, chooses the backend, joins pending and new tokens, builds the next state.
 
 A backend is a module beside this one with
 

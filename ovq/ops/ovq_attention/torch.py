@@ -1,0 +1,396 @@
+"""OVQ-attention with a reversible backward pass: fast on a CPU, and runs on any device.
+
+What makes it fast:
+- The chunk's tokens and the centroids lie side by side as rows [value | key | log count] of one table. Prediction is a
+  product (a column of ones in the queries adds the log counts), a fused softmax, a product. Only the rows that a chunk
+  touches are written anew, and products run over the centroids in use, not over the capacity.
+- The backward pass walks the chunks in reverse and undoes their updates, so that nothing is saved but q, k, v and one
+  integer a token. Sums are undone in float64, where the rounding of long sums does not show. A constant step cannot be
+  undone by division: the rows it overwrites, at most one a token, are kept instead.
+- The gradient of a centroid's mean is summed by the matmul itself (`baddbmm_`) for as long as its count stays the same,
+  and divided by the count only when the walk meets a chunk that touched it.
+
+Shapes: B batch, T queries, S tokens, L chunk, l tokens of this chunk, t queries of this chunk, H query heads, G key/value
+heads, R = H / G, N capacity, n centroids in use, K key width, V value width; P = B G; W = V + K + 1, width of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ovq.ops.fla import work_dtype
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+
+
+@torch.compiler.disable
+def forward(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    beta_H: Tensor,
+    spec: OVQSpec,
+    dictionary: Dictionary,
+    assignment: Tensor | None = None,
+) -> tuple[Tensor, Dictionary, Tensor]:
+    """As `reference.forward`."""
+    sums = dictionary.key_sum, dictionary.value_sum, dictionary.count
+    place = dictionary.size, dictionary.position
+    return _OVQ.apply(q_BTHK, k_BSGK, v_BSGV, beta_H, *(x.detach() for x in sums), place, spec, assignment)
+
+
+class _OVQ(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, beta, key_sum, value_sum, count, place, spec, assignment):  # type: ignore[no-untyped-def]
+        dictionary = Dictionary(key_sum, value_sum, count, *place)
+        keep = spec.rate is not None and any(ctx.needs_input_grad)
+        o, new, a_BGS, overwritten = _walk_forward(q, k, v, beta, spec, dictionary, assignment, keep)
+        final = (new.key_sum, new.value_sum, new.count) if keep else ()
+        ctx.save_for_backward(q, k, v, beta, key_sum, value_sum, count, a_BGS, *overwritten, *final)
+        ctx.spec, ctx.place = spec, place
+        ctx.mark_non_differentiable(a_BGS)
+        return o, new, a_BGS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, key_sum, value_sum, count, a_BGS, *kept = ctx.saved_tensors
+        dictionary = Dictionary(key_sum, value_sum, count, *ctx.place)
+        grads = _walk_backward(do, q, k, v, beta, ctx.spec, dictionary, a_BGS, kept)
+        return *grads, *[None] * 6
+
+
+class _Chunk(NamedTuple):
+    """Tokens of a chunk (as a slice of S), those of its tokens that ask (of T), whether it is whole, and the centroids
+    in use before and after it."""
+
+    tokens: slice
+    asked: slice
+    whole: bool
+    before: int
+    after: int
+
+
+def _chunks(S: int, T: int, spec: OVQSpec, dictionary: Dictionary) -> list[_Chunk]:
+    L, first, n, chunks = spec.chunk_size, S - T, dictionary.size, []
+    for start in range(0, S, L):
+        stop = min(start + L, S)
+        whole = stop - start == L
+        after = spec.size_at(dictionary.position + stop) if whole else n
+        asked = slice(max(start - first, 0), max(stop - first, 0))
+        chunks.append(_Chunk(slice(start, stop), asked, whole, n, after))
+        n = after
+    return chunks
+
+
+class _Table:
+    """Rows [value | key | log count] of the current chunk's tokens, then of the centroids, and the sums behind them.
+
+    A chunk of l tokens lies in rows L - l .. L - 1, centroid j in row L + j, so that tokens and centroids in use are
+    always one slice. `sums` has rows [value sum | key sum | count] in the same places. Rows of one batch entry and head
+    follow those of another: index tensors count rows of all of them.
+    """
+
+    def __init__(self, dictionary: Dictionary, L: int, dtype: torch.dtype, work: torch.dtype) -> None:
+        B, G, N, K = dictionary.key_sum.shape
+        self.B, self.G, self.N, self.K, self.V = B, G, N, K, dictionary.value_sum.shape[3]
+        self.L, self.dtype, self.work = L, dtype, work
+        n = dictionary.size
+        self.rows = dictionary.count.new_empty(B * G, L + N, self.V + K + 1, dtype=work)
+        count = dictionary.count[:, :, :n].to(work).flatten(0, 1)[..., None]
+        held = self.rows[:, L : L + n]
+        torch.div(dictionary.value_sum[:, :, :n].flatten(0, 1), count, out=held[..., : self.V])
+        torch.div(dictionary.key_sum[:, :, :n].flatten(0, 1), count, out=held[..., self.V : -1])
+        torch.log(count, out=held[..., -1:])
+        held[..., :-1] = self._rounded(held[..., :-1])
+        self.base_P1 = torch.arange(B * G, device=held.device)[:, None] * (L + N) + L
+
+    def hold_sums(self, dictionary: Dictionary, dtype: torch.dtype) -> None:
+        """Copy the dictionary's sums: they are going to change."""
+        self.sums = torch.zeros_like(self.rows, dtype=dtype)
+        held = self.sums[:, self.L :].unflatten(0, (self.B, self.G))
+        held[..., : self.V], held[..., self.V : -1] = dictionary.value_sum, dictionary.key_sum
+        held[..., -1] = dictionary.count
+
+    def to_dictionary(self, size: int, position: int, work: torch.dtype) -> Dictionary:
+        held = self.sums[:, self.L :].unflatten(0, (self.B, self.G)).to(work)
+        value_sum, key_sum, count = held.split([self.V, self.K, 1], dim=-1)
+        return Dictionary(key_sum.contiguous(), value_sum.contiguous(), count[..., 0].contiguous(), size, position)
+
+    def load(self, k_BlGK: Tensor, v_BlGV: Tensor) -> None:
+        """Put the tokens of a chunk into the table."""
+        own = self.rows[:, self.L - k_BlGK.shape[1] : self.L].unflatten(0, (self.B, self.G))
+        own[..., : self.V], own[..., self.V : -1] = v_BlGV.transpose(1, 2), k_BlGK.transpose(1, 2)
+        own[..., -1] = 0  # the logarithm of one token
+
+    def span(self, tokens: int, n: int) -> Tensor:
+        """The rows of the chunk's tokens and the centroids in use."""
+        return self.rows[:, self.L - tokens : self.L + n]
+
+    def index(self, a_PL: Tensor) -> Tensor:
+        """Rows, among those of all batch entries and heads, of each token's centroid."""
+        return (a_PL + self.base_P1).flatten()
+
+    def tokens(self) -> Tensor:
+        """[P L, W]: what a whole chunk adds to the sums."""
+        rows = self.rows[:, : self.L].flatten(0, 1)
+        rows[:, -1] = 1
+        return rows
+
+    def refresh(self, index: Tensor) -> None:
+        """Write the means of these centroids anew."""
+        sums = self.sums.view(-1, self.sums.shape[-1])[index]
+        count = sums[:, -1:]
+        means = self._rounded((sums[:, :-1] / count).to(self.work))
+        rows = torch.cat([means, count.to(self.work).log()], dim=1)
+        self.rows.view(-1, rows.shape[1]).index_copy_(0, index, rows)
+
+    def add(self, index: Tensor, tokens: Tensor, sign: int = 1) -> None:
+        self.sums.view(-1, tokens.shape[1]).index_add_(0, index, tokens.to(self.sums.dtype), alpha=sign)
+
+    def _rounded(self, means: Tensor) -> Tensor:
+        """Means as the inputs' dtype has them: what a low-precision matmul would read."""
+        return means if self.dtype == self.work else means.to(self.dtype).to(self.work)
+
+
+def _walk_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta_H: Tensor,
+    spec: OVQSpec,
+    dictionary: Dictionary,
+    assignment: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Dictionary, Tensor, list[Tensor]]:
+    """Outputs, the new dictionary, assignments, and (with `keep`) the rows of sums that each chunk overwrote."""
+    (B, T, H, _), (S, G), V, L = q.shape, k.shape[1:3], v.shape[3], spec.chunk_size
+    work = work_dtype(q)
+    table = _Table(dictionary, L, q.dtype, work)
+    chunks = _chunks(S, T, spec, dictionary)
+    if S >= L:
+        table.hold_sums(dictionary, work)
+    scratch = _scratch(chunks, q, B * G)
+    o_BTHV = q.new_empty(B, T, H, V)
+    a_BGS = torch.full((B, G, S), -1, dtype=torch.int32, device=q.device)
+    overwritten: list[Tensor] = []
+    for chunk in chunks:
+        table.load(k[:, chunk.tokens], v[:, chunk.tokens])
+        if chunk.asked.stop > chunk.asked.start:
+            span = table.span(chunk.tokens.stop - chunk.tokens.start, chunk.before)
+            p = _attention(_queries(q[:, chunk.asked], beta_H, G, work), span, chunk, V, scratch)
+            o_BTHV[:, chunk.asked] = _from_rows(p @ span[..., :V], B, H)
+        if chunk.whole:
+            if assignment is None:
+                start = dictionary.position + chunk.tokens.start
+                a_PL = _assign(table, chunk, start, spec, scratch)
+            else:
+                a_PL = assignment[:, :, chunk.tokens].flatten(0, 1).long()
+            a_BGS[:, :, chunk.tokens] = a_PL.unflatten(0, (B, G))
+            _commit(table, a_PL, spec, overwritten if keep else None)
+    if S < L:
+        return o_BTHV, dictionary, a_BGS, overwritten
+    return o_BTHV, table.to_dictionary(chunks[-1].after, dictionary.position + S - S % L, work), a_BGS, overwritten
+
+
+def _walk_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta_H: Tensor,
+    spec: OVQSpec,
+    dictionary: Dictionary,
+    a_BGS: Tensor,
+    kept: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and beta, chunk by chunk from the last to the first.
+
+    With dS the gradient of the sums and A what the matmuls have summed for each mean since its count last changed,
+    dS + A / c is what reaches the tokens of a chunk (design: dk_t += dS[a_t], then the update is undone).
+    """
+    (B, T, H, K), (S, G), V, L = q.shape, k.shape[1:3], v.shape[3], spec.chunk_size
+    work = work_dtype(q)
+    chunks = _chunks(S, T, spec, dictionary)
+    table = _final_table(k, v, spec, dictionary, a_BGS, kept, chunks, work)
+    p_scratch, s_scratch = _scratch(chunks, q, B * G), _scratch(chunks, q, B * G)
+    dmean = torch.zeros_like(table.rows[..., :-1])  # A; the rows of tokens are their own gradient
+    dsum = torch.zeros_like(dmean)
+    flat_dmean, flat_dsum = dmean.view(-1, V + K), dsum.view(-1, V + K)
+    dq, dk, dv = torch.zeros_like(q, dtype=work), torch.empty_like(k), torch.empty_like(v)
+    for number, chunk in reversed(list(enumerate(chunks))):
+        length = chunk.tokens.stop - chunk.tokens.start
+        own = dmean[:, L - length : L].zero_()
+        table.load(k[:, chunk.tokens], v[:, chunk.tokens])
+        reached: Tensor | None = None
+        if chunk.whole:
+            index = table.index(a_BGS[:, :, chunk.tokens].flatten(0, 1).long())
+            count = table.sums.view(-1, V + K + 1)[index, -1:].to(work)
+            reached = flat_dmean[index].div_(count).add_(flat_dsum[index])
+            before, reached = _undo(table, index, reached, spec, kept[number] if kept else None)
+            flat_dsum.index_copy_(0, index, before)
+            flat_dmean.index_fill_(0, index, 0)
+        if chunk.asked.stop > chunk.asked.start:
+            span, x = table.span(length, chunk.before), _queries(q[:, chunk.asked], beta_H, G, work)
+            p = _attention(x, span, chunk, V, p_scratch)
+            g = _to_rows(do[:, chunk.asked].to(work), G)
+            ds = _view(s_scratch, p.shape)
+            torch.bmm(g, span[..., :V].transpose(1, 2), out=ds)
+            torch.ops.aten._softmax_backward_data.out(ds, p, -1, work, grad_input=ds)
+            dq[:, chunk.asked] = _from_rows(ds @ span[..., V:-1], B, H)
+            into = dmean[:, L - length : L + chunk.before]
+            into[..., :V].baddbmm_(p.transpose(1, 2), g)
+            into[..., V:].baddbmm_(ds.transpose(1, 2), x[..., :-1])
+        if reached is not None:
+            own += reached.view_as(own)
+        dv_chunk, dk_chunk = own.unflatten(0, (B, G)).transpose(1, 2).split([V, K], dim=-1)
+        dv[:, chunk.tokens], dk[:, chunk.tokens] = dv_chunk, dk_chunk
+    dbeta = torch.einsum("bthk,bthk->h", dq, q.to(work)).to(beta_H.dtype)
+    return dq.mul_(beta_H.to(work)[:, None]).to(q.dtype), dk, dv, dbeta
+
+
+def _attention(x: Tensor, span: Tensor, chunk: _Chunk, V: int, scratch: Tensor) -> Tensor:
+    """Probabilities [P, R t, l + n]: softmax([beta q.k_s for s <= t, beta q.mu^k + log c])."""
+    length, asked = chunk.tokens.stop - chunk.tokens.start, chunk.asked.stop - chunk.asked.start
+    logits = _view(scratch, (*x.shape[:2], span.shape[1]))
+    torch.bmm(x, span[..., V:].transpose(1, 2), out=logits)
+    future = torch.ones(asked, length, dtype=torch.bool, device=x.device).triu_(length - asked + 1)
+    logits.unflatten(1, (-1, asked))[..., :length].masked_fill_(future, -torch.inf)
+    return torch.softmax(logits, -1, out=logits)
+
+
+def _assign(table: _Table, chunk: _Chunk, start: int, spec: OVQSpec, scratch: Tensor) -> Tensor:
+    """int64 [P, L]: the centroid of each token of a whole chunk, as `reference.assign`."""
+    L, n, V = table.L, chunk.before, table.V
+    own = table.rows[:, :L, V:-1] if spec.assign_on == "key" else table.rows[:, :L, :-1]
+    held = table.rows[:, L : L + n] if n else table.rows[:, :1]  # an empty dictionary: the first token is centroid 0
+    held = held[..., V:-1] if spec.assign_on == "key" else held[..., :-1]
+    likeness = torch.bmm(own, held.transpose(1, 2), out=_view(scratch, (len(own), L, held.shape[1])))
+    if spec.assign_on == "key_value":
+        likeness -= held.square().sum(-1)[:, None, :] / 2
+    best_PL, a_PL = likeness.max(-1)
+    founded = chunk.after - n
+    if founded == 0:
+        return a_PL
+    if spec.seeding == "random":
+        order = spec.hash_order(start, own.device).expand_as(a_PL)
+    else:
+        if spec.assign_on == "key_value":
+            best_PL = best_PL - own.square().sum(-1) / 2  # half the negative squared distance
+        order = best_PL.argsort(dim=-1, stable=True)
+    if n == 0:  # the first token founds centroid 0, whatever the order
+        order = torch.cat([torch.zeros_like(order[:, :1]), order[order != 0].view(len(order), -1)], dim=1)
+    founders = order[:, :founded].sort(-1).values
+    if n == 0 and spec.first_chunk == "nearest":
+        keys = table.rows[:, :L, V:-1]
+        a_PL = (keys @ keys.gather(1, founders[..., None].expand(-1, -1, table.K)).transpose(1, 2)).argmax(-1)
+    return a_PL.scatter(1, founders, torch.arange(n, chunk.after, device=own.device).expand_as(founders))
+
+
+def _commit(table: _Table, a_PL: Tensor, spec: OVQSpec, overwritten: list[Tensor] | None) -> None:
+    """Add a whole chunk to the sums and write its centroids' means."""
+    index, tokens = table.index(a_PL), table.tokens()
+    if spec.rate is not None:
+        sums = table.sums.view(-1, tokens.shape[1])
+        rows = sums[index]
+        if overwritten is not None:
+            overwritten.append(rows.clone())
+        old, new = _step_weights(table, index, rows[:, -1:], spec.rate)
+        rows[:, :-1] *= old
+        tokens[:, :-1] *= new
+        sums.index_copy_(0, index, rows)
+    table.add(index, tokens)
+    table.refresh(index)
+
+
+def _undo(
+    table: _Table, index: Tensor, reached: Tensor, spec: OVQSpec, overwritten: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Take a chunk out of the dictionary; the gradients of the sums as they were before it, and of its tokens."""
+    before, tokens = reached, table.tokens()
+    if spec.rate is None:
+        table.add(index, tokens, sign=-1)
+    else:
+        assert overwritten is not None
+        table.sums.view(-1, tokens.shape[1]).index_copy_(0, index, overwritten)
+        old, new = _step_weights(table, index, overwritten[:, -1:], spec.rate)
+        before, reached = reached * old, reached * new
+    table.refresh(index)
+    return before, reached
+
+
+def _step_weights(table: _Table, index: Tensor, count: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """By what a constant step multiplies a centroid's sum and each of its m new tokens, [P L, 1] each.
+
+    mu <- (1-rate)^m mu + (1 - (1-rate)^m) mean(tokens), and a sum is count x mean; a new centroid takes the mean.
+    """
+    ones = torch.ones_like(index, dtype=count.dtype)
+    m = count.new_zeros(table.rows.shape[0] * table.rows.shape[1]).index_add_(0, index, ones)[index][:, None]
+    left = torch.where(count > 0, (1 - rate) ** m, 0)
+    return left * (count + m) / count.clamp_min(1), (1 - left) * (count + m) / m
+
+
+def _final_table(
+    k: Tensor,
+    v: Tensor,
+    spec: OVQSpec,
+    dictionary: Dictionary,
+    a_BGS: Tensor,
+    kept: list[Tensor],
+    chunks: list[_Chunk],
+    work: torch.dtype,
+) -> _Table:
+    """The table after the last whole chunk: from what was kept, or by summing again, in float64."""
+    if kept:
+        last = Dictionary(*kept[-3:], chunks[-1].after, 0)
+        table = _Table(last, spec.chunk_size, k.dtype, work)
+        table.hold_sums(last, work)
+        return table
+    table = _Table(dictionary, spec.chunk_size, k.dtype, work)
+    table.hold_sums(dictionary, torch.float64)
+    for chunk in chunks:
+        if chunk.whole:
+            table.load(k[:, chunk.tokens], v[:, chunk.tokens])
+            table.add(table.index(a_BGS[:, :, chunk.tokens].flatten(0, 1).long()), table.tokens())
+    used = torch.arange(chunks[-1].after, device=k.device).expand(len(table.rows), -1)
+    table.refresh(table.index(used))
+    return table
+
+
+def _scratch(chunks: list[_Chunk], q: Tensor, P: int) -> Tensor:
+    """Room for the largest [P, R t, l + n] or [P, L, n] of this call, used again for every chunk."""
+    R = q.shape[0] * q.shape[2] // P
+    largest = max(
+        (c.tokens.stop - c.tokens.start) * max(R, 1) * (c.tokens.stop - c.tokens.start + max(c.before, 1))
+        for c in chunks
+    )
+    return q.new_empty(P * largest, dtype=work_dtype(q))
+
+
+def _view(scratch: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    return scratch[: torch.Size(shape).numel()].view(shape)
+
+
+def _queries(q_BtHK: Tensor, beta_H: Tensor, G: int, work: torch.dtype) -> Tensor:
+    """[P, R t, K + 1]: beta q, and a one that picks up the log count."""
+    B, t, H, K = q_BtHK.shape
+    x = q_BtHK.new_ones(B, G, H // G, t, K + 1, dtype=work)
+    torch.mul(
+        q_BtHK.to(work).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4),
+        beta_H.to(work).view(G, -1, 1, 1),
+        out=x[..., :-1],
+    )
+    return x.view(B * G, -1, K + 1)
+
+
+def _to_rows(x_BtHV: Tensor, G: int) -> Tensor:
+    """[B, t, H, V] as [P, R t, V]."""
+    return x_BtHV.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(1, 2)
+
+
+def _from_rows(x_PrV: Tensor, B: int, H: int) -> Tensor:
+    """[P, R t, V] as [B, t, H, V]."""
+    return x_PrV.view(B, H, -1, x_PrV.shape[-1]).transpose(1, 2)
