@@ -25,6 +25,11 @@ def forward(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_loss: float, reduction: str
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.forward`."""
+    if reduction == "sum" and x_ND.device.type == "cpu":
+        # Asking which tokens have a label makes nobody wait here, and only they cost anything.
+        labelled = (targets_N != IGNORE).nonzero()[:, 0]
+        if len(labelled) < len(targets_N):
+            x_ND, targets_N = x_ND[labelled], targets_N[labelled]
     trained = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     if trained and reduction == "sum" and not z_loss:
         return _Sum.apply(x_ND, weight_VD, targets_N, chunk), None
