@@ -6,8 +6,8 @@ files are pinned to a commit, which the data fingerprint records: a resumed run 
 `data.revision` is null and the branch has moved on. A repository is listed once a process.
 
 Hub files come through `huggingface_hub` and are read with pyarrow. `datasets` is left out on purpose: its streaming
-holds whole row groups (measured beforehand: 670 MB for a group of 114 MB), gives no access to document i, which an order
-that is a pure function of the step needs, and loses its shuffle buffer when resumed.
+holds whole row groups (measured beforehand: 670 MB for a group of 114 MB), gives no access to document i, which an
+order that is a pure function of the step needs, and loses its shuffle buffer when resumed.
 
 A shard is missing when a path without wildcards does not exist or when a series `NAME-00003-of-00008` has a hole, and
 corrupt when it cannot be indexed. `data.on_bad_shard` decides: "error" stops before anything runs, "skip" leaves the
