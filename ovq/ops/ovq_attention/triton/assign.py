@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_rows
+from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_rows, token_at
 from ovq.ops.ovq_attention.triton.configs import arch_of, constants
 from ovq.ops.ovq_attention.triton.plan import Plan, plan_tensors
 
@@ -155,7 +155,8 @@ def assign_kernel(
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # keys of a tile that proposes
+    BLOCK_C: tl.constexpr,  # and of one that commits
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     PROPOSE: tl.constexpr,
@@ -193,6 +194,8 @@ def assign_kernel(
 
     for i in tl.range(first_chunk, last_chunk, num_stages=1):
         start = i * L
+        chunk_k = token_at(k_ptr, start, G, g, K)
+        chunk_v = token_at(v_ptr, start, G, g, V)
         size = tl.load(sizes_ptr + i)
         after = tl.load(sizes_ptr + i + 1)
         slot = ((i % 2) * heads + head) * SPLITS
@@ -201,7 +204,7 @@ def assign_kernel(
             for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
                 l = l0 + tl.arange(0, BLOCK_L)
                 best, arg = _propose(
-                    k_ptr, v_ptr, mean_key_ptr, mean_value_ptr, start, l, L, G, g, size, split,
+                    chunk_k, chunk_v, mean_key_ptr, mean_value_ptr, l, L, G, size, split,
                     K, V, BLOCK_K, BLOCK_V, BLOCK_L, BLOCK_N, SPLITS, KEY_VALUE, PRECISION, STAGES,
                 )  # fmt: skip
                 tl.store(best_ptr + (slot + split) * L + l, best, mask=l < L)
@@ -213,34 +216,34 @@ def assign_kernel(
 
         if COMMIT:
             if FORCED:
-                for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
-                    l = l0 + tl.arange(0, BLOCK_L)
+                for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                    l = l0 + tl.arange(0, BLOCK_C)
                     tl.store(place_ptr + l, tl.load(forced_ptr + start + l, mask=l < L), mask=l < L)
                 tl.debug_barrier()
             else:
-                _choose(best_ptr + slot * L, arg_ptr + slot * L, chosen_ptr, arg_own_ptr, size, L, BLOCK_L, SPLITS)
+                _choose(best_ptr + slot * L, arg_ptr + slot * L, chosen_ptr, arg_own_ptr, size, L, BLOCK_C, SPLITS)
                 _place(
-                    k_ptr, chosen_ptr, arg_own_ptr, place_ptr, rank_ptr + i * L, start, size, after, L, G, g,
-                    K, BLOCK_K, BLOCK_L, RANDOM, NEAREST, PRECISION,
+                    chunk_k, chosen_ptr, arg_own_ptr, place_ptr, rank_ptr + i * L, size, after, L, G,
+                    K, BLOCK_K, BLOCK_C, RANDOM, NEAREST, PRECISION,
                 )  # fmt: skip
-            for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
-                l = l0 + tl.arange(0, BLOCK_L)
+            for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                l = l0 + tl.arange(0, BLOCK_C)
                 place = tl.load(place_ptr + l, mask=l < L, other=-1)
                 if split == 0:
                     tl.store(assignment_ptr + start + l, place, mask=l < L)
-                number, later = _company(place, l, place_ptr, L, BLOCK_L)
+                number, later = _company(place, l, place_ptr, L, BLOCK_C)
                 # The last of the tokens that went to a centroid speaks for all of them.
                 speaks = (l < L) & (later == 0) & ((place // BLOCK_N) % SPLITS == split)
                 old = tl.load(count_ptr + place, mask=speaks, other=0.0)
                 new = old + number
                 row = initial + start + l
                 _commit(
-                    k_ptr, key_sum_ptr, mean_key_ptr, row_key_ptr, place, row, speaks, old, new, start, place_ptr,
-                    L, G, g, log2_keep, K, BLOCK_K, BLOCK_L, RATE, True, PRECISION,
+                    chunk_k, key_sum_ptr, mean_key_ptr, row_key_ptr, place, row, speaks, old, new, place_ptr,
+                    L, G, log2_keep, K, BLOCK_K, BLOCK_C, RATE, True, PRECISION,
                 )  # fmt: skip
                 _commit(
-                    v_ptr, value_sum_ptr, mean_value_ptr, row_value_ptr, place, row, speaks, old, new, start, place_ptr,
-                    L, G, g, log2_keep, V, BLOCK_V, BLOCK_L, RATE, KEY_VALUE, PRECISION,
+                    chunk_v, value_sum_ptr, mean_value_ptr, row_value_ptr, place, row, speaks, old, new, place_ptr,
+                    L, G, log2_keep, V, BLOCK_V, BLOCK_C, RATE, KEY_VALUE, PRECISION,
                 )  # fmt: skip
                 tl.store(count_ptr + place, new, mask=speaks)
                 tl.store(row_count_ptr + row, new, mask=speaks)
@@ -255,7 +258,7 @@ def assign_kernel(
 
 @triton.jit
 def _propose(
-    k_ptr, v_ptr, mean_key_ptr, mean_value_ptr, start, l, L, G, g, size, split,
+    k_ptr, v_ptr, mean_key_ptr, mean_value_ptr, l, L, G, size, split,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -263,20 +266,20 @@ def _propose(
 
     A running best is kept for every column of the tile, so that indices are compared across columns once, at the end.
     """
-    key = load_tokens(k_ptr, start + l, G, g, l < L, K, BLOCK_K)
+    key = load_tokens(k_ptr, l, G, l < L, K, BLOCK_K)
     column = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_L, BLOCK_N], float("-inf"), tl.float32)
     arg = tl.zeros([BLOCK_L, BLOCK_N], tl.int32)
     if KEY_VALUE:
-        value = load_tokens(v_ptr, start + l, G, g, l < L, V, BLOCK_V)
+        value = load_tokens(v_ptr, l, G, l < L, V, BLOCK_V)
         own = _square(key) + _square(value)
     if size == 0:
         # The empty dictionary: the first key is centroid 0, and only the first program proposes it.
         held = (column == 0) & (split == 0)
-        mean = load_tokens(k_ptr, start + column * 0, G, g, held, K, BLOCK_K)
+        mean = load_tokens(k_ptr, column * 0, G, held, K, BLOCK_K)
         likeness = tl.dot(key, tl.trans(mean), input_precision=PRECISION)
         if KEY_VALUE:
-            mean_v = load_tokens(v_ptr, start + column * 0, G, g, held, V, BLOCK_V)
+            mean_v = load_tokens(v_ptr, column * 0, G, held, V, BLOCK_V)
             likeness = 2 * (likeness + tl.dot(value, tl.trans(mean_v), input_precision=PRECISION))
             likeness = likeness - (_square(mean) + _square(mean_v))[None, :] - own[:, None]
         best = tl.where(held[None, :], likeness, float("-inf"))
@@ -314,10 +317,10 @@ def _barrier(arrived_ptr, awaited):
 
 
 @triton.jit
-def _choose(best_ptr, arg_ptr, chosen_ptr, arg_own_ptr, size, L, BLOCK_L: tl.constexpr, SPLITS: tl.constexpr):
+def _choose(best_ptr, arg_ptr, chosen_ptr, arg_own_ptr, size, L, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr):
     """The best of all programs' proposals; ties go to the lowest centroid."""
-    for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
-        l = l0 + tl.arange(0, BLOCK_L)
+    for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+        l = l0 + tl.arange(0, BLOCK_C)
         best = tl.load(best_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
         arg = tl.load(arg_ptr + l, mask=l < L, other=0, cache_modifier=".cg")
         for p in range(1, SPLITS):
@@ -335,49 +338,49 @@ def _choose(best_ptr, arg_ptr, chosen_ptr, arg_own_ptr, size, L, BLOCK_L: tl.con
 
 @triton.jit
 def _place(
-    k_ptr, chosen_ptr, arg_ptr, place_ptr, rank_ptr, start, size, after, L, G, g,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
+    k_ptr, chosen_ptr, arg_ptr, place_ptr, rank_ptr, size, after, L, G,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     RANDOM: tl.constexpr, NEAREST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """place_t: where key t goes. The after - size keys of lowest rank found centroids, numbered in their order in the
     text. Ranks and numbers are counted by comparing all pairs of keys, tile by tile."""
     founded = after - size
     if founded == 0:
-        for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
-            l = l0 + tl.arange(0, BLOCK_L)
+        for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+            l = l0 + tl.arange(0, BLOCK_C)
             tl.store(place_ptr + l, tl.load(arg_ptr + l, mask=l < L), mask=l < L)
     else:
         # place holds the ranks first. (Both loops read one array and write the other.)
-        for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
-            l = l0 + tl.arange(0, BLOCK_L)
+        for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+            l = l0 + tl.arange(0, BLOCK_C)
             if RANDOM:
                 rank = tl.load(rank_ptr + l, mask=l < L, other=0)
             else:
                 mine = tl.load(chosen_ptr + l, mask=l < L, other=0.0)
-                rank = tl.zeros([BLOCK_L], tl.int32)
-                for m0 in tl.range(0, L, BLOCK_L, num_stages=1):
-                    m = m0 + tl.arange(0, BLOCK_L)
+                rank = tl.zeros([BLOCK_C], tl.int32)
+                for m0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                    m = m0 + tl.arange(0, BLOCK_C)
                     other = tl.load(chosen_ptr + m, mask=m < L, other=float("inf"))
                     tie = (other[None, :] == mine[:, None]) & (m[None, :] < l[:, None])
                     ahead = (other[None, :] < mine[:, None]) | tie
                     rank += tl.sum((ahead & (m < L)[None, :]).to(tl.int32), 1)
             tl.store(place_ptr + l, rank, mask=l < L)
         tl.debug_barrier()
-        for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
-            l = l0 + tl.arange(0, BLOCK_L)
+        for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+            l = l0 + tl.arange(0, BLOCK_C)
             founds = tl.load(place_ptr + l, mask=l < L, other=0) < founded
-            number = tl.zeros([BLOCK_L], tl.int32)
-            for m0 in tl.range(0, L, BLOCK_L, num_stages=1):
-                m = m0 + tl.arange(0, BLOCK_L)
+            number = tl.zeros([BLOCK_C], tl.int32)
+            for m0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                m = m0 + tl.arange(0, BLOCK_C)
                 other = tl.load(place_ptr + m, mask=m < L, other=2147483647) < founded
                 number += tl.sum((other[None, :] & (m[None, :] < l[:, None])).to(tl.int32), 1)
             arg = tl.load(arg_ptr + l, mask=l < L, other=0)
             if NEAREST and size == 0:
-                arg = _nearest(k_ptr, place_ptr, start, l, founded, L, G, g, K, BLOCK_K, BLOCK_L, PRECISION)
+                arg = _nearest(k_ptr, place_ptr, l, founded, L, G, K, BLOCK_K, BLOCK_C, PRECISION)
             tl.store(arg_ptr + l, tl.where(founds, size + number, arg), mask=l < L)
         tl.debug_barrier()
-        for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
-            l = l0 + tl.arange(0, BLOCK_L)
+        for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+            l = l0 + tl.arange(0, BLOCK_C)
             place = tl.load(arg_ptr + l, mask=l < L, other=0)
             if NEAREST and size == 0:
                 # `arg` of the others is the place of their founding key in the text, minus one, negated.
@@ -388,18 +391,18 @@ def _place(
 
 @triton.jit
 def _nearest(
-    k_ptr, rank_ptr, start, l, founded, L, G, g,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
+    k_ptr, rank_ptr, l, founded, L, G,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """-1 - (place in the chunk of the founding key with the largest product); ties go to the lowest."""
-    key = load_tokens(k_ptr, start + l, G, g, l < L, K, BLOCK_K)
-    best = tl.full([BLOCK_L, BLOCK_L], float("-inf"), tl.float32)
-    arg = tl.zeros([BLOCK_L, BLOCK_L], tl.int32)
-    column = tl.arange(0, BLOCK_L)
-    for m0 in tl.range(0, L, BLOCK_L, num_stages=1):
+    key = load_tokens(k_ptr, l, G, l < L, K, BLOCK_K)
+    best = tl.full([BLOCK_C, BLOCK_C], float("-inf"), tl.float32)
+    arg = tl.zeros([BLOCK_C, BLOCK_C], tl.int32)
+    column = tl.arange(0, BLOCK_C)
+    for m0 in tl.range(0, L, BLOCK_C, num_stages=1):
         m = m0 + column
         founds = tl.load(rank_ptr + m, mask=m < L, other=2147483647) < founded
-        other = load_tokens(k_ptr, start + m, G, g, m < L, K, BLOCK_K)
+        other = load_tokens(k_ptr, m, G, m < L, K, BLOCK_K)
         likeness = tl.dot(key, tl.trans(other), input_precision=PRECISION)
         better = founds[None, :] & (likeness > best)
         best = tl.where(better, likeness, best)
@@ -409,12 +412,12 @@ def _nearest(
 
 
 @triton.jit
-def _company(place, l, place_ptr, L, BLOCK_L: tl.constexpr):
+def _company(place, l, place_ptr, L, BLOCK_C: tl.constexpr):
     """How many of the chunk's keys went where this one went, and how many of them come later in the text."""
-    number = tl.zeros([BLOCK_L], tl.int32)
-    later = tl.zeros([BLOCK_L], tl.int32)
-    for m0 in tl.range(0, L, BLOCK_L, num_stages=1):
-        m = m0 + tl.arange(0, BLOCK_L)
+    number = tl.zeros([BLOCK_C], tl.int32)
+    later = tl.zeros([BLOCK_C], tl.int32)
+    for m0 in tl.range(0, L, BLOCK_C, num_stages=1):
+        m = m0 + tl.arange(0, BLOCK_C)
         same = place[:, None] == tl.load(place_ptr + m, mask=m < L, other=-2)[None, :]
         number += tl.sum(same.to(tl.int32), 1)
         later += tl.sum((same & (m[None, :] > l[:, None])).to(tl.int32), 1)
@@ -423,8 +426,8 @@ def _company(place, l, place_ptr, L, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def _commit(
-    x_ptr, sum_ptr, mean_ptr, row_ptr, place, row, speaks, old, new, start, place_ptr, L, G, g, log2_keep,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr, RATE: tl.constexpr, MEAN: tl.constexpr,
+    x_ptr, sum_ptr, mean_ptr, row_ptr, place, row, speaks, old, new, place_ptr, L, G, log2_keep,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, RATE: tl.constexpr, MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums, means and version rows of the centroids for which one of these tokens speaks.
@@ -432,11 +435,11 @@ def _commit(
     With a constant rate eta, m keys move the mean to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys), and the sum kept is
     count x mean.
     """
-    more = tl.zeros([BLOCK_L, BLOCK], tl.float32)
-    for m0 in tl.range(0, L, BLOCK_L, num_stages=1):
-        m = m0 + tl.arange(0, BLOCK_L)
+    more = tl.zeros([BLOCK_C, BLOCK], tl.float32)
+    for m0 in tl.range(0, L, BLOCK_C, num_stages=1):
+        m = m0 + tl.arange(0, BLOCK_C)
         same = place[:, None] == tl.load(place_ptr + m, mask=m < L, other=-2)[None, :]
-        x = load_tokens(x_ptr, start + m, G, g, m < L, WIDTH, BLOCK)
+        x = load_tokens(x_ptr, m, G, m < L, WIDTH, BLOCK)
         more = tl.dot(same.to(x.dtype), x, more, input_precision=PRECISION)
     total = load_rows(sum_ptr, place, speaks, WIDTH, BLOCK)
     if RATE:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ovq.ops.ovq_attention.triton.assign import log2_keep
-from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_tokens
+from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_tokens, token_at
 from ovq.ops.ovq_attention.triton.configs import arch_of, constants
 from ovq.ops.ovq_attention.triton.plan import Plan, plan_tensors
 from ovq.ops.ovq_attention.triton.predict import LOG2E, tile_grid
@@ -129,13 +129,13 @@ def query_grad_kernel(
     end = tl.minimum(start + L, S)
     first = start + (tile % tiles) * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
-    t = position - (S - T)
-    live = (position < end) & (t >= 0)
+    live = (position < end) & (position >= S - T)  # queries are of the last T tokens
+    query = tl.cast(b, tl.int64) * T + first - (S - T)
+    m = tl.arange(0, BLOCK_M)
 
-    q_ptr += tl.cast(b, tl.int64) * T * H * K
-    k_ptr += tl.cast(b, tl.int64) * S * G * K
-    v_ptr += tl.cast(b, tl.int64) * S * G * V
-    head = tl.cast(tl.program_id(1), tl.int64)
+    k_ptr = token_at(k_ptr, tl.cast(b, tl.int64) * S + start, G, g, K)
+    v_ptr = token_at(v_ptr, tl.cast(b, tl.int64) * S + start, G, g, V)
+    number = tl.cast(tl.program_id(1), tl.int64) * T + first - (S - T)
     row_base = tl.cast(b * G + g, tl.int64) * rows
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
@@ -143,12 +143,12 @@ def query_grad_kernel(
     table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + chunk)
     size = tl.load(sizes_ptr + chunk)
 
-    q = load_tokens(q_ptr, t, H, h, live, K, BLOCK_K)
-    do = load_tokens(do_ptr + tl.cast(b, tl.int64) * T * H * V, t, H, h, live, V, BLOCK_V)
-    o = load_tokens(o_ptr + tl.cast(b, tl.int64) * T * H * V, t, H, h, live, V, BLOCK_V)
+    q = load_tokens(token_at(q_ptr, query, H, h, K), m, H, live, K, BLOCK_K)
+    do = load_tokens(token_at(do_ptr, query, H, h, V), m, H, live, V, BLOCK_V)
+    o = load_tokens(token_at(o_ptr, query, H, h, V), m, H, live, V, BLOCK_V)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + head * T + t, delta, mask=live)
-    lse = tl.load(lse_ptr + head * T + t, mask=live, other=float("inf"))
+    tl.store(delta_ptr + number + m, delta, mask=live)
+    lse = tl.load(lse_ptr + number + m, mask=live, other=float("inf"))
     beta = tl.load(beta_ptr + h)
     scale = beta * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -167,20 +167,20 @@ def query_grad_kernel(
         ds = (p * (dp - delta[:, None])).to(key.dtype)
         acc = tl.dot(ds, key, acc, input_precision=PRECISION)
 
-    for s in tl.range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N, num_stages=STAGES):
+    for s in tl.range(0, tl.minimum(first + BLOCK_M, end) - start, BLOCK_N, num_stages=STAGES):
         own = s + tl.arange(0, BLOCK_N)
-        held = own < end
-        key = load_tokens(k_ptr, own, G, g, held, K, BLOCK_K)
-        value = load_tokens(v_ptr, own, G, g, held, V, BLOCK_V)
+        held = own < end - start
+        key = load_tokens(k_ptr, own, G, held, K, BLOCK_K)
+        value = load_tokens(v_ptr, own, G, held, V, BLOCK_V)
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale
-        logit = tl.where(held[None, :] & (own[None, :] <= position[:, None]), logit, float("-inf"))
+        logit = tl.where(held[None, :] & (own[None, :] <= (first - start + m)[:, None]), logit, float("-inf"))
         p = tl.exp2(logit - lse[:, None])
         dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(key.dtype)
         acc = tl.dot(ds, key, acc, input_precision=PRECISION)
 
-    tl.store(dbeta_ptr + head * tl.num_programs(0) + tile, tl.sum(tl.sum(acc * q.to(tl.float32), 1), 0))
-    store_tokens(dq_ptr + tl.cast(b, tl.int64) * T * H * K, t, H, h, live, acc * beta, K, BLOCK_K)
+    tl.store(dbeta_ptr + tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + tile, tl.sum(tl.sum(acc * q.to(tl.float32), 1), 0))
+    store_tokens(token_at(dq_ptr, query, H, h, K), m, H, live, acc * beta, K, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=DICTIONARY_NUMBERS)
@@ -219,19 +219,13 @@ def dictionary_grad_kernel(
 ):
     """The centroids' gradients. One loop over (chunk, query head, query tile), so that all loads can be pipelined."""
     n = tl.program_id(0) * BLOCK_N
-    b = tl.program_id(1) // G
+    batch = tl.cast(tl.program_id(1) // G, tl.int64)
     g = tl.program_id(1) % G
-    q_ptr += tl.cast(b, tl.int64) * T * H * K
-    do_ptr += tl.cast(b, tl.int64) * T * H * V
-    dk_ptr += tl.cast(b, tl.int64) * S * G * K
-    dv_ptr += tl.cast(b, tl.int64) * S * G * V
     row_base = tl.cast(tl.program_id(1), tl.int64) * rows
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
     row_count_ptr += row_base
     table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size
-    lse_ptr += tl.cast(b, tl.int64) * H * T
-    delta_ptr += tl.cast(b, tl.int64) * H * T
 
     whole = S // L
     tiles = tl.cdiv(L, BLOCK_M)
@@ -239,6 +233,7 @@ def dictionary_grad_kernel(
     steps = group * tiles
     first = _chunks_before(sizes_ptr, whole, n)
     centroid = n + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
     row = tl.load(
         table_ptr + tl.load(offsets_ptr + whole) + centroid, mask=centroid < tl.load(sizes_ptr + whole), other=-1
     )
@@ -256,13 +251,13 @@ def dictionary_grad_kernel(
         old = tl.load(row_count_ptr + before, mask=held, other=1.0)
         key = load_rows(row_key_ptr, before, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, before, held, V, BLOCK_V)
-        position = chunk * L + (step % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        position = chunk * L + (step % tiles) * BLOCK_M
+        live = (position + m < tl.minimum(chunk * L + L, S)) & (position + m >= S - T)
         t = position - (S - T)
-        live = (position < chunk * L + L) & (position < S) & (t >= 0)
-        q = load_tokens(q_ptr, t, H, h, live, K, BLOCK_K)
-        do = load_tokens(do_ptr, t, H, h, live, V, BLOCK_V)
-        lse = tl.load(lse_ptr + tl.cast(h, tl.int64) * T + t, mask=live, other=float("inf"))
-        delta = tl.load(delta_ptr + tl.cast(h, tl.int64) * T + t, mask=live, other=0.0)
+        q = load_tokens(token_at(q_ptr, batch * T + t, H, h, K), m, H, live, K, BLOCK_K)
+        do = load_tokens(token_at(do_ptr, batch * T + t, H, h, V), m, H, live, V, BLOCK_V)
+        lse = tl.load(lse_ptr + (batch * H + h) * T + t + m, mask=live, other=float("inf"))
+        delta = tl.load(delta_ptr + (batch * H + h) * T + t + m, mask=live, other=0.0)
         beta = tl.load(beta_ptr + h)
 
         if step % steps == 0:
@@ -274,8 +269,11 @@ def dictionary_grad_kernel(
             else:
                 decay = tl.where(held, old / count, 0.0)
                 gain = 1 / count
-            store_tokens(dk_ptr, row - initial, G, g, made, dkey * gain[:, None], K, BLOCK_K)
-            store_tokens(dv_ptr, row - initial, G, g, made, dvalue * gain[:, None], V, BLOCK_V)
+            token = row - initial - chunk * L
+            dk = token_at(dk_ptr, batch * S + chunk * L, G, g, K)
+            dv = token_at(dv_ptr, batch * S + chunk * L, G, g, V)
+            store_tokens(dk, token, G, made, dkey * gain[:, None], K, BLOCK_K)
+            store_tokens(dv, token, G, made, dvalue * gain[:, None], V, BLOCK_V)
             decay = tl.where(made, decay, 1.0)
             dkey *= decay[:, None]
             dvalue *= decay[:, None]
@@ -338,49 +336,48 @@ def chunk_grad_kernel(
     are taken in the order of the text, and each is read before it is written, so nothing is overwritten too soon.
     """
     chunk = tl.program_id(0)
-    b = tl.program_id(1) // G
+    batch = tl.cast(tl.program_id(1) // G, tl.int64)
     g = tl.program_id(1) % G
     start = chunk * L
-    end = tl.minimum(start + L, S)
-    q_ptr += tl.cast(b, tl.int64) * T * H * K
-    do_ptr += tl.cast(b, tl.int64) * T * H * V
-    k_ptr += tl.cast(b, tl.int64) * S * G * K
-    v_ptr += tl.cast(b, tl.int64) * S * G * V
-    dk_ptr += tl.cast(b, tl.int64) * S * G * K
-    dv_ptr += tl.cast(b, tl.int64) * S * G * V
-    lse_ptr += tl.cast(b, tl.int64) * H * T
-    delta_ptr += tl.cast(b, tl.int64) * H * T
-    assignment_ptr += tl.cast(tl.program_id(1), tl.int64) * S
+    length = tl.minimum(L, S - start)
+    committed = length == L
+    t = start - (S - T)
+    k_ptr = token_at(k_ptr, batch * S + start, G, g, K)
+    v_ptr = token_at(v_ptr, batch * S + start, G, g, V)
+    dk_ptr = token_at(dk_ptr, batch * S + start, G, g, K)
+    dv_ptr = token_at(dv_ptr, batch * S + start, G, g, V)
+    assignment_ptr += tl.cast(tl.program_id(1), tl.int64) * S + start
     table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size
-    committed = start + L <= S
+    table_ptr += tl.load(offsets_ptr + chunk + 1, mask=committed, other=0)
 
-    for s in tl.range(start, end, BLOCK_N, num_stages=1):
+    for s in tl.range(0, length, BLOCK_N, num_stages=1):
         own = s + tl.arange(0, BLOCK_N)
-        held = own < end
-        key = load_tokens(k_ptr, own, G, g, held, K, BLOCK_K)
-        value = load_tokens(v_ptr, own, G, g, held, V, BLOCK_V)
+        held = own < length
+        key = load_tokens(k_ptr, own, G, held, K, BLOCK_K)
+        value = load_tokens(v_ptr, own, G, held, V, BLOCK_V)
         place = tl.load(assignment_ptr + own, mask=held & committed, other=0)
-        next_table = table_ptr + tl.load(offsets_ptr + chunk + 1, mask=committed, other=0)
-        last = tl.load(next_table + place, mask=held & committed, other=0) - initial
-        dkey = load_tokens(dk_ptr, last, G, g, held & committed, K, BLOCK_K).to(tl.float32)
-        dvalue = load_tokens(dv_ptr, last, G, g, held & committed, V, BLOCK_V).to(tl.float32)
+        last = tl.load(table_ptr + place, mask=held & committed, other=0) - initial - start
+        dkey = load_tokens(dk_ptr, last, G, held & committed, K, BLOCK_K).to(tl.float32)
+        dvalue = load_tokens(dv_ptr, last, G, held & committed, V, BLOCK_V).to(tl.float32)
         for h in tl.range(g * (H // G), (g + 1) * (H // G), num_stages=1):
             beta = tl.load(beta_ptr + h)
-            for m in tl.range(s, end, BLOCK_M, num_stages=STAGES):
-                position = m + tl.arange(0, BLOCK_M)
-                t = position - (S - T)
-                live = (position < end) & (t >= 0)
-                q = load_tokens(q_ptr, t, H, h, live, K, BLOCK_K)
-                do = load_tokens(do_ptr, t, H, h, live, V, BLOCK_V)
-                lse = tl.load(lse_ptr + tl.cast(h, tl.int64) * T + t, mask=live, other=float("inf"))
-                delta = tl.load(delta_ptr + tl.cast(h, tl.int64) * T + t, mask=live, other=0.0)
+            q_head = token_at(q_ptr, batch * T + t, H, h, K)
+            do_head = token_at(do_ptr, batch * T + t, H, h, V)
+            number = (batch * H + h) * T + t
+            for m in tl.range(s, length, BLOCK_M, num_stages=STAGES):
+                query = m + tl.arange(0, BLOCK_M)
+                live = (query < length) & (query >= -t)
+                q = load_tokens(q_head, query, H, live, K, BLOCK_K)
+                do = load_tokens(do_head, query, H, live, V, BLOCK_V)
+                lse = tl.load(lse_ptr + number + query, mask=live, other=float("inf"))
+                delta = tl.load(delta_ptr + number + query, mask=live, other=0.0)
                 logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E)
                 p = tl.exp2(logit - lse[None, :])
-                p = tl.where(own[:, None] <= position[None, :], p, 0.0)
+                p = tl.where(own[:, None] <= query[None, :], p, 0.0)
                 dvalue = tl.dot(p.to(do.dtype), do, dvalue, input_precision=PRECISION)
                 dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
                 ds = (p * (dp - delta[None, :]) * beta).to(q.dtype)
                 dkey = tl.dot(ds, q, dkey, input_precision=PRECISION)
         tl.debug_barrier()
-        store_tokens(dk_ptr, own, G, g, held, dkey, K, BLOCK_K)
-        store_tokens(dv_ptr, own, G, g, held, dvalue, V, BLOCK_V)
+        store_tokens(dk_ptr, own, G, held, dkey, K, BLOCK_K)
+        store_tokens(dv_ptr, own, G, held, dvalue, V, BLOCK_V)

@@ -9,21 +9,25 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tokens(ptr, token, heads, head, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """x[token, head, :] of a [.., heads, WIDTH] tensor as a [len(token), BLOCK] tile; zeros where not valid."""
-    d = tl.arange(0, BLOCK)
-    mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
-    offset = (token.to(tl.int64) * heads + head) * WIDTH
-    return tl.load(ptr + offset[:, None] + d[None, :], mask=mask, other=0.0)
+def token_at(ptr, token, heads, head, WIDTH: tl.constexpr):
+    """Where x[token, head, :] of a [.., heads, WIDTH] tensor begins; `token` is one number."""
+    return ptr + (tl.cast(token, tl.int64) * heads + head) * WIDTH
 
 
 @triton.jit
-def store_tokens(ptr, token, heads, head, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """x[token, head, :] = x, rounded to the tensor's dtype, where valid."""
+def load_tokens(ptr, token, heads, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The vectors of some tokens, counted from the one at `ptr`, as a [len(token), BLOCK] tile; zeros where not valid."""
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
-    offset = (token.to(tl.int64) * heads + head) * WIDTH
-    tl.store(ptr + offset[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+    return tl.load(ptr + (token * heads)[:, None] * WIDTH + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tokens(ptr, token, heads, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The vectors of some tokens, counted from the one at `ptr`, = x, rounded to the tensor's dtype, where valid."""
+    d = tl.arange(0, BLOCK)
+    mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
+    tl.store(ptr + (token * heads)[:, None] * WIDTH + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

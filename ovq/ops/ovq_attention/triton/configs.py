@@ -85,6 +85,7 @@ def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, chunk_s
         "BLOCK_K": padded(K),
         "BLOCK_V": padded(V),
         names[0]: rows,
+        **({"BLOCK_C": min(rows, 64)} if stage == "assign" else {}),
         names[1]: tile.columns,
         "PRECISION": precision(dtype, arch),
         "STAGES": tile.stages,

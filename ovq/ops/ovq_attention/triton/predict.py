@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_tokens
+from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_tokens, token_at
 from ovq.ops.ovq_attention.triton.configs import arch_of, constants
 from ovq.ops.ovq_attention.triton.plan import Plan, plan_tensors
 
@@ -88,12 +88,12 @@ def predict_kernel(
     end = tl.minimum(start + L, S)
     first = start + (tile % tiles) * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
-    t = position - (S - T)
-    live = (position < end) & (t >= 0)
+    live = (position < end) & (position >= S - T)  # queries are of the last T tokens
+    query = tl.cast(b, tl.int64) * T + first - (S - T)
+    m = tl.arange(0, BLOCK_M)
 
-    q_ptr += tl.cast(b, tl.int64) * T * H * K
-    k_ptr += tl.cast(b, tl.int64) * S * G * K
-    v_ptr += tl.cast(b, tl.int64) * S * G * V
+    k_ptr = token_at(k_ptr, tl.cast(b, tl.int64) * S + start, G, g, K)
+    v_ptr = token_at(v_ptr, tl.cast(b, tl.int64) * S + start, G, g, V)
     row_base = tl.cast(b * G + g, tl.int64) * rows
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
@@ -101,7 +101,7 @@ def predict_kernel(
     table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + chunk)
     size = tl.load(sizes_ptr + chunk)
 
-    q = load_tokens(q_ptr, t, H, h, live, K, BLOCK_K)
+    q = load_tokens(token_at(q_ptr, query, H, h, K), m, H, live, K, BLOCK_K)
     scale = tl.load(beta_ptr + h) * LOG2E
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -118,17 +118,18 @@ def predict_kernel(
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + bias[None, :]
         top, total, acc = _absorb(top, total, acc, logit, value, PRECISION)
 
-    for s in tl.range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N, num_stages=STAGES):
+    for s in tl.range(0, tl.minimum(first + BLOCK_M, end) - start, BLOCK_N, num_stages=STAGES):
         own = s + tl.arange(0, BLOCK_N)
-        held = own < end
-        key = load_tokens(k_ptr, own, G, g, held, K, BLOCK_K)
-        value = load_tokens(v_ptr, own, G, g, held, V, BLOCK_V)
+        held = own < end - start
+        key = load_tokens(k_ptr, own, G, held, K, BLOCK_K)
+        value = load_tokens(v_ptr, own, G, held, V, BLOCK_V)
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale
-        logit = tl.where(held[None, :] & (own[None, :] <= position[:, None]), logit, float("-inf"))
+        logit = tl.where(held[None, :] & (own[None, :] <= (first - start + m)[:, None]), logit, float("-inf"))
         top, total, acc = _absorb(top, total, acc, logit, value, PRECISION)
 
-    store_tokens(o_ptr + tl.cast(b, tl.int64) * T * H * V, t, H, h, live, acc / total[:, None], V, BLOCK_V)
-    tl.store(lse_ptr + tl.cast(tl.program_id(1), tl.int64) * T + t, top + tl.log2(total), mask=live)
+    store_tokens(token_at(o_ptr, query, H, h, V), m, H, live, acc / total[:, None], V, BLOCK_V)
+    lse_ptr += tl.cast(tl.program_id(1), tl.int64) * T + first - (S - T)
+    tl.store(lse_ptr + m, top + tl.log2(total), mask=live)
 
 
 @triton.jit
