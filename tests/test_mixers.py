@@ -5,21 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ovq.config import CONFIG_DIR, compose
+from ovq.config import CONFIG_DIR
 from ovq.mixers.base import SequenceMixer
 from ovq.model import build_mixer
-from tests.helpers import MIXERS, SMALL_MIXER, TINY, relative_error
+from tests.helpers import MIXERS, relative_error, small_config
 
 T = 45  # odd: several chunks of 8, a partial one, several windows of 7
 
 
 def make(name: str, *, kv_heads: int = 2, seed: int = 0) -> SequenceMixer:
-    extra = [] if name in ("sliding_window", "ovq") else [f"+model/mixer@model.mixers.{name}={name}"]
-    cfg = compose(["model=sw_ovq", *TINY, *extra, f"model.pattern=[{name}]"])
+    base = "std_att" if name != "full_attention" else "sw"  # one that does not have it yet
+    cfg = small_config(base, f"+model/mixer@model.mixers.{name}={name}", f"model.pattern=[{name}]")
     cfg.model.num_kv_heads = kv_heads
-    for key, value in SMALL_MIXER.get(name, {}).items():
-        assert key in cfg.model.mixers[name], f"tests/helpers.py names {name}.{key}, which is no setting of it"
-        cfg.model.mixers[name][key] = value
     mixer = build_mixer(cfg.model, 0)
     torch.manual_seed(seed)
     mixer.init_weights(0.2)
