@@ -42,6 +42,7 @@ from ovq.train import distributed as parallel
 
 FORMAT = 1  # of the folder; another number is refused
 MANIFEST, EXTRA, LATEST = "manifest.json", "extra.pt", "latest"
+FAILED = (Exception, dcp.CheckpointException)  # the latter is no Exception
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # A lone process has no process group, which is as it should be.
@@ -111,7 +112,7 @@ class Checkpointer:
         try:
             dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             files = fingerprints(scratch, f"__{parallel.rank()}_*")
-        except Exception as error:
+        except FAILED as error:
             trouble = reason(error)
         ranks = parallel.gather_objects((trouble, files), self._group)
         trouble = next((trouble for trouble, _ in ranks if trouble), "")
@@ -217,9 +218,14 @@ def load(path: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer | 
     optimizers = () if optimizer is None else (optimizer,)
     model_state, optimizer_state = get_state_dict(model, optimizers)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    reader = dcp.FileSystemReader(path)
+    stored = {key for key in reader.read_metadata().state_dict_metadata if key.startswith("model.")}
+    surplus = sorted(stored - {f"model.{name}" for name in model_state})
+    if surplus:
+        raise CheckpointError(f"{path} does not fit this model, which has no {surplus[0].removeprefix('model.')}")
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=not parallel.distributed())
-    except Exception as error:
+        dcp.load(state, storage_reader=reader, no_dist=not parallel.distributed())
+    except FAILED as error:
         raise CheckpointError(f"{path} does not fit this model ({reason(error)})") from error
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_extra(path) | {"checkpoint": str(path)}
