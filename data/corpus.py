@@ -1,10 +1,12 @@
 """Random access to the documents of a split, holding one document at a time.
 
 A `Corpus` gives the text of document i; `Tokens` gives it tokenised. Nothing here knows about ranks or order. Parquet
-is read batch by batch within a row group with only the needed columns, so that memory is bounded by a few pages and a
-document, not by a row group (PG19's are over 100 MB). Its disadvantage: a document deep in a row group costs
-decompressing what stands before it, unless documents are read in file order. Files are read through
-pyarrow itself and not through `datasets`, whose streaming holds whole row groups and cannot go to document i.
+is read batch by batch within a row group with only the needed columns, so that memory is bounded by a page and a few
+documents, not by a row group (PG19's are over 100 MB).
+
+Disadvantages: a document deep in a row group costs decompressing what stands before it, unless documents are read in
+file order; and a page is the least that can be decompressed, so a file whose writer put a thousand books into one page
+(pyarrow's default `write_batch_size` does) takes that much for a moment. `python -m data.prepare` pays both once.
 """
 
 from __future__ import annotations
@@ -128,6 +130,7 @@ class ShardCorpus:
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._open: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._ahead: _Ahead | None = None
+        self._last = -1  # document read last
         self.documents_decoded = 0  # including those passed over on the way to the one asked for
 
     def __len__(self) -> int:
@@ -162,6 +165,7 @@ class ShardCorpus:
         Raises:
             DataError: it cannot be read, and data.on_bad_shard is "error"; otherwise it counts as empty and unreadable.
         """
+        in_order, self._last = index == self._last + 1, index
         unit = int(np.searchsorted(self._starts, index, side="right")) - 1
         s, group = self._units[unit]
         row = index - int(self._starts[unit])
@@ -171,6 +175,8 @@ class ShardCorpus:
             raw, title, bad = {"parquet": self._parquet, "jsonl": self._jsonl, "text": self._text}[self.kind](
                 s, group, row
             )
+            if not in_order:
+                self._ahead = None  # holds a page, which is for nothing if the next document stands elsewhere
         except Exception as error:  # readers of three formats raise a dozen types; the document is named in each case
             cause = " ".join(str(error).split())
             if not self.skip_bad:

@@ -37,7 +37,7 @@ from data.tokenizer import Tokenizer, build_tokenizer
 from ovq.config import ConfigError, compose
 
 PLAN = "unfinished.json"
-PART_MB = 64
+PART_MB = 32
 TOTALS = ("documents", "tokens", "bytes", "words", *FLAGS)
 
 Part = dict[str, Any]
