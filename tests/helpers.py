@@ -7,6 +7,8 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ovq.config import Config, compose, options
 from ovq.model import Transformer, build_model
@@ -68,3 +70,15 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     if not (torch.isfinite(got).all() and torch.isfinite(want).all()):
         return float("inf")
     return float((got - want).norm() / want.norm().clamp_min(1e-12))
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest storage holds that any operator returned, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *(leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in made)])
+        return out

@@ -50,7 +50,7 @@ def _cannot(q_BTHK: Tensor, v_BSGV: Tensor) -> str | None:
         return "has no float64 kernels"
     if min(q_BTHK.shape[3], v_BSGV.shape[3]) < 16:
         return f"needs heads of at least 16, got {min(q_BTHK.shape[3], v_BSGV.shape[3])}"
-    if not q_BTHK.is_cuda and torch.is_grad_enabled() and (q_BTHK.requires_grad or v_BSGV.requires_grad):
+    if not q_BTHK.is_cuda and (q_BTHK.requires_grad or v_BSGV.requires_grad):
         return f"has no gradients on {q_BTHK.device.type}"
     return None
 
@@ -95,12 +95,12 @@ def forward(
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False, recompile_limit=MOST_SHAPES)  # type: ignore[return-value]
+    return torch.compile(flex_attention, dynamic=False, recompile_limit=MOST_SHAPES)  # type: ignore[call-overload]
 
 
 # --- the mask --------------------------------------------------------------------------------------------------------
 
-_of_documents: dict[tuple, tuple[weakref.ref, BlockMask]] = {}
+_of_documents: dict[tuple, tuple[weakref.ref, int, BlockMask]] = {}
 
 
 def block_mask(T: int, S: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device) -> BlockMask:
@@ -109,11 +109,12 @@ def block_mask(T: int, S: int, window: int | None, cu_seqlens: Tensor | None, de
         return _make(T, S, window, cu_seqlens, device)
     if cu_seqlens is None:
         return _of_shape(T, S, window, device)
-    key = (T, window, device)
+    key, version = (T, window, device), 0 if cu_seqlens.is_inference() else cu_seqlens._version
     held = _of_documents.get(key)
-    if held is None or held[0]() is not cu_seqlens:
-        _of_documents[key] = held = (weakref.ref(cu_seqlens), _make(T, S, window, cu_seqlens, device))
-    return held[1]
+    if held is None or held[0]() is not cu_seqlens or held[1] != version:
+        made = _make(T, S, window, cu_seqlens, device)
+        _of_documents[key] = held = (weakref.ref(cu_seqlens), version, made)
+    return held[2]
 
 
 @functools.lru_cache(maxsize=MOST_SHAPES)

@@ -25,7 +25,7 @@ def forward(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_loss: float, reduction: str
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.forward`."""
-    if reduction == "sum" and x_ND.device.type == "cpu":
+    if reduction == "sum" and x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
         # Asking which tokens have a label makes nobody wait here, and only they cost anything.
         labelled = (targets_N != IGNORE).nonzero()[:, 0]
         if len(labelled) < len(targets_N):

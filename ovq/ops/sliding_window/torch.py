@@ -44,7 +44,7 @@ class _Bands:
         self.S, self.G = k_BSGK.shape[1:3]
         self.R, self.window = H // self.G, window
         self.scale = K**-0.5
-        self.C = min(self.T, max(16, min(128, 2 ** round(math.log2(window) - 1))))
+        self.C = min(self.T, max(32, min(128, 2 ** round(math.log2(window) - 2))))
         self.I = -(-self.T // self.C)
         self.W = -(-window // self.C) * self.C
         self.P = self.C + self.W
