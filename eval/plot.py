@@ -75,11 +75,12 @@ def _middle(row: loss_table.Row, scale: str) -> float:
 
 
 def _title(curves: list[Curve]) -> str:
-    """'4 validation documents', a range where curves differ."""
+    """'4 validation documents', a range where curves differ; the label of a lone curve, which has no legend."""
     counts = [row["tokens"] // (row["position_end"] - row["position_start"]) for c in curves for row in c.rows]
     number = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
     splits = sorted({row["split"] for curve in curves for row in curve.rows})
-    return f"{number} {' / '.join(splits)} document{'s' if number != '1' else ''}"
+    documents = f"{number} {' / '.join(splits)} document{'s' if number != '1' else ''}"
+    return documents if len(curves) > 1 else f"{curves[0].label}: {documents}"
 
 
 def curves_of(rows: list[loss_table.Row], *, scale: str, train_context: int, key: tuple[Any, ...]) -> list[Curve]:
