@@ -159,7 +159,7 @@ class LaneReader:
             begun = {
                 "documents": int(length > 0),
                 "words": document.num_words,
-                "short_documents": int(0 < length + 1 < self.context),
+                "short_documents": int(0 < length < self.context - 1),
                 "empty_documents": int(length == 0 and "unreadable_documents" not in document.flags),
                 **document.flags,
             }
