@@ -105,23 +105,34 @@ def picture_name(context: int, split: str, num_centroids: int | None) -> str:
 # --- several runs ----------------------------------------------------------------------------------------------------
 
 
-def labels(configs: list[Any], names: list[str]) -> list[str]:
-    """A short label for each run: the model where that tells runs apart, and the settings that differ.
+# Where these differ, so do those below them: naming the first is enough.
+IMPLIED = {
+    "model.name": ("model.pattern", "model.mixers"),
+    "model.size": tuple(
+        f"model.{part}" for part in ("num_layers", "dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim")
+    ),
+    "data.name": ("data",),
+    "tokenizer.name": ("tokenizer",),
+}
 
-    Settings of how a run was computed or watched are left out, as are a model's parts where the model's name differs.
+
+def labels(configs: list[Any], names: list[str]) -> list[str]:
+    """A short label for each run: its model, and the settings that differ; with its name, where these are the same.
+
+    Left out are settings of how a run was computed or watched, and those that another that differs brings along.
     """
     flat = [config.flatten(cfg) for cfg in configs]
-    parts: list[list[str]] = [[values["model.name"]] for values in flat]
-    for key in sorted({key for values in flat for key in values}):
-        implied = key == "model.name" or (
-            key.startswith(("model.pattern", "model.mixers.")) and _differ(flat, "model.name")
-        )
-        if implied or any(key == free or key.startswith(free + ".") for free in FREE_AT_RESUME):
+    differ = [key for key in sorted({key for values in flat for key in values}) if _differ(flat, key)]
+    unnamed = [*FREE_AT_RESUME]
+    for cause, implied in IMPLIED.items():
+        unnamed += implied if cause in differ else ()
+    parts = [[values["model.name"]] for values in flat]
+    for key in differ:
+        hidden = any(key == other or key.startswith(other + ".") for other in unnamed) and key not in IMPLIED
+        if key == "model.name" or hidden:
             continue
-        if key != "trainer.steps" and _differ(flat, key):
-            for values, part in zip(flat, parts):
-                if key in values:
-                    part.append(f"{key.rpartition('.')[2]}={values[key]}")
+        for values, part in zip(flat, parts):
+            part += [f"{key.removesuffix('.name').rpartition('.')[2]}={values[key]}"] if key in values else []
     made = [", ".join(part) for part in parts]
     if len(set(made)) == len(made):
         return made
