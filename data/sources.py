@@ -61,7 +61,7 @@ class Shard:
     file: File
     digest: str
     rows: tuple[int, ...] = ()
-    row_bytes: tuple[int, ...] = ()  # uncompressed size of each row group
+    row_bytes: tuple[int, ...] = ()  # uncompressed size of each row group's text
     lines: np.ndarray | None = None
 
     @property
@@ -269,11 +269,15 @@ def _index_parquet(file: File, data: DataConfig) -> Shard:
             if column and column not in columns:
                 raise ConfigError(f"data.{key}={column} is no column of {file.path}; legal: {', '.join(columns)}")
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+        paths = [metadata.schema.column(c).path for c in range(metadata.num_columns)]
+        if data.text_field not in paths:
+            raise ConfigError(f"data.text_field={data.text_field} of {file.path} holds no text but a structure")
+        text = paths.index(data.text_field)
     return Shard(
         file,
         file.digest or digest,
         tuple(group.num_rows for group in groups),
-        tuple(group.total_byte_size for group in groups),
+        tuple(group.column(text).total_uncompressed_size for group in groups),
     )
 
 

@@ -119,7 +119,7 @@ def test_every_pair_of_every_document_is_read_once_an_epoch(world: int, workers:
     for epoch in range(epochs):
         ordinals = range(epoch * len(LENGTHS), (epoch + 1) * len(LENGTHS))
         got = Counter(pair for ordinal in ordinals for pair in documents.get(ordinal, []))
-        want = Counter()
+        want: Counter[tuple[int, int]] = Counter()
         for d, length in enumerate(LENGTHS):
             ids = [0, *(1 + 1000 * d + np.arange(length)).tolist(), 0]
             want.update(zip(ids[:-1], ids[1:]) if length else [])
@@ -228,7 +228,8 @@ def test_isolated_documents_are_bounded_where_they_begin(corpus: Path) -> None:
 def test_one_document_a_sequence_cuts_and_pads_and_counts_both(corpus: Path, workers: int) -> None:
     cfg = jsonl(corpus, "data.packing=document", "data.isolate_documents=true", f"data.num_workers={workers}")
     want = {text[:16] for text in texts() if text}
-    made, counts, seen = loader(cfg), Counter(), []
+    made, seen = loader(cfg), []
+    counts: Counter[str] = Counter()
     for batch in islice(made, 12):  # 12 documents that are not empty: at least the first of each lane's epoch
         counts.update(batch.counts)
         inputs, targets = batch.inputs[0], batch.targets[0]
