@@ -20,7 +20,7 @@ from torch import nn
 
 from ovq.train import checkpoint
 from ovq.train import distributed as parallel
-from ovq.train.checkpoint import CheckpointError, Checkpointer, choose, load, verify
+from ovq.train.checkpoint import Checkpointer, CheckpointError, choose, load, verify
 from ovq.train.optim import build_optimizer
 from tests.helpers import small_config, small_model
 
