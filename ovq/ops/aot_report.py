@@ -1,0 +1,324 @@
+"""Builds every shipped kernel with no GPU, and says what the compilers made of it.
+
+    python -m ovq.ops.aot_report                                     every kernel, width and dtype for every target
+    python -m ovq.ops.aot_report targets=[sm_90] quick=true          the main path only: bfloat16
+    python -m ovq.ops.aot_report out=docs/results/aot jobs=8
+
+Writes aot.json and aot.md (the same as a table) to `out`. The bars, and why the compilers do not see to them:
+
+- no spills in the attention kernels: a spilled register is a trip to memory in the innermost loop;
+- shared memory within the chip's limit: the compiler happily builds a kernel that no chip can launch;
+- products on tensor cores: an operand in the wrong layout silently takes a slower path;
+- no "wgmma serialized" (C7511): ptxas then waits after every product, which the machine code does not show.
+
+Exit status 1 with the offenders named if one is broken, 2 if it cannot run at all. On sm_100, which nobody has run yet, a
+broken bar is named and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "out": "runs/aot",
+    "targets": ["sm_80", "sm_90", "gfx942", "sm_100"],
+    "quick": False,
+    "jobs": 2,
+}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """backend, arch, warp: as Triton names the target; shared memory a program may have; names of its matrix
+    instructions, in 16-bit floats and in float32 (on NVIDIA, products of TF32 parts; the older kind will do); whether
+    its bars are."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared_kib: int
+    matmul: tuple[str, ...]
+    matmul_fp32: tuple[str, ...]
+    binding: bool = True
+
+
+CHIPS = {
+    "sm_80": Chip("cuda", 80, 32, 163, ("HMMA",), ("HMMA",)),
+    "sm_90": Chip("cuda", 90, 32, 227, ("HGMMA",), ("HGMMA", "HMMA")),
+    "sm_100": Chip("cuda", 100, 32, 227, ("UTCHMMA",), ("UTCHMMA", "HMMA"), binding=False),
+    "gfx942": Chip("hip", "gfx942", 64, 64, ("v_mfma",), ("v_mfma",)),
+}
+SERIALIZED = ("C7511", "serializ")
+COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "STL", "LDL")
+# What TRITON_* a build needs; read by Triton at each use.
+ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
+
+
+@dataclass
+class Build:
+    """One kernel, built: `matmuls` counts matrix instructions by name, `spills` loads and stores of spilled registers."""
+
+    target: str
+    stage: str
+    attention: bool
+    dtype: str
+    K: int
+    V: int
+    chunk_size: int
+    tile: dict[str, Any]
+    warps: int
+    stages: int
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    matmuls: dict[str, int] = field(default_factory=dict)
+    serialized: bool = False
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} {self.dtype} {self.K}x{self.V} on {self.target}"
+
+
+def offences(build: Build) -> list[str]:
+    """The bars that a build breaks, a line each."""
+    chip = CHIPS[build.target]
+    if build.error:
+        return [f"{build.name}: does not build: {build.error}"]
+    found = []
+    if build.attention and (build.spills or build.stack):
+        found.append(f"{build.name}: {build.spills} spilled loads and stores, {build.stack} bytes of stack")
+    if build.shared > chip.shared_kib * 1024:
+        found.append(f"{build.name}: {build.shared} bytes of shared memory, the chip has {chip.shared_kib} KiB")
+    wanted = chip.matmul_fp32 if build.dtype == "float32" else chip.matmul
+    if not any(build.matmuls.get(name) for name in wanted):
+        found.append(f"{build.name}: no {' or '.join(wanted)} instruction, products do not run on tensor cores")
+    if build.serialized:
+        found.append(f"{build.name}: ptxas serialises its wgmma instructions (C7511)")
+    return found
+
+
+# --- one build -------------------------------------------------------------------------------------------------------
+
+
+def build(kernel: Any, target: str, **changes: Any) -> Build:
+    """Compile a `ShippedKernel` for a target. `changes` replace compile-time arguments, num_warps or num_stages."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    chip = CHIPS[target]
+    options = {name: changes.pop(name, value) for name, value in kernel.options.items()}
+    constexprs = {**kernel.constexprs, **changes}
+    made = Build(
+        target,
+        kernel.stage,
+        kernel.attention,
+        str(kernel.dtype).removeprefix("torch."),
+        kernel.K,
+        kernel.V,
+        kernel.chunk_size,
+        {name: value for name, value in constexprs.items() if name.startswith("BLOCK_") or name == "SPLITS"},
+        options["num_warps"],
+        options["num_stages"],
+    )
+    source = triton.compiler.ASTSource(kernel.kernel, kernel.signature, constexprs, kernel.attrs)
+    began, log, complaints = time.monotonic(), io.StringIO(), []
+    try:
+        # Triton prints ptxas' log, and MLIR writes its errors straight to the process' stderr.
+        with contextlib.redirect_stdout(log), _stderr_lines(complaints):
+            compiled = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options=options)
+    except Exception as error:  # whatever the compilers raise is a finding about this kernel
+        why = [str(error), *(line for line in complaints if "error:" in line or "failed" in line)]
+        made.error = " ".join(" ".join(why).split())[:400] or repr(error)
+        return made
+    made.shared = compiled.metadata.shared
+    made.serialized = any(word in log.getvalue() for word in SERIALIZED)
+    if chip.backend == "cuda":
+        _read_cubin(made, compiled.asm["cubin"])
+    else:
+        _read_amdgcn(made, compiled.asm["amdgcn"])
+    made.seconds = round(time.monotonic() - began, 2)
+    return made
+
+
+@contextlib.contextmanager
+def _stderr_lines(lines: list[str]) -> Iterator[None]:
+    """What is written to file descriptor 2 meanwhile goes to `lines`."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as scratch:
+        os.dup2(scratch.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            scratch.seek(0)
+            lines += scratch.read().decode(errors="replace").splitlines()
+
+
+def _read_cubin(made: Build, cubin: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _cuobjdump("--dump-resource-usage", path)
+        sass = _cuobjdump("-sass", path)
+    made.registers, made.stack = (int(_find(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
+    counts = Counter(re.findall(rf"\b({'|'.join(COUNTED)})\b", sass))
+    made.spills = counts["STL"] + counts["LDL"]
+    made.matmuls = {name: counts[name] for name in ("HGMMA", "HMMA", "UTCHMMA") if counts[name]}
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([program, option, path], check=True, capture_output=True, text=True).stdout
+
+
+def _read_amdgcn(made: Build, assembly: str) -> None:
+    made.registers = int(_find(r"\.vgpr_count:\s+(\d+)", assembly))  # of 512, accumulators among them
+    # (Spilled scalars go to lanes of vector registers, not to memory; where they do not fit, the stack shows it.)
+    made.spills = int(_find(r"\.vgpr_spill_count:\s+(\d+)", assembly))
+    made.stack = int(_find(r"\.private_segment_fixed_size:\s+(\d+)", assembly))
+    made.matmuls = {"v_mfma": len(re.findall(r"^\s+v_mfma", assembly, re.MULTILINE))}
+
+
+def _find(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's report has no {pattern}")
+    return found[1]
+
+
+# --- all builds ------------------------------------------------------------------------------------------------------
+
+
+def report(targets: Iterable[str], *, quick: bool = False, jobs: int = 2) -> list[Build]:
+    """Every shipped kernel for the targets, built by `jobs` processes; `quick`: bfloat16, both widths on sm_90 only."""
+    wanted = [(target, index) for target in targets for index in _indices(target, quick)]
+    with tempfile.TemporaryDirectory() as cache, _environment({**ENVIRONMENT, "TRITON_CACHE_DIR": cache}):
+        if jobs == 1:
+            return [_build_shipped(item) for item in wanted]
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            return pool.map(_build_shipped, wanted, chunksize=1)
+
+
+def _indices(target: str, quick: bool) -> list[int]:
+    main = {("bfloat16", 64), ("bfloat16", 128)} if target == "sm_90" else {("bfloat16", 64)}
+    kernels = enumerate(_shipped(target))
+    return [i for i, k in kernels if not quick or (str(k.dtype).removeprefix("torch."), k.K) in main]
+
+
+def _build_shipped(wanted: tuple[str, int]) -> Build:
+    target, index = wanted
+    return build(_shipped(target)[index], target)
+
+
+def _shipped(target: str) -> list[Any]:
+    from ovq.ops.ovq_attention.triton.shipped import shipped_kernels
+
+    return list(shipped_kernels(target))
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+COLUMNS = ("target", "stage", "dtype", "width", "tile", "warps", "stages", "registers", "spills", "shared", "products")
+
+
+def cells(build: Build) -> list[str]:
+    """A build as a row of `COLUMNS`."""
+    names = ("BLOCK_L", "BLOCK_M", "BLOCK_R", "BLOCK_N")
+    tile = "x".join(str(build.tile[name]) for name in names if name in build.tile)
+    products = " ".join(f"{count} {name}" for name, count in build.matmuls.items())
+    numbers = (build.warps, build.stages, build.registers, build.spills)
+    shared = f"{build.shared / 1024:.0f} of {CHIPS[build.target].shared_kib} KiB"
+    width = str(build.K) if build.K == build.V else f"{build.K}/{build.V}"
+    return [build.target, build.stage, build.dtype, width, tile, *map(str, numbers), shared, products]
+
+
+def markdown(builds: list[Build]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *map(cells, builds))]
+    return "\n".join(lines) + "\n"
+
+
+def write(builds: list[Build], broken: list[str], out: Path, command: str) -> None:
+    """aot.json and aot.md."""
+    import torch
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    version = subprocess.run([ptxas, "--version"], check=True, capture_output=True, text=True).stdout
+    content = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ptxas": _find(r"release ([\d.]+)", version),
+        "broken": broken,
+        "builds": [asdict(build) for build in builds],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "aot.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "aot.md").write_text(markdown(builds))
+
+
+def main(argv: list[str]) -> int:
+    from ovq.config import ConfigError, parse_tool_args
+
+    try:
+        options = parse_tool_args(argv, DEFAULTS)
+        if unknown := set(options["targets"]) - set(CHIPS):
+            raise ConfigError(f"targets={sorted(unknown)} are not known; legal: {', '.join(CHIPS)}")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise ConfigError("TRITON_INTERPRET=1 replaces the kernels by Python; unset it")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    builds = report(options["targets"], quick=options["quick"], jobs=options["jobs"])
+    broken = [line for build in builds if CHIPS[build.target].binding for line in offences(build)]
+    noted = [line for build in builds if not CHIPS[build.target].binding for line in offences(build)]
+    rows = [list(COLUMNS), *map(cells, builds)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    write(builds, broken + noted, Path(options["out"]), " ".join(["python -m ovq.ops.aot_report", *argv]))
+    print(f"{len(builds)} kernels built in {time.monotonic() - began:.0f} s; written to {options['out']}/aot.json")
+    for line in noted:
+        print(f"noted   {line}", file=sys.stderr)
+    for line in broken:
+        print(f"BROKEN  {line}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
