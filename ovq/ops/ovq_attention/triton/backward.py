@@ -213,6 +213,7 @@ def dictionary_grad_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,  # query tiles taken with the same centroids at a time
     RATE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -228,7 +229,7 @@ def dictionary_grad_kernel(
     table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size
 
     whole = S // L
-    tiles = tl.cdiv(L, BLOCK_M)
+    tiles = tl.cdiv(L, BLOCK_M * PARTS)
     group = H // G
     steps = group * tiles
     first = _chunks_before(sizes_ptr, whole, n)
@@ -251,13 +252,6 @@ def dictionary_grad_kernel(
         old = tl.load(row_count_ptr + before, mask=held, other=1.0)
         key = load_rows(row_key_ptr, before, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, before, held, V, BLOCK_V)
-        position = chunk * L + (step % tiles) * BLOCK_M
-        live = (position + m < tl.minimum(chunk * L + L, S)) & (position + m >= S - T)
-        t = position - (S - T)
-        q = load_tokens(token_at(q_ptr, batch * T + t, H, h, K), m, H, live, K, BLOCK_K)
-        do = load_tokens(token_at(do_ptr, batch * T + t, H, h, V), m, H, live, V, BLOCK_V)
-        lse = tl.load(lse_ptr + (batch * H + h) * T + t + m, mask=live, other=float("inf"))
-        delta = tl.load(delta_ptr + (batch * H + h) * T + t + m, mask=live, other=0.0)
         beta = tl.load(beta_ptr + h)
 
         if step % steps == 0:
@@ -281,12 +275,20 @@ def dictionary_grad_kernel(
         count = old
 
         bias = tl.where(held, tl.log2(old), float("-inf"))
-        logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E) + bias[:, None]
-        p = tl.exp2(logit - lse[None, :])
-        dvalue = tl.dot(p.to(do.dtype), do, dvalue, input_precision=PRECISION)
-        dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
-        ds = (p * (dp - delta[None, :]) * beta).to(q.dtype)
-        dkey = tl.dot(ds, q, dkey, input_precision=PRECISION)
+        for part in tl.static_range(PARTS):
+            position = chunk * L + ((step % tiles) * PARTS + part) * BLOCK_M
+            live = (position + m < tl.minimum(chunk * L + L, S)) & (position + m >= S - T)
+            t = position - (S - T)
+            q = load_tokens(token_at(q_ptr, batch * T + t, H, h, K), m, H, live, K, BLOCK_K)
+            do = load_tokens(token_at(do_ptr, batch * T + t, H, h, V), m, H, live, V, BLOCK_V)
+            lse = tl.load(lse_ptr + (batch * H + h) * T + t + m, mask=live, other=float("inf"))
+            delta = tl.load(delta_ptr + (batch * H + h) * T + t + m, mask=live, other=0.0)
+            logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E) + bias[:, None]
+            p = tl.exp2(logit - lse[None, :])
+            dvalue = tl.dot(p.to(do.dtype), do, dvalue, input_precision=PRECISION)
+            dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
+            ds = (p * (dp - delta[None, :]) * beta).to(q.dtype)
+            dkey = tl.dot(ds, q, dkey, input_precision=PRECISION)
 
 
 @triton.jit

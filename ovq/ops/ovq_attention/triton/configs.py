@@ -18,28 +18,52 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows (tokens) and columns (centroids, or keys) of a tile, warps a program, and stages of the load pipeline."""
+    """How a program works: rows (tokens) and columns (centroids, or keys) of a tile, warps, and stages of the load
+    pipeline; `parts` of `dictionary_grad`: query tiles taken with the same centroids; of `assign`: rows that commit."""
 
     rows: int
     columns: int
     warps: int
     stages: int
+    parts: int = 1
 
 
-# (stage, padded width) -> tile, in bfloat16 and float16; float32 operands take half the columns.
+# Chip family -> operands ("half": bfloat16 and float16) -> padded width -> stage.
 TILES = {
-    ("assign", 64): Tile(128, 64, 8, 3),
-    ("assign", 128): Tile(128, 64, 8, 3),
-    ("predict", 64): Tile(128, 64, 4, 3),
-    ("predict", 128): Tile(128, 64, 8, 3),
-    ("query_grad", 64): Tile(128, 64, 8, 2),
-    ("query_grad", 128): Tile(128, 64, 8, 2),
-    ("dictionary_grad", 64): Tile(128, 64, 8, 2),
-    ("dictionary_grad", 128): Tile(64, 64, 8, 2),
-    ("chunk_grad", 64): Tile(64, 64, 4, 2),
-    ("chunk_grad", 128): Tile(64, 64, 8, 2),
-    ("decode", 64): Tile(16, 64, 4, 2),
-    ("decode", 128): Tile(16, 64, 4, 2),
+    "sm": {
+        ("half", 64): {
+            "assign": Tile(128, 64, 8, 3, 64),
+            "predict": Tile(128, 64, 4, 3),
+            "query_grad": Tile(64, 64, 4, 3),
+            "dictionary_grad": Tile(64, 128, 8, 3, 2),
+            "chunk_grad": Tile(32, 64, 4, 2),
+            "decode": Tile(16, 64, 4, 2),
+        },
+        ("half", 128): {
+            "assign": Tile(128, 64, 8, 3, 64),
+            "predict": Tile(128, 64, 8, 3),
+            "query_grad": Tile(128, 64, 8, 3),
+            "dictionary_grad": Tile(64, 64, 8, 3),
+            "chunk_grad": Tile(32, 64, 8, 2),
+            "decode": Tile(16, 64, 4, 2),
+        },
+        ("float", 64): {
+            "assign": Tile(64, 32, 8, 2, 32),
+            "predict": Tile(64, 32, 8, 2),
+            "query_grad": Tile(64, 32, 8, 2),
+            "dictionary_grad": Tile(32, 32, 8, 2),
+            "chunk_grad": Tile(32, 32, 8, 2),
+            "decode": Tile(16, 32, 4, 2),
+        },
+        ("float", 128): {
+            "assign": Tile(64, 32, 8, 2, 32),
+            "predict": Tile(64, 32, 8, 2),
+            "query_grad": Tile(32, 32, 8, 2),
+            "dictionary_grad": Tile(32, 32, 8, 2),
+            "chunk_grad": Tile(32, 32, 8, 2),
+            "decode": Tile(16, 32, 4, 2),
+        },
+    },
 }
 
 
@@ -60,10 +84,9 @@ def padded(width: int) -> int:
 
 
 def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int) -> Tile:
-    tile = TILES[stage, 64 if max(K, V) <= 64 else 128]
-    if dtype == torch.float32:
-        tile = Tile(min(tile.rows, 64), max(tile.columns // 2, 16), tile.warps, 2)
-    return tile
+    family = "gfx" if arch.startswith("gfx") else "sm"
+    operands = "float" if dtype == torch.float32 and arch != "interpreter" else "half"
+    return TILES[family][operands, 64 if max(K, V) <= 64 else 128][stage]
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
@@ -75,21 +98,22 @@ def precision(dtype: torch.dtype, arch: str) -> str:
 
 def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, chunk_size: int, **flags: Any) -> dict:
     """The compile-time arguments of a stage's kernel, and how it is launched (num_warps, num_stages)."""
-    tile = tile_of(stage, arch, dtype, K, V)
-    # A chunk shorter than the tile has a tile of its own size.
-    rows = min(tile.rows, padded(chunk_size))
-    names = {"assign": ("BLOCK_L", "BLOCK_N"), "decode": ("BLOCK_R", "BLOCK_N")}.get(stage, ("BLOCK_M", "BLOCK_N"))
-    return {
+    tile, longest = tile_of(stage, arch, dtype, K, V), padded(chunk_size)
+    rows = min(tile.rows, longest)  # a chunk shorter than the tile has a tile of its own size
+    settings = {
         "K": K,
         "V": V,
         "BLOCK_K": padded(K),
         "BLOCK_V": padded(V),
-        names[0]: rows,
-        **({"BLOCK_C": min(rows, 64)} if stage == "assign" else {}),
-        names[1]: tile.columns,
+        "BLOCK_N": tile.columns,
         "PRECISION": precision(dtype, arch),
         "STAGES": tile.stages,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **flags,
     }
+    if stage == "assign":
+        return settings | {"BLOCK_L": rows, "BLOCK_C": min(tile.parts, rows)}
+    if stage == "dictionary_grad":
+        return settings | {"BLOCK_M": rows, "PARTS": min(tile.parts, longest // rows)}
+    return settings | {"BLOCK_M": rows}
