@@ -170,7 +170,8 @@ class ShardCorpus:
         s, group = self._units[unit]
         row = index - int(self._starts[unit])
         shard = self.shards[s]
-        fallback = f"{shard.file.name}#{row + sum(shard.rows[:group])}"
+        number = row + sum(shard.rows[:group])
+        fallback = f"{shard.file.name}#{number}"
         try:
             raw, title, bad = {"parquet": self._parquet, "jsonl": self._jsonl, "text": self._text}[self.kind](
                 s, group, row
@@ -180,8 +181,8 @@ class ShardCorpus:
         except Exception as error:  # readers of three formats raise a dozen types; the document is named in each case
             cause = " ".join(str(error).split())
             if not self.skip_bad:
-                raise DataError(f"{shard.file.path} document {row}: {cause} (data.on_bad_shard=skip)") from None
-            print(f"warning: {shard.file.path} document {row} left out: {cause}", file=sys.stderr)
+                raise DataError(f"{shard.file.path} document {number}: {cause} (data.on_bad_shard=skip)") from None
+            print(f"warning: {shard.file.path} document {number} left out: {cause}", file=sys.stderr)
             return Text("", fallback, {"unreadable_documents": 1})
         text, more = decode_utf8(raw)
         flags = {"bad_utf8": bad + more} if bad + more else {}

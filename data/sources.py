@@ -9,9 +9,9 @@ Hub files come through `huggingface_hub` and are read with pyarrow. `datasets` i
 holds whole row groups (measured beforehand: 670 MB for a group of 114 MB), gives no access to document i, which an
 order that is a pure function of the step needs, and loses its shuffle buffer when resumed.
 
-A shard is missing when a path without wildcards does not exist or when a series `NAME-00003-of-00008` has a hole, and
-corrupt when it cannot be indexed. `data.on_bad_shard` decides: "error" stops before anything runs, "skip" leaves the
-shard out, prints its name and counts it.
+A shard is missing when a path without wildcards does not exist or when a pattern finds a series `NAME-00003-of-00008`
+with a hole, and corrupt when it cannot be indexed. `data.on_bad_shard` decides: "error" stops before anything runs,
+"skip" leaves the shard out, prints its name and counts it.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def find_files(data: DataConfig, split: str, commit: str | None = None) -> tuple
             raise ConfigError(f"data.{split}: no file matches {pattern}")
         if not files:
             missing.append(pattern)
+        missing += _holes(files, pattern)
         found.update({file.path: file for file in files if file.path not in found})
     for file in found.values():
         if file.name.endswith(_COMPRESSED):
             raise ConfigError(f"data.{split}: {file.path} is compressed and cannot be read at random; decompress it")
-    missing += _holes(list(found.values()))
     _bad_shards(data, [f"{name}: missing" for name in missing], split, left=len(found))
     return list(found.values()), missing
 
@@ -227,19 +227,25 @@ def _local_paths(pattern: str) -> list[str]:
     return [path for path in paths if os.path.isfile(path)]
 
 
-def _holes(files: list[File]) -> list[str]:
-    """Names that a numbered series (train-00003-of-00008.parquet) lacks; names may end in a hash, as the hub's do."""
-    series: dict[tuple[str, int], set[int]] = {}
+def _holes(files: list[File], pattern: str) -> list[str]:
+    """Files of a numbered series (train-00003-of-00008.parquet) that the pattern asks for and that are not there.
+
+    Names may end in a hash, as the hub's do. Shards that the pattern leaves out, by a range or by naming one file, are
+    not missing.
+    """
+    series: dict[tuple[str, str], dict[int, re.Match[str]]] = {}
     for file in files:
-        match = _SERIES.match(file.path)
-        if match:
-            series.setdefault((match["stem"], int(match["total"])), set()).add(int(match["index"]))
-    return [
-        f"{stem}{index:05d}-of-{total:05d}"
-        for (stem, total), present in series.items()
-        for index in range(total)
-        if index not in present
-    ]
+        if match := _SERIES.match(file.path):
+            series.setdefault((match["stem"], match["total"]), {})[int(match["index"])] = match
+    holes = []
+    for (stem, total), present in series.items():
+        like = next(iter(present.values()))
+        for index in range(int(total)):
+            name = f"{stem}{index:0{len(like['index'])}d}-of-{total}"
+            wanted = fnmatch.fnmatchcase(os.path.basename(name + like["rest"]), os.path.basename(pattern))
+            if index not in present and wanted:
+                holes.append(name)
+    return holes
 
 
 def _bad_shards(data: DataConfig, bad: list[str], split: str, left: int) -> None:
