@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import build_tokenizer
-from eval import loss_table, per_position
+from eval import loss_table, per_position, perplexity
 from eval.heldout import HeldOut, losses_by_position
 from eval.per_position import check, evaluate, evaluate_strictly, linear_edges, log_edges, standard_error
 from eval.run import choose, load_run, override
@@ -522,3 +522,39 @@ def test_override_of_a_run_is_typed_and_checked() -> None:
     assert cfg.model.mixers.ovq.backend == "reference"
     with pytest.raises(ConfigError, match="seed is part of what was trained"):
         override(cfg, ["seed=5"])
+
+
+# --- whole documents -------------------------------------------------------------------------------------------------
+
+
+def test_whole_split_uses_the_published_number_of_words(tmp_path: Path, texts: list[str]) -> None:
+    cfg = small_config("sw", *texts, "+data.words.validation=40", "eval.batch=4")
+    tokenizer = build_tokenizer(cfg)
+    model = small_model("sw_ovq", vocab_size=257).double().eval()
+    whole = perplexity.measure(model, cfg, tokenizer, World(), go_on)
+    part = perplexity.measure(model, cfg, tokenizer, World(), go_on, documents=2)
+
+    nats, words = [], []
+    for file in sorted((tmp_path / "text").glob("*.txt")):
+        tokens = torch.tensor([[tokenizer.separator_id, *file.read_bytes()]])
+        nats.append(float(model(tokens[:, :-1], targets_BT=tokens[:, 1:]).loss.detach()))
+        words.append(len(file.read_text().split()))
+    assert whole is not None and part is not None
+    assert (whole["documents"], whole["tokens"], whole["words"]) == (len(LENGTHS), sum(LENGTHS), 40)
+    assert whole["loss"] == pytest.approx(sum(nats) / sum(LENGTHS))
+    assert whole["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / sum(LENGTHS))
+    assert whole["word_perplexity"] == pytest.approx(math.exp(sum(nats) / 40))
+    assert (part["words"], part["words_are"]) == (sum(words[:2]), "counted")
+    assert part["word_perplexity"] == pytest.approx(math.exp(sum(nats[:2]) / sum(words[:2])))
+
+
+def test_perplexity_from_the_command_line_is_left_in_the_run_folder(
+    tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = run_folder(tmp_path, "sw", texts)
+    assert perplexity.main([f"run={run_dir}", "piece=64"]) == 0
+    left = json.loads((run_dir / "perplexity_validation.json").read_text())
+    assert (left["step"], left["documents"], left["words_are"]) == (3, len(LENGTHS), "counted")
+    assert f"{left['loss']}" in capsys.readouterr().out
+    assert perplexity.main([f"run={run_dir}", "context=64"]) == 2
+    assert "there is no option 'context'" in capsys.readouterr().err
