@@ -150,6 +150,7 @@ class Transformer(nn.Module):
             if self.head.weight is not self.embed.weight:
                 nn.init.normal_(self.head.weight, std=self.init_std)
             for layer in self.layers:
+                assert isinstance(layer, Block)
                 layer.mixer.init_weights(self.init_std)
                 for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
                     nn.init.normal_(projection.weight, std=self.init_std)
@@ -192,7 +193,7 @@ def build_model(cfg: ModelConfig, vocab_size: int) -> Transformer:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all parameters, those outside the embedding and the head); a tied matrix counts once."""
     total = sum(p.numel() for p in model.parameters())
-    tables = {id(p): p.numel() for m in (model.embed, model.head) for p in m.parameters()}  # type: ignore[attr-defined]
+    tables = {id(p): p.numel() for m in (model.embed, model.head) for p in m.parameters()}  # type: ignore
     return total, total - sum(tables.values())
 
 

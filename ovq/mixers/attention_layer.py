@@ -27,7 +27,7 @@ class KVCache:
 pytree.register_pytree_node(
     KVCache,
     lambda cache: ([cache.key, cache.value], cache.position),
-    lambda leaves, position: KVCache(*leaves, position),
+    lambda leaves, position: KVCache(*[*leaves, position]),
     serialized_type_name="ovq.KVCache",
 )
 

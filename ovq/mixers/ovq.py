@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,19 +43,18 @@ class OVQ(AttentionLayer):
     ) -> None:
         super().__init__(shape, qk_norm=True)
         self.beta_init = beta_init
-        self.settings = {
-            "num_centroids": num_centroids,
-            "chunk_size": chunk_size,
-            "growth": growth,
-            "growth_tokens": growth_tokens,
-            "seeding": seeding,
-            "seed": seed,
-            "step": step,
-            "first_chunk": first_chunk,
-            "assign_on": assign_on,
-            "backend": backend,
-        }
-        self.spec = OVQSpec(**{key: value for key, value in self.settings.items() if key != "backend"})
+        self.backend = backend
+        self.spec = OVQSpec(
+            num_centroids=num_centroids,
+            chunk_size=chunk_size,
+            growth=growth,
+            growth_tokens=growth_tokens,
+            seeding=seeding,
+            seed=seed,
+            step=step,
+            first_chunk=first_chunk,
+            assign_on=assign_on,
+        )
 
     @property
     def capacity(self) -> int:
@@ -62,7 +62,6 @@ class OVQ(AttentionLayer):
 
     def set_capacity(self, num_centroids: int) -> None:
         self.spec = dataclasses.replace(self.spec, num_centroids=num_centroids)  # refuses what cannot be
-        self.settings = {**self.settings, "num_centroids": num_centroids}
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
@@ -79,20 +78,28 @@ class OVQ(AttentionLayer):
         q, k, v = self.project(x_BTD)
         beta = self.beta.float() * self.shape.head_dim**0.5  # type: ignore[union-attr]
         report = self.collect_health and cu_seqlens is None
-        o, new_state = ovq_attention(
-            q, k, v, beta, cu_seqlens=cu_seqlens, state=state, return_state=return_state or report, **self.settings
+        o, new_state = self._attend(
+            q, k, v, beta, cu_seqlens=cu_seqlens, state=state, return_state=return_state or report
         )
-        if self.collect_health:
-            self._report(new_state if report else self._longest_document(q, k, v, beta, cu_seqlens))
+        if report:
+            assert new_state is not None
+            self._report(new_state)
+        elif self.collect_health and cu_seqlens is not None:
+            self._report_longest_document(q, k, v, beta, cu_seqlens)
         return self.project_out(o), new_state if return_state else None
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, OVQState | None]:
+        return ovq_attention(q, k, v, beta, **dataclasses.asdict(self.spec), backend=self.backend, **options)
+
     @torch.no_grad()
-    def _longest_document(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor) -> OVQState:
-        """The dictionary at the end of the longest packed document, for the health report."""
+    def _report_longest_document(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor) -> None:
+        """Packed documents have a dictionary each: that at the end of the longest one is reported."""
         bounds = cu_seqlens.tolist()
         start, end = max(zip(bounds, bounds[1:]), key=lambda pair: pair[1] - pair[0])
         part = slice(start, end)
-        return ovq_attention(q[:, part], k[:, part], v[:, part], beta, return_state=True, **self.settings)[1]
+        _, state = self._attend(q[:, part], k[:, part], v[:, part], beta, return_state=True)
+        assert state is not None
+        self._report(state)
 
     @torch.no_grad()
     def _report(self, state: OVQState) -> None:
