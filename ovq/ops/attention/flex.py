@@ -112,18 +112,40 @@ def block_mask(T: int, S: int, window: int | None, cu_seqlens: Tensor | None, de
     key, version = (T, window, device), 0 if cu_seqlens.is_inference() else cu_seqlens._version
     held = _of_documents.get(key)
     if held is None or held[0]() is not cu_seqlens or held[1] != version:
-        made = _make(T, S, window, cu_seqlens, device)
+        with torch.inference_mode(False):  # a mask made in an evaluation must serve training too
+            made = _make(T, S, window, cu_seqlens, device)
         _of_documents[key] = held = (weakref.ref(cu_seqlens), version, made)
     return held[2]
 
 
 @functools.lru_cache(maxsize=MOST_SHAPES)
 def _of_shape(T: int, S: int, window: int | None, device: torch.device) -> BlockMask:
-    return _make(T, S, window, None, device)
+    with torch.inference_mode(False):
+        return _make(T, S, window, None, device)
 
 
-@torch.no_grad()
 def _make(T: int, S: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device) -> BlockMask:
+    first_T, number, index, whole_number, whole_index = visible_blocks(T, S, window, cu_seqlens, device)
+    offset = S - T
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= first_T[query]) & (key <= query + offset)
+
+    return BlockMask.from_kv_blocks(
+        number, index, whole_number, whole_index, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(T, S)
+    )
+
+
+@torch.library.custom_op("ovq::visible_blocks", mutates_args=())
+def visible_blocks(
+    T: int, S: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(first key of each query [T]; for each block of queries the number [1, 1, Q] and the indices [1, 1, Q, M] of the
+    blocks of keys that it sees in part, and of those that it sees whole).
+
+    One operator, so that a compiled model takes these as they are: compiled into the graph, flex finds no kernel for
+    a mask that is not yet in memory.
+    """
     offset = S - T
     first_T = _first_key(T, offset, window, cu_seqlens, device)
     # First and last query, first and last key of every block.
@@ -134,17 +156,15 @@ def _make(T: int, S: int, window: int | None, cu_seqlens: Tensor | None, device:
     needed_QM = (m_high >= first_T[q_low, None]) & (m_low <= q_high[:, None] + offset)
     whole_QM = (m_low >= first_T[q_high, None]) & (m_high <= q_low[:, None] + offset)
     whole_QM &= (m_low + BLOCK <= S) & (q_low[:, None] + BLOCK <= T)
+    return first_T, *_ordered(needed_QM & ~whole_QM), *_ordered(whole_QM)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key >= first_T[query]) & (key <= query + offset)
 
-    return BlockMask.from_kv_blocks(
-        *_ordered(needed_QM & ~whole_QM),
-        *_ordered(whole_QM),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
-        seq_lengths=(T, S),
-    )
+@visible_blocks.register_fake
+def _(T: int, S: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, ...]:
+    number = torch.empty(1, 1, -(-T // BLOCK), dtype=torch.int32, device=device)
+    index = torch.empty(*number.shape, -(-S // BLOCK), dtype=torch.int32, device=device)
+    empty = torch.empty_like
+    return torch.empty(T, dtype=torch.int64, device=device), number, index, empty(number), empty(index)
 
 
 def _first_key(T: int, offset: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
