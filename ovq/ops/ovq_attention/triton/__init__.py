@@ -19,7 +19,8 @@ from torch import Tensor
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 from ovq.ops.ovq_attention.triton.assign import assign, interpreted
 from ovq.ops.ovq_attention.triton.backward import chunk_grad, dictionary_grad, query_grad
-from ovq.ops.ovq_attention.triton.configs import DTYPES, MAX_WIDTH
+from ovq.ops.ovq_attention.triton.configs import DTYPES, MAX_WIDTH, padded
+from ovq.ops.ovq_attention.triton.decode import decode
 from ovq.ops.ovq_attention.triton.plan import make_plan
 from ovq.ops.ovq_attention.triton.predict import predict
 
@@ -53,6 +54,11 @@ def forward(
 ) -> tuple[Tensor, Dictionary, Tensor]:
     """Outputs of the last T tokens, the dictionary after the last whole chunk, and each token's centroid [B, G, S]."""
     S = k_BSGK.shape[1]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV, beta_H))
+    if q_BTHK.shape[1] == 1 and S < spec.chunk_size and not needs_grad:
+        sums = (dictionary.key_sum, dictionary.value_sum, dictionary.count)
+        o = torch.ops.ovq.ovq_attention_decode(q_BTHK, k_BSGK, v_BSGV, beta_H, *sums, dictionary.size)
+        return o, dictionary, k_BSGK.new_full((k_BSGK.shape[0], k_BSGK.shape[2], S), -1, dtype=torch.int32)
     o, key_sum, value_sum, count, placed, *_ = torch.ops.ovq.ovq_attention(
         q_BTHK,
         k_BSGK,
@@ -127,7 +133,7 @@ def _forward(
     spec = _spec(num_centroids, chunk_size, growth, growth_tokens, seeding, seed, rate, first_chunk, assign_on)
     plan = make_plan(spec, size, position, k.shape[1])
     q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.float().contiguous()
-    _announce(q, v, spec)
+    _announce(q, v, chunk_size)
     sums = (key_sum.clone(), value_sum.clone(), count.clone())
     placed, rows = assign(k, v, plan, *sums, assignment)
     o, lse = predict(q, k, v, beta, plan, rows)
@@ -216,9 +222,25 @@ def _differentiate(ctx, do, *_):
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _announce(q: Tensor, v: Tensor, spec: OVQSpec) -> None:
+@torch.library.custom_op("ovq::ovq_attention_decode", mutates_args=())
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, key_sum: Tensor, value_sum: Tensor, count: Tensor, size: int
+) -> Tensor:
+    """o of one query a head; no gradient."""
+    beta = beta.float().contiguous()
+    _announce(q, v, 1)
+    sums = (key_sum.contiguous(), value_sum.contiguous(), count.contiguous())
+    return decode(q.contiguous(), k.contiguous(), v.contiguous(), beta, *sums, size)
+
+
+@_decode.register_fake
+def _(q, k, v, beta, *_):
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+def _announce(q: Tensor, v: Tensor, rows: int) -> None:
     """One line where kernels are about to be compiled: a first call takes seconds, and nobody should wonder why."""
-    key = (q.device.type, q.dtype, q.shape[3], v.shape[3], min(spec.chunk_size, 128))
+    key = (q.device.type, q.dtype, q.shape[3], v.shape[3], min(padded(rows), 128))
     if interpreted() or key in _announced:
         return
     _announced.add(key)

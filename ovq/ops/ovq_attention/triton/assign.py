@@ -53,13 +53,14 @@ def assign(
     assignment[:, :, whole:] = -1
     mean_key, current = empty(B, G, N, K), empty(B, G, N, dtype=torch.int32)
     key_value = spec.assign_on == "key_value" and forced is None
-    mean_value = empty(B, G, N, V) if key_value else mean_key
+    mean_value = empty(B, G, N, V) if key_value else mean_key  # not touched then
     if initial:
         row_key[:, :, :initial] = key_sum[:, :, :initial] / count[:, :, :initial, None]
         row_value[:, :, :initial] = value_sum[:, :, :initial] / count[:, :, :initial, None]
         row_count[:, :, :initial] = count[:, :, :initial]
         mean_key[:, :, :initial] = row_key[:, :, :initial]
-        mean_value[:, :, :initial] = row_value[:, :, :initial]
+        if key_value:
+            mean_value[:, :, :initial] = row_value[:, :, :initial]
         current[:, :, :initial] = torch.arange(initial, dtype=torch.int32, device=k.device)
         table[:, :, :initial] = current[:, :, :initial]
     rows = (row_key, row_value, row_count, table)

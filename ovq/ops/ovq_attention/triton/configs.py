@@ -96,9 +96,12 @@ def precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32x3" if arch.startswith("sm_") else "bf16x6"
 
 
-def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, chunk_size: int, **flags: Any) -> dict:
-    """The compile-time arguments of a stage's kernel, and how it is launched (num_warps, num_stages)."""
-    tile, longest = tile_of(stage, arch, dtype, K, V), padded(chunk_size)
+def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: int, **flags: Any) -> dict:
+    """The compile-time arguments of a stage's kernel, and how it is launched (num_warps, num_stages).
+
+    `rows` is the chunk size; of decode, the query heads of a group.
+    """
+    tile, longest = tile_of(stage, arch, dtype, K, V), padded(rows)
     rows = min(tile.rows, longest)  # a chunk shorter than the tile has a tile of its own size
     settings = {
         "K": K,
@@ -116,4 +119,6 @@ def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, chunk_s
         return settings | {"BLOCK_L": rows, "BLOCK_C": min(tile.parts, rows)}
     if stage == "dictionary_grad":
         return settings | {"BLOCK_M": rows, "PARTS": min(tile.parts, longest // rows)}
+    if stage == "decode":
+        return settings | {"BLOCK_R": longest}
     return settings | {"BLOCK_M": rows}

@@ -116,7 +116,7 @@ def predict_kernel(
         count = tl.load(row_count_ptr + row, mask=held, other=1.0)
         bias = tl.where(held, tl.log2(count), float("-inf"))
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + bias[None, :]
-        top, total, acc = _absorb(top, total, acc, logit, value, PRECISION)
+        top, total, acc = absorb(top, total, acc, logit, value, PRECISION)
 
     for s in tl.range(0, tl.minimum(first + BLOCK_M, end) - start, BLOCK_N, num_stages=STAGES):
         own = s + tl.arange(0, BLOCK_N)
@@ -125,7 +125,7 @@ def predict_kernel(
         value = load_tokens(v_ptr, own, G, held, V, BLOCK_V)
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale
         logit = tl.where(held[None, :] & (own[None, :] <= (first - start + m)[:, None]), logit, float("-inf"))
-        top, total, acc = _absorb(top, total, acc, logit, value, PRECISION)
+        top, total, acc = absorb(top, total, acc, logit, value, PRECISION)
 
     store_tokens(token_at(o_ptr, query, H, h, V), m, H, live, acc / total[:, None], V, BLOCK_V)
     lse_ptr += tl.cast(tl.program_id(1), tl.int64) * T + first - (S - T)
@@ -133,7 +133,7 @@ def predict_kernel(
 
 
 @triton.jit
-def _absorb(top, total, acc, logit, value, PRECISION: tl.constexpr):
+def absorb(top, total, acc, logit, value, PRECISION: tl.constexpr):
     """One step of the online softmax; every row of `logit` or of what came before has a finite entry."""
     new_top = tl.maximum(top, tl.max(logit, 1))
     p = tl.exp2(logit - new_top[:, None])

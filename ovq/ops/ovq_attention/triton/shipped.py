@@ -13,7 +13,8 @@ import torch
 
 from ovq.ops.ovq_attention.triton.assign import assign_kernel
 from ovq.ops.ovq_attention.triton.backward import chunk_grad_kernel, dictionary_grad_kernel, query_grad_kernel
-from ovq.ops.ovq_attention.triton.configs import DTYPES, constants
+from ovq.ops.ovq_attention.triton.configs import DTYPES, constants, padded
+from ovq.ops.ovq_attention.triton.decode import SPLITS, combine_kernel, decode_kernel
 from ovq.ops.ovq_attention.triton.predict import predict_kernel
 
 KERNELS = {
@@ -22,6 +23,8 @@ KERNELS = {
     "query_grad": query_grad_kernel,
     "dictionary_grad": dictionary_grad_kernel,
     "chunk_grad": chunk_grad_kernel,
+    "decode": decode_kernel,
+    "combine": combine_kernel,
 }
 ATTENTION = ("predict", "query_grad", "dictionary_grad", "chunk_grad")
 FLAGS: dict[str, dict[str, Any]] = {
@@ -36,11 +39,13 @@ FLAGS: dict[str, dict[str, Any]] = {
         "RATE": False,
     },
     "dictionary_grad": {"RATE": False},
+    "decode": {"SPLITS": SPLITS},
+    "combine": {"SPLITS": SPLITS, "PADDED": padded(SPLITS + 1)},
 }
 # Types of the arguments by name; all other pointers are to the operands' dtype, all other numbers int32.
 TYPES = {
     **dict.fromkeys(("beta_ptr", "row_count_ptr", "lse_ptr", "delta_ptr", "dbeta_ptr"), "*fp32"),
-    **dict.fromkeys(("key_sum_ptr", "value_sum_ptr", "count_ptr", "best_ptr", "chosen_ptr"), "*fp32"),
+    **dict.fromkeys(("key_sum_ptr", "value_sum_ptr", "count_ptr", "best_ptr", "chosen_ptr", "part_ptr"), "*fp32"),
     **dict.fromkeys(("table_ptr", "sizes_ptr", "forced_ptr", "rank_ptr", "current_ptr", "assignment_ptr"), "*i32"),
     **dict.fromkeys(("arg_ptr", "place_ptr", "arrived_ptr"), "*i32"),
     "offsets_ptr": "*i64",
@@ -77,13 +82,14 @@ def shipped_kernels(
     for stage, kernel in KERNELS.items():
         for width in widths:
             for dtype in dtypes:
-                settings = constants(stage, arch, dtype, width, width, chunk_size, **FLAGS.get(stage, {}))
-                options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
+                tile = "decode" if stage == "combine" else stage
+                rows = 1 if tile == "decode" else chunk_size
+                settings = constants(tile, arch, dtype, width, width, rows, **FLAGS.get(stage, {}))
+                options = {name: settings[name] for name in ("num_warps", "num_stages")}
+                settings = {name: value for name, value in settings.items() if name in kernel.arg_names}
                 signature = {name: _type(name, dtype, settings) for name in kernel.arg_names}
                 attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"}
-                yield ShippedKernel(
-                    stage, kernel, dtype, width, width, chunk_size, signature, settings, attrs, options
-                )
+                yield ShippedKernel(stage, kernel, dtype, width, width, rows, signature, settings, attrs, options)
 
 
 def _type(name: str, dtype: torch.dtype, constexprs: dict[str, Any]) -> str:
