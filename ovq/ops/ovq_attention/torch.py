@@ -10,8 +10,8 @@ What makes it fast:
 - The gradient of a centroid's mean is summed by the matmul itself (`baddbmm_`) for as long as its count stays the same,
   and divided by the count only when the walk meets a chunk that touched it.
 
-Shapes: B batch, T queries, S tokens, L chunk, l tokens of this chunk, t queries of this chunk, H query heads, G key/value
-heads, R = H / G, N capacity, n centroids in use, K key width, V value width; P = B G; W = V + K + 1, width of a row.
+Shapes: B batch, T queries, S tokens, L chunk, l tokens and t queries of one chunk, H query heads, G key/value heads,
+R = H / G, P = B G, N capacity, n centroids in use, K key width, V value width, W = V + K + 1 (width of a row).
 """
 
 from __future__ import annotations
@@ -73,6 +73,10 @@ class _Chunk(NamedTuple):
     before: int
     after: int
 
+    @property
+    def length(self) -> int:
+        return self.tokens.stop - self.tokens.start
+
 
 def _chunks(S: int, T: int, spec: OVQSpec, dictionary: Dictionary) -> list[_Chunk]:
     L, first, n, chunks = spec.chunk_size, S - T, dictionary.size, []
@@ -106,6 +110,7 @@ class _Table:
         torch.div(dictionary.key_sum[:, :, :n].flatten(0, 1), count, out=held[..., self.V : -1])
         torch.log(count, out=held[..., -1:])
         held[..., :-1] = self._rounded(held[..., :-1])
+        self.future_LL = torch.ones(L, L, dtype=torch.bool, device=held.device).triu_(1)  # key after query
         self.base_P1 = torch.arange(B * G, device=held.device)[:, None] * (L + N) + L
 
     def hold_sums(self, dictionary: Dictionary, dtype: torch.dtype) -> None:
@@ -126,23 +131,19 @@ class _Table:
         own[..., : self.V], own[..., self.V : -1] = v_BlGV.transpose(1, 2), k_BlGK.transpose(1, 2)
         own[..., -1] = 0  # the logarithm of one token
 
-    def span(self, tokens: int, n: int) -> Tensor:
-        """The rows of the chunk's tokens and the centroids in use."""
-        return self.rows[:, self.L - tokens : self.L + n]
-
     def index(self, a_PL: Tensor) -> Tensor:
         """Rows, among those of all batch entries and heads, of each token's centroid."""
         return (a_PL + self.base_P1).flatten()
 
     def tokens(self) -> Tensor:
         """[P L, W]: what a whole chunk adds to the sums."""
-        rows = self.rows[:, : self.L].flatten(0, 1)
+        rows = self.rows[:, : self.L].clone().view(-1, self.rows.shape[2])
         rows[:, -1] = 1
         return rows
 
     def refresh(self, index: Tensor) -> None:
         """Write the means of these centroids anew."""
-        sums = self.sums.view(-1, self.sums.shape[-1])[index]
+        sums = self.sums.view(-1, self.sums.shape[-1]).index_select(0, index)
         count = sums[:, -1:]
         means = self._rounded((sums[:, :-1] / count).to(self.work))
         rows = torch.cat([means, count.to(self.work).log()], dim=1)
@@ -180,8 +181,7 @@ def _walk_forward(
     for chunk in chunks:
         table.load(k[:, chunk.tokens], v[:, chunk.tokens])
         if chunk.asked.stop > chunk.asked.start:
-            span = table.span(chunk.tokens.stop - chunk.tokens.start, chunk.before)
-            p = _attention(_queries(q[:, chunk.asked], beta_H, G, work), span, chunk, V, scratch)
+            p, span = _attention(_queries(q[:, chunk.asked], beta_H, G, work), table, chunk, scratch)
             o_BTHV[:, chunk.asked] = _from_rows(p @ span[..., :V], B, H)
         if chunk.whole:
             if assignment is None:
@@ -222,26 +222,25 @@ def _walk_backward(
     flat_dmean, flat_dsum = dmean.view(-1, V + K), dsum.view(-1, V + K)
     dq, dk, dv = torch.zeros_like(q, dtype=work), torch.empty_like(k), torch.empty_like(v)
     for number, chunk in reversed(list(enumerate(chunks))):
-        length = chunk.tokens.stop - chunk.tokens.start
-        own = dmean[:, L - length : L].zero_()
+        own = dmean[:, L - chunk.length : L].zero_()
         table.load(k[:, chunk.tokens], v[:, chunk.tokens])
         reached: Tensor | None = None
         if chunk.whole:
             index = table.index(a_BGS[:, :, chunk.tokens].flatten(0, 1).long())
-            count = table.sums.view(-1, V + K + 1)[index, -1:].to(work)
-            reached = flat_dmean[index].div_(count).add_(flat_dsum[index])
+            count = table.sums.view(-1, V + K + 1).index_select(0, index)[:, -1:].to(work)
+            reached = flat_dmean.index_select(0, index).div_(count).add_(flat_dsum.index_select(0, index))
             before, reached = _undo(table, index, reached, spec, kept[number] if kept else None)
             flat_dsum.index_copy_(0, index, before)
             flat_dmean.index_fill_(0, index, 0)
         if chunk.asked.stop > chunk.asked.start:
-            span, x = table.span(length, chunk.before), _queries(q[:, chunk.asked], beta_H, G, work)
-            p = _attention(x, span, chunk, V, p_scratch)
+            x = _queries(q[:, chunk.asked], beta_H, G, work)
+            p, span = _attention(x, table, chunk, p_scratch)
             g = _to_rows(do[:, chunk.asked].to(work), G)
             ds = _view(s_scratch, p.shape)
             torch.bmm(g, span[..., :V].transpose(1, 2), out=ds)
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, work, grad_input=ds)
             dq[:, chunk.asked] = _from_rows(ds @ span[..., V:-1], B, H)
-            into = dmean[:, L - length : L + chunk.before]
+            into = dmean[:, L - chunk.length : L + chunk.before]
             into[..., :V].baddbmm_(p.transpose(1, 2), g)
             into[..., V:].baddbmm_(ds.transpose(1, 2), x[..., :-1])
         if reached is not None:
@@ -252,14 +251,15 @@ def _walk_backward(
     return dq.mul_(beta_H.to(work)[:, None]).to(q.dtype), dk, dv, dbeta
 
 
-def _attention(x: Tensor, span: Tensor, chunk: _Chunk, V: int, scratch: Tensor) -> Tensor:
-    """Probabilities [P, R t, l + n]: softmax([beta q.k_s for s <= t, beta q.mu^k + log c])."""
-    length, asked = chunk.tokens.stop - chunk.tokens.start, chunk.asked.stop - chunk.asked.start
-    logits = _view(scratch, (*x.shape[:2], span.shape[1]))
-    torch.bmm(x, span[..., V:].transpose(1, 2), out=logits)
-    future = torch.ones(asked, length, dtype=torch.bool, device=x.device).triu_(length - asked + 1)
-    logits.unflatten(1, (-1, asked))[..., :length].masked_fill_(future, -torch.inf)
-    return torch.softmax(logits, -1, out=logits)
+def _attention(x_PrX: Tensor, table: _Table, chunk: _Chunk, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax([beta q.k_s for s <= t, beta q.mu^k + log c]), as [P, R t, l + n], and the rows that it weighs."""
+    span = table.rows[:, table.L - chunk.length : table.L + chunk.before]
+    logits = _view(scratch, (*x_PrX.shape[:2], span.shape[1]))
+    torch.bmm(x_PrX, span[..., table.V :].transpose(1, 2), out=logits)
+    asked = chunk.asked.stop - chunk.asked.start
+    future_tl = table.future_LL[chunk.length - asked : chunk.length, : chunk.length]
+    logits.unflatten(1, (-1, asked))[..., : chunk.length].masked_fill_(future_tl, -torch.inf)
+    return torch.softmax(logits, -1, out=logits), span
 
 
 def _assign(table: _Table, chunk: _Chunk, start: int, spec: OVQSpec, scratch: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def _commit(table: _Table, a_PL: Tensor, spec: OVQSpec, overwritten: list[Tensor
     index, tokens = table.index(a_PL), table.tokens()
     if spec.rate is not None:
         sums = table.sums.view(-1, tokens.shape[1])
-        rows = sums[index]
+        rows = sums.index_select(0, index)
         if overwritten is not None:
             overwritten.append(rows.clone())
         old, new = _step_weights(table, index, rows[:, -1:], spec.rate)
@@ -345,7 +345,8 @@ def _final_table(
 ) -> _Table:
     """The table after the last whole chunk: from what was kept, or by summing again, in float64."""
     if kept:
-        last = Dictionary(*kept[-3:], chunks[-1].after, 0)
+        key_sum, value_sum, count = kept[-3:]
+        last = Dictionary(key_sum, value_sum, count, chunks[-1].after, dictionary.position)
         table = _Table(last, spec.chunk_size, k.dtype, work)
         table.hold_sums(last, work)
         return table
@@ -363,10 +364,7 @@ def _final_table(
 def _scratch(chunks: list[_Chunk], q: Tensor, P: int) -> Tensor:
     """Room for the largest [P, R t, l + n] or [P, L, n] of this call, used again for every chunk."""
     R = q.shape[0] * q.shape[2] // P
-    largest = max(
-        (c.tokens.stop - c.tokens.start) * max(R, 1) * (c.tokens.stop - c.tokens.start + max(c.before, 1))
-        for c in chunks
-    )
+    largest = max(c.length * R * (c.length + c.before) for c in chunks)
     return q.new_empty(P * largest, dtype=work_dtype(q))
 
 
