@@ -212,3 +212,9 @@ def flops_per_token(model: Transformer, context: int, *, training: bool = True) 
 def state_size(model: Transformer, context: int) -> int:
     """Numbers the model holds for one sequence after `context` tokens."""
     return sum(mixer.state_size(context) for mixer in model.mixers())
+
+
+def state_bytes(model: Transformer, context: int, itemsize: int = 2) -> int:
+    """Bytes of the same with activations of `itemsize` bytes (2: bf16); sums and recurrences are float32."""
+    float32 = sum(mixer.float32_state(context) for mixer in model.mixers())
+    return itemsize * state_size(model, context) + (4 - itemsize) * float32

@@ -70,6 +70,10 @@ class SequenceMixer(nn.Module):
         """Numbers held for one sequence after `context` tokens (KV cache, dictionary, recurrent state)."""
         raise NotImplementedError
 
+    def float32_state(self, context: int) -> int:
+        """Of `state_size`, the numbers kept in float32 whatever the precision of compute (sums, recurrences)."""
+        return 0
+
     def mixing_flops(self, context: int) -> float:
         """Forward FLOPs a token of the mixing itself (no projections), mean over a sequence of `context` tokens."""
         raise NotImplementedError

@@ -105,6 +105,9 @@ class GatedDeltaNet(SequenceMixer):
         taps = self.conv.weight.shape[1] - 1
         return self.key_width * self.value_width // self.num_heads + taps * (2 * self.key_width + self.value_width)
 
+    def float32_state(self, context: int) -> int:
+        return self.key_width * self.value_width // self.num_heads
+
     def mixing_flops(self, context: int) -> float:
         """The recurrence: recall, write and read a K x V memory a head, and the convolutions."""
         memory = 6 * self.key_width * self.value_width / self.num_heads

@@ -57,6 +57,9 @@ class LinearAttention(AttentionLayer):
         """The K x V sum of key-value products and the sum of keys, a head."""
         return self.shape.num_heads * self.shape.head_dim * (self.shape.head_dim + 1)
 
+    def float32_state(self, context: int) -> int:
+        return self.state_size(context)
+
     def mixing_flops(self, context: int) -> float:
         """The recurrence: write and read a K x V state (the chunked form does about as much, in larger products)."""
         return 4 * self.shape.num_heads * self.shape.head_dim * (self.shape.head_dim + 1)

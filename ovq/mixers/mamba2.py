@@ -99,6 +99,9 @@ class Mamba2(SequenceMixer):
         """An N x P state a head, and the convolution's last inputs."""
         return self.inner * self.state_dim + (self.conv.weight.shape[1] - 1) * (self.inner + 2 * self.state_dim)
 
+    def float32_state(self, context: int) -> int:
+        return self.inner * self.state_dim
+
     def mixing_flops(self, context: int) -> float:
         """The recurrence: write and read an N x P state a head, and the convolution."""
         return 4 * self.inner * self.state_dim + 2 * self.conv.weight.numel()

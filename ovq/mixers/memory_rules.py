@@ -176,7 +176,7 @@ class MemoryLayer(AttentionLayer):
                 memory = self.commit(memory, chunk_k, chunk_v, start)
         pending = slice(own_k.shape[1] - end % L, None)
         held = MemoryState(memory, own_k[:, pending].clone(), own_v[:, pending].clone(), end)
-        return torch.cat(rows, dim=1), held
+        return torch.cat(rows, dim=1).to(v.dtype), held
 
     def state_size(self, context: int) -> int:
         """Keys, values and positions of the entries held, and the keys and values of an unfinished chunk."""
@@ -346,6 +346,10 @@ class KVM(MemoryLayer):
         """As the other rules, with a count a head and entry instead of a position an entry."""
         held = min(self.num_centroids, self.entries_after(context // self.chunk_size))
         return super().state_size(context) + (self.shape.num_kv_heads - 1) * held
+
+    def float32_state(self, context: int) -> int:
+        held = min(self.num_centroids, self.entries_after(context // self.chunk_size))
+        return self.shape.num_kv_heads * held * (2 * self.shape.head_dim + 1)
 
     def mixing_flops(self, context: int) -> float:
         """Attention, and the product of every key with the memory by which it is merged."""

@@ -104,6 +104,9 @@ class MesaNet(SequenceMixer):
         E = width(self.shape)
         return 2 * E * self.shape.head_dim + (self.conv.weight.shape[1] - 1) * 2 * E
 
+    def float32_state(self, context: int) -> int:
+        return 2 * width(self.shape) * self.shape.head_dim
+
     def mixing_flops(self, context: int) -> float:
         """Two K x K states a head written, one read, and a product with the other for every step of the solve."""
         E, K = width(self.shape), self.shape.head_dim

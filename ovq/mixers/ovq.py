@@ -112,10 +112,13 @@ class OVQ(AttentionLayer):
         }
 
     def state_size(self, context: int) -> int:
-        """N key sums, value sums and counts, and at most a chunk of pending keys and values."""
+        """N key sums, value sums and counts, and the keys and values of an unfinished chunk."""
         shape, N = self.shape, self.spec.num_centroids
-        pending = min(context, self.spec.chunk_size)
+        pending = context % self.spec.chunk_size
         return shape.num_kv_heads * (N * (2 * shape.head_dim + 1) + 2 * shape.head_dim * pending)
+
+    def float32_state(self, context: int) -> int:
+        return self.shape.num_kv_heads * self.spec.num_centroids * (2 * self.shape.head_dim + 1)
 
     def mixing_flops(self, context: int) -> float:
         """Assignment (a product of each key with the centroids), prediction (two of each query), and the own chunk."""

@@ -196,6 +196,9 @@ class VQ(AttentionLayer):
         recent = context if context < L else L + context % L
         return shape.num_kv_heads * (self.num_codes * (shape.head_dim + 1) + 2 * shape.head_dim * recent)
 
+    def float32_state(self, context: int) -> int:
+        return self.shape.num_kv_heads * self.num_codes * (self.shape.head_dim + 1)
+
     def mixing_flops(self, context: int) -> float:
         """The nearest code of each key, two products of each query with the codes, and its one and a half blocks."""
         shape, L = self.shape, self.block_size
