@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import MODELS, small_model
+from ovq.model import build_model
+from tests.helpers import MODELS, small_config
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 8
 
 
 def losses(name: str) -> list[float]:
-    model = small_model(name, vocab_size=31).double()
+    model = build_model(small_config(name).model, vocab_size=31).double()
+    model.init_weights(0)  # drawn in float64: in float32, processors differ in the last bit of a normal number
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     # A sequence with something to learn: tokens repeat with period 11, under a little noise.
     generator = torch.Generator().manual_seed(0)
@@ -49,5 +51,5 @@ def test_losses_are_the_golden_ones(name: str) -> None:
         GOLDEN.mkdir(exist_ok=True)
         path.write_text(json.dumps({"model": name, "steps": STEPS, "loss": [round(x, 9) for x in got]}) + "\n")
     want = json.loads(path.read_text())["loss"]
-    assert got == pytest.approx(want, rel=1e-5), name
+    assert got == pytest.approx(want, rel=1e-7), name
     assert got[-1] < got[0] - 0.1
