@@ -68,7 +68,8 @@ def config(*overrides: str) -> Config:
 
 @lru_cache
 def _base(overrides: tuple[str, ...]) -> Config:
-    return compose(["trainer.context=16", "trainer.global_batch=4", "trainer.micro_batch=1", *overrides])
+    small = ["trainer.context=16", "trainer.global_batch=4", "trainer.micro_batch=1", "tokenizer.model_path=unset"]
+    return compose([*small, *overrides])
 
 
 def loader(cfg: Config, rank: int = 0, world: int = 1, state: dict[str, Any] | None = None) -> Any:

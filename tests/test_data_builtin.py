@@ -1,0 +1,111 @@
+"""Claims about the embedded corpus, and about the tools that look at data: describe and bench."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data import bench, build_tokenizer, describe, heldout_documents
+from data.builtin import BuiltinCorpus
+from data.splits import build_corpus
+from ovq.config import ConfigError, compose, save
+from tests.data_helpers import config, loader, write_jsonl
+
+SPLITS = ("train", "validation", "test")
+
+
+def test_it_is_the_same_in_every_process() -> None:
+    code = f"from data.builtin import BuiltinCorpus as B; print([B(s).fingerprint()['files'] for s in {SPLITS}])"
+    environment = {**os.environ, "PYTHONHASHSEED": "3"}
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert other.stdout.strip() == repr([BuiltinCorpus(split).fingerprint()["files"] for split in SPLITS])
+
+
+def test_it_is_large_and_its_held_out_documents_are_long() -> None:
+    corpora = {split: BuiltinCorpus(split) for split in SPLITS}
+    documents = {split: [corpus.read(i) for i in range(len(corpus))] for split, corpus in corpora.items()}
+    assert sum(len(d.text.encode()) for d in documents["train"]) > 5_000_000
+    assert sum(len(d.text.encode()) >= 65_536 for d in documents["validation"]) >= 8
+    assert sum(len(d.text.encode()) >= 65_536 for d in documents["test"]) >= 4
+    titles = [d.title for split in SPLITS for d in documents[split]]
+    assert len(titles) == len(set(titles)) and len({d.text for s in SPLITS for d in documents[s]}) == len(titles)
+
+
+def test_evaluation_finds_its_documents() -> None:
+    cfg = compose(["experiment=cpu_demo"])
+    found = list(
+        heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=65_536, limit=cfg.eval.documents)
+    )
+    assert len(found) == cfg.eval.documents and all(len(d.tokens) >= 65_538 for d in found)
+
+
+def test_a_worker_reads_it_for_itself() -> None:
+    corpus = BuiltinCorpus("validation")
+    assert len(pickle.dumps(corpus)) < 1000
+    assert pickle.loads(pickle.dumps(corpus)).read(2) == corpus.read(2)
+
+
+def test_a_python_without_its_sources_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.builtin._documents", lambda: [("a", "b")])
+    with pytest.raises(ConfigError, match="no sources in .*; use data=text"):
+        build_corpus(config("data=builtin"), "train")
+
+
+def test_description_of_every_kind(tmp_path: Path) -> None:
+    found = describe(config("data=builtin"))
+    assert list(found) == list(SPLITS) and found["validation"]["documents"] == len(BuiltinCorpus("validation"))
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    assert describe(config("data=jsonl", f"data.train=[{path}]")) == {
+        "train": {"shards": 1, "missing": 0, "bytes": path.stat().st_size, "documents": None}
+    }
+    assert "no file matches" in describe(config("data=text", f"data.train=[{tmp_path}/*.txt]"))["train"]["error"]
+    assert describe(compose(["data=recall"]))["train"]["vocabulary"] == 4353
+    assert "has no prepared.json" in describe(config("data=memmap", f"data.train=[{tmp_path}]"))["train"]["error"]
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> list[str]:
+    path = write_jsonl(tmp_path / "a.jsonl", ["some words of text " * 50] * 4)
+    return ["data=jsonl", f"data.train=[{path}]", "trainer.context=64", "seconds=0.1"]
+
+
+def test_bench_measures_the_pipeline_beside_what_is_needed(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "bench.json"
+    assert bench.main([*quick, "workers=[0,1]", "need=100", f"json={report}"]) == 0
+    written = json.loads(report.read_text())
+    assert [row["workers"] for row in written["rows"]] == [0, 1] and written["need"] == 100
+    assert all(row["tokens_per_s"] > 1000 and row["memory_mib"] > 10 for row in written["rows"])
+    # Bytes are tokens but for the separators, one for each 951 tokens.
+    assert written["rows"][0]["text_mb_per_s"] == pytest.approx(written["rows"][0]["tokens_per_s"] / 1e6, rel=0.1)
+    assert written["machine"]["processor"] and written["config"]["trainer"]["context"] == 64
+    assert "needed: 100 tokens/s" in (said := capsys.readouterr().out) and "enough" in said and "NOT" not in said
+    assert bench.main([*quick, "workers=0", "need=1e15"]) == 0
+    assert "NOT enough" in capsys.readouterr().out
+
+
+def test_bench_takes_a_runs_settings_and_its_speed(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    save(compose([o for o in quick if not o.startswith("seconds")]), run)
+    assert bench.main([f"run={run}"]) == 2 and "has no step yet" in capsys.readouterr().err
+    rows: list[dict[str, Any]] = [{"step": i, "tokens_per_s": speed} for i, speed in enumerate((10.0, 500.0, 9e9))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert bench.main([f"run={run}", "seconds=0.1", "workers=0"]) == 0
+    assert "needed: 500 tokens/s" in capsys.readouterr().out
+    assert bench.main([f"run={run}", "data=builtin"]) == 2 and "brings its own settings" in capsys.readouterr().err
+
+
+def test_any_share_of_lanes_has_workers_that_divide_it() -> None:
+    for lanes, asked, got in ((8, 3, 2), (6, 4, 3), (1, 2, 1), (4, 0, 0)):
+        made = loader(config("data=builtin", f"trainer.global_batch={lanes}", f"data.num_workers={asked}"))
+        assert made.num_workers == got

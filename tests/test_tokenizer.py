@@ -1,0 +1,255 @@
+"""Claims about tokenizers: every text comes back exactly, every byte is counted, and a run keeps its own."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data import build_tokenizer
+from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, main, sample_lines, train_sentencepiece
+from ovq.config import Config, ConfigError, compose
+from tests.data_helpers import config, loader, tokens_of, write_jsonl
+
+SPECIAL = [
+    "<document>",
+    "<unk>",
+    "<0x41>",
+    "\u2581",
+    "\n",
+    "\r\n",
+    "\x00",
+    "  ",
+    "\t",
+    "\u00a0",
+    "e\u0301",
+    "\ufb01",
+    "\ufeff",
+]
+
+
+def prose(words: int, seed: int) -> str:
+    """Text of made-up words with a skewed frequency, in lines and paragraphs."""
+    rng = np.random.default_rng(0)
+    made = ["".join(rng.choice(list("aeioubdfgklmnprst"), rng.integers(2, 9))) for _ in range(400)]
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(made, words, p=(weights := 1 / np.arange(1, 401)) / weights.sum())
+    ends = rng.choice([" ", " ", " ", ", ", ".\n", ".\n\n", "  "], words)
+    return "".join(word + end for word, end in zip(chosen, ends)) + " caf\u00e9 na\u00efve 1906"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_jsonl(folder / "books.jsonl", [prose(4000, seed) for seed in range(3)])
+    return folder
+
+
+def train(folder: Path, name: str, *more: str) -> Path:
+    """Through the command line, as a user does."""
+    arguments = ["train", "data=jsonl", f"data.train=[{folder}/books.jsonl]", f"out={folder}/{name}", *more]
+    assert main(arguments) == 0
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    return train(folder, "a.model", "vocab_size=600", "sample_mb=1")
+
+
+def of(model: Path, *overrides: str) -> Config:
+    return config("tokenizer=sentencepiece", f"tokenizer.model_path={model}", "data=jsonl", *overrides)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(model: Path) -> list[Any]:
+    return [ByteTokenizer(), SentencePieceTokenizer(model.read_bytes())]
+
+
+CHARACTERS = [*range(0xD800), *range(0xE000, 0x110000, 97)]  # of every plane
+
+
+def random_text(rng: random.Random) -> str:
+    """Characters of any script, strings that look special, runs of spaces and plain words, in a row."""
+    makers = [
+        lambda: chr(rng.choice(CHARACTERS)),
+        lambda: chr(rng.randrange(0x250)),
+        lambda: rng.choice(SPECIAL),
+        lambda: " " * rng.randrange(4),
+        lambda: rng.choice(WORDS),
+    ]
+    return "".join(rng.choice(makers)() for _ in range(rng.randrange(60)))
+
+
+WORDS = prose(50, 9).split(" ")
+
+
+def test_every_text_comes_back_exactly_and_its_bytes_are_counted(tokenizers: list[Any]) -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        text = random_text(rng)
+        for tokenizer in tokenizers:
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text, ascii(text)
+            assert tokenizer.num_bytes(ids) == len(text.encode())
+            assert ids.dtype == np.uint16 and (ids < tokenizer.vocab_size).all()
+            assert tokenizer.separator_id not in ids, "only a document's end is a separator"
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\n", " leading", "trailing ", *SPECIAL, "<s>", "</s>", "<pad>", "a\u2581 b"]
+)
+def test_strings_that_look_special_are_text(tokenizers: list[Any], text: str) -> None:
+    for tokenizer in tokenizers:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.separator_id not in tokenizer.encode(text)
+
+
+def test_separators_and_ignored_labels_stand_for_no_text(tokenizers: list[Any]) -> None:
+    for tokenizer in tokenizers:
+        ids = tokenizer.encode("caf\u00e9").tolist()
+        sequence = [tokenizer.separator_id, *ids, tokenizer.separator_id, -100, -100]
+        assert tokenizer.num_bytes(sequence) == 5
+        assert tokenizer.decode(sequence[:-2]) == "caf\u00e9"
+        assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.separator_id
+        assert tokenizer.decode(tokenizer.encode("\u20ac")[:1]) in ("\ufffd", "\u20ac")
+
+
+def test_text_is_shorter_in_pieces_than_in_bytes(tokenizers: list[Any]) -> None:
+    text = prose(500, 7)
+    assert len(tokenizers[1].encode(text)) < 0.5 * len(tokenizers[0].encode(text))
+    assert tokenizers[1].vocab_size == 600
+
+
+def test_training_again_gives_the_same_model(folder: Path, model: Path) -> None:
+    again = train(folder, "again.model", "vocab_size=600", "sample_mb=1")
+    assert again.read_bytes() == model.read_bytes()
+
+
+def test_it_survives_pickling(tokenizers: list[Any]) -> None:
+    for tokenizer in tokenizers:
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        text = prose(50, 3) + "\u2581"
+        assert np.array_equal(copy.encode(text), tokenizer.encode(text)) and copy.fingerprint == tokenizer.fingerprint
+
+
+def test_a_run_keeps_its_tokenizer_and_refuses_another(folder: Path, model: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", train(folder, "b.model", "vocab_size=500", "sample_mb=1")
+    first = build_tokenizer(of(model), run)
+    first.save(run / "tokenizer")
+    assert build_tokenizer(of(model), run).fingerprint == first.fingerprint
+    with pytest.raises(ConfigError, match="tokenizer differs from the one this run was made with"):
+        build_tokenizer(of(other), run)
+    with pytest.raises(ConfigError, match="tokenizer differs"):
+        build_tokenizer(config("data=jsonl"), run)
+    gone = build_tokenizer(of(tmp_path / "moved.model"), run)
+    assert gone.fingerprint == first.fingerprint and gone.decode(gone.encode("a b\n")) == "a b\n"
+    content = bytearray((run / "tokenizer/tokenizer.model").read_bytes())
+    content[-200] ^= 1
+    (run / "tokenizer/tokenizer.model").write_bytes(bytes(content))
+    with pytest.raises(ConfigError, match="tokenizer differs|no SentencePiece model|changes text"):
+        build_tokenizer(of(tmp_path / "moved.model"), run)
+
+
+def test_a_resumed_run_with_another_model_is_refused(folder: Path, model: Path) -> None:
+    data = f"data.train=[{folder}/books.jsonl]"
+    state = loader(of(model, data)).state_dict()
+    other = train(folder, "b.model", "vocab_size=500", "sample_mb=1")
+    with pytest.raises(ConfigError, match=r"the data differ .*\(tokenizer: sentencepiece:"):
+        loader(of(other, data), state=state)
+
+
+def test_prepared_data_bring_their_tokenizer(folder: Path, model: Path, tmp_path: Path) -> None:
+    from data.prepare import prepare
+
+    cfg = of(model, f"data.train=[{folder}/books.jsonl]", "data.num_workers=0")
+    out = tmp_path / "out"
+    prepare(cfg, out, processes=1)
+    with pytest.raises(
+        ConfigError, match=f"use tokenizer=sentencepiece tokenizer.model_path={out}/tokenizer/tokenizer.model"
+    ):
+        loader(config("data=memmap", f"data.train=[{out}]"))
+    path = f"tokenizer.model_path={out}/tokenizer/tokenizer.model"
+    maps = config("tokenizer=sentencepiece", path, "data=memmap", f"data.train=[{out}]")
+    assert (tokens_of(maps, 20) == tokens_of(cfg, 20)).all()
+
+
+def test_models_that_change_text_are_refused(folder: Path) -> None:
+    import sentencepiece
+
+    def trained(**options: Any) -> bytes:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(prose(3000, 1).split("\n")),
+            model_writer=model,
+            vocab_size=400,
+            minloglevel=2,
+            **options,
+        )
+        return model.getvalue()
+
+    lossless: dict[str, Any] = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "byte_fallback": True,
+    }
+    for change, words in (
+        ({"normalization_rule_name": "nmt_nfkc"}, "changes text"),
+        ({"add_dummy_prefix": True}, "changes text"),
+        ({"remove_extra_whitespaces": True}, "changes text"),
+        ({"byte_fallback": False}, "lacks byte fallback"),
+        ({"bos_id": -1, "eos_id": -1}, "has neither bos nor eos"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            SentencePieceTokenizer(trained(**{**lossless, **change}))
+    with pytest.raises(ConfigError, match="tokenizer.model_path=x is no SentencePiece model"):
+        SentencePieceTokenizer(b"not a model", "x")
+
+
+def test_the_sample_is_spread_and_bounded() -> None:
+    class Books:
+        def __init__(self, lengths: list[int]) -> None:
+            self.lengths, self.read_at = lengths, list[int]()
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+        def sizes(self) -> np.ndarray:
+            return np.array(self.lengths)
+
+        def read(self, index: int) -> Any:
+            self.read_at.append(index)
+            return type("Text", (), {"text": f"{index:05d}" * (self.lengths[index] // 5)})
+
+    many = Books([40_000] * 500)
+    lines = list(sample_lines(many, 1 << 20, seed=0))
+    assert len(many.read_at) == 64 and many.read_at == sorted(many.read_at) and max(many.read_at) > 250
+    assert sum(map(len, lines)) == 1 << 20 and max(map(len, lines)) <= 4000
+    few = Books([1000, 0, 500])
+    assert sum(len(line) for line in sample_lines(few, 1 << 20, seed=0)) == 1500
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["train", "data=builtin"], "out=PATH is required"),
+        (["train", "data=builtin", "out=x", "vocab=5"], "there is no setting 'vocab'"),
+        (["train", "data=text", "out=x"], "data.train is empty"),
+        (["tray"], "usage: python -m data.tokenizer train"),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2 and words in capsys.readouterr().err and not Path("x").exists()
+
+
+def test_a_vocabulary_too_large_for_its_text_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocab_size=5000 cannot be trained: .*5000"):
+        train_sentencepiece(iter(["a few words"]), 5000, tmp_path / "x.model")
+    with pytest.raises(ConfigError, match="does not exist; make one"):
+        build_tokenizer(compose(["tokenizer=sentencepiece", f"tokenizer.model_path={tmp_path}/x.model"]))
