@@ -11,8 +11,8 @@ Writes aot.json and aot.md (the same as a table) to `out`. The bars, and why the
 - products on tensor cores: an operand in the wrong layout silently takes a slower path;
 - no "wgmma serialized" (C7511): ptxas then waits after every product, which the machine code does not show.
 
-Exit status 1 with the offenders named if one is broken, 2 if it cannot run at all. On sm_100, which nobody has run yet, a
-broken bar is named and no more.
+Exit status 1 with the offenders named if one is broken, 2 if it cannot run at all. On sm_100, a bonus, a broken bar is
+named and no more.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
 
 @dataclass
 class Build:
-    """One kernel, built: `matmuls` counts matrix instructions by name, `spills` loads and stores of spilled registers."""
+    """A kernel, built: `matmuls` counts matrix instructions by name, `spills` loads and stores of spilled registers."""
 
     target: str
     stage: str
@@ -139,7 +139,8 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
         options["num_stages"],
     )
     source = triton.compiler.ASTSource(kernel.kernel, kernel.signature, constexprs, kernel.attrs)
-    began, log, complaints = time.monotonic(), io.StringIO(), []
+    began, log = time.monotonic(), io.StringIO()
+    complaints: list[str] = []
     try:
         # Triton prints ptxas' log, and MLIR writes its errors straight to the process' stderr.
         with contextlib.redirect_stdout(log), _stderr_lines(complaints):

@@ -1,0 +1,164 @@
+"""The cost model: operations against counted ones, bytes against allocated ones, times against their terms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ovq.ops.ovq_attention import cost, reference
+from ovq.ops.ovq_attention.cost import CHIPS, Shape
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+
+pytest.importorskip("triton")
+
+SPEC = OVQSpec(num_centroids=40, chunk_size=16)
+SHAPE = Shape(batch=2, tokens=72, heads=4, kv_heads=2, K=8, V=12, spec=SPEC)  # four whole chunks and half a one
+BAR = Shape(batch=4, tokens=65536, heads=8, kv_heads=8, K=64, V=64, spec=OVQSpec(2048))
+
+
+def counted(shape: Shape, *, backward: bool) -> int:
+    """Operations of products that torch counts while the definition runs."""
+    B, T, H, G, K, V, N = shape.batch, shape.tokens, shape.heads, shape.kv_heads, shape.K, shape.V, SPEC.num_centroids
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(*size, generator=generator, requires_grad=True)
+        for size in ((B, T, H, K), (B, T, G, K), (B, T, G, V))
+    )
+    empty = Dictionary(torch.zeros(B, G, N, K), torch.zeros(B, G, N, V), torch.zeros(B, G, N), 0, 0)
+    with FlopCounterMode(display=False) as counter:
+        o, _, _ = reference.forward(q, k, v, torch.ones(H), SPEC, empty)
+        if backward:
+            counter.flop_counts.clear()
+            o.sum().backward()
+    return counter.get_total_flops()
+
+
+def test_forward_operations_are_those_torch_counts() -> None:
+    s, G, H = SHAPE, SHAPE.batch * SHAPE.kv_heads, SHAPE.batch * SHAPE.heads
+    whole = s.tokens - s.tokens % SPEC.chunk_size
+    # The definition also takes the masked half of each chunk's square, and sums by a product with a one-hot matrix.
+    masked = sum(tokens * tokens for _, tokens in s.chunks) - s.own_pairs
+    one_hot = 2 * whole * SPEC.num_centroids * (s.K + s.V)
+    ours = cost.needed_flops(s, backward=False) - G * s.tokens * (s.K + s.V)
+    assert counted(s, backward=False) == ours + H * masked * 2 * (s.K + s.V) + G * one_hot
+
+
+def test_backward_operations_are_those_torch_counts_and_the_logits_once_more() -> None:
+    s, H = SHAPE, SHAPE.batch * SHAPE.heads
+    old, own = s.dictionary_pairs, sum(tokens * tokens for _, tokens in s.chunks)
+    ours = H * (old + own) * (6 * s.K + 4 * s.V)
+    logits = H * (old + own) * 2 * s.K  # autograd keeps p
+    dp_and_dv = H * (old + own) * 4 * s.V
+    dq_and_dk = H * (old + own) * 4 * s.K
+    assert ours == logits + dp_and_dv + dq_and_dk
+    got = counted(s, backward=True)
+    # What autograd multiplies besides: the one-hot matrix with the gradients of the sums that a later chunk reads.
+    one_hot = 2 * s.batch * s.kv_heads * SPEC.num_centroids * (s.K + s.V) * SPEC.chunk_size
+    assert (got - dp_and_dv - dq_and_dk) % one_hot == 0
+    assert 0 <= (got - dp_and_dv - dq_and_dk) // one_hot <= 4
+
+
+def test_pairs_are_those_of_a_loop_over_tokens() -> None:
+    old = own = 0
+    for t in range(SHAPE.tokens):
+        old += SPEC.size_at(t - t % SPEC.chunk_size)
+        own += t % SPEC.chunk_size + 1
+    assert (SHAPE.dictionary_pairs, SHAPE.own_pairs) == (old, own)
+
+
+def test_kernels_take_logits_and_dp_twice_and_nothing_else_besides_what_is_needed() -> None:
+    work, pairs = cost.stages(SHAPE), SHAPE.dictionary_pairs + SHAPE.own_pairs
+    done = sum(work[name].flops for name in (*cost.FORWARD, *cost.BACKWARD))
+    twice = SHAPE.batch * SHAPE.heads * pairs * 2 * (SHAPE.K + SHAPE.V)
+    assert done == cost.needed_flops(SHAPE, backward=True) + twice
+
+
+def test_full_attention_at_64k_is_the_count_everyone_uses() -> None:
+    T, D = BAR.tokens, 64
+    assert cost.attention_flops(BAR, backward=False) == pytest.approx(32 * 4 * D * T * T / 2, rel=1e-4)
+    assert cost.attention_flops(BAR, backward=True) == pytest.approx(32 * 14 * D * T * T / 2, rel=1e-4)
+    assert 10 < cost.attention_flops(BAR, backward=False) / cost.needed_flops(BAR, backward=False) < 14
+
+
+def test_twice_the_tokens_take_at_most_2_1_times_the_work_and_memory_at_64k() -> None:
+    double = dataclasses.replace(BAR, tokens=2 * BAR.tokens)
+    for chip in CHIPS.values():
+        once, twice = (cost.total_ms(s, chip, cost.FORWARD + cost.BACKWARD) for s in (BAR, double))
+        assert all(2.0 <= b / a <= 2.1 for a, b in zip(once, twice))
+    assert sum(cost.memory(double).values()) < 2.1 * sum(cost.memory(BAR).values())
+
+
+def test_no_stage_is_predicted_faster_than_its_floor() -> None:
+    for chip in CHIPS.values():
+        for batch, heads in ((4, 8), (1, 8), (1, 1)):
+            for N in (1024, 2048, 8192):
+                shape = dataclasses.replace(BAR, batch=batch, heads=heads, kv_heads=heads, spec=OVQSpec(N))
+                for work in cost.stages(shape, chip).values():
+                    low, high = work.predicted_ms(chip)
+                    assert 0 < work.floor_ms(chip) <= low * (1 + 1e-9) <= high * (1 + 1e-9)
+
+
+def test_the_assignment_waits_as_long_with_one_sequence_as_with_a_full_chip() -> None:
+    """Its chain of steps does not shorten with the batch: that is what small batches pay for."""
+    small = dataclasses.replace(BAR, batch=1)
+    full, one = (cost.stages(s)["assign"].predicted_ms(CHIPS["h200"])[0] for s in (BAR, small))
+    assert one > full / 2
+
+
+def test_decoding_does_not_grow_with_position() -> None:
+    one = dataclasses.replace(BAR, tokens=1)
+    at_64k, at_1m = (cost.decode(one, position) for position in (65536, 1 << 20))
+    assert at_1m.bytes < 1.05 * at_64k.bytes
+    assert at_1m.flops < 1.05 * at_64k.flops
+
+
+def test_memory_is_what_the_operators_allocate() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ovq.ops.ovq_attention import triton as kernels
+
+    s = dataclasses.replace(SHAPE, tokens=4096 + 5, spec=OVQSpec(512, 64), K=64, V=32)
+    N = s.spec.num_centroids
+    with FakeTensorMode():
+        bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
+        q = torch.empty(s.batch, s.tokens, s.heads, s.K, **bf16)
+        k = torch.empty(s.batch, s.tokens, s.kv_heads, s.K, **bf16)
+        v = torch.empty(s.batch, s.tokens, s.kv_heads, s.V, **bf16)
+        beta = torch.empty(s.heads, device="cuda")
+        sums = [torch.zeros(s.batch, s.kv_heads, N, width, device="cuda") for width in (s.K, s.V)]
+        count = torch.zeros(s.batch, s.kv_heads, N, device="cuda")
+        settings = kernels._settings(s.spec)
+        out = torch.ops.ovq.ovq_attention(q, k, v, beta, *sums, count, None, 0, 0, *settings)
+        do = torch.empty_like(out[0])
+        saved = [out[0], *out[4:]]
+        grads = torch.ops.ovq.ovq_attention_backward(do, q, k, v, beta, *saved, 0, 0, *settings)
+        held = [*sums, count, *out, do, *grads[:3]]
+        allocated = sum(x.numel() * x.element_size() for x in held)
+        delta = s.batch * s.heads * s.tokens * 4
+    assert sum(cost.memory(s).values()) == pytest.approx(allocated + delta, rel=0.01)
+
+
+def test_peak_memory_is_within_the_bar_at_64k() -> None:
+    for width in (64, 128):
+        for N in (1024, 2048, 4096):
+            assert cost.memory_ratio(dataclasses.replace(BAR, K=width, V=width, spec=OVQSpec(N))) <= 3
+
+
+def test_programs_a_head_are_those_the_kernel_is_launched_with() -> None:
+    assign = pytest.importorskip("ovq.ops.ovq_attention.triton.assign")
+    with pytest.MonkeyPatch.context() as patch:
+        for heads, processors in ((1, 132), (8, 132), (32, 132), (64, 132), (256, 132), (8, 108)):
+            properties = type("Properties", (), {"multi_processor_count": processors})
+            patch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+            assert assign.splits(heads, torch.device("cuda")) == cost.splits(heads, processors)
+
+
+def test_the_command_prints_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cost.main(["tokens=4096", "chip=a100"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*cost.FORWARD, *cost.BACKWARD, "A100", "predicted, not measured"))
+    assert cost.main(["chip=tpu"]) == 2
+    assert "h200" in capsys.readouterr().err
