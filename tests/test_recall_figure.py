@@ -1,0 +1,81 @@
+"""Claims about the recall figure: it tests what was trained, uses finished runs again, and says how it was made."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.recall import RecallTask, oracle
+from eval import recall
+
+SMALL = [
+    *("model.num_layers=2", "model.dim=16", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=16"),
+    *("model.ffn_dim=16", "data.task.key_vocab=64", "data.task.value_vocab=4", "data.task.short_steps=1"),
+    *("trainer.steps=2", "trainer.context=32", "trainer.global_batch=4", "trainer.micro_batch=4"),
+    *("trainer.device=cpu", "optim.warmup_steps=1"),
+]
+
+
+class Oracle(nn.Module):
+    """Answers every `right`-th query of a sequence as the oracle does, and no other."""
+
+    def __init__(self, task: RecallTask, right: int) -> None:
+        super().__init__()
+        self.task, self.right = task, right
+
+    def forward(self, inputs: Tensor) -> SimpleNamespace:
+        said = np.stack([oracle(self.task, row) for row in inputs.numpy()])
+        for row in said:
+            asked = np.flatnonzero(row != -100)
+            row[[i for n, i in enumerate(asked) if n % self.right]] = 0
+        logits = nn.functional.one_hot(torch.from_numpy(said).clamp_min(0), self.task.vocab_size)
+        return SimpleNamespace(logits=logits)
+
+
+def test_accuracy_is_that_of_the_model() -> None:
+    task = RecallTask(key_vocab=100, value_vocab=9)
+    for right in (1, 4):
+        got, answers = recall.test(Oracle(task, right), torch.device("cpu"), task, 64, at_least=100)
+        assert answers == 112 and got == answers / right  # 7 sequences of 16 queries
+
+
+def test_the_figure_is_made_of_runs_which_are_then_used_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    line = ["models=[sw_ovq]", "lengths=[1,2]", "num_centroids=[8]", "answers=20", f"out={tmp_path}/out"]
+    line += [f"runs_root={tmp_path}/runs", *SMALL]
+    assert recall.main(line) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    rows = list(csv.DictReader((tmp_path / "out" / "recall.csv").open()))
+    assert list(rows[0]) == ["model", "seed", "train_length", "length", "num_centroids", "accuracy", "answers"]
+    assert [(row["length"], row["num_centroids"]) for row in rows] == [
+        ("32", "8"), ("64", "8"), ("32", "256"), ("64", "256")
+    ]  # fmt: skip
+    assert all(row["model"] == "sw_ovq" and 0 <= float(row["accuracy"]) <= 1 for row in rows)
+    assert all(int(row["answers"]) >= 20 and row["train_length"] == "32" for row in rows)
+    assert (tmp_path / "out" / "recall.png").stat().st_size > 5000
+    made = json.loads((tmp_path / "out" / "recall.json").read_text())
+    assert made["runs"][run.name]["steps"] == 2 and made["machine"]["command"] and made["machine"]["date"]
+
+    before = (run / "metrics.jsonl").read_bytes()
+    assert recall.main(line) == 0 and "finished before" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == before
+    again = list(csv.DictReader((tmp_path / "out" / "recall.csv").open()))
+    assert again == rows
+
+    config_file = run / "config.yaml"
+    config_file.write_text(config_file.read_text().replace("value_vocab: 4", "value_vocab: 5"))
+    assert recall.main(line) == 2
+    assert "was made with other settings (data.task.value_vocab: 5 -> 4)" in capsys.readouterr().err
+
+
+def test_settings_that_an_option_stands_for_are_refused(capsys: pytest.CaptureFixture) -> None:
+    assert recall.main(["seed=1"]) == 2
+    assert capsys.readouterr().err == "error: seed=1 cannot be given here; use seeds=[0,1]\n"
+    assert recall.main(["models=[nope]"]) == 2 and "model=nope" in capsys.readouterr().err
+    assert recall.main(["trainer.stepz=1"]) == 2 and "trainer.steps" in capsys.readouterr().err
