@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ovq.config import digest
-from ovq.model import Transformer, build_model, count_parameters, flops_per_token, state_size
+from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
 MIXING_FACTOR = 14  # activations a block keeps for its backward pass, in multiples of the residual stream
@@ -21,8 +21,8 @@ def report(cfg: Any, vocab_size: int, data: dict[str, Any], world_size: int, run
 
     Args:
         vocab_size: pieces of the tokenizer.
-        data: what `data.describe` found (shards, bytes, documents).
-        world_size: processes the run would use.
+        data: what `data.describe` found of each split (shards, bytes, documents), or its error.
+        world_size: processes the run would use; for a plan torchrun's WORLD_SIZE=8 is enough.
     """
     with torch.device("meta"):
         model = build_model(cfg.model, vocab_size)
@@ -41,26 +41,47 @@ def report(cfg: Any, vocab_size: int, data: dict[str, Any], world_size: int, run
         ("training FLOPs", f"{flops:.4g} a token at context {trainer.context:,}; {flops * tokens:.3g} in all"),
         ("tokens", f"{tokens_a_step:,} a step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in all"),
         ("steps", f"{trainer.steps:,}"),
-        (
-            "processes",
-            f"{world_size}, micro-batch {trainer.micro_batch}, accumulation {_accumulation(cfg, world_size)}",
-        ),
-        ("memory a device", _memory(cfg, model, total, vocab_size, world_size)),
-        ("data", ", ".join(f"{key} {v:,}" if isinstance(v, int) else f"{key} {v}" for key, v in data.items())),
+        ("processes", _processes(cfg, world_size)),
+        ("memory a device", _memory(cfg, total, vocab_size, world_size)),
     ]
+    rows += [(f"data {split}", _found(found)) for split, found in data.items()]
+    rows += [] if data else [("data", "none: data.train is empty")]
     lines = [f"{name:<16} {value}" for name, value in rows]
-    lines += ["", f"{'context':>10} {'state numbers':>16} {'bytes (bf16)':>14}   of one sequence, all layers"]
+    lines += [
+        "",
+        f"{'context':>10} {'state numbers':>16} {'bytes':>12}   of one sequence, all layers; activations in bf16",
+    ]
     for context in CONTEXTS:
-        numbers = state_size(model, context)
-        lines.append(f"{context:>10,} {numbers:>16,} {_bytes(2 * numbers):>14}")
+        held = state_bytes(model, context)
+        lines.append(f"{context:>10,} {state_size(model, context):>16,} {format_bytes(held):>12}")
     return "\n".join(lines)
 
 
-def _accumulation(cfg: Any, world_size: int) -> str:
-    share, rest = divmod(cfg.trainer.global_batch, cfg.trainer.micro_batch * world_size)
-    return (
-        str(share) if share and not rest else "impossible: global_batch must be a multiple of micro_batch x processes"
-    )
+def _processes(cfg: Any, world_size: int) -> str:
+    """How the batch is dealt, or why it cannot be."""
+    trainer = cfg.trainer
+    share, rest = divmod(trainer.global_batch, trainer.micro_batch * world_size)
+    if rest or not share:
+        return (
+            f"{world_size}: impossible, trainer.global_batch={trainer.global_batch} is no multiple of "
+            f"trainer.micro_batch={trainer.micro_batch} x {world_size}"
+        )
+    if trainer.shard == "hybrid" and world_size % trainer.replicas:
+        return f"{world_size}: impossible, trainer.replicas={trainer.replicas} does not divide them"
+    return f"{world_size}, micro-batch {trainer.micro_batch}, accumulation {share}"
+
+
+def _found(found: dict[str, Any]) -> str:
+    """'23 shards, 28,602 documents, 10.9 GiB'; what is not known is left out."""
+    parts = []
+    for name, value in found.items():
+        if name in ("error", "commit"):
+            parts.append(f"{name}: {value}")
+        elif name == "bytes":
+            parts.append(format_bytes(value))
+        elif value is not None and not (name == "missing" and value == 0):
+            parts.append(f"{value:,} {name}")
+    return ", ".join(parts)
 
 
 def _runs(names: list[str]) -> str:
@@ -71,10 +92,10 @@ def _runs(names: list[str]) -> str:
     return ", ".join(names)
 
 
-def _memory(cfg: Any, model: Transformer, total: int, vocab_size: int, world_size: int) -> str:
+def _memory(cfg: Any, total: int, vocab_size: int, world_size: int) -> str:
     """An estimate: float32 parameters, gradients and two AdamW moments, sharded; activations; one chunk of logits."""
     trainer, width = cfg.trainer, 4 if cfg.trainer.precision == "fp32" else 2
-    shards = world_size // trainer.replicas if trainer.shard != "none" else 1
+    shards = {"full": world_size, "hybrid": max(1, world_size // trainer.replicas), "none": 1}[trainer.shard]
     weights = 16 * total / shards
     stream = trainer.micro_batch * trainer.context * cfg.model.dim * width
     ffn = 3 * trainer.micro_batch * trainer.context * cfg.model.ffn_dim * width
@@ -83,12 +104,13 @@ def _memory(cfg: Any, model: Transformer, total: int, vocab_size: int, world_siz
     activations = cfg.model.num_layers * kept + block
     logits = 3 * min(trainer.loss_chunk_tokens, trainer.micro_batch * trainer.context) * vocab_size * 4
     return (
-        f"about {_bytes(weights + activations + logits)} (weights, gradients, optimizer {_bytes(weights)}; "
-        f"activations {_bytes(activations)}; logits {_bytes(logits)})"
+        f"about {format_bytes(weights + activations + logits)} (weights, gradients, optimizer {format_bytes(weights)}; "
+        f"activations {format_bytes(activations)}; logits {format_bytes(logits)})"
     )
 
 
-def _bytes(number: float) -> str:
+def format_bytes(number: float) -> str:
+    """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024 or unit == "GiB":
             return f"{number:.4g} {unit}"

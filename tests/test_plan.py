@@ -1,0 +1,150 @@
+"""The dry run: every number it prints, against one computed another way."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import train
+from ovq.config import compose
+from ovq.plan import report
+
+V, D, LAYERS, HEADS, K, FFN = 1000, 128, 4, 2, 64, 384  # model/size=tiny
+MIB = 2**20
+
+
+def plan(*overrides: str, data: dict[str, Any] | None = None, world_size: int = 1) -> dict[str, str]:
+    """The report's rows by name; a row of the state table goes by its context."""
+    text = report(compose(list(overrides)), V, data or {}, world_size, Path("runs/x"))
+    rows = [(line[:16].strip(), line[17:].strip()) for line in text.splitlines() if line[:10].strip()]
+    table = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("    ")}
+    return dict(rows) | table
+
+
+def mib(text: str) -> float:
+    number, unit = re.search(r"([\d.e+]+) (KiB|MiB|GiB)", text).groups()  # type: ignore[union-attr]
+    return float(number) * {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}[unit]
+
+
+def test_parameters_and_flops_are_those_of_a_count_by_hand() -> None:
+    rows = plan("model=std_att", "trainer.context=512", "trainer.global_batch=6", "trainer.micro_batch=2")
+    matrices = LAYERS * (4 * D * HEADS * K + 3 * D * FFN)
+    norms = (2 * LAYERS + 1) * D
+    assert rows["parameters"].startswith(f"{matrices + norms + 2 * V * D:,} total, {matrices + norms:,} without")
+    flops = 3 * (2 * (matrices + V * D) + LAYERS * 4 * HEADS * K * (512 + 1) / 2)
+    assert rows["training FLOPs"].startswith(f"{flops:.4g} a token at context 512; {flops * 6 * 512 * 1000:.3g} in all")
+    assert rows["tokens"] == f"{6 * 512:,} a step (6 x 512); {6 * 512 * 1000:,} in all"
+    assert rows["steps"] == "1,000" and rows["processes"] == "1, micro-batch 2, accumulation 3"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shown"),
+    [
+        ("[sliding_window,ovq]", "4: (sliding_window, ovq) x 2"),
+        ("[sliding_window]", "4: (sliding_window) x 4"),
+        (
+            "[sliding_window,sliding_window,sliding_window,ovq]",
+            "4: sliding_window, sliding_window, sliding_window, ovq",
+        ),
+        ("[sliding_window,ovq,ovq]", "4: sliding_window, ovq, ovq, sliding_window"),
+    ],
+)
+def test_layers_are_the_pattern_as_it_falls(pattern: str, shown: str) -> None:
+    assert plan("model=sw_ovq", f"model.pattern={pattern}")["layers"] == shown
+
+
+def test_a_cache_grows_with_the_context_in_bf16_and_a_dictionary_stays_in_float32() -> None:
+    full = plan("model=std_att")
+    for context in (2048, 65536):
+        numbers = LAYERS * 2 * HEADS * K * context
+        assert full[f"{context:,}"] == f"{numbers:,} {2 * numbers / MIB:.4g} MiB"
+    ovq = plan("model=sw_ovq", "model.pattern=[ovq]", "model.mixers.ovq.num_centroids=1024")
+    numbers = LAYERS * HEADS * 1024 * (2 * K + 1)  # no chunk is pending at these contexts
+    assert {ovq[context] for context in ("2,048", "65,536")} == {f"{numbers:,} {4 * numbers / MIB:.4g} MiB"}
+
+
+def test_bytes_of_state_are_those_a_model_holds() -> None:
+    from ovq.model import build_model, state_bytes
+
+    cfg = compose(["model=sw_ovq", "model.mixers.ovq.num_centroids=32", "model.mixers.sliding_window.window=16"])
+    model = build_model(cfg.model, 50).to(torch.bfloat16)
+    model.init_weights(0)
+    with torch.no_grad():
+        state = model(torch.zeros(1, 130, dtype=torch.int64), return_state=True).state
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    assert state_bytes(model, 130) == sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+
+def test_memory_falls_with_shards_and_recomputation() -> None:
+    one = plan("model=sw", "trainer.global_batch=64")["memory a device"]
+    eight = plan("model=sw", "trainer.global_batch=64", world_size=8)["memory a device"]
+    hybrid = plan("model=sw", "trainer.global_batch=64", "trainer.shard=hybrid", "trainer.replicas=4", world_size=8)[
+        "memory a device"
+    ]
+    copies = plan("model=sw", "trainer.global_batch=64", "trainer.shard=none", world_size=8)["memory a device"]
+    weights = [mib(text.split("optimizer")[1]) for text in (one, eight, hybrid, copies)]
+    assert weights == pytest.approx([weights[0], weights[0] / 8, weights[0] / 2, weights[0]], rel=1e-3)
+    total = LAYERS * (4 * D * HEADS * K + 3 * D * FFN) + (2 * LAYERS + 1) * D + 2 * V * D
+    assert weights[0] == pytest.approx(16 * total / MIB, rel=1e-3)  # float32: weights, gradients, two moments
+    kept = {
+        how: mib(plan("model=sw", f"trainer.activation_checkpointing={how}")["memory a device"].split("activations")[1])
+        for how in ("none", "selective", "full")
+    }
+    assert kept["none"] > kept["selective"] > kept["full"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "says"),
+    [
+        (
+            ["trainer.global_batch=8", "trainer.micro_batch=4"],
+            3,
+            "3: impossible, trainer.global_batch=8 is no multiple",
+        ),
+        (
+            ["trainer.global_batch=8", "trainer.micro_batch=8"],
+            2,
+            "2: impossible, trainer.global_batch=8 is no multiple",
+        ),
+        (["trainer.shard=hybrid", "trainer.replicas=4"], 1, "1: impossible, trainer.replicas=4 does not divide"),
+        (["trainer.shard=hybrid", "trainer.replicas=4"], 8, "8, micro-batch 1, accumulation 1"),
+    ],
+)
+def test_processes_that_cannot_share_the_batch_are_said(overrides: list[str], world_size: int, says: str) -> None:
+    rows = plan("model=sw", "trainer.micro_batch=1", *overrides, world_size=world_size)
+    assert rows["processes"].startswith(says) and mib(rows["memory a device"]) > 0
+
+
+def test_data_are_shown_split_by_split_also_what_is_missing() -> None:
+    found = {
+        "train": {"shards": 23, "missing": 0, "bytes": 7 * 2**30, "documents": None, "commit": "c0ffee"},
+        "validation": {"shards": 2, "missing": 1, "bytes": 2048, "documents": 50},
+        "test": {"error": "data.test: no file matches x"},
+    }
+    rows = plan("model=sw", data=found)
+    assert rows["data train"] == "23 shards, 7 GiB, commit: c0ffee"
+    assert rows["data validation"] == "2 shards, 1 missing, 2 KiB, 50 documents"
+    assert rows["data test"] == "error: data.test: no file matches x"
+    assert plan("model=sw")["data"] == "none: data.train is empty"
+
+
+def test_a_large_model_is_described_without_being_made() -> None:
+    before = psutil.Process().memory_info().rss
+    rows = plan("model=sw_ovq", "model/size=480m")
+    parameters = int(rows["parameters"].split()[0].replace(",", ""))
+    assert parameters > 400e6
+    assert psutil.Process().memory_info().rss - before < parameters  # a quarter of its float32 weights
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["experiment=cpu_demo", "dry_run=true", f"run_dir={tmp_path / 'run'}"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("layers", "parameters", "training FLOPs", "tokens", "steps", "memory a device", "data train"):
+        assert re.search(rf"^{name} +\S", shown, re.MULTILINE), name
+    assert re.search(r"^ +65,536 +[\d,]+ +[\d.]+ MiB$", shown, re.MULTILINE)
+    assert not (tmp_path / "run").exists()
