@@ -4,7 +4,9 @@
     python -m data.bench data=memmap 'data.train=[DIR]' trainer.context=8192 need=900000
     python -m data.bench run=runs/pg19_70m                           that run's settings, beside the speed it reached
 
-What is measured is one rank that reads the whole global batch, from file to micro-batch, with no model behind it.
+What is measured is one rank that reads the whole global batch, from file to micro-batch, with no model behind it. The
+first step opens a document in every lane, so it stands apart; after it the clock runs for `seconds` and until as many
+documents have begun as there are lanes (at most ten times `seconds`), because tokenising them is most of the work.
 `need` is what the models behind it take, in tokens a second; with run=DIR it is the median of that run's metrics.jsonl.
 Of W ranks each has a pipeline like this one and must supply one W-th of it. json=PATH writes the figures with the
 machine they were taken on.
@@ -32,22 +34,25 @@ _SAMPLE_S = 2.0  # between looks at the processes' memory
 
 
 def measure(cfg: Config, workers: int, seconds: float) -> dict[str, Any]:
-    """One figure: the pipeline of `cfg` with this many workers, for at least `seconds` after its first micro-batch."""
+    """One figure: the pipeline of `cfg` with this many workers."""
     cfg = config.from_dict(config.to_dict(cfg))
     cfg.data.num_workers = workers
     began = time.perf_counter()
     loader = build_loader(cfg, build_tokenizer(cfg), rank=0, world_size=1)
     opened = time.perf_counter()
     batches = iter(loader)
-    next(batches)
+    for _ in range(loader.micro_batches_per_step):
+        next(batches)
     first = time.perf_counter()
-    tokens, num_bytes, memory, elapsed, sampled = 0, 0, 0.0, 0.0, 0.0
-    while elapsed < seconds:
+    tokens, num_bytes, documents = 0, 0, 0
+    memory, elapsed, sampled = 0.0, 0.0, 0.0
+    while elapsed < seconds or (documents < cfg.trainer.global_batch and elapsed < 10 * seconds):
         start = time.perf_counter()
         batch = next(batches)
         elapsed += time.perf_counter() - start  # without looking at the memory, which takes a while itself
         tokens += batch.inputs.numel()
         num_bytes += batch.counts.get("bytes", 0)
+        documents += batch.counts.get("documents", 0)
         if elapsed - sampled > _SAMPLE_S:
             sampled, memory = elapsed, max(memory, _memory_mib())
     memory = max(memory, _memory_mib())
@@ -55,8 +60,9 @@ def measure(cfg: Config, workers: int, seconds: float) -> dict[str, Any]:
     return {
         "workers": loader.num_workers,
         "open_s": round(opened - began, 3),
-        "first_batch_s": round(first - opened, 3),
+        "first_step_s": round(first - opened, 3),
         "tokens_per_s": round(tokens / elapsed),
+        "documents": documents,
         "text_mb_per_s": round(num_bytes / elapsed / 1e6, 3),
         "memory_mib": round(memory),
         "counts": _odd(loader),
@@ -97,13 +103,11 @@ def _of_run(run: str) -> tuple[Config, float]:
 
 def table(rows: list[dict[str, Any]], need: float | None) -> str:
     """The figures as text."""
-    lines = [
-        f"{'workers':>7} {'open s':>8} {'first batch s':>14} {'tokens/s':>12} {'text MB/s':>10} {'memory MiB':>11}"
-    ]
+    lines = [f"{'workers':>7} {'open s':>8} {'first step s':>13} {'tokens/s':>12} {'text MB/s':>10} {'memory MiB':>11}"]
     lines[0] += f" {'of need':>9}" if need else ""
     for row in rows:
         lines.append(
-            f"{row['workers']:>7} {row['open_s']:>8.2f} {row['first_batch_s']:>14.2f} {row['tokens_per_s']:>12,} "
+            f"{row['workers']:>7} {row['open_s']:>8.2f} {row['first_step_s']:>13.2f} {row['tokens_per_s']:>12,} "
             f"{row['text_mb_per_s']:>10.1f} {row['memory_mib']:>11,}"
             + (f" {row['tokens_per_s'] / need:>8.1f}x" if need else "")
         )
