@@ -54,3 +54,10 @@ def peak_rss() -> int:
     """The most memory this process has had resident so far, in bytes; it never falls, so measure in a fresh process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def current_rss() -> int:
+    """What this process has resident now, in bytes."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
