@@ -1,0 +1,133 @@
+"""Kernels are built ahead of time, with no GPU, and held against the bars: spills, shared memory, tensor cores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovq.ops import aot_report
+from ovq.ops.aot_report import Build, offences
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+GOOD = Build(
+    "sm_90", "predict", True, "bfloat16", 64, 64, 128, {"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3, 200, 0, 0, 65536,
+    {"HGMMA": 32},
+)  # fmt: skip
+
+
+def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: this one may hold kernels for the interpreter."""
+    command = [sys.executable, "-m", "ovq.ops.aot_report", *argv]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The main path on every chip that the bars bind, built once."""
+    out = tmp_path_factory.mktemp("aot")
+    done = run("quick=true", "targets=[sm_80,sm_90,gfx942]", f"out={out}", "jobs=1")
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    return {**json.loads((out / "aot.json").read_text()), "out": out, "status": done.returncode, "errors": done.stderr}
+
+
+def test_every_kernel_of_the_main_path_keeps_the_bars(report: dict[str, Any]) -> None:
+    assert report["broken"] == []
+    assert report["status"] == 0
+
+
+def test_every_kernel_is_built_for_every_chip(report: dict[str, Any]) -> None:
+    stages = {"assign", "predict", "query_grad", "dictionary_grad", "chunk_grad"}
+    for target, widths in (("sm_80", {64}), ("sm_90", {64, 128}), ("gfx942", {64})):
+        for width in widths:
+            built = {b["stage"] for b in report["builds"] if (b["target"], b["K"]) == (target, width)}
+            assert stages <= built, f"{target} at {width}"
+    assert all(b["registers"] > 0 and b["shared"] >= 0 for b in report["builds"])
+
+
+def test_the_table_has_a_row_for_every_build(report: dict[str, Any]) -> None:
+    lines = (report["out"] / "aot.md").read_text().splitlines()
+    assert len(lines) == 2 + len(report["builds"])
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_tile_too_large_for_the_registers_is_seen_to_spill() -> None:
+    """The bar can fail: the same kernel with four times the rows and one warp."""
+    program = (
+        "import dataclasses, json\n"
+        "from ovq.ops.aot_report import ENVIRONMENT, _environment, build, offences, _shipped\n"
+        "import torch\n"
+        "kernel = next(k for k in _shipped('sm_90') if (k.stage, k.dtype, k.K) == ('predict', torch.bfloat16, 64))\n"
+        "with _environment(ENVIRONMENT):\n"
+        "    made = build(kernel, 'sm_90', BLOCK_M=128, num_warps=1)\n"
+        "print(json.dumps([dataclasses.asdict(made), offences(made)]))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made, broken = json.loads(done.stdout.splitlines()[-1])
+    assert made["spills"] > 100
+    assert any("spilled" in line for line in broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spills": 2}, "2 spilled"),
+        ({"stack": 16}, "16 bytes of stack"),
+        ({"shared": 228 * 1024}, "the chip has 227 KiB"),
+        ({"matmuls": {"HMMA": 64}}, "no HGMMA"),
+        ({"matmuls": {}}, "do not run on tensor cores"),
+        ({"serialized": True}, "C7511"),
+        ({"error": "PassManager::run failed"}, "does not build"),
+        ({"target": "sm_80", "shared": 164 * 1024, "matmuls": {"HMMA": 1}}, "the chip has 163 KiB"),
+        ({"target": "gfx942", "shared": 65 * 1024, "matmuls": {"v_mfma": 1}}, "the chip has 64 KiB"),
+        ({"target": "sm_90", "dtype": "float32", "matmuls": {"FFMA": 9}}, "tensor cores"),
+    ],
+)
+def test_a_broken_bar_is_named(change: dict[str, Any], words: str) -> None:
+    assert offences(GOOD) == []
+    found = offences(dataclasses.replace(GOOD, **change))
+    assert len(found) == 1
+    assert words in found[0]
+    assert "predict" in found[0]
+
+
+def test_only_attention_kernels_must_be_free_of_spills() -> None:
+    assert offences(dataclasses.replace(GOOD, stage="assign", attention=False, spills=4, stack=16)) == []
+
+
+def test_ptxas_own_log_tells_of_serialised_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton prints while it builds is read, and nothing of it reaches the report's own output."""
+    import triton
+
+    kernel = dataclasses.make_dataclass("Kernel", ["stage", "kernel", "dtype", "K", "V", "chunk_size", "attention"])(
+        "predict", None, "torch.bfloat16", 64, 64, 128, True
+    )
+    kernel.constexprs, kernel.options, kernel.signature, kernel.attrs = {}, {"num_warps": 4, "num_stages": 2}, {}, {}
+    warning = "ptxas info : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    metadata = dataclasses.make_dataclass("Metadata", ["shared"])(1024)
+    compiled = dataclasses.make_dataclass("Compiled", ["asm", "metadata"])({"cubin": b""}, metadata)
+    monkeypatch.setattr(triton.compiler, "ASTSource", lambda *args: None)
+    monkeypatch.setattr(triton, "compile", lambda *args, **options: print(warning) or compiled)
+    monkeypatch.setattr(aot_report, "_read_cubin", lambda made, cubin: made.matmuls.update(HGMMA=1))
+    made = aot_report.build(kernel, "sm_90")
+    assert made.serialized
+    assert "C7511" in offences(made)[0]
+
+
+def test_it_refuses_the_interpreter_and_unknown_chips(tmp_path: Path) -> None:
+    done = run(f"out={tmp_path}", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr
+    assert aot_report.main(["targets=[sm_75]"]) == 2
+    assert list(tmp_path.iterdir()) == []
