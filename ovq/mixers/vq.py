@@ -164,12 +164,14 @@ class VQ(AttentionLayer):
             1, index_GS[..., None], torch.ones_like(keys_GSK[..., :1])
         )
         total = self.ema_sum.new_zeros(G, N, K).scatter_add(1, index_GS[..., None].expand_as(keys_GSK), keys_GSK)
-        # A key for each code, should it be dead: evenly spaced over the first rank's batch.
-        spaced = torch.arange(N, device=keys_GSK.device) * keys_GSK.shape[1] // N
-        spare = keys_GSK[:, spaced]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            if dist.get_rank() > 0:
-                spare = torch.zeros_like(spare)
+        # A key for each code, should it be dead: evenly spaced over the batch of all ranks.
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        S = keys_GSK.shape[1]
+        spaced = torch.arange(N, device=keys_GSK.device) * (S * ranks) // N
+        own = (spaced // S == rank)[:, None]
+        spare = torch.where(own, keys_GSK[:, spaced % S], 0)
+        if together:
             packed = torch.cat([count, total, spare], dim=-1)
             dist.all_reduce(packed)
             count, total, spare = packed.split([1, K, K], dim=-1)

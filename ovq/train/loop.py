@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -175,10 +176,11 @@ class Trainer:
         self.model.train()
         gc.disable()
         try:
-            with self.signal:
-                self._run(iter(self.loader))
+            with self.signal, contextlib.closing(iter(self.loader)) as batches:
+                self._run(batches)
         finally:
             gc.enable()
+            gc.collect()  # the loader's workers end with their iterator; at exit, Python would wait for them for ever
             self.progress.close()
         return self.summary()
 

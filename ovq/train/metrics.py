@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,12 +60,17 @@ class Metrics:
         if self._file is None:
             return
         self._write(json.dumps(row).encode() + b"\n")
-        if self._wandb is not None:
-            try:
-                self._wandb.log({key: v for key, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
-            except Exception as error:
-                print(f"Weights & Biases fails, going on without: {' '.join(str(error).split())}", file=sys.stderr)
-                self._wandb = None
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        self._tell_wandb(lambda run: run.log(numbers, step=row["step"]))
+
+    def _tell_wandb(self, call: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:
+            print(f"logger=wandb fails, going on without: {' '.join(str(error).split())}", file=sys.stderr)
+            self._wandb = None
 
     def _write(self, line: bytes) -> None:
         """Write what could not be written before, and this; a line that is cut off is completed the next time."""
@@ -95,9 +101,8 @@ class Metrics:
                 print(f"{self.path} could not be written to the end: {lost} line(s) are lost", file=sys.stderr)
             self._file.close()
             self._file = None
-        if self._wandb is not None:
-            self._wandb.finish(quiet=True)
-            self._wandb = None
+        self._tell_wandb(lambda run: run.finish())
+        self._wandb = None
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
