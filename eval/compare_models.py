@@ -25,8 +25,7 @@ import torch
 from eval import machine, style
 from ovq.config import CONFIG_DIR, ConfigError, compose, options, parse_tool_args
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
-from ovq.plan import CONTEXTS
-from ovq.plan import _bytes as format_bytes
+from ovq.plan import CONTEXTS, format_bytes
 
 README = CONFIG_DIR.parent / "README.md"
 README_SIZE = "70m"
@@ -158,7 +157,7 @@ def readme_table() -> str:
             model = build_model(compose([f"model={name}", f"model/size={README_SIZE}"]).model, vocab_size=256)
         low, high = (format_bytes(state_bytes(model, context)) for context in (CONTEXTS[0], CONTEXTS[-1]))
         state = f"{low}, constant" if low == high else f"{low} to {high}"
-        lines.append(f"| `{name}` | {what[0].lower()}{what[1:]} | {state} | {', '.join(papers)} |")
+        lines.append(f"| `{name}` | {what} | {state} | {', '.join(papers)} |")
     return "\n".join(lines) + "\n"
 
 
