@@ -1,0 +1,108 @@
+"""Run under torchrun by test_system.py: what only several processes show, many claims for one start. Writes JSON.
+
+torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ovq.train import checkpoint
+from ovq.train import distributed as parallel
+from tests.helpers import small_config
+from tests.test_train import send_at
+from tests.training import RUN, trainer_for
+
+TWO = "trainer.micro_batch=2"  # rows a process: four in all, as one process has them
+SHARDING = {
+    "full": ("trainer.shard=full",),
+    "hybrid": ("trainer.shard=hybrid", "trainer.replicas=2", "trainer.activation_checkpointing=full"),
+    "none": ("trainer.shard=none", "trainer.activation_checkpointing=selective", "trainer.async_checkpoint=false"),
+    "accumulating": ("trainer.micro_batch=1",),
+}
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    world = parallel.init(small_config("sw", *RUN).trainer)
+    results: dict[str, Any] = {}
+
+    for name, settings in SHARDING.items():
+        trainer_for(out / name, TWO, *settings, world=world).fit()
+    trainer_for(out / "vq", TWO, model="sw_vq", world=world).fit()
+    bf16 = dataclasses.replace(world, precision="bf16")
+    trainer_for(out / "bf16", TWO, "trainer.precision=bf16", world=bf16).fit()
+
+    # The codebook is every rank's own copy.
+    trainer = trainer_for(out / "vq", TWO, model="sw_vq", world=world)
+    ranks = parallel.gather_objects([buffer.tolist() for buffer in parallel.persistent_buffers(trainer.model)])
+    results["buffers"] = {"count": len(ranks[0]), "equal": ranks[0] == ranks[1]}
+
+    # A signal to one process ends both after the same step.
+    trainer = trainer_for(out / "signal", TWO, world=world)
+    if world.rank == 1:
+        send_at(trainer, 2, signal.SIGTERM)
+    summary = trainer.fit()
+    results["stopped"] = parallel.gather_objects((summary["step"], summary["stopped_by"]))
+
+    # A disk that is full for one rank is an error of both, and of the checkpoint alone.
+    write = checkpoint.dcp.save
+    if world.rank == 1:
+        checkpoint.dcp.save = full_disk  # type: ignore[assignment]
+    results["full"] = parallel.gather_objects(error_of(lambda: resave(trainer)))
+    checkpoint.dcp.save = write
+    resave(trainer)
+
+    # Rank 0's error is everyone's.
+    results["on_main"] = parallel.gather_objects(error_of(lambda: parallel.on_main(lambda: int("no number"))))
+    results["choice"] = parallel.gather_objects(str(checkpoint.choose(out / "signal")))
+
+    # Only what training waits for gets the short time-out.
+    background = parallel.background_group()
+    parallel.lower_timeout(77)
+    results["timeouts"] = [timeout_s(dist.group.WORLD), timeout_s(background)]
+
+    if world.is_main:
+        (out / "results.json").write_text(json.dumps(results))
+    parallel.shutdown()
+
+
+def full_disk(state: Any, storage_writer: Any, **how: Any) -> None:
+    """What this rank writes does not fit."""
+
+    def write_data(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    storage_writer.write_data = write_data
+    torch.distributed.checkpoint.state_dict_saver.save(state, storage_writer=storage_writer, **how)
+
+
+def resave(trainer: Any) -> None:
+    trainer.checkpointer.save(3, trainer.model, trainer.optimizer, {"step": 3, "data": {"done": 3}})
+    trainer.checkpointer.wait()
+
+
+def error_of(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def timeout_s(group: Any) -> float:
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
