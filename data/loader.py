@@ -11,6 +11,7 @@ workers and any micro-batch resumes.
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
 import warnings
@@ -141,11 +142,17 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = iter(self._rows())
-        while True:
-            batch = self._collate([next(rows) for _ in range(self.micro_batch)])
-            self.lanes.update(batch.lanes)
-            _add(self.counts, batch.counts)
-            yield batch
+        end_workers = getattr(rows, "_shutdown_workers", lambda: None)
+        atexit.register(end_workers)  # or Python would wait at exit for workers that ignore its SIGTERM
+        try:
+            while True:
+                batch = self._collate([next(rows) for _ in range(self.micro_batch)])
+                self.lanes.update(batch.lanes)
+                _add(self.counts, batch.counts)
+                yield batch
+        finally:
+            end_workers()
+            atexit.unregister(end_workers)
 
     def _rows(self) -> Iterable[Row]:
         from torchdata.stateful_dataloader import StatefulDataLoader

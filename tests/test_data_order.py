@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from io import BytesIO
 from itertools import islice
@@ -244,6 +246,19 @@ def test_one_document_a_sequence_cuts_and_pads_and_counts_both(corpus: Path, wor
     pairs = [len(text) + 1 for text in texts() for one in seen if text and text[:16] == one]
     assert counts["truncated"] == sum(max(0, n - 16) for n in pairs)
     assert counts["padding"] == sum(max(0, 16 - n) for n in pairs)
+
+
+def test_a_program_with_workers_ends(corpus: Path) -> None:
+    """Workers outlive the SIGTERM that Python sends its children at exit, so they must be told."""
+    code = f"""
+from tests.data_helpers import config, loader
+made = loader(config("data=jsonl", "data.train=[{corpus}]", "data.num_workers=2"))
+batches = iter(made)
+next(batches)
+print("read")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "read"), ended.stderr
 
 
 def test_a_change_of_data_is_refused_with_everything_that_changed(corpus: Path, tmp_path: Path) -> None:
