@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -126,23 +127,27 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend} of ovq_attention is not a legal value; legal: {', '.join(BACKENDS)}")
     if backend == "auto":
-        fits = q.is_cuda and _has_triton() and not _unsupported(_module("triton"), q, k, v, spec)
-        return _module("triton" if fits else "torch")
-    if backend == "triton" and not _has_triton():
-        raise ValueError("backend=triton of ovq_attention needs the triton package; use backend=torch")
-    chosen = _module(backend)
+        fits = q.is_cuda and "triton" in _MODULES and not _unsupported(_MODULES["triton"], q, k, v, spec)
+        return _MODULES["triton" if fits else "torch"]
+    if backend not in _MODULES:
+        raise ValueError(
+            f"backend={backend} of ovq_attention needs the triton package and a build of torch for a GPU (or "
+            "TRITON_INTERPRET=1, which runs the kernels on the CPU, slowly); use backend=torch"
+        )
+    chosen = _MODULES[backend]
     if reason := _unsupported(chosen, q, k, v, spec):
         raise ValueError(f"backend={backend} of ovq_attention: {reason}; use backend=torch")
     return chosen
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f"{__package__}.{name}")
+def _load_backends() -> dict[str, Any]:
+    """Backends by name, imported with this file: torch.compile cannot trace an import. Triton only where it can run."""
+    runs = torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"
+    names = ("reference", "torch", "triton") if runs and importlib.util.find_spec("triton") else ("reference", "torch")
+    return {name: importlib.import_module(f"{__package__}.{name}") for name in names}
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", f"{__package__}.triton"))
+_MODULES = _load_backends()
 
 
 def _unsupported(module: Any, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:

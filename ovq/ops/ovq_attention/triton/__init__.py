@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
-from ovq.ops.ovq_attention.triton.assign import assign, interpreted
+from ovq.ops.ovq_attention.triton.assign import assign
 from ovq.ops.ovq_attention.triton.backward import chunk_grad, dictionary_grad, query_grad
+from ovq.ops.ovq_attention.triton.blocks import INTERPRETED
 from ovq.ops.ovq_attention.triton.configs import DTYPES, MAX_WIDTH, padded
 from ovq.ops.ovq_attention.triton.decode import decode
 from ovq.ops.ovq_attention.triton.plan import make_plan
@@ -30,11 +31,11 @@ _announced: set[tuple] = set()
 def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
     """What of this call the kernels cannot do, in a line; None if they can."""
     K, V, L = q.shape[3], v.shape[3], spec.chunk_size
-    if not q.is_cuda and not interpreted():
+    if not q.is_cuda and not INTERPRETED:
         return f"needs a GPU, got a tensor on {q.device.type} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     if q.dtype not in DTYPES:
         return f"needs float32, float16 or bfloat16, got {q.dtype}"
-    if interpreted() and q.dtype == torch.bfloat16:
+    if INTERPRETED and q.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly in silence; give it float32 or float16"
     if max(K, V) > MAX_WIDTH:
         return f"needs key and value widths of at most {MAX_WIDTH}, got {K} and {V}"
@@ -55,7 +56,7 @@ def forward(
     """Outputs of the last T tokens, the dictionary after the last whole chunk, and each token's centroid [B, G, S]."""
     S = k_BSGK.shape[1]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV, beta_H))
-    if q_BTHK.shape[1] == 1 and S < spec.chunk_size and not needs_grad:
+    if q_BTHK.shape[1] == 1 and spec.chunk_size > S and not needs_grad:
         sums = (dictionary.key_sum, dictionary.value_sum, dictionary.count)
         o = torch.ops.ovq.ovq_attention_decode(q_BTHK, k_BSGK, v_BSGV, beta_H, *sums, dictionary.size)
         return o, dictionary, k_BSGK.new_full((k_BSGK.shape[0], k_BSGK.shape[2], S), -1, dtype=torch.int32)
@@ -241,7 +242,7 @@ def _(q, k, v, beta, *_):
 def _announce(q: Tensor, v: Tensor, rows: int) -> None:
     """One line where kernels are about to be compiled: a first call takes seconds, and nobody should wonder why."""
     key = (q.device.type, q.dtype, q.shape[3], v.shape[3], min(padded(rows), 128))
-    if interpreted() or key in _announced:
+    if INTERPRETED or key in _announced:
         return
     _announced.add(key)
     what = f"{str(q.dtype).removeprefix('torch.')}, widths {q.shape[3]} and {v.shape[3]}"

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_rows, token_at
+from ovq.ops.ovq_attention.triton.blocks import INTERPRETED, load_rows, load_tokens, store_rows, token_at
 from ovq.ops.ovq_attention.triton.configs import arch_of, constants
 from ovq.ops.ovq_attention.triton.plan import Plan, plan_tensors
 
@@ -89,7 +89,7 @@ def assign(
             PROPOSE=propose, COMMIT=commit, **settings,
         )  # fmt: skip
 
-    if interpreted() and flags["SPLITS"] > 1:
+    if INTERPRETED and flags["SPLITS"] > 1:
         # The interpreter runs programs one after another: a barrier would never be passed.
         for chunk in range(plan.chunks):
             launch(chunk, chunk + 1, True, False)
@@ -111,11 +111,6 @@ def splits(heads: int, device: torch.device) -> int:
 def log2_keep(rate: float | None) -> float:
     """log2(1 - eta) of a constant rate eta."""
     return math.log2(1 - rate) if rate is not None and rate < 1 else -math.inf
-
-
-def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
-    return not isinstance(assign_kernel, triton.JITFunction)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -179,7 +179,10 @@ def query_grad_kernel(
         ds = (p * (dp - delta[:, None])).to(key.dtype)
         acc = tl.dot(ds, key, acc, input_precision=PRECISION)
 
-    tl.store(dbeta_ptr + tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + tile, tl.sum(tl.sum(acc * q.to(tl.float32), 1), 0))
+    tl.store(
+        dbeta_ptr + tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + tile,
+        tl.sum(tl.sum(acc * q.to(tl.float32), 1), 0),
+    )
     store_tokens(token_at(dq_ptr, query, H, h, K), m, H, live, acc * beta, K, BLOCK_K)
 
 
@@ -254,23 +257,24 @@ def dictionary_grad_kernel(
         value = load_rows(row_value_ptr, before, held, V, BLOCK_V)
         beta = tl.load(beta_ptr + h)
 
+        # Where a centroid's version changes, its chunk's keys get their share; later steps of a chunk see no change.
+        made = before != row
+        number = count - tl.where(held, old, 0.0)
+        if RATE:
+            decay = tl.where(held, tl.exp2(number * log2_keep), 0.0)
+            gain = (1 - decay) / tl.maximum(number, 1.0)
+        else:
+            decay = tl.where(held, old / count, 0.0)
+            gain = 1 / count
         if step % steps == 0:
-            made = before != row  # by this chunk
-            number = count - tl.where(held, old, 0.0)
-            if RATE:
-                decay = tl.where(held, tl.exp2(number * log2_keep), 0.0)
-                gain = (1 - decay) / tl.maximum(number, 1.0)
-            else:
-                decay = tl.where(held, old / count, 0.0)
-                gain = 1 / count
             token = row - initial - chunk * L
             dk = token_at(dk_ptr, batch * S + chunk * L, G, g, K)
             dv = token_at(dv_ptr, batch * S + chunk * L, G, g, V)
             store_tokens(dk, token, G, made, dkey * gain[:, None], K, BLOCK_K)
             store_tokens(dv, token, G, made, dvalue * gain[:, None], V, BLOCK_V)
-            decay = tl.where(made, decay, 1.0)
-            dkey *= decay[:, None]
-            dvalue *= decay[:, None]
+        decay = tl.where(made, decay, 1.0)
+        dkey *= decay[:, None]
+        dvalue *= decay[:, None]
         row = before
         count = old
 

@@ -44,3 +44,7 @@ def store_rows(ptr, row, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
     tl.store(ptr + row[:, None] * WIDTH + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+# Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported).
+INTERPRETED = not isinstance(load_rows, triton.JITFunction)

@@ -30,11 +30,14 @@ def decode(
     settings = constants("decode", arch_of(q.device), q.dtype, K, V, rows=H // G, SPLITS=SPLITS)
     parts = q.new_empty(B, H, SPLITS + 1, V + 2, dtype=torch.float32)
     o = q.new_empty(B, 1, H, V)
-    decode_kernel[(SPLITS + 1, B * G)](
-        q, k, v, beta, key_sum, value_sum, count, parts, S, H, G, N, size, **settings
-    )
+    decode_kernel[(SPLITS + 1, B * G)](q, k, v, beta, key_sum, value_sum, count, parts, S, H, G, N, size, **settings)
     combine_kernel[(B * H,)](
-        parts, o, V=V, BLOCK_V=settings["BLOCK_V"], SPLITS=SPLITS, PADDED=padded(SPLITS + 1),
+        parts,
+        o,
+        V=V,
+        BLOCK_V=settings["BLOCK_V"],
+        SPLITS=SPLITS,
+        PADDED=padded(SPLITS + 1),
         num_warps=settings["num_warps"],
     )
     return o

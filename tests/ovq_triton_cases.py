@@ -1,0 +1,249 @@
+"""OVQ-attention's kernels against the float64 definition: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
+
+`tests/test_ovq_triton.py` runs this file in a process of its own, because the interpreter must be chosen before Triton is
+imported. The interpreter's time goes by the number of tiles: few and large ones here. It computes bfloat16 wrongly, so
+that bfloat16 is tested on a GPU alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ovq.ops import ovq_attention
+from ovq.ops.ovq_attention import reference
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+from tests.helpers import relative_error
+
+kernels = importlib.import_module("ovq.ops.ovq_attention.triton")
+assign = importlib.import_module("ovq.ops.ovq_attention.triton.assign")
+DEVICE = "cuda" if torch.cuda.is_available() and not assign.INTERPRETED else "cpu"
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (1e-2, 2e-2)}
+HALF = [torch.float16] if assign.INTERPRETED else [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request: pytest.FixtureRequest) -> None:
+    seed = torch.seed() % 2**31
+    torch.manual_seed(seed)
+    print(f"seed {seed}")  # shown if the test fails
+
+
+def inputs(
+    B: int = 1,
+    T: int = 50,
+    H: int = 2,
+    G: int = 2,
+    K: int = 16,
+    V: int = 32,
+    pending: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """q of T tokens, k and v of pending + T, beta; keys and queries of unit norm."""
+    unit = torch.nn.functional.normalize
+    q, k = unit(torch.randn(B, T, H, K), dim=-1), unit(torch.randn(B, pending + T, G, K), dim=-1)
+    tensors = (q, k, torch.randn(B, pending + T, G, V), 1 + 4 * torch.rand(H))
+    return [x.to(DEVICE, torch.float32 if x.dim() == 1 else dtype).requires_grad_() for x in tensors]
+
+
+def double(tensors: list[Tensor]) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
+    (B, _, G, K), V, N = k.shape, v.shape[3], spec.num_centroids
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    shapes = ((B, G, N, K), (B, G, N, V), (B, G, N))
+    return Dictionary(*(torch.zeros(shape, dtype=dtype, device=k.device) for shape in shapes), 0, 0)
+
+
+def run(forward, tensors: list[Tensor], spec: OVQSpec, assignment: Tensor | None = None, dictionary=None):
+    """(o, new dictionary, assignment), and the gradients for a fixed random direction."""
+    dictionary = dictionary or empty(*tensors[1:3], spec)
+    o, new, placed = forward(*tensors, spec, dictionary, assignment)
+    direction = torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return o, new, placed, torch.autograd.grad(o, tensors, direction.to(o.device, o.dtype))
+
+
+def check_against_definition(tensors: list[Tensor], spec: OVQSpec, exact_assignment: bool = True) -> None:
+    """Assignments; then outputs, the new dictionary and all gradients with the assignments forced equal."""
+    o, new, placed, grads = run(kernels.forward, tensors, spec)
+    want, want_new, want_placed, want_grads = run(reference.forward, double(tensors), spec, placed)
+    if exact_assignment:
+        assert torch.equal(placed, reference.forward(*double(tensors), spec, empty(*double(tensors)[1:3], spec))[2])
+    forward_bar, backward_bar = TOLERANCE[o.dtype]
+    assert relative_error(o, want) < forward_bar
+    assert (new.size, new.position) == (want_new.size, want_new.position)
+    for name in ("key_sum", "value_sum", "count"):
+        assert relative_error(getattr(new, name), getattr(want_new, name)) < 1e-5
+    for name, got, expected in zip(("q", "k", "v", "beta"), grads, want_grads):
+        # dbeta is a sum of terms of either sign, measured against their size; dq vanishes where all keys are equal.
+        terms = (want_grads[0] * tensors[0].detach().double()).norm() if name == "beta" else expected.norm()
+        scale = torch.maximum(terms, 1e-2 * want_grads[2].norm())
+        assert (got.double() - expected).norm() < backward_bar * scale, name
+
+
+@pytest.mark.parametrize(
+    "shape, N, L",
+    [
+        pytest.param({"T": 50, "B": 2, "H": 1, "G": 1}, 24, 16, id="partial last chunk"),
+        pytest.param({"T": 40, "H": 4, "pending": 5}, 40, 16, id="grouped heads and pending keys"),
+        pytest.param({"T": 230, "H": 1, "G": 1}, 150, 100, id="several tiles, none of them full"),
+        pytest.param({"T": 7}, 24, 16, id="shorter than a chunk"),
+        pytest.param({"T": 32, "K": 96, "V": 32}, 300, 32, id="one chunk, padded width"),
+        pytest.param({"T": 600, "H": 1, "G": 1, "V": 16}, 40, 512, id="a chunk of many tiles"),
+        pytest.param({"T": 48, "K": 32, "V": 128}, 1, 16, id="one centroid"),
+    ],
+)
+def test_outputs_assignments_and_gradients_are_the_definitions(shape: dict, N: int, L: int) -> None:
+    check_against_definition(inputs(**shape), OVQSpec(N, L))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"seeding": "random", "seed": 5},
+        {"first_chunk": "nearest"},
+        {"step": 0.3},
+        {"step": 1.0},
+        {"assign_on": "key_value"},
+        {"growth": "linear", "growth_tokens": 40},
+    ],
+    ids=str,
+)
+def test_variants_are_the_definitions(variant: dict) -> None:
+    check_against_definition(inputs(H=1, G=1), OVQSpec(24, 16, **variant))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_stays_within_its_bars(dtype: torch.dtype) -> None:
+    check_against_definition(inputs(T=150, H=2, G=1, dtype=dtype), OVQSpec(90, 64), exact_assignment=False)
+
+
+@pytest.mark.parametrize("distinct", [1, 5])
+def test_ties_go_to_the_lowest_centroid_and_the_first_key(distinct: int) -> None:
+    """Keys that repeat exactly, on a grid where every sum, mean and product is exact in any dtype."""
+    q, k, v, beta = inputs(T=70)
+    pool = torch.randint(0, 2, (distinct, k.shape[3]), device=DEVICE) * 0.5 - 0.25
+    k = pool[torch.randint(0, distinct, k.shape[:3], device=DEVICE)].requires_grad_()
+    check_against_definition([q, k, v, beta], OVQSpec(200, 16))
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+def test_programs_that_share_a_head_change_no_bit(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More programs than blocks of centroids, too: some own nothing."""
+    tensors, spec = inputs(T=420, H=1, G=1), OVQSpec(300, 100)
+    alone = run(kernels.forward, tensors, spec)
+    monkeypatch.setattr(assign, "splits", lambda heads, device: splits)
+    together = run(kernels.forward, tensors, spec)
+    assert alone[1].size > 2 * 64  # several blocks
+    assert torch.equal(alone[2], together[2])
+    assert torch.equal(alone[0], together[0])
+    assert all(torch.equal(x, y) for x, y in zip(alone[3], together[3]))
+
+
+def test_nothing_is_read_before_it_is_written_and_repeats_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits again when every buffer starts as NaN (integers: as 1, an index that exists)."""
+    tensors, spec = inputs(T=45, pending=4, H=4), OVQSpec(30, 16)
+    first = run(kernels.forward, tensors, spec)
+    poisoned = 0
+
+    def poison(make):
+        def poisoned_make(*args, **kwargs) -> Tensor:
+            nonlocal poisoned
+            poisoned += 1
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan") if x.is_floating_point() else 1)
+
+        return poisoned_make
+
+    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    again = run(kernels.forward, tensors, spec)
+    assert poisoned > 10
+    assert torch.equal(first[0], again[0]) and torch.equal(first[2], again[2])
+    assert all(torch.equal(getattr(first[1], name), getattr(again[1], name)) for name in ("key_sum", "count"))
+    assert all(torch.equal(x, y) for x, y in zip(first[3], again[3]))
+
+
+@pytest.mark.parametrize("variant", [{}, {"step": 0.3, "assign_on": "key_value"}, {"seeding": "random"}], ids=str)
+def test_pieces_with_carried_state_are_one_pass(variant: dict) -> None:
+    """Pieces of odd lengths and single tokens (decoding), K = V so that no shape betrays a confusion of the two."""
+    q, k, v, beta = (x.detach() for x in inputs(T=53, H=4, K=32))
+    settings = {"num_centroids": 30, "chunk_size": 16, **variant}
+    exact = [x.double() for x in (q, k, v, beta)]
+    want, want_state = ovq_attention(*exact, return_state=True, backend="reference", **settings)
+    state, pieces = None, []
+    for start, end in ((0, 21), (21, 22), (22, 31), (31, 32), (32, 33), (33, 53)):
+        part = slice(start, end)
+        o, state = ovq_attention(
+            q[:, part], k[:, part], v[:, part], beta, state=state, return_state=True, backend="triton", **settings
+        )
+        pieces.append(o)
+    assert relative_error(torch.cat(pieces, dim=1), want) < 1e-5
+    assert (state.size, state.position) == (want_state.size, want_state.position)
+    for name in ("key_sum", "value_sum", "count", "pending_key", "pending_value"):
+        assert relative_error(getattr(state, name), getattr(want_state, name)) < 1e-5
+
+
+def test_gradients_after_a_carried_state() -> None:
+    """Keys that join a centroid of an earlier piece get its later gradient; the earlier piece gets none."""
+    spec, (_, k, v, _) = OVQSpec(30, 16), inputs(T=32, V=16)
+    with torch.no_grad():
+        start = kernels.forward(*inputs(T=32, V=16)[:1], k, v, inputs()[3], spec, empty(k, v, spec))[1]
+    exact = Dictionary(*(getattr(start, x).double() for x in ("key_sum", "value_sum", "count")), start.size, 32)
+    tensors = inputs(T=40, V=16)
+    o, _, placed, grads = run(kernels.forward, tensors, spec, dictionary=start)
+    want, _, want_placed, want_grads = run(reference.forward, double(tensors), spec, dictionary=exact)
+    assert torch.equal(placed, want_placed)
+    assert relative_error(o, want) < 1e-5
+    assert all(relative_error(x, y) < 1e-4 for x, y in zip(grads[:3], want_grads[:3]))
+
+
+def test_packed_documents_are_documents_alone() -> None:
+    q, k, v, beta = inputs(T=60)
+    bounds = torch.tensor([0, 3, 35, 60], dtype=torch.int32, device=DEVICE)
+    settings = {"num_centroids": 20, "chunk_size": 16, "cu_seqlens": bounds}
+    got, _ = ovq_attention(q, k, v, beta, backend="triton", **settings)
+    exact = double([q, k, v, beta])
+    want, _ = ovq_attention(*exact, backend="reference", **settings)
+    assert relative_error(got, want) < 1e-5
+    for x, y in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), exact[:3])):
+        assert relative_error(x, y) < 1e-4
+
+
+def test_operators_are_what_they_register_as() -> None:
+    """Schema, fake tensors and autograd formula, by PyTorch's own checker."""
+    spec, tensors = OVQSpec(20, 16), inputs(T=20, H=1, G=1)
+    start = empty(*tensors[1:3], spec)
+    numbers = (0, 0, *kernels._settings(spec))
+    torch.library.opcheck(
+        torch.ops.ovq.ovq_attention.default,
+        (*tensors, start.key_sum, start.value_sum, start.count, None, *numbers),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_torch_compile_keeps_the_function_whole() -> None:
+    tensors = inputs(T=40, H=1, G=1)
+
+    def mixed(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+        return ovq_attention(2 * q, k, v, beta, num_centroids=20, chunk_size=16, backend="triton")[0].square()
+
+    want = mixed(*tensors)
+    got = torch.compile(mixed, fullgraph=True, backend="aot_eager")(*tensors)
+    assert torch.equal(got, want)
+    for x, y in zip(torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(want.sum(), tensors)):
+        assert torch.equal(x, y)
+
+
+def test_activation_checkpointing_changes_no_bit() -> None:
+    tensors, settings = inputs(T=40, H=1, G=1), {"num_centroids": 20, "chunk_size": 16, "backend": "triton"}
+    plain = ovq_attention(*tensors, **settings)[0]
+    again = checkpoint(lambda *x: ovq_attention(*x, **settings)[0], *tensors, use_reentrant=False)
+    for x, y in zip(torch.autograd.grad(plain.sum(), tensors), torch.autograd.grad(again.sum(), tensors)):
+        assert torch.equal(x, y)
