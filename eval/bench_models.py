@@ -48,6 +48,7 @@ def config_of(settings: dict[str, Any]) -> Any:
 
 def measure(settings: dict[str, Any]) -> Measured:
     """Train one model at one context, in this process."""
+    import psutil
     import torch
 
     from ovq.model import build_model, flops_per_token
@@ -56,7 +57,7 @@ def measure(settings: dict[str, Any]) -> Measured:
     cfg = config_of(settings)
     world = distributed.init(cfg.trainer)
     distributed.seed_everything(cfg.seed, cfg.trainer.deterministic)
-    before = machine.peak_rss()
+    before = psutil.Process().memory_info().rss
     model = build_model(cfg.model, settings["vocab_size"])
     model.init_weights(cfg.seed)
     flops = flops_per_token(model, cfg.trainer.context)
