@@ -28,7 +28,7 @@ from eval.heldout import HeldOut, losses_by_position
 from ovq.config import ConfigError
 from ovq.mixers.base import other_capacity
 from ovq.train import distributed as parallel
-from ovq.train.metrics import show_in_wandb
+from ovq.train.metrics import show_in_wandb, start_wandb
 
 LINEAR_BUCKETS = 32
 
@@ -216,6 +216,7 @@ def evaluate_strictly(
 
     Raises:
         ConfigError, DataError: as `measure`, or the table in the run folder is damaged.
+        OSError: the run folder cannot be written.
     """
     run_dir = Path(run_dir)
     parallel.on_main(lambda: len(loss_table.read(run_dir)))  # a damaged table is met before the work, not after it
@@ -260,7 +261,7 @@ def evaluate(
     """
     try:
         return evaluate_strictly(model, cfg, tokenizer, world, run_dir, step, should_stop, wandb_step=step)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         if world.is_main:
             print(f"no evaluation at step {step}: {error}", file=sys.stderr, flush=True)
         return {"documents": 0.0}
@@ -271,18 +272,19 @@ OPTIONS = ("context", "documents", "piece", "batch", "num_centroids", "split")
 
 def main(argv: list[str]) -> int:
     """The command line in the module's docstring. Returns the exit status."""
-    from eval.run import load_run, tool_arguments
+    from eval.run import fail, load_run, tool_arguments
     from ovq.train.checkpoint import CheckpointError
 
     try:
         run_dir, at, overrides = tool_arguments(argv, OPTIONS)
         run = load_run(run_dir, overrides, checkpoint_at=at)
+        if run.cfg.logger.name == "wandb" and run.world.is_main:
+            start_wandb(run_dir, run.cfg)  # reopens the run; closed when this process ends
         results = evaluate_strictly(
             run.model, run.cfg, run.tokenizer, run.world, run_dir, run.step, lambda: False, progress=run.world.is_main
         )
     except (ConfigError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return fail(error)
     assert results is not None  # nothing told it to stop
     if run.world.is_main:
         print(report(run_dir, run.cfg, run.step, results))

@@ -88,7 +88,7 @@ def measure(
 
 def main(argv: list[str]) -> int:
     """The command line in the module's docstring. Returns the exit status."""
-    from eval.run import load_run, tool_arguments
+    from eval.run import fail, load_run, tool_arguments
     from ovq.train.checkpoint import CheckpointError
 
     try:
@@ -104,8 +104,7 @@ def main(argv: list[str]) -> int:
             documents=run.cfg.eval.documents if limited else None,
         )
     except (ConfigError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return fail(error)
     assert results is not None  # nothing told it to stop
     if run.world.is_main:
         path = save(run_dir, {"step": run.step, **results})

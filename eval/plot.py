@@ -53,13 +53,13 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
         ax.axvline(trained, color="#555555", linewidth=1, linestyle=(0, (1, 2)))
         ax.annotate(
             f"trained at {style.short(trained)}",
-            (trained, 0.98),
+            (trained, 0.02),
             xycoords=ax.get_xaxis_transform(),
             xytext=(3, 0),
             textcoords="offset points",
             fontsize=8,
             color="#555555",
-            va="top",
+            va="bottom",
         )
     ax.set_ylabel("loss (nats a token)")
     ax.set_title(_title(curves), loc="left")

@@ -9,6 +9,7 @@ device of `trainer.device`; the model is sharded over the processes there are.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,6 +117,13 @@ def tool_arguments(argv: list[str], options: Sequence[str]) -> tuple[Path, str |
         raise ConfigError("run=DIR is required: the run folder")
     at = paths["checkpoint"]
     return Path(paths["run"]), int(at) if at.isdigit() else at or None, [*(f"eval.{arg}" for arg in short), *full]
+
+
+def fail(error: Exception) -> int:
+    """Print the error as one line, once for all processes; returns the exit status, 2 for a wrong setting."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def folders(text: str) -> list[Path]:
