@@ -204,7 +204,9 @@ class VQ(AttentionLayer):
     def mixing_flops(self, context: int) -> float:
         """The nearest code of each key, two products of each query with the codes, and its one and a half blocks."""
         shape, L = self.shape, self.block_size
-        near = sum(min(t % L + 1 + (L if t >= L else 0), t + 1) for t in range(context)) / context
+        blocks, rest = divmod(context, L)
+        # Keys seen in the own block, summed over all queries, and the previous block from the second block on.
+        near = (blocks * L * (L + 1) / 2 + rest * (rest + 1) / 2 + L * max(0, context - L)) / context
         assigned = 2 * shape.num_kv_heads * shape.head_dim * self.num_codes
         return assigned + 4 * shape.num_heads * shape.head_dim * (self.num_codes + near)
 
