@@ -9,9 +9,10 @@ nothing can be learned but to look back.
 Every sequence is a pure function of (seed, purpose, step, row), with no state and no data set, so training resumes
 exactly on any number of processes, and test sequences of any length never coincide with those of training.
 
-A curriculum can be part of the task: in the first `short_steps` steps each row of `trainer.context` tokens is
-`short_factor` sequences of context / short_factor tokens. The batch then has that many times more, shorter rows, so the
-sequences are apart without any masking, and a step has the same number of tokens.
+A curriculum can be part of the task: in the first `short_steps` steps each row of `trainer.context` tokens is several
+shorter sequences, at first `short_factor` of them, then half as many, and so on, for equally many steps each, until one
+sequence fills the row. The batch then has that many times more, shorter rows, so the sequences are apart without any
+masking, and a step has the same number of tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class RecallTask:
     filler: float = 0.0  # share of the sequence that is random filler between pairs and between queries
     filler_vocab: int = 64
     short_steps: int = 0  # steps at the start with shorter and more sequences
-    short_factor: int = 4
+    short_factor: int = 4  # sequences in a row at the very start, a power of two
 
     def __post_init__(self) -> None:
         for name in ("key_tokens", "value_tokens", "key_vocab", "value_vocab", "filler_vocab", "short_factor"):
@@ -64,6 +65,8 @@ class RecallTask:
                 f"data.task.filler={self.filler} must be in [0, 1) and data.task.short_steps={self.short_steps} "
                 "at least 0"
             )
+        if self.short_factor & (self.short_factor - 1):
+            raise ConfigError(f"data.task.short_factor={self.short_factor} must be a power of two")
 
     @property
     def vocab_size(self) -> int:
@@ -205,8 +208,10 @@ class RecallRows:
         self.task, self.context, self.seed = task, context, seed
 
     def sequences_at(self, step: int) -> int:
-        """Sequences a row holds at this step."""
-        return self.task.short_factor if step < self.task.short_steps else 1
+        """Sequences a row holds at this step: short_factor, halved log2(short_factor) times in equal stages."""
+        task = self.task
+        stages = task.short_factor.bit_length() - 1
+        return task.short_factor >> (step * stages // task.short_steps) if step < task.short_steps else 1
 
     def row(self, lane: int, state: LaneState) -> Row:
         step = state["rows"]

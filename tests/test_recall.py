@@ -127,21 +127,21 @@ def test_workers_change_nothing() -> None:
 
 
 def test_the_curriculum_gives_more_and_shorter_sequences_first() -> None:
-    short = ("data.task.short_steps=2", "trainer.micro_batch=4")
+    short = ("data.task.short_steps=4", "trainer.micro_batch=4")
     task = RecallTask()
     made = loader(*short)
     shapes, lanes = [], []
-    for batch in islice(made, 3):
+    for batch in islice(made, 5):
         shapes.append(tuple(batch.inputs.shape))
         lanes.append(len(batch.lanes))
         for inputs, targets in zip(batch.inputs.numpy(), batch.targets.numpy()):
             assert np.array_equal(oracle(task, inputs), targets), "a sequence is not whole"
-    assert shapes == [(16, 8), (16, 8), (4, 32)] and lanes == [16, 16, 4]
+    assert shapes == [(16, 8), (16, 8), (8, 16), (8, 16), (4, 32)] and lanes == [16, 16, 8, 8, 4]
     assert sorted(made.state_dict()["lanes"]) == [0, 1, 2, 3]
     resumed = loader(*short)
-    list(islice(resumed, 1))
+    list(islice(resumed, 3))
     again = loader(*short, state=merge_states([resumed.state_dict()]))
-    assert [tuple(b.inputs.shape) for b in islice(again, 2)] == [(16, 8), (4, 32)]
+    assert [tuple(b.inputs.shape) for b in islice(again, 2)] == [(8, 16), (4, 32)]
     # Splitting the batch over ranks gives the same short sequences.
     halves = [next(iter(loader("data.task.short_steps=2", rank=rank, world_size=2))) for rank in range(2)]
     whole = next(iter(loader(*short)))
@@ -173,7 +173,8 @@ def test_an_answer_is_right_when_all_its_tokens_are() -> None:
         (["data.task.key_vocab=3"], "8 different keys in 32 tokens"),
         (["+data.task.colour=3"], "no setting 'data.task.colour'; legal: key_tokens, "),
         (["data.task.key_tokens=20"], "no room for a pair"),
-        (["data.task.short_steps=5", "data.task.short_factor=5"], "trainer.context=32 must be a multiple of"),
+        (["data.task.short_factor=5"], "data.task.short_factor=5 must be a power of two"),
+        (["data.task.short_steps=5", "data.task.short_factor=64"], "trainer.context=32 must be a multiple of"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_in_one_line(overrides: list[str], words: str) -> None:
