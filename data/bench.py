@@ -128,6 +128,9 @@ def main(argv: list[str]) -> int:
         own, overrides = split_arguments(argv, OPTIONS)
         if own["run"] and overrides:
             raise ConfigError(f"run={own['run']} brings its own settings; leave out {' '.join(overrides)}")
+        for name in ("seconds", "need"):
+            if not isinstance(own[name], int | float | None):
+                raise ConfigError(f"{name}={own[name]} must be a number")
         cfg, need = _of_run(own["run"]) if own["run"] else (config.compose(overrides), own["need"])
         workers = [own["workers"]] if isinstance(own["workers"], int) else own["workers"]
         rows = [measure(cfg, count, own["seconds"]) for count in workers]

@@ -270,15 +270,15 @@ def _index_parquet(file: File, data: DataConfig) -> Shard:
         stream.seek(-8 - length, os.SEEK_END)
         digest = hashlib.sha256(stream.read(length)).hexdigest()
         metadata = pq.ParquetFile(stream).metadata
-        columns = metadata.schema.to_arrow_schema().names
+        schema = metadata.schema.to_arrow_schema()
         for key, column in (("text_field", data.text_field), ("title_field", data.title_field)):
-            if column and column not in columns:
-                raise ConfigError(f"data.{key}={column} is no column of {file.path}; legal: {', '.join(columns)}")
+            if column and column not in schema.names:
+                raise ConfigError(f"data.{key}={column} is no column of {file.path}; legal: {', '.join(schema.names)}")
+        kind = schema.field(data.text_field).type
+        if str(kind) not in ("string", "large_string", "binary", "large_binary"):
+            raise ConfigError(f"data.text_field={data.text_field} of {file.path} holds {kind}, not text")
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-        paths = [metadata.schema.column(c).path for c in range(metadata.num_columns)]
-        if data.text_field not in paths:
-            raise ConfigError(f"data.text_field={data.text_field} of {file.path} holds no text but a structure")
-        text = paths.index(data.text_field)
+        text = [metadata.schema.column(c).path for c in range(metadata.num_columns)].index(data.text_field)
     return Shard(
         file,
         file.digest or digest,

@@ -120,6 +120,8 @@ def _describe(cfg: Config, split: str) -> dict[str, Any]:
             "bytes": sum(file.size for file in files),
             "documents": None,
         }
+        if data.kind == "text":
+            found["documents"] = len(files)
         if files[0].path.startswith(HUB):
             found["commit"] = files[0].commit
         elif data.kind == "parquet" and "://" not in files[0].path:

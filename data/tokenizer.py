@@ -248,7 +248,8 @@ def sample_lines(corpus: Any, num_bytes: int, seed: int) -> Iterator[str]:
 
     share = max(1 << 14, num_bytes // max(1, len(corpus)))
     order = np.array([permute(i, len(corpus), seed) for i in range(len(corpus))], np.int64)
-    before = np.cumsum(np.minimum(corpus.sizes()[order], share)) - share
+    taken = np.minimum(corpus.sizes()[order], share)
+    before = np.cumsum(taken) - taken
     left = num_bytes
     # In file order, which is the fast one; should sizes have been overestimated, the rest follows.
     for index in [*sorted(order[before < num_bytes]), *order[before >= num_bytes]]:
@@ -265,7 +266,8 @@ def sample_lines(corpus: Any, num_bytes: int, seed: int) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    """`train`: see the module's docstring. Returns the exit status."""
+    """`train`: see the module's docstring. Exit status: 0 trained, 1 the data failed, 2 a setting is wrong."""
+    from data.sources import DataError
     from data.splits import build_corpus, split_arguments
 
     usage = "usage: python -m data.tokenizer train data=... out=PATH [vocab_size=16384] [sample_mb=30] [key=value ...]"
@@ -284,6 +286,9 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     text = corpus.read(0).text[: 1 << 20]
     ids = tokenizer.encode(text)
     print(f"{own['out']}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")

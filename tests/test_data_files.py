@@ -268,6 +268,8 @@ def test_wrong_columns_are_refused_with_those_there_are(shards: Path) -> None:
         loader(parquet(pattern, "data.text_field=body", "data.on_bad_shard=skip"))
     with pytest.raises(ConfigError, match="data.title_field=name is no column"):
         loader(parquet(pattern, "data.title_field=name"))
+    with pytest.raises(ConfigError, match="data.text_field=publication_date of .* holds int32, not text"):
+        loader(parquet(pattern, "data.text_field=publication_date"))
 
 
 def test_what_cannot_be_read_at_random_is_refused(tmp_path: Path) -> None:
