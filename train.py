@@ -63,7 +63,7 @@ def dry_run(cfg: Any, run_dir: Path) -> int:
 def train(cfg: Any, run_dir: Path) -> int:
     """Train to the last step or until a signal, from the newest good checkpoint of the run folder if there is one."""
     from data import build_loader, build_tokenizer, merge_states
-    from eval.per_position import evaluate
+    from eval.per_position import check, evaluate
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, distributed, loop
     from ovq.train.metrics import Metrics
@@ -85,6 +85,7 @@ def train(cfg: Any, run_dir: Path) -> int:
     flops = flops_per_token(model, cfg.trainer.context)
     model = distributed.parallelize(model, cfg.trainer, world)
     optimizer = build_optimizer(model, cfg.optim)
+    check(model, cfg)
     loop.rehearse(model, cfg, tokenizer.vocab_size, world)
 
     start = checkpoint.choose(run_dir, cfg.resume)
@@ -135,9 +136,11 @@ def check_held_out(cfg: Any) -> None:
 
 def claim(run_dir: Path, cfg: Any, tokenizer: Any) -> None:
     """Make the run folder this run's: refuse one made with other settings, then store config and tokenizer in it."""
-    from data.sources import once_per_job
+    from ovq.train.checkpoint import hold
+    from ovq.train.distributed import on_main
 
     def store() -> None:
+        hold(run_dir / "checkpoints")  # before a byte of a run that is under way is touched
         if cfg.resume == "never" and any((run_dir / "checkpoints").glob("step_*")):
             raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
         if (run_dir / "config.yaml").exists() and cfg.resume != "never":
@@ -148,7 +151,7 @@ def claim(run_dir: Path, cfg: Any, tokenizer: Any) -> None:
         tokenizer.save(run_dir / "tokenizer")
         config.save(cfg, run_dir)
 
-    once_per_job(store)
+    on_main(store)
 
 
 def finish(summary: dict[str, Any], cfg: Any, run_dir: Path) -> None:
