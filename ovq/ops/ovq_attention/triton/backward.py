@@ -5,15 +5,16 @@ With p the softmax of the forward pass (recomputed from the stored log-sum-exp) 
     delta_t = do_t . o_t          dp = do . value          ds = p (dp - delta)
 
 1. `query_grad_kernel`, one program a tile of queries:      dq = beta sum ds key,   dbeta = sum q . (sum ds key)
-2. `dictionary_grad_kernel`, one program a block of centroids, which walks the chunks in reverse with the gradients of
-   its means in registers: dmu^k = sum beta ds q, dmu^v = sum p do over the chunks for which a version was current. Where
-   it comes to the chunk that made the version,
+2. `dictionary_grad_kernel`, one program a block of centroids, which walks the chunks in reverse with its gradients in
+   registers. For running means it holds those of the sums, dS^k = sum beta ds q / c and dS^v = sum p do / c over all
+   chunks that come later, where p / c = exp(beta q.k - lse): the count in the softmax and the count in the mean cancel.
+   Where it comes to the chunk that made a centroid's version, dS is what each of that chunk's keys gets from it. It is
+   left in dk and dv at the last of them, whose token is the version's row. Past the chunk where a centroid was born its
+   registers hold numbers without meaning, which nothing reads. With a constant rate,
 
-       mu_new = decay mu_old + gain sum of the chunk's keys      (running mean: decay c_old / c_new, gain 1 / c_new;
-                                                                  constant rate: (1-eta)^m, (1 - (1-eta)^m) / m)
+       mu_new = decay mu_old + gain sum of the chunk's keys,     decay = (1-eta)^m, gain = (1 - decay) / m
 
-   so gain dmu is what each of those keys gets (it is left in dk and dv at the place of the last of them, whose token is
-   the version's row), and dmu is multiplied by decay: 0 for a centroid born there.
+   and it holds the gradients of the means: each key gets gain dmu, and dmu goes on multiplied by decay.
 3. `chunk_grad_kernel`, one program a chunk: dk and dv of the causal part, plus what the dictionary left for each token.
 """
 
@@ -241,44 +242,45 @@ def dictionary_grad_kernel(
     row = tl.load(
         table_ptr + tl.load(offsets_ptr + whole) + centroid, mask=centroid < tl.load(sizes_ptr + whole), other=-1
     )
-    count = tl.load(row_count_ptr + row, mask=row >= 0, other=1.0)
+    if RATE:
+        count = tl.load(row_count_ptr + row, mask=row >= 0, other=1.0)
     dkey = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
     for step in tl.range(0, (tl.cdiv(S, L) - first) * steps, num_stages=STAGES):
         chunk = tl.cdiv(S, L) - 1 - step // steps
         h = g * group + (step % steps) // tiles
-        before = tl.load(
-            table_ptr + tl.load(offsets_ptr + chunk) + centroid, mask=centroid < tl.load(sizes_ptr + chunk), other=-1
-        )
+        table = table_ptr + tl.load(offsets_ptr + chunk)
+        before = tl.load(table + centroid, mask=centroid < tl.load(sizes_ptr + chunk), other=-1)
         held = before >= 0
-        old = tl.load(row_count_ptr + before, mask=held, other=1.0)
         key = load_rows(row_key_ptr, before, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, before, held, V, BLOCK_V)
         beta = tl.load(beta_ptr + h)
 
-        # Where a centroid's version changes, its chunk's keys get their share; later steps of a chunk see no change.
+        # Where a centroid's version changes, its chunk's keys get their share. (Later steps of a chunk see no change.)
         made = before != row
-        number = count - tl.where(held, old, 0.0)
         if RATE:
+            old = tl.load(row_count_ptr + before, mask=held, other=1.0)
+            bias = tl.where(held, tl.log2(old), float("-inf"))
+            number = tl.maximum(count - tl.where(held, old, 0.0), 1.0)
             decay = tl.where(held, tl.exp2(number * log2_keep), 0.0)
-            gain = (1 - decay) / tl.maximum(number, 1.0)
-        else:
-            decay = tl.where(held, old / count, 0.0)
-            gain = 1 / count
+            gain = (1 - decay) / number
+            count = old
         if step % steps == 0:
             token = row - initial - chunk * L
             dk = token_at(dk_ptr, batch * S + chunk * L, G, g, K)
             dv = token_at(dv_ptr, batch * S + chunk * L, G, g, V)
-            store_tokens(dk, token, G, made, dkey * gain[:, None], K, BLOCK_K)
-            store_tokens(dv, token, G, made, dvalue * gain[:, None], V, BLOCK_V)
-        decay = tl.where(made, decay, 1.0)
-        dkey *= decay[:, None]
-        dvalue *= decay[:, None]
+            if RATE:
+                store_tokens(dk, token, G, made, dkey * gain[:, None], K, BLOCK_K)
+                store_tokens(dv, token, G, made, dvalue * gain[:, None], V, BLOCK_V)
+            else:
+                store_tokens(dk, token, G, made, dkey, K, BLOCK_K)
+                store_tokens(dv, token, G, made, dvalue, V, BLOCK_V)
+        if RATE:
+            dkey = tl.where(made[:, None], dkey * decay[:, None], dkey)
+            dvalue = tl.where(made[:, None], dvalue * decay[:, None], dvalue)
         row = before
-        count = old
 
-        bias = tl.where(held, tl.log2(old), float("-inf"))
         for part in tl.static_range(PARTS):
             position = chunk * L + ((step % tiles) * PARTS + part) * BLOCK_M
             live = (position + m < tl.minimum(chunk * L + L, S)) & (position + m >= S - T)
@@ -287,8 +289,10 @@ def dictionary_grad_kernel(
             do = load_tokens(token_at(do_ptr, batch * T + t, H, h, V), m, H, live, V, BLOCK_V)
             lse = tl.load(lse_ptr + (batch * H + h) * T + t + m, mask=live, other=float("inf"))
             delta = tl.load(delta_ptr + (batch * H + h) * T + t + m, mask=live, other=0.0)
-            logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E) + bias[:, None]
-            p = tl.exp2(logit - lse[None, :])
+            logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E)
+            if RATE:
+                logit += bias[:, None]
+            p = tl.exp2(logit - lse[None, :])  # p / count for a running mean
             dvalue = tl.dot(p.to(do.dtype), do, dvalue, input_precision=PRECISION)
             dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
             ds = (p * (dp - delta[None, :]) * beta).to(q.dtype)
