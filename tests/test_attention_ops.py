@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ovq.ops.attention import flex, full_attention
 from ovq.ops.sliding_window import sliding_window_attention
+from ovq.ops.sliding_window.torch import banded_attention
 from tests.helpers import Largest, relative_error
 
 # (T, S, H, G, K, V, window): carried keys, grouped heads, widths that differ, windows at and beyond every edge.
@@ -179,6 +180,16 @@ def test_the_mask_of_documents_is_made_once_for_all_layers_and_anew_when_the_bou
     changed = flex.block_mask(256, 256, 64, bounds, cpu)
     query, key, zero = torch.tensor(150), torch.tensor(99), torch.tensor(0)
     assert not first.mask_mod(zero, zero, query, key) and changed.mask_mod(zero, zero, query, key)
+
+
+def test_a_compiled_model_may_take_the_operators_as_they_are() -> None:
+    """Torch's own check of what compiling relies on: schemas, shapes and strides foretold, gradients registered."""
+    q, k, v, _ = inputs((70, 75, 4, 2, 8, 5), seed=7, batch=1)
+    for x in (q, k, v):
+        x.requires_grad_()
+    torch.library.opcheck(banded_attention, (q, k, v, 20))
+    bounds = torch.tensor([0, 60, 200], dtype=torch.int32)
+    torch.library.opcheck(flex.visible_blocks, (200, 200, 50, bounds, torch.device("cpu")))
 
 
 # --- bad settings ----------------------------------------------------------------------------------------------------

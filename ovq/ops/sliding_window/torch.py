@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ovq.ops.attention import torch as sdpa
 from ovq.ops.fla import work_dtype
@@ -33,7 +32,7 @@ def forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int) -> Tens
     k, v = k_BSGK[:, reach], v_BSGV[:, reach]
     if k.shape[1] <= window:  # every query sees all keys before it
         return sdpa.forward(q_BTHK, k, v)
-    return _Banded.apply(q_BTHK, k, v, window)
+    return banded_attention(q_BTHK, k, v, window)
 
 
 class _Bands:
@@ -95,53 +94,77 @@ class _Bands:
         band = torch.zeros(self.C, self.P, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
         return band.repeat(self.R, 1)
 
-    def probabilities(self, q: Tensor, keys: Tensor, band: Tensor, first_block: int, blocks: int) -> Tensor:
+    def probabilities(self, q: Tensor, keys: Tensor, band: Tensor, blocks: slice) -> Tensor:
         """Softmax [M, R C, P] of M = heads x blocks products of queries (already scaled) with strips of keys."""
         logits = torch.baddbmm(band, q, keys)
-        by_block = logits.unflatten(0, (-1, blocks))
-        for i in range(first_block, min(first_block + blocks, -(-self.missing // self.C))):
-            by_block[:, i - first_block, :, : self.missing - i * self.C] = -torch.inf
+        by_block = logits.unflatten(0, (-1, blocks.stop - blocks.start))
+        for i in range(blocks.start, min(blocks.stop, -(-self.missing // self.C))):
+            by_block[:, i - blocks.start, :, : self.missing - i * self.C] = -torch.inf
         return logits.softmax(-1, dtype=work_dtype(q)).to(q.dtype)
 
 
-class _Banded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int) -> Tensor:
-        bands = _Bands(q_BTHK, k_BSGK, window)
-        q = bands.blocks(q_BTHK) * bands.scale
-        keys, values = (bands.strips(bands.padded(x)) for x in (k_BSGK, v_BSGV))
-        band = bands.band(q)
-        o = q.new_empty(*q.shape[:3], v_BSGV.shape[3])
-        for at in bands.groups():
-            first, number = at[1].start, at[1].stop - at[1].start
-            p = bands.probabilities(q[at].flatten(0, 1), keys[at].flatten(0, 1), band, first, number)
-            o[at] = torch.bmm(p, values[at].flatten(0, 1).mT).view_as(o[at])
-        ctx.save_for_backward(q_BTHK, k_BSGK, v_BSGV)
-        ctx.window = window
-        return bands.unblocks(o).to(q_BTHK.dtype)
+# Operators of torch's own kind, so that a compiled model takes each as one node and not as all its blocks.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_BTHK, k_BSGK, v_BSGV = ctx.saved_tensors
-        bands = _Bands(q_BTHK, k_BSGK, ctx.window)
-        q, do = bands.blocks(q_BTHK) * bands.scale, bands.blocks(do_BTHV)
-        k_padded, v_padded = bands.padded(k_BSGK), bands.padded(v_BSGV)
-        keys, values = bands.strips(k_padded), bands.strips(v_padded)
-        band, dq = bands.band(q), torch.empty_like(q)
-        work = work_dtype(q)
-        dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (k_padded, v_padded))
-        for at in bands.groups():
-            first, number = at[1].start, at[1].stop - at[1].start
-            q_at, do_at, k_at, v_at = (x[at].flatten(0, 1) for x in (q, do, keys, values))
-            p = bands.probabilities(q_at, k_at, band, first, number)
-            _overlap_add(dv, torch.bmm(p.mT, do_at), at, bands.C)
-            dp = torch.bmm(do_at, v_at)
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dp.dtype)
-            dq[at] = torch.bmm(ds, k_at.mT).view_as(dq[at])
-            _overlap_add(dk, torch.bmm(ds.mT, q_at), at, bands.C)
-        dq = bands.unblocks(dq.mul_(bands.scale)).to(q_BTHK.dtype)
-        return dq, bands.unpadded(dk).to(k_BSGK.dtype), bands.unpadded(dv).to(v_BSGV.dtype), None
+
+@torch.library.custom_op("ovq::banded_attention", mutates_args=())
+def banded_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int) -> Tensor:
+    """Attention [B, T, H, V] to the last `window` of S keys; at most `window` - 1 are carried ones."""
+    bands = _Bands(q_BTHK, k_BSGK, window)
+    q = bands.blocks(q_BTHK) * bands.scale
+    keys, values = (bands.strips(bands.padded(x)) for x in (k_BSGK, v_BSGV))
+    band = bands.band(q)
+    o = q.new_empty(*q.shape[:3], v_BSGV.shape[3])
+    for at in bands.groups():
+        p = bands.probabilities(q[at].flatten(0, 1), keys[at].flatten(0, 1), band, at[1])
+        o[at] = torch.bmm(p, values[at].flatten(0, 1).mT).view_as(o[at])
+    return bands.unblocks(o).to(q_BTHK.dtype).contiguous()
+
+
+@banded_attention.register_fake
+def _(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int) -> Tensor:
+    return q_BTHK.new_empty(*q_BTHK.shape[:3], v_BSGV.shape[3])
+
+
+@torch.library.custom_op("ovq::banded_attention_backward", mutates_args=())
+def banded_attention_backward(
+    do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    bands = _Bands(q_BTHK, k_BSGK, window)
+    q, do = bands.blocks(q_BTHK) * bands.scale, bands.blocks(do_BTHV)
+    k_padded, v_padded = bands.padded(k_BSGK), bands.padded(v_BSGV)
+    keys, values = bands.strips(k_padded), bands.strips(v_padded)
+    band, dq = bands.band(q), torch.empty_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=work_dtype(q)) for x in (k_padded, v_padded))
+    for at in bands.groups():
+        q_at, do_at, k_at, v_at = (x[at].flatten(0, 1) for x in (q, do, keys, values))
+        p = bands.probabilities(q_at, k_at, band, at[1])
+        _overlap_add(dv, torch.bmm(p.mT, do_at), at, bands.C)
+        dp = torch.bmm(do_at, v_at)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dp.dtype)
+        dq[at] = torch.bmm(ds, k_at.mT).view_as(dq[at])
+        _overlap_add(dk, torch.bmm(ds.mT, q_at), at, bands.C)
+    gradients = bands.unblocks(dq.mul_(bands.scale)), bands.unpadded(dk), bands.unpadded(dv)
+    dq, dk, dv = (d.to(x.dtype).contiguous() for d, x in zip(gradients, (q_BTHK, k_BSGK, v_BSGV)))
+    return dq, dk, dv
+
+
+@banded_attention_backward.register_fake
+def _(do_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q_BTHK, k_BSGK, v_BSGV))
+    return dq, dk, dv
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.window = inputs[3]
+
+
+def _backward(ctx: Any, do_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *banded_attention_backward(do_BTHV, *ctx.saved_tensors, ctx.window), None
+
+
+banded_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _overlap_add(rows: Tensor, strips_MPK: Tensor, at: tuple[slice, slice], C: int) -> None:
