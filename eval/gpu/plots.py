@@ -30,22 +30,21 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _by_length(rows: list[dict[str, Any]], title: str, path: Path) -> Path:
-    fig, (time, memory) = style.figure(2)
-    for index, op in enumerate(sorted({row["op"] for row in rows})):
-        color = style.color(COLOR.get(op, len(COLOR) + index))
-        points = {
-            row["tokens"]: row for row in rows if row["op"] == op
-        }  # the same shape may be measured with several N
-        lengths = sorted(points)
-        time.plot(lengths, [points[t]["total_median_ms"] for t in lengths], "o-", ms=3, color=color, label=op)
-        held = [t for t in lengths if points[t]["peak_bytes"] is not None]
-        memory.plot(held, [points[t]["peak_bytes"] / 2**30 for t in held], "o-", ms=3, color=color, label=op)
-    for ax, what in ((time, "forward + backward (ms)"), (memory, "peak memory beside the inputs (GiB)")):
+    panels = [("forward + backward (ms)", "total_median_ms", 1.0)]
+    if any(row["peak_bytes"] is not None for row in rows):
+        panels.append(("peak memory beside the inputs (GiB)", "peak_bytes", 2.0**30))
+    fig, axes = style.figure(len(panels))
+    for ax, (what, key, unit) in zip(axes, panels):
+        for index, op in enumerate(sorted({row["op"] for row in rows})):
+            points = {row["tokens"]: row[key] / unit for row in rows if row["op"] == op and row[key] is not None}
+            lengths = sorted(points)
+            color = style.color(COLOR.get(op, len(COLOR) + index))
+            ax.plot(lengths, [points[t] for t in lengths], "o-", ms=3, color=color, label=op)
         ax.set_yscale("log")
         ax.set_ylabel(what)
         style.token_axis(ax, "tokens")
-    time.set_title(title, loc="left")
-    style.legend(time)
+    axes[0].set_title(title, loc="left")
+    style.legend(axes[0])
     return style.save(fig, path)
 
 

@@ -45,15 +45,15 @@ DEFAULTS: dict[str, Any] = {
 @dataclass(frozen=True)
 class Chip:
     """backend, arch, warp: as Triton names the target; shared memory a program may have; names of its matrix
-    instructions, in 16-bit floats and in float32 (on NVIDIA, products of TF32 parts; the older kind will do); whether
-    its bars are."""
+    instructions, in 16-bit floats, and in float32 (on NVIDIA, products of TF32 parts) and decoding (16 rows), where the
+    older kind will do; whether its bars are."""
 
     backend: str
     arch: int | str
     warp: int
     shared_kib: int
     matmul: tuple[str, ...]
-    matmul_fp32: tuple[str, ...]
+    matmul_older: tuple[str, ...]
     binding: bool = True
 
 
@@ -76,6 +76,7 @@ class Build:
     target: str
     stage: str
     attention: bool
+    multiplies: bool
     dtype: str
     K: int
     V: int
@@ -107,8 +108,8 @@ def offences(build: Build) -> list[str]:
         found.append(f"{build.name}: {build.spills} spilled loads and stores, {build.stack} bytes of stack")
     if build.shared > chip.shared_kib * 1024:
         found.append(f"{build.name}: {build.shared} bytes of shared memory, the chip has {chip.shared_kib} KiB")
-    wanted = chip.matmul_fp32 if build.dtype == "float32" else chip.matmul
-    if not any(build.matmuls.get(name) for name in wanted):
+    wanted = chip.matmul_older if build.dtype == "float32" or build.stage == "decode" else chip.matmul
+    if build.multiplies and not any(build.matmuls.get(name) for name in wanted):
         found.append(f"{build.name}: no {' or '.join(wanted)} instruction, products do not run on tensor cores")
     if build.serialized:
         found.append(f"{build.name}: ptxas serialises its wgmma instructions (C7511)")
@@ -130,6 +131,7 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
         target,
         kernel.stage,
         kernel.attention,
+        "PRECISION" in kernel.constexprs,
         str(kernel.dtype).removeprefix("torch."),
         kernel.K,
         kernel.V,

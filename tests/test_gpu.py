@@ -1,0 +1,94 @@
+"""OVQ-attention on a real card, in every dtype: the claims of the interpreter's tests, and those it cannot test.
+
+Skipped where there is no CUDA device. `python -m pytest tests/test_gpu.py` takes some minutes, most of them compiling.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from eval.gpu import checks  # noqa: E402
+from eval.gpu.checks import CHECKS, Sizes  # noqa: E402
+from ovq.ops import ovq_attention  # noqa: E402
+from ovq.ops.ovq_attention import cost  # noqa: E402
+from ovq.ops.ovq_attention.spec import OVQSpec  # noqa: E402
+from tests.ovq_triton_cases import *  # noqa: E402, F403  every case of the interpreter, on the card
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SIZES = [
+    Sizes(),
+    Sizes(K=128, V=128, heads=2, num_centroids=300),
+    Sizes(K=32, V=96, tokens=1111, num_centroids=2048),
+    Sizes(K=96, V=32, tokens=515, chunk_size=16, num_centroids=64),
+    Sizes(K=64, V=64, tokens=1500, chunk_size=512, heads=8, kv_heads=1),
+    Sizes(K=64, V=64, tokens=90, num_centroids=16384),
+    Sizes(batch=3, K=64, V=128, tokens=640, chunk_size=64, heads=3, kv_heads=3, num_centroids=1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name", list(CHECKS))
+def test_check(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
+    """Float64, best assignments, repeats to the bit, decoding, poisoned memory: `eval.gpu.checks` says how."""
+    CHECKS[name]("triton", sizes, torch.device("cuda"), dtype)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 32, 200])
+def test_programs_that_share_a_head_agree_however_many_there_are(heads: int) -> None:
+    """The barrier between programs, from 16 a head to one: 256 chunks, run after run, to the bit."""
+    sizes = Sizes(tokens=256 * 64, chunk_size=64, heads=heads, kv_heads=heads, num_centroids=1500)
+    checks.repeats_are_bit_equal("triton", sizes, torch.device("cuda"), torch.bfloat16, times=3)
+
+
+def test_peak_memory_at_64k_is_within_three_times_q_k_v() -> None:
+    sizes = Sizes(batch=1, tokens=65536, heads=8, kv_heads=8, num_centroids=2048)
+    q, k, v, beta = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
+    do = torch.randn_like(q)
+
+    def run() -> None:
+        o, _ = ovq_attention(q, k, v, beta, num_centroids=2048, backend="triton")
+        torch.autograd.grad(o, (q, k, v, beta), do)
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() - do.numel() * do.element_size()
+    run()
+    peak = torch.cuda.max_memory_allocated() - before
+    qkv = sum(x.numel() * x.element_size() for x in (q, k, v))
+    assert peak <= 3 * qkv
+    shape = cost.Shape(1, 65536, 8, 8, 64, 64, OVQSpec(2048))
+    assert peak == pytest.approx(sum(cost.memory(shape).values()), rel=0.15)
+
+
+def test_an_offset_beyond_two_gigabytes_of_elements_is_right() -> None:
+    """More than 2^31 numbers of q: the last head's last tokens, against the same tokens alone."""
+    T, H, D = 32768, 33, 2
+    B = -(-(2**31) // (T * H * 64)) + 1
+    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GiB")
+    q = torch.nn.functional.normalize(torch.randn(B, T, H, 64, device="cuda", dtype=torch.bfloat16), dim=-1)
+    beta = torch.full((H,), 8.0, device="cuda")
+    with torch.no_grad():
+        whole = ovq_attention(q, q, q, beta, num_centroids=64 * D, backend="triton")[0]
+        alone = ovq_attention(q[-1:], q[-1:], q[-1:], beta, num_centroids=64 * D, backend="triton")[0]
+    assert checks.relative_error(whole[-1:], alone) < 1e-2
+
+
+def test_torch_compile_keeps_a_layer_whole_on_the_card() -> None:
+    sizes = Sizes(tokens=500)
+    tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
+
+    def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        return ovq_attention(2 * q, k, v, beta, num_centroids=200, backend="triton")[0].square()
+
+    want, got = layer(*tensors), torch.compile(layer, fullgraph=True)(*tensors)
+    assert checks.relative_error(got, want) < 1e-2
+    for x, y in zip(torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(want.sum(), tensors)):
+        assert checks.relative_error(x, y) < 2e-2
