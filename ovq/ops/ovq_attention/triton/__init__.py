@@ -1,8 +1,8 @@
 """OVQ-attention in Triton: what `backend="triton"` runs on a GPU.
 
 Only the assignment is sequential. Stage A (assign.py) walks the chunks and writes the dictionary's history as version
-rows; prediction (predict.py) and the backward pass (backward.py) read those and run in parallel over chunks. Decoding one
-token (decode.py) reads the sums alone. All stages are deterministic.
+rows; prediction (predict.py) and the backward pass (backward.py) read those and run in parallel over chunks. Decoding
+one token (decode.py) reads the sums alone. All stages are deterministic.
 
 The stages are two custom operators, forward and backward, so that torch.compile keeps a model whole around them.
 

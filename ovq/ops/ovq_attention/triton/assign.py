@@ -3,8 +3,8 @@
 For chunk i with n_i centroids (means mu = S / c):
 
     propose   best_t = max_n k_t.mu^k_n, arg_t the lowest such n
-    found     the new_i keys with the lowest best_t (or the lowest hash) become centroids n_i, n_i + 1, ... in their order
-              in the text; all others go to arg_t
+    found     the new_i keys with the lowest best_t (or the lowest hash) become centroids n_i, n_i + 1, ... in their
+              order in the text; all others go to arg_t
     commit    S_n += sum of its keys / values, c_n += their number
 
 and the dictionary's history is written as *version rows*: when a chunk touches a centroid, its new mean key, mean value
@@ -12,8 +12,9 @@ and count go to the row of the last of the chunk's tokens that went there, so th
 than k and v. table[i, n] is the row of centroid n before chunk i; everything later reads that and nothing sequential.
 
 A head is walked by SPLITS programs. Program p owns the centroids of blocks p, p + SPLITS, ...: it proposes among them,
-and commits to them alone. Between the two lies the only barrier: all programs read all proposals, and decide alike where
-every key goes. (Proposals are double-buffered by chunk parity, so the next barrier keeps them from being overwritten.)
+and commits to them alone. Between the two lies the only barrier: all programs read all proposals, and decide alike
+where every key goes. (Proposals are double-buffered by chunk parity: the next barrier keeps them from being
+overwritten.)
 Sums stay in float32 in global memory, which is L2; the scatter of a chunk is a product with a one-hot matrix.
 """
 
@@ -40,7 +41,7 @@ def assign(
     """Commits all whole chunks to the sums and counts, in place.
 
     Returns:
-        assignment int32 [B, G, S], -1 in an unfinished chunk; and the rows: keys [B, G, rows, K], values, counts, table.
+        assignment int32 [B, G, S], -1 in an unfinished chunk; and rows: keys [B, G, rows, K], values, counts, table.
     """
     (B, S, G, K), V, spec, N = k.shape, v.shape[3], plan.spec, plan.spec.num_centroids
     L, initial, whole = spec.chunk_size, plan.initial, plan.chunks * spec.chunk_size
@@ -100,7 +101,7 @@ def assign(
 
 
 def splits(heads: int, device: torch.device) -> int:
-    """Programs a head: a power of two, as many as run at the same time (a program at the barrier waits for the others)."""
+    """Programs a head: a power of two, and no more than run at the same time, since they wait for each other."""
     if device.type != "cuda":
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count

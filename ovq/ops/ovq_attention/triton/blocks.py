@@ -16,7 +16,7 @@ def token_at(ptr, token, heads, head, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_tokens(ptr, token, heads, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The vectors of some tokens, counted from the one at `ptr`, as a [len(token), BLOCK] tile; zeros where not valid."""
+    """Vectors of some tokens, counted from the one at `ptr`, as a [len(token), BLOCK] tile; zeros where not valid."""
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
     return tl.load(ptr + (token * heads)[:, None] * WIDTH + d[None, :], mask=mask, other=0.0)
@@ -24,7 +24,7 @@ def load_tokens(ptr, token, heads, valid, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def store_tokens(ptr, token, heads, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The vectors of some tokens, counted from the one at `ptr`, = x, rounded to the tensor's dtype, where valid."""
+    """Vectors of some tokens, counted from the one at `ptr`, = x, rounded to the tensor's dtype, where valid."""
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
     tl.store(ptr + (token * heads)[:, None] * WIDTH + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)

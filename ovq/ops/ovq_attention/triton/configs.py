@@ -28,14 +28,14 @@ class Tile:
     parts: int = 1
 
 
-# Chip family -> operands ("half": bfloat16 and float16) -> padded width -> stage.
+# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. All of them are free of spills.
 TILES = {
-    "sm": {
+    "sm_90": {
         ("half", 64): {
             "assign": Tile(128, 64, 8, 3, 64),
             "predict": Tile(128, 64, 4, 3),
             "query_grad": Tile(64, 64, 4, 3),
-            "dictionary_grad": Tile(64, 128, 8, 3, 2),
+            "dictionary_grad": Tile(64, 128, 8, 3),
             "chunk_grad": Tile(32, 64, 4, 2),
             "decode": Tile(16, 64, 4, 2),
         },
@@ -50,18 +50,86 @@ TILES = {
         ("float", 64): {
             "assign": Tile(64, 32, 8, 2, 32),
             "predict": Tile(64, 32, 8, 2),
-            "query_grad": Tile(64, 32, 8, 2),
+            "query_grad": Tile(32, 32, 8, 2),
             "dictionary_grad": Tile(32, 32, 8, 2),
             "chunk_grad": Tile(32, 32, 8, 2),
             "decode": Tile(16, 32, 4, 2),
         },
         ("float", 128): {
             "assign": Tile(64, 32, 8, 2, 32),
-            "predict": Tile(64, 32, 8, 2),
+            "predict": Tile(32, 32, 8, 2),
+            "query_grad": Tile(16, 32, 8, 2),
+            "dictionary_grad": Tile(16, 32, 8, 2),
+            "chunk_grad": Tile(16, 32, 8, 2),
+            "decode": Tile(16, 32, 4, 2),
+        },
+    },
+    "sm_80": {
+        ("half", 64): {
+            "assign": Tile(128, 64, 8, 3, 64),
+            "predict": Tile(128, 64, 4, 3),
+            "query_grad": Tile(64, 64, 4, 2),
+            "dictionary_grad": Tile(32, 128, 8, 3),
+            "chunk_grad": Tile(32, 64, 4, 1),
+            "decode": Tile(16, 64, 4, 2),
+        },
+        ("half", 128): {
+            "assign": Tile(128, 64, 8, 3, 32),
+            "predict": Tile(128, 64, 8, 3),
+            "query_grad": Tile(64, 64, 8, 3),
+            "dictionary_grad": Tile(64, 64, 8, 3),
+            "chunk_grad": Tile(32, 64, 8, 2),
+            "decode": Tile(16, 64, 4, 2),
+        },
+        ("float", 64): {
+            "assign": Tile(64, 32, 8, 2, 32),
+            "predict": Tile(32, 32, 4, 2),
             "query_grad": Tile(32, 32, 8, 2),
             "dictionary_grad": Tile(32, 32, 8, 2),
             "chunk_grad": Tile(32, 32, 8, 2),
             "decode": Tile(16, 32, 4, 2),
+        },
+        ("float", 128): {
+            "assign": Tile(64, 32, 8, 2, 32),
+            "predict": Tile(32, 32, 8, 2),
+            "query_grad": Tile(16, 32, 8, 2),
+            "dictionary_grad": Tile(16, 32, 8, 2),
+            "chunk_grad": Tile(16, 32, 8, 2),
+            "decode": Tile(16, 32, 4, 2),
+        },
+    },
+    "gfx": {
+        ("half", 64): {
+            "assign": Tile(64, 64, 8, 2, 32),
+            "predict": Tile(128, 64, 4, 2),
+            "query_grad": Tile(64, 64, 4, 2),
+            "dictionary_grad": Tile(64, 64, 4, 2),
+            "chunk_grad": Tile(32, 64, 4, 2),
+            "decode": Tile(16, 64, 4, 2),
+        },
+        ("half", 128): {
+            "assign": Tile(64, 64, 8, 2, 32),
+            "predict": Tile(64, 64, 8, 2),
+            "query_grad": Tile(64, 64, 8, 2),
+            "dictionary_grad": Tile(32, 64, 8, 2),
+            "chunk_grad": Tile(32, 64, 8, 2),
+            "decode": Tile(16, 64, 4, 2),
+        },
+        ("float", 64): {
+            "assign": Tile(64, 32, 8, 2, 32),
+            "predict": Tile(32, 32, 4, 2),
+            "query_grad": Tile(32, 32, 4, 2),
+            "dictionary_grad": Tile(32, 32, 4, 2),
+            "chunk_grad": Tile(32, 32, 4, 2),
+            "decode": Tile(16, 32, 4, 2),
+        },
+        ("float", 128): {
+            "assign": Tile(32, 32, 8, 2, 32),
+            "predict": Tile(32, 32, 4, 2),
+            "query_grad": Tile(32, 32, 4, 1),
+            "dictionary_grad": Tile(16, 32, 4, 1),
+            "chunk_grad": Tile(16, 32, 4, 1),
+            "decode": Tile(16, 32, 4, 1),
         },
     },
 }
@@ -84,8 +152,11 @@ def padded(width: int) -> int:
 
 
 def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int) -> Tile:
-    family = "gfx" if arch.startswith("gfx") else "sm"
-    operands = "float" if dtype == torch.float32 and arch != "interpreter" else "half"
+    if arch == "interpreter":  # its time goes by the number of tiles: the largest
+        return TILES["sm_90"]["half", 64][stage]
+    wgmma = arch in ("sm_90", "sm_100", "sm_103")
+    family = "gfx" if arch.startswith("gfx") else "sm_90" if wgmma else "sm_80"
+    operands = "float" if dtype == torch.float32 else "half"
     return TILES[family][operands, 64 if max(K, V) <= 64 else 128][stage]
 
 

@@ -1,10 +1,10 @@
-"""Stage D, one token: its query against the dictionary and the keys of the unfinished chunk, in time that does not grow.
+"""Stage D, one token: its query against the dictionary and the unfinished chunk, in time that does not grow.
 
     o = softmax([ beta q.S^k_n / c_n + log c_n ] ++ [ beta q.k_s ]) @ [ S^v_n / c_n ; v_s ]
 
 The sums are read as they are carried, with no version rows: means are taken on the fly, rounded as everywhere to the
-operands' dtype. The query heads of a group are the rows of one tile. A head's centroids are dealt to SPLITS programs and
-the pending keys to one more, each leaves its part of the softmax, and `combine_kernel` joins the parts.
+operands' dtype. The query heads of a group are the rows of one tile. A head's centroids are dealt to SPLITS programs
+and the pending keys to one more, each leaves its part of the softmax, and `combine_kernel` joins the parts.
 """
 
 from __future__ import annotations

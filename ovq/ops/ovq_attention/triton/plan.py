@@ -19,7 +19,7 @@ TABLE_ALIGNMENT = 16  # entries; 64 bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """sizes[i]: centroids before chunk i, for i up to the number of whole chunks; offsets[i]: its start in the table."""
+    """sizes[i]: centroids before chunk i, up to the one after all whole chunks; offsets[i]: its start in the table."""
 
     spec: OVQSpec
     position: int

@@ -1,0 +1,119 @@
+"""OVQ-attention's kernels without a GPU: `ovq_triton_cases.py` in Triton's interpreter, and what the host decides.
+
+The interpreter must be chosen before Triton is imported, so those cases run in a process of their own. On a machine
+with a GPU they run there instead, compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ovq.ops import ovq_attention
+from ovq.ops.ovq_attention.spec import OVQSpec
+
+pytest.importorskip("triton")
+
+CASES = Path(__file__).with_name("ovq_triton_cases.py")
+plans = importlib.import_module("ovq.ops.ovq_attention.triton.plan")
+configs = importlib.import_module("ovq.ops.ovq_attention.triton.configs")
+
+
+@pytest.mark.slow
+def test_kernels_are_the_definition() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)]
+    done = subprocess.run(command, env=environment, cwd=CASES.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and " skipped" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"dtype": torch.bfloat16}, "interpreter computes bfloat16 wrongly"),
+        ({"dtype": torch.float64}, "needs float32, float16 or bfloat16, got torch.float64"),
+        ({"K": 136}, "widths of at most 128, got 136 and 32"),
+        ({"V": 256}, "widths of at most 128, got 16 and 256"),
+        ({"chunk_size": 8}, "chunk_size in 16 .. 512, got 8"),
+        ({"chunk_size": 1024}, "chunk_size in 16 .. 512, got 1024"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_do_is_said(change: dict, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("ovq.ops.ovq_attention.triton")
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    dtype, K, V = change.get("dtype", torch.float32), change.get("K", 16), change.get("V", 32)
+    q, v = torch.randn(1, 20, 1, K).to(dtype), torch.randn(1, 20, 1, V).to(dtype)
+    reason = kernels.unsupported(q, q, v, OVQSpec(20, change.get("chunk_size", 16)))
+    assert reason is not None and complaint in reason
+    assert kernels.unsupported(torch.randn(1, 20, 1, 16), q, torch.randn(1, 20, 1, 32), OVQSpec(20, 16)) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_a_machine_without_a_gpu_is_told_what_can() -> None:
+    x = torch.randn(1, 20, 1, 16)
+    with pytest.raises(ValueError, match="backend=triton of ovq_attention needs .*use backend=torch"):
+        ovq_attention(x, x, x, torch.ones(1), num_centroids=20, chunk_size=16, backend="triton")
+
+
+@pytest.mark.parametrize("position", [0, 64])
+def test_a_plan_knows_every_size_and_no_table_overlaps(position: int) -> None:
+    spec = OVQSpec(100, 16)
+    plan = plans.make_plan(spec, spec.size_at(position), position, 16 * 20 + 5)
+    assert plan.chunks == 20
+    assert plan.sizes == tuple(spec.size_at(position + 16 * i) for i in range(21))
+    ends = [start + size for start, size in zip(plan.offsets, plan.sizes)]
+    assert all(end <= start for end, start in zip(ends, plan.offsets[1:])) and ends[-1] <= plan.table_size
+    assert plan.rows == plan.initial + 16 * 20  # at most one row a token
+
+
+def test_random_seeding_ranks_are_the_order_of_the_definition() -> None:
+    spec = OVQSpec(100, 16, seeding="random", seed=3)
+    for position in (0, 48):
+        plan = plans.make_plan(spec, spec.size_at(position), position, 40)
+        ranks = plans.plan_tensors(plan, torch.device("cpu"))[2]
+        for i in range(plan.chunks):
+            order = spec.hash_order(position + 16 * i, torch.device("cpu")).tolist()
+            if position + i == 0:  # the first key of all founds centroid 0
+                order = [0, *(place for place in order if place)]
+            assert ranks[i].argsort().tolist() == order
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "interpreter"])
+def test_a_new_length_compiles_nothing(arch: str) -> None:
+    """No compile-time argument depends on tokens, heads or centroids, and numbers are never specialised on."""
+    parameters = inspect.signature(configs.constants).parameters
+    assert not {"T", "S", "N", "H", "G", "tokens"} & set(parameters)
+    for stage in ("assign", "predict", "query_grad", "dictionary_grad", "chunk_grad"):
+        for L in (16, 100, 128, 512):
+            settings = configs.constants(stage, arch, torch.bfloat16, 64, 64, L)
+            rows = settings.get("BLOCK_M", settings.get("BLOCK_L"))
+            assert rows <= configs.padded(L) and settings["BLOCK_N"] >= 16
+
+
+def test_every_shipped_kernel_names_all_its_arguments() -> None:
+    """Run apart, because this process may hold kernels for the interpreter."""
+    program = (
+        "from ovq.ops.ovq_attention.triton.shipped import KERNELS, shipped_kernels\n"
+        "for arch in ('sm_80', 'sm_90', 'gfx942'):\n"
+        "    kernels = list(shipped_kernels(arch))\n"
+        "    assert {k.stage for k in kernels} == set(KERNELS) and len(kernels) == 6 * len(KERNELS)\n"
+        "    for k in kernels:\n"
+        "        constexprs = {p.name for p in k.kernel.params if p.is_constexpr}\n"
+        "        assert constexprs == set(k.constexprs), (k.stage, constexprs ^ set(k.constexprs))\n"
+        "        numbers = {n for n, t in k.signature.items() if t in ('i32', 'fp32')}\n"
+        "        assert numbers == {p.name for p in k.kernel.params if p.do_not_specialize}, k.stage\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
