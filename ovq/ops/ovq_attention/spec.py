@@ -5,6 +5,7 @@ Shapes: B batch, G key/value heads, N capacity in centroids, L chunk, K key widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,12 @@ class Dictionary:
     count: Tensor
     size: int
     position: int
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Dictionary:
+        """The same with each tensor replaced."""
+        return Dictionary(
+            function(self.key_sum), function(self.value_sum), function(self.count), self.size, self.position
+        )
 
 
 @dataclass

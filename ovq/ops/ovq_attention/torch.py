@@ -9,6 +9,7 @@ What makes it fast:
   undone by division: the rows it overwrites, at most one a token, are kept instead.
 - The gradient of a centroid's mean is summed by the matmul itself (`baddbmm_`) for as long as its count stays the same,
   and divided by the count only when the walk meets a chunk that touched it.
+- Each core walks through some of the heads and rows of the batch alone (`ovq.ops.parallel` says why).
 
 Shapes: B batch, T queries, S tokens, L chunk, l tokens and t queries of one chunk, H query heads, G key/value heads,
 R = H / G, P = B G, N capacity, n centroids in use, K key width, V value width, W = V + K + 1 (width of a row).
@@ -16,6 +17,7 @@ R = H / G, P = B G, N capacity, n centroids in use, K key width, V value width, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,12 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.fla import work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+from ovq.ops.parallel import run_pieces
+
+# On a CPU, in numbers of probabilities: a call that one core does faster alone, and the chunk of a piece, which should
+# stay in a core's caches from product to softmax to product.
+SMALL_CALL = 2**18
+PIECE = 2**19
 
 
 @torch.compiler.disable
@@ -46,21 +54,107 @@ class _OVQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, beta, key_sum, value_sum, count, place, spec, assignment):  # type: ignore[no-untyped-def]
         dictionary = Dictionary(key_sum, value_sum, count, *place)
-        keep = spec.rate is not None and any(ctx.needs_input_grad)
-        o, new, a_BGS, overwritten = _walk_forward(q, k, v, beta, spec, dictionary, assignment, keep)
-        final = (new.key_sum, new.value_sum, new.count) if keep else ()
-        ctx.save_for_backward(q, k, v, beta, key_sum, value_sum, count, a_BGS, *overwritten, *final)
+        (B, T, H, _), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
+        chunks = _chunks(S, T, spec, dictionary)
+        whole = S // spec.chunk_size
+        new = dictionary
+        if whole:
+            position = dictionary.position + whole * spec.chunk_size
+            new = replace(dictionary.map(torch.empty_like), size=chunks[-1].after, position=position)
+        out = _Outputs(q.new_empty(B, T, H, V), torch.full((B, G, S), -1, dtype=torch.int32, device=q.device), new)
+        if spec.rate is not None and any(ctx.needs_input_grad):
+            out.overwritten = count.new_empty(B, whole, G, spec.chunk_size, k.shape[3] + V + 1)
+
+        def walk(piece: _Piece) -> None:
+            forced = None if assignment is None else piece.heads(assignment)
+            _walk_forward(
+                *piece.inputs(q, k, v, beta), spec, piece.dictionary(dictionary), forced, piece.outputs(out), chunks
+            )
+
+        run_pieces(walk, _pieces(q, G, chunks))
+        kept = () if out.overwritten is None else (out.overwritten, new.key_sum, new.value_sum, new.count)
+        ctx.save_for_backward(q, k, v, beta, key_sum, value_sum, count, out.a_BGS, *kept)
         ctx.spec, ctx.place = spec, place
-        ctx.mark_non_differentiable(a_BGS)
-        return o, new, a_BGS
+        ctx.mark_non_differentiable(out.a_BGS)
+        return out.o_BTHV, new, out.a_BGS
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         q, k, v, beta, key_sum, value_sum, count, a_BGS, *kept = ctx.saved_tensors
         dictionary = Dictionary(key_sum, value_sum, count, *ctx.place)
-        grads = _walk_backward(do, q, k, v, beta, ctx.spec, dictionary, a_BGS, kept)
-        return *grads, *[None] * 6
+        chunks = _chunks(k.shape[1], q.shape[1], ctx.spec, dictionary)
+        last = Dictionary(kept[1], kept[2], kept[3], chunks[-1].after, 0) if kept else None
+        # dq is that of beta q, until the end.
+        dq, dk, dv = torch.empty_like(q, dtype=work_dtype(q)), torch.empty_like(k), torch.empty_like(v)
+
+        def walk(piece: _Piece) -> None:
+            overwritten = kept[0][piece.batch, :, piece.groups] if kept else None
+            _walk_backward(
+                piece.tokens(do, queries=True),
+                *piece.inputs(q, k, v, beta),
+                ctx.spec,
+                piece.dictionary(dictionary),
+                piece.heads(a_BGS),
+                piece.dictionary(last) if last else None,
+                overwritten,
+                (piece.tokens(dq, queries=True), piece.tokens(dk), piece.tokens(dv)),
+                chunks,
+            )
+
+        run_pieces(walk, _pieces(q, k.shape[2], chunks))
+        dbeta = torch.einsum("bthk,bthk->h", dq, q.to(dq.dtype)).to(beta.dtype)
+        return dq.mul_(beta.to(dq.dtype)[:, None]).to(q.dtype), dk, dv, dbeta, *[None] * 6
+
+
+@dataclass
+class _Outputs:
+    o_BTHV: Tensor
+    a_BGS: Tensor
+    new: Dictionary
+    overwritten: Tensor | None = None  # [B, whole chunks, G, L, W]: rows of sums before each chunk, for a constant step
+
+
+class _Piece(NamedTuple):
+    """Some rows of the batch and some key/value heads, with their R query heads: what one core does alone."""
+
+    batch: slice
+    groups: slice
+    R: int
+
+    def tokens(self, x_BSGK: Tensor, *, queries: bool = False) -> Tensor:
+        return x_BSGK[self.batch, :, self._query_heads() if queries else self.groups]
+
+    def heads(self, x_BG: Tensor) -> Tensor:
+        return x_BG[self.batch, self.groups]
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, beta_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.tokens(q, queries=True), self.tokens(k), self.tokens(v), beta_H[self._query_heads()]
+
+    def dictionary(self, d: Dictionary) -> Dictionary:
+        return d.map(self.heads)
+
+    def outputs(self, out: _Outputs) -> _Outputs:
+        rows = None if out.overwritten is None else out.overwritten[self.batch, :, self.groups]
+        return _Outputs(self.tokens(out.o_BTHV, queries=True), self.heads(out.a_BGS), self.dictionary(out.new), rows)
+
+    def _query_heads(self) -> slice:
+        return slice(self.groups.start * self.R, self.groups.stop * self.R)
+
+
+def _pieces(q: Tensor, G: int, chunks: list[_Chunk]) -> list[_Piece]:
+    """At least one piece a core where there is that much to do, and small enough for a core's own cache."""
+    B, H = q.shape[0], q.shape[2]
+    rows, R = B * G, H // G
+    numbers = max(c.length * R * (c.length + c.before) for c in chunks)  # of the probabilities of one row
+    if q.device.type == "cpu" and len(chunks) * rows * numbers > SMALL_CALL:
+        rows = max(1, min(PIECE // numbers, -(-rows // torch.get_num_threads())))
+    heads, entries = (rows, 1) if rows < G else (G, rows // G)
+    return [
+        _Piece(slice(b, min(b + entries, B)), slice(g, min(g + heads, G)), R)
+        for b in range(0, B, entries)
+        for g in range(0, G, heads)
+    ]
 
 
 class _Chunk(NamedTuple):
@@ -120,10 +214,12 @@ class _Table:
         held[..., : self.V], held[..., self.V : -1] = dictionary.value_sum, dictionary.key_sum
         held[..., -1] = dictionary.count
 
-    def to_dictionary(self, size: int, position: int, work: torch.dtype) -> Dictionary:
-        held = self.sums[:, self.L :].unflatten(0, (self.B, self.G)).to(work)
+    def write_sums(self, into: Dictionary) -> None:
+        held = self.sums[:, self.L :].unflatten(0, (self.B, self.G))
         value_sum, key_sum, count = held.split([self.V, self.K, 1], dim=-1)
-        return Dictionary(key_sum.contiguous(), value_sum.contiguous(), count[..., 0].contiguous(), size, position)
+        into.key_sum.copy_(key_sum)
+        into.value_sum.copy_(value_sum)
+        into.count.copy_(count[..., 0])
 
     def load(self, k_BlGK: Tensor, v_BlGV: Tensor) -> None:
         """Put the tokens of a chunk into the table."""
@@ -164,36 +260,31 @@ def _walk_forward(
     beta_H: Tensor,
     spec: OVQSpec,
     dictionary: Dictionary,
-    assignment: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Dictionary, Tensor, list[Tensor]]:
-    """Outputs, the new dictionary, assignments, and (with `keep`) the rows of sums that each chunk overwrote."""
-    (B, T, H, _), (S, G), V, L = q.shape, k.shape[1:3], v.shape[3], spec.chunk_size
+    forced: Tensor | None,
+    out: _Outputs,
+    chunks: list[_Chunk],
+) -> None:
+    """Predict and update, chunk by chunk; everything is written into `out`."""
+    (B, H), G, V, L = q.shape[::2], k.shape[2], v.shape[3], spec.chunk_size
     work = work_dtype(q)
     table = _Table(dictionary, L, q.dtype, work)
-    chunks = _chunks(S, T, spec, dictionary)
-    if S >= L:
+    if chunks[0].whole:
         table.hold_sums(dictionary, work)
     scratch = _scratch(chunks, q, B * G)
-    o_BTHV = q.new_empty(B, T, H, V)
-    a_BGS = torch.full((B, G, S), -1, dtype=torch.int32, device=q.device)
-    overwritten: list[Tensor] = []
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
         table.load(k[:, chunk.tokens], v[:, chunk.tokens])
         if chunk.asked.stop > chunk.asked.start:
             p, span = _attention(_queries(q[:, chunk.asked], beta_H, G, work), table, chunk, scratch)
-            o_BTHV[:, chunk.asked] = _from_rows(p @ span[..., :V], B, H)
+            out.o_BTHV[:, chunk.asked] = _from_rows(p @ span[..., :V], B, H)
         if chunk.whole:
-            if assignment is None:
-                start = dictionary.position + chunk.tokens.start
-                a_PL = _assign(table, chunk, start, spec, scratch)
+            if forced is None:
+                a_PL = _assign(table, chunk, dictionary.position + chunk.tokens.start, spec, scratch)
             else:
-                a_PL = assignment[:, :, chunk.tokens].flatten(0, 1).long()
-            a_BGS[:, :, chunk.tokens] = a_PL.unflatten(0, (B, G))
-            _commit(table, a_PL, spec, overwritten if keep else None)
-    if S < L:
-        return o_BTHV, dictionary, a_BGS, overwritten
-    return o_BTHV, table.to_dictionary(chunks[-1].after, dictionary.position + S - S % L, work), a_BGS, overwritten
+                a_PL = forced[:, :, chunk.tokens].flatten(0, 1).long()
+            out.a_BGS[:, :, chunk.tokens] = a_PL.unflatten(0, (B, G))
+            _commit(table, a_PL, spec, None if out.overwritten is None else out.overwritten[:, number])
+    if chunks[0].whole:
+        table.write_sums(out.new)
 
 
 def _walk_backward(
@@ -205,22 +296,24 @@ def _walk_backward(
     spec: OVQSpec,
     dictionary: Dictionary,
     a_BGS: Tensor,
-    kept: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and beta, chunk by chunk from the last to the first.
+    last: Dictionary | None,
+    overwritten: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+    chunks: list[_Chunk],
+) -> None:
+    """Gradients of beta q, k and v, chunk by chunk from the last to the first, written into `grads`.
 
     With dS the gradient of the sums and A what the matmuls have summed for each mean since its count last changed,
-    dS + A / c is what reaches the tokens of a chunk (design: dk_t += dS[a_t], then the update is undone).
+    dS + A / c is what reaches the tokens of a chunk; then the chunk's update is undone, and its prediction follows.
     """
-    (B, T, H, K), (S, G), V, L = q.shape, k.shape[1:3], v.shape[3], spec.chunk_size
+    (B, H), (G, K), V, L = q.shape[::2], k.shape[2:], v.shape[3], spec.chunk_size
     work = work_dtype(q)
-    chunks = _chunks(S, T, spec, dictionary)
-    table = _final_table(k, v, spec, dictionary, a_BGS, kept, chunks, work)
+    table = _final_table(k, v, spec, dictionary, a_BGS, last, chunks, work)
     p_scratch, s_scratch = _scratch(chunks, q, B * G), _scratch(chunks, q, B * G)
     dmean = torch.zeros_like(table.rows[..., :-1])  # A; the rows of tokens are their own gradient
     dsum = torch.zeros_like(dmean)
     flat_dmean, flat_dsum = dmean.view(-1, V + K), dsum.view(-1, V + K)
-    dq, dk, dv = torch.zeros_like(q, dtype=work), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = grads
     for number, chunk in reversed(list(enumerate(chunks))):
         own = dmean[:, L - chunk.length : L].zero_()
         table.load(k[:, chunk.tokens], v[:, chunk.tokens])
@@ -229,7 +322,9 @@ def _walk_backward(
             index = table.index(a_BGS[:, :, chunk.tokens].flatten(0, 1).long())
             count = table.sums.view(-1, V + K + 1).index_select(0, index)[:, -1:].to(work)
             reached = flat_dmean.index_select(0, index).div_(count).add_(flat_dsum.index_select(0, index))
-            before, reached = _undo(table, index, reached, spec, kept[number] if kept else None)
+            before, reached = _undo(
+                table, index, reached, spec, None if overwritten is None else overwritten[:, number]
+            )
             flat_dsum.index_copy_(0, index, before)
             flat_dmean.index_fill_(0, index, 0)
         if chunk.asked.stop > chunk.asked.start:
@@ -247,8 +342,6 @@ def _walk_backward(
             own += reached.view_as(own)
         dv_chunk, dk_chunk = own.unflatten(0, (B, G)).transpose(1, 2).split([V, K], dim=-1)
         dv[:, chunk.tokens], dk[:, chunk.tokens] = dv_chunk, dk_chunk
-    dbeta = torch.einsum("bthk,bthk->h", dq, q.to(work)).to(beta_H.dtype)
-    return dq.mul_(beta_H.to(work)[:, None]).to(q.dtype), dk, dv, dbeta
 
 
 def _attention(x_PrX: Tensor, table: _Table, chunk: _Chunk, scratch: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,14 +383,14 @@ def _assign(table: _Table, chunk: _Chunk, start: int, spec: OVQSpec, scratch: Te
     return a_PL.scatter(1, founders, torch.arange(n, chunk.after, device=own.device).expand_as(founders))
 
 
-def _commit(table: _Table, a_PL: Tensor, spec: OVQSpec, overwritten: list[Tensor] | None) -> None:
-    """Add a whole chunk to the sums and write its centroids' means."""
+def _commit(table: _Table, a_PL: Tensor, spec: OVQSpec, keep: Tensor | None) -> None:
+    """Add a whole chunk to the sums and write its centroids' means; the rows that change go into `keep` before."""
     index, tokens = table.index(a_PL), table.tokens()
     if spec.rate is not None:
         sums = table.sums.view(-1, tokens.shape[1])
         rows = sums.index_select(0, index)
-        if overwritten is not None:
-            overwritten.append(rows.clone())
+        if keep is not None:
+            keep.copy_(rows.view(keep.shape))
         old, new = _step_weights(table, index, rows[:, -1:], spec.rate)
         rows[:, :-1] *= old
         tokens[:, :-1] *= new
@@ -315,6 +408,7 @@ def _undo(
         table.add(index, tokens, sign=-1)
     else:
         assert overwritten is not None
+        overwritten = overwritten.flatten(0, 2)
         table.sums.view(-1, tokens.shape[1]).index_copy_(0, index, overwritten)
         old, new = _step_weights(table, index, overwritten[:, -1:], spec.rate)
         before, reached = reached * old, reached * new
@@ -339,14 +433,12 @@ def _final_table(
     spec: OVQSpec,
     dictionary: Dictionary,
     a_BGS: Tensor,
-    kept: list[Tensor],
+    last: Dictionary | None,
     chunks: list[_Chunk],
     work: torch.dtype,
 ) -> _Table:
     """The table after the last whole chunk: from what was kept, or by summing again, in float64."""
-    if kept:
-        key_sum, value_sum, count = kept[-3:]
-        last = Dictionary(key_sum, value_sum, count, chunks[-1].after, dictionary.position)
+    if last is not None:
         table = _Table(last, spec.chunk_size, k.dtype, work)
         table.hold_sums(last, work)
         return table
