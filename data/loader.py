@@ -23,10 +23,10 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data.lanes import LaneReader, LaneState, Row, first_state
-from data.sources import once_per_job
 from data.splits import build_tokens
 from data.tokenizer import Tokenizer
 from ovq.config import Config, ConfigError
+from ovq.train.distributed import on_main
 
 Fingerprint = dict[str, Any]
 
@@ -211,7 +211,7 @@ def build_loader(
         return recall.build_loader(cfg, tokenizer, rank=rank, world_size=world_size, state=state)
     trainer, data = cfg.trainer, cfg.data
     commit = state["fingerprint"].get("commit") if state and not data.revision else None
-    tokens, corpus = once_per_job(lambda: build_tokens(cfg, tokenizer, "train", commit))
+    tokens, corpus = on_main(lambda: build_tokens(cfg, tokenizer, "train", commit))
     if not len(tokens):
         raise ConfigError(f"data.train holds no documents: {list(data.train)}")
     fingerprint = {

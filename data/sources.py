@@ -22,7 +22,6 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO, TypeVar
@@ -117,25 +116,6 @@ def index_shards(data: DataConfig, split: str, commit: str | None = None) -> tup
             corrupt.append(f"{file.path}: {_line(error)}")
     _bad_shards(data, corrupt, split, left=len(shards))
     return shards, len(missing) + len(corrupt)
-
-
-def once_per_job(compute: Callable[[], T]) -> T:
-    """`compute()` on rank 0, its result (or its error) on every rank. Collective when torch.distributed runs."""
-    torch = sys.modules.get("torch")
-    dist = torch.distributed if torch is not None else None
-    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return compute()
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box = ["value", compute()]
-        except Exception as error:  # the others must not wait for a rank that has given up
-            kind = type(error) if isinstance(error, ConfigError | DataError) else RuntimeError
-            box = ["error", kind(_line(error))]
-    dist.broadcast_object_list(box, src=0)
-    if box[0] == "error":
-        raise box[1]
-    return box[1]
 
 
 def open_file(file: File) -> BinaryIO | str:

@@ -311,15 +311,15 @@ def test_held_out_documents_come_in_file_order_and_long_enough(shards: Path) -> 
 
 
 def test_files_are_looked_up_by_rank_0_alone_and_errors_reach_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`once_per_job` under a process group of two, played by one process: what rank 0 broadcasts, rank 1 receives."""
+    """`on_main`, in which the loader opens files, with two ranks played by one process: rank 0 sends, rank 1 gets."""
     import torch.distributed as dist
 
-    from data.sources import once_per_job
+    from ovq.train.distributed import on_main
 
     wire: list[Any] = []
     calls: list[int] = []
 
-    def broadcast(box: list[Any], src: int) -> None:
+    def broadcast(box: list[Any], **_: Any) -> None:
         if dist.get_rank() == 0:
             wire[:] = pickle.loads(pickle.dumps(box))
         box[:] = wire
@@ -333,15 +333,15 @@ def test_files_are_looked_up_by_rank_0_alone_and_errors_reach_all(monkeypatch: p
         return 7
 
     def failing() -> int:
-        raise DataError("gone\nfor good")
+        raise DataError("gone for good")
 
     for rank in range(2):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        assert once_per_job(lookup) == 7
+        assert on_main(lookup) == 7
     for rank in range(2):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         with pytest.raises(DataError, match="gone for good"):
-            once_per_job(failing if rank == 0 else lookup)
+            on_main(failing if rank == 0 else lookup)
     assert calls == [0]
 
 
@@ -353,3 +353,12 @@ def test_open_files_are_not_shared_with_a_forked_process(shards: Path) -> None:
     for i in range(len(corpus)):
         corpus.read(i)
     assert len(index_shards(parquet(shards / "train-*.parquet").data, "train")[0]) == len(corpus._open) == 4
+
+
+def test_parquet_documents_are_those_that_datasets_reads(shards: Path) -> None:
+    """Hugging Face's own reader as the oracle: the same documents, in the same order."""
+    datasets = pytest.importorskip("datasets")
+    files = sorted(str(path) for path in shards.glob("train-*.parquet"))
+    theirs = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    corpus = build_corpus(parquet(shards / "train-*.parquet"), "train")
+    assert [row["text"] for row in theirs] == [corpus.read(i).text for i in range(len(corpus))]
