@@ -12,6 +12,7 @@ Shapes: B batch, T queries, S tokens, L chunk, H query heads, G key/value heads,
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,7 +204,7 @@ def _(do, q, k, v, beta, *_):
     return tuple(torch.empty_like(x, memory_format=like) for x in (q, k, v, beta))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, beta, *_ = inputs
     o, key_sum, value_sum, count, *saved = output
     # No gradient flows through the state, and none into what only the backward pass reads.

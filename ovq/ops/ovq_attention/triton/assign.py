@@ -18,6 +18,8 @@ overwritten.)
 Sums stay in float32 in global memory, which is L2; the scatter of a chunk is a product with a one-hot matrix.
 """
 
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import math
@@ -242,6 +244,7 @@ def assign_kernel(
                     chunk_v, value_sum_ptr, mean_value_ptr, row_value_ptr, place, row, speaks, old, new, place_ptr,
                     L, G, log2_keep, V, BLOCK_V, BLOCK_C, RATE, KEY_VALUE, PRECISION,
                 )  # fmt: skip
+                tl.debug_barrier()  # several threads may hold a token: all have read its old count
                 tl.store(count_ptr + place, new, mask=speaks)
                 tl.store(row_count_ptr + row, new, mask=speaks)
                 tl.store(current_ptr + place, row, mask=speaks)

@@ -18,6 +18,8 @@ With p the softmax of the forward pass (recomputed from the stored log-sum-exp) 
 3. `chunk_grad_kernel`, one program a chunk: dk and dv of the causal part, plus what the dictionary left for each token.
 """
 
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,8 @@ Every tensor is contiguous; widths that are no power of two are padded by masks 
 that grow with tokens x heads are 64-bit, offsets inside one head's rows 32-bit.
 """
 
+# mypy: allow-incomplete-defs
+
 import triton
 import triton.language as tl
 

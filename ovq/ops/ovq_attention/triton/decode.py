@@ -7,6 +7,8 @@ operands' dtype. The query heads of a group are the rows of one tile. A head's c
 and the pending keys to one more, each leaves its part of the softmax, and `combine_kernel` joins the parts.
 """
 
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch

@@ -11,6 +11,8 @@ Programs of one head follow each other, so that its dictionary stays in L2; the 
 dictionary, start first.
 """
 
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch
