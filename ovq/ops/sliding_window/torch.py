@@ -21,7 +21,7 @@ from torch import Tensor
 from ovq.ops.attention import torch as sdpa
 from ovq.ops.fla import work_dtype
 
-LOGITS_AT_ONCE = 2**19  # numbers, on a CPU: two megabytes
+LOGITS_AT_ONCE = 2**20  # numbers, on a CPU: four megabytes
 LOGITS_AT_ONCE_GPU = 2**26
 
 
