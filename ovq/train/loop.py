@@ -57,7 +57,8 @@ class TrainingError(RuntimeError):
 class StopSignal:
     """SIGTERM and SIGINT raise a flag that the loop polls; a second one ends the process at once.
 
-    A context manager: the handlers before it are put back at the end. `announce`: say so on stderr.
+    A context manager: the handlers before it are put back at the end. `announce`: say so on stderr. A torchrun that
+    gets the signal passes it on, waits 30 s for its processes, and itself ends with status 1 though theirs is 0.
     """
 
     def __init__(self, announce: bool = False) -> None:
