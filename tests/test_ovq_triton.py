@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ovq.ops import ovq_attention
 from ovq.ops.ovq_attention.spec import OVQSpec
@@ -87,6 +88,24 @@ def test_random_seeding_ranks_are_the_order_of_the_definition() -> None:
             if position + i == 0:  # the first key of all founds centroid 0
                 order = [0, *(place for place in order if place)]
             assert ranks[i].argsort().tolist() == order
+
+
+@pytest.mark.parametrize("D, N", [(64, 2048), (64, 8192), (128, 16384)])
+def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: int) -> None:
+    """All that lives at once in the backward pass: what the forward operator returned, the gradients, and delta."""
+    importlib.import_module("ovq.ops.ovq_attention.triton")
+    T, spec = 65536, OVQSpec(N)
+    with FakeTensorMode():
+        q = torch.empty(1, T, 1, D, dtype=torch.bfloat16)
+        sums = (torch.empty(1, 1, N, D), torch.empty(1, 1, N, D), torch.empty(1, 1, N))
+        settings = (N, 128, "plateau", None, "spread", 0, 0.0, "merge", "key")
+        kept = torch.ops.ovq.ovq_attention(q, q, q, torch.empty(1), *sums, None, 0, 0, *settings)
+        o, placed, saved = kept[0], kept[4], kept[5:]
+        numbers = (0, 0, *settings)
+        grads = torch.ops.ovq.ovq_attention_backward(o, q, q, q, torch.empty(1), o, placed, *saved, *numbers)
+        used = sum(x.numel() * x.itemsize for x in (*kept, *sums, *grads)) + 4 * T
+        assert saved[-1].shape[-1] == plans.make_plan(spec, 0, 0, T).table_size
+        assert used < 3 * 3 * q.numel() * q.itemsize
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "interpreter"])

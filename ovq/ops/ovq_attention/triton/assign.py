@@ -321,14 +321,14 @@ def _choose(best_ptr, arg_ptr, chosen_ptr, arg_own_ptr, size, L, BLOCK_C: tl.con
     """The best of all programs' proposals; ties go to the lowest centroid."""
     for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
         l = l0 + tl.arange(0, BLOCK_C)
-        best = tl.load(best_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
-        arg = tl.load(arg_ptr + l, mask=l < L, other=0, cache_modifier=".cg")
-        for p in range(1, SPLITS):
-            other_best = tl.load(best_ptr + p * L + l, mask=l < L, other=0.0, cache_modifier=".cg")
-            other_arg = tl.load(arg_ptr + p * L + l, mask=l < L, other=0, cache_modifier=".cg")
-            better = (other_best > best) | ((other_best == best) & (other_arg < arg))
-            best = tl.where(better, other_best, best)
-            arg = tl.where(better, other_arg, arg)
+        # All proposals at once: one trip to memory. (.cg: other processors wrote them, L1 knows nothing of it.)
+        split = tl.arange(0, SPLITS)
+        valid = (split >= 0)[:, None] & (l < L)[None, :]
+        offset = split[:, None] * L + l[None, :]
+        bests = tl.load(best_ptr + offset, mask=valid, other=0.0, cache_modifier=".cg")
+        args = tl.load(arg_ptr + offset, mask=valid, other=0, cache_modifier=".cg")
+        best = tl.max(bests, 0)
+        arg = tl.min(tl.where(bests == best[None, :], args, 2147483647), 0)
         if size == 0:
             best = tl.where(l == 0, float("-inf"), best)  # the first key founds centroid 0, whatever the order
         tl.store(chosen_ptr + l, best, mask=l < L)

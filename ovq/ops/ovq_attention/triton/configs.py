@@ -57,10 +57,10 @@ TILES = {
         },
         ("float", 128): {
             "assign": Tile(64, 32, 8, 2, 32),
-            "predict": Tile(32, 32, 8, 2),
+            "predict": Tile(16, 32, 8, 2),
             "query_grad": Tile(16, 32, 8, 2),
             "dictionary_grad": Tile(16, 16, 8, 2),
-            "chunk_grad": Tile(16, 32, 8, 2),
+            "chunk_grad": Tile(16, 16, 8, 2),
             "decode": Tile(16, 32, 4, 2),
         },
     },
@@ -91,16 +91,16 @@ TILES = {
         },
         ("float", 128): {
             "assign": Tile(64, 32, 8, 2, 32),
-            "predict": Tile(32, 32, 8, 2),
+            "predict": Tile(16, 32, 8, 2),
             "query_grad": Tile(16, 32, 8, 2),
             "dictionary_grad": Tile(16, 16, 8, 2),
-            "chunk_grad": Tile(16, 32, 8, 2),
+            "chunk_grad": Tile(16, 16, 8, 2),
             "decode": Tile(16, 32, 4, 2),
         },
     },
     "gfx": {
         ("half", 64): {
-            "assign": Tile(64, 64, 8, 2, 32),
+            "assign": Tile(128, 64, 8, 2, 64),
             "predict": Tile(128, 64, 4, 2),
             "query_grad": Tile(64, 64, 4, 2),
             "dictionary_grad": Tile(32, 64, 4, 2),
@@ -109,10 +109,10 @@ TILES = {
         },
         ("half", 128): {
             "assign": Tile(64, 64, 8, 2, 32),
-            "predict": Tile(64, 64, 8, 2),
-            "query_grad": Tile(64, 64, 8, 2),
-            "dictionary_grad": Tile(32, 64, 8, 2),
-            "chunk_grad": Tile(32, 64, 8, 2),
+            "predict": Tile(64, 32, 4, 2),
+            "query_grad": Tile(64, 32, 4, 2),
+            "dictionary_grad": Tile(32, 32, 4, 2),
+            "chunk_grad": Tile(32, 32, 4, 1),
             "decode": Tile(16, 64, 4, 2),
         },
         ("float", 64): {
