@@ -43,7 +43,8 @@ def sliding_window_attention(
     check(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, backend, "sliding_window_attention")
     if window < 1:
         raise ValueError(f"window={window} of sliding_window_attention must be at least 1")
-    if flex.takes(backend, q_BTHK, v_BSGV, wanted=True):
+    bounded = k_BSGK.shape[1] > window or cu_seqlens is not None  # else it is plain causal attention
+    if flex.takes(backend, q_BTHK, v_BSGV, wanted=bounded):
         return flex.forward(q_BTHK, k_BSGK, v_BSGV, window, cu_seqlens, strict=backend == "flex")
     forward = functools.partial(reference.forward if backend == "reference" else banded.forward, window=window)
     if cu_seqlens is None:
