@@ -92,7 +92,8 @@ def test_random_seeding_ranks_are_the_order_of_the_definition() -> None:
 
 @pytest.mark.parametrize("D, N", [(64, 2048), (64, 8192), (128, 16384)])
 def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: int) -> None:
-    """All that lives at once in the backward pass: what the forward operator returned, the gradients, and delta."""
+    """What lives at once in the backward pass: what the forward operator returned, the gradients, and delta; and in the
+    forward pass: what it was given and returns, and its copy of the means."""
     importlib.import_module("ovq.ops.ovq_attention.triton")
     T, spec = 65536, OVQSpec(N)
     with FakeTensorMode():
@@ -103,9 +104,10 @@ def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: i
         o, placed, saved = kept[0], kept[4], kept[5:]
         numbers = (0, 0, *settings)
         grads = torch.ops.ovq.ovq_attention_backward(o, q, q, q, torch.empty(1), o, placed, *saved, *numbers)
-        used = sum(x.numel() * x.itemsize for x in (*kept, *sums, *grads)) + 4 * T
+        backward = sum(x.numel() * x.itemsize for x in (*kept, *grads)) + 4 * T
+        forward = sum(x.numel() * x.itemsize for x in (*sums, *kept)) + (2 * D + 4) * N
         assert saved[-1].shape[-1] == plans.make_plan(spec, 0, 0, T).table_size
-        assert used < 3 * 3 * q.numel() * q.itemsize
+        assert max(backward, forward) < 3 * 3 * q.numel() * q.itemsize
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "interpreter"])
