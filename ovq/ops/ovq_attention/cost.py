@@ -193,7 +193,7 @@ def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
             flops=heads * (4 * K + 4 * V) * old,
             bytes=query + output + rows + table + 2 * per_query + key + value,
             exps=heads * old,
-            alu=heads * 7 * old,
+            alu=heads * 6 * old,
             l2_bytes=again(old, tiles["dictionary_grad"]),
         ),
         "chunk_grad": Work(
