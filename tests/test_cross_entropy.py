@@ -93,6 +93,17 @@ def test_logits_of_a_chunk_are_the_largest_tensor_ever_made(reduction: str, z_lo
     assert largest.elements == tokens * vocabulary
 
 
+def test_the_scale_of_bf16_gradients_is_not_rounded() -> None:
+    x, weight, targets = inputs(7, torch.bfloat16)
+    x.requires_grad_()
+    scale = 0.6973  # midway between two bf16 numbers, 0.3% from each
+    norms = []
+    for factor in (1.0, scale):
+        (dx,) = torch.autograd.grad(factor * chunked_cross_entropy(x, weight, targets, chunk=8)[0], x)
+        norms.append(dx.double().norm())
+    assert abs(norms[1] / norms[0] / scale - 1) < 5e-4
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     x, weight, targets = inputs(4)
     for frozen in (x, weight):
