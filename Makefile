@@ -14,7 +14,7 @@ train: setup  ## train a small sliding-window + OVQ model on the embedded corpus
 	$(BIN)/python train.py experiment=cpu_demo $(ARGS)
 
 test: setup  ## the whole test suite; ARGS="tests/test_model.py -k causal" picks
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ovq data eval launch train.py
