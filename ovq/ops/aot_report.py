@@ -9,7 +9,7 @@ Writes aot.json and aot.md (the same as a table) to `out`. The bars, and why the
 - no spills in the attention kernels: a spilled register is a trip to memory in the innermost loop;
 - shared memory within the chip's limit: the compiler happily builds a kernel that no chip can launch;
 - products on tensor cores: an operand in the wrong layout silently takes a slower path;
-- no "wgmma serialized" (C7511): ptxas then waits after every product, which the machine code does not show.
+- no "wgmma serialized" (C7511, C7514, ..): ptxas then waits after every product, which the machine code does not show.
 
 Exit status 1 with the offenders named if one is broken, 2 if it cannot run at all. On sm_100, a bonus, a broken bar is
 named and no more.
@@ -63,7 +63,7 @@ CHIPS = {
     "sm_100": Chip("cuda", 100, 32, 227, ("UTCHMMA",), ("UTCHMMA", "HMMA"), binding=False),
     "gfx942": Chip("hip", "gfx942", 64, 64, ("v_mfma",), ("v_mfma",)),
 }
-SERIALIZED = ("C7511", "serializ")
+SERIALIZED = ("C7511", "serializ")  # numbers differ by cause
 COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "STL", "LDL")
 # What TRITON_* a build needs; read by Triton at each use.
 ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
@@ -71,7 +71,8 @@ ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
 
 @dataclass
 class Build:
-    """A kernel, built: `matmuls` counts matrix instructions by name, `spills` loads and stores of spilled registers."""
+    """A kernel, built: `matmuls` counts matrix instructions by name, `spills` loads and stores of spilled registers;
+    `serialized` is what ptxas said of products that wait for each other."""
 
     target: str
     stage: str
@@ -89,7 +90,7 @@ class Build:
     spills: int = 0
     shared: int = 0
     matmuls: dict[str, int] = field(default_factory=dict)
-    serialized: bool = False
+    serialized: str = ""
     seconds: float = 0.0
     error: str = ""
 
@@ -112,7 +113,7 @@ def offences(build: Build) -> list[str]:
     if build.multiplies and not any(build.matmuls.get(name) for name in wanted):
         found.append(f"{build.name}: no {' or '.join(wanted)} instruction, products do not run on tensor cores")
     if build.serialized:
-        found.append(f"{build.name}: ptxas serialises its wgmma instructions (C7511)")
+        found.append(f"{build.name}: {build.serialized}")
     return found
 
 
@@ -152,7 +153,8 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
         made.error = " ".join(" ".join(why).split())[:400] or repr(error)
         return made
     made.shared = compiled.metadata.shared
-    made.serialized = any(word in log.getvalue() for word in SERIALIZED)
+    said = [line for line in log.getvalue().splitlines() if any(word in line for word in SERIALIZED)]
+    made.serialized = " ".join(said[0].split()) if said else ""
     if chip.backend == "cuda":
         _read_cubin(made, compiled.asm["cubin"])
     else:
@@ -214,14 +216,15 @@ def _find(pattern: str, text: str) -> str:
 # --- all builds ------------------------------------------------------------------------------------------------------
 
 
-def report(targets: Iterable[str], *, quick: bool = False, jobs: int = 2) -> list[Build]:
+def report(targets: Iterable[str], *, quick: bool = False, jobs: int = 2) -> Iterator[Build]:
     """Every shipped kernel for the targets, built by `jobs` processes; `quick`: bfloat16, both widths on sm_90 only."""
     wanted = [(target, index) for target in targets for index in _indices(target, quick)]
     with tempfile.TemporaryDirectory() as cache, _environment({**ENVIRONMENT, "TRITON_CACHE_DIR": cache}):
         if jobs == 1:
-            return [_build_shipped(item) for item in wanted]
+            yield from map(_build_shipped, wanted)
+            return
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            return pool.map(_build_shipped, wanted, chunksize=1)
+            yield from pool.imap(_build_shipped, wanted)
 
 
 def _indices(target: str, quick: bool) -> list[int]:
@@ -255,6 +258,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 # --- what is written -------------------------------------------------------------------------------------------------
 
 COLUMNS = ("target", "stage", "dtype", "width", "tile", "warps", "stages", "registers", "spills", "shared", "products")
+WIDTHS = (6, 15, 8, 5, 6, 5, 6, 9, 6, 14, 16)
 
 
 def cells(build: Build) -> list[str]:
@@ -266,6 +270,10 @@ def cells(build: Build) -> list[str]:
     shared = f"{build.shared / 1024:.0f} of {CHIPS[build.target].shared_kib} KiB"
     width = str(build.K) if build.K == build.V else f"{build.K}/{build.V}"
     return [build.target, build.stage, build.dtype, width, tile, *map(str, numbers), shared, products]
+
+
+def _line(row: Iterable[str]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(row, WIDTHS)).rstrip()
 
 
 def markdown(builds: list[Build]) -> str:
@@ -307,13 +315,13 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     began = time.monotonic()
-    builds = report(options["targets"], quick=options["quick"], jobs=options["jobs"])
+    builds = []
+    print(_line(COLUMNS))
+    for made in report(options["targets"], quick=options["quick"], jobs=options["jobs"]):
+        print(_line(cells(made)), flush=True)
+        builds.append(made)
     broken = [line for build in builds if CHIPS[build.target].binding for line in offences(build)]
     noted = [line for build in builds if not CHIPS[build.target].binding for line in offences(build)]
-    rows = [list(COLUMNS), *map(cells, builds)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     write(builds, broken + noted, Path(options["out"]), " ".join(["python -m ovq.ops.aot_report", *argv]))
     print(f"{len(builds)} kernels built in {time.monotonic() - began:.0f} s; written to {options['out']}/aot.json")
     for line in noted:

@@ -288,7 +288,7 @@ def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
     return {
         "propose": 2 * waits.trip + max(one, waits.trip / 3) * columns + waits.product + 2 * waits.reduce,
         "meet": waits.barrier if programs > 1 else waits.sync,
-        "choose": tiles * programs * waits.trip + waits.sync,
+        "choose": tiles * (waits.trip + waits.reduce) + waits.sync,
         "found": (2 * tiles * tiles + tiles) * (waits.trip + waits.reduce) + 3 * waits.sync,
         "commit": tiles
         * (
