@@ -23,6 +23,7 @@ from ovq.ops import OVQState, ovq_attention
 from ovq.ops.ovq_attention import reference
 from ovq.ops.ovq_attention import torch as fast
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+from ovq.ops.parallel import run_pieces
 from ovq.ops.position_hash import position_hash
 from tests.helpers import relative_error
 
@@ -449,6 +450,46 @@ def test_recomputing_a_checkpointed_call_gives_the_same_gradients() -> None:
         o.square().sum().backward()
         grads.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for a, b in zip(*grads)), NOTE
+
+
+@pytest.mark.parametrize("variant", ["default", "constant step"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_heads_on_several_cores_give_the_same(threads: int, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs((3, 37, 6, 2, 8, 6), seed=20)
+    spec = OVQSpec(num_centroids=12, chunk_size=8, **VARIANTS[variant])
+    whole = run(fast, inputs, spec)
+    monkeypatch.setattr(fast, "SMALL_CALL", 0)  # however little there is to do, share it out
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for piece in (1, 3 * 8 * 20, 10**9):  # one head; a few; as few pieces as threads
+            monkeypatch.setattr(fast, "PIECE", piece)
+            assert_close(run(fast, inputs, spec), whole, output=1e-13, grad=1e-12)
+            with torch.inference_mode():
+                q, k, v, beta = inputs
+                o = fast.forward(q, k, v, beta, spec, empty(k, v, 12))[0]
+            assert relative_error(o, whole["o"]) < 1e-13, NOTE
+        assert torch.get_num_threads() == threads, "the pool's own setting leaked"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_on_another_core_is_raised() -> None:
+    done = []
+
+    def work(piece: int) -> None:
+        done.append((piece, torch.is_grad_enabled(), torch.get_num_threads()))
+        if piece == 2:
+            raise ArithmeticError("piece 2")
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ArithmeticError, match="piece 2"):
+            run_pieces(work, [0, 1, 2, 3])
+    finally:
+        torch.set_num_threads(before)
+    assert all(not grad and threads == 1 for _, grad, threads in done)
 
 
 def test_sizes_follow_the_law_of_growth() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -38,7 +39,13 @@ def run_pieces(run: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads that each use one core. They live as long as the process (a fork has to make its own)."""
     del process
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ovq", initializer=torch.set_num_threads, initargs=(1,))
-    list(pool.map(lambda _: None, range(threads)))
-    torch.set_num_threads(threads)  # what a thread sets holds for itself, and for threads that torch starts later
+    everyone = threading.Barrier(threads)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ovq", initializer=_use_one_core)
+    list(pool.map(lambda _: everyone.wait(), range(threads)))
+    torch.set_num_threads(threads)  # what a thread sets holds for itself, and for threads that torch meets later
     return pool
+
+
+def _use_one_core() -> None:
+    torch.get_num_threads()  # at its first call in a thread, torch sets its default, which would undo the next line
+    torch.set_num_threads(1)

@@ -239,18 +239,20 @@ class _Table:
 
     def refresh(self, index: Tensor) -> None:
         """Write the means of these centroids anew."""
-        sums = self.sums.view(-1, self.sums.shape[-1]).index_select(0, index)
-        count = sums[:, -1:]
-        means = self._rounded((sums[:, :-1] / count).to(self.work))
-        rows = torch.cat([means, count.to(self.work).log()], dim=1)
-        self.rows.view(-1, rows.shape[1]).index_copy_(0, index, rows)
+        rows = self.sums.view(-1, self.sums.shape[-1]).index_select(0, index)
+        means, count = rows[:, :-1], rows[:, -1:]
+        means /= count
+        count.log_()
+        if self.dtype != self.work:
+            means.copy_(self._rounded(means))
+        self.rows.view(-1, rows.shape[1]).index_copy_(0, index, rows.to(self.work))
 
     def add(self, index: Tensor, tokens: Tensor, sign: int = 1) -> None:
         self.sums.view(-1, tokens.shape[1]).index_add_(0, index, tokens.to(self.sums.dtype), alpha=sign)
 
     def _rounded(self, means: Tensor) -> Tensor:
         """Means as the inputs' dtype has them: what a low-precision matmul would read."""
-        return means if self.dtype == self.work else means.to(self.dtype).to(self.work)
+        return means if self.dtype == self.work else means.to(self.dtype).to(means.dtype)
 
 
 def _walk_forward(
