@@ -219,7 +219,6 @@ def dictionary_grad_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr,  # query tiles taken with the same centroids at a time
     RATE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -235,7 +234,7 @@ def dictionary_grad_kernel(
     table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size
 
     whole = S // L
-    tiles = tl.cdiv(L, BLOCK_M * PARTS)
+    tiles = tl.cdiv(L, BLOCK_M)
     group = H // G
     steps = group * tiles
     first = _chunks_before(sizes_ptr, whole, n)
@@ -275,30 +274,32 @@ def dictionary_grad_kernel(
             if RATE:
                 store_tokens(dk, token, G, made, dkey * gain[:, None], K, BLOCK_K)
                 store_tokens(dv, token, G, made, dvalue * gain[:, None], V, BLOCK_V)
+                dkey = tl.where(made[:, None], dkey * decay[:, None], dkey)
+                dvalue = tl.where(made[:, None], dvalue * decay[:, None], dvalue)
             else:
                 store_tokens(dk, token, G, made, dkey, K, BLOCK_K)
                 store_tokens(dv, token, G, made, dvalue, V, BLOCK_V)
-        if RATE:
-            dkey = tl.where(made[:, None], dkey * decay[:, None], dkey)
-            dvalue = tl.where(made[:, None], dvalue * decay[:, None], dvalue)
+                # (Also keeps this block where it stands: Triton moves one that changes nothing to the loop's end, and
+                # then needs a copy of both accumulators.)
+                dkey = tl.where(held[:, None], dkey, 0.0)
+                dvalue = tl.where(held[:, None], dvalue, 0.0)
         row = before
 
-        for part in tl.static_range(PARTS):
-            position = chunk * L + ((step % tiles) * PARTS + part) * BLOCK_M
-            live = (position + m < tl.minimum(chunk * L + L, S)) & (position + m >= S - T)
-            t = position - (S - T)
-            q = load_tokens(token_at(q_ptr, batch * T + t, H, h, K), m, H, live, K, BLOCK_K)
-            do = load_tokens(token_at(do_ptr, batch * T + t, H, h, V), m, H, live, V, BLOCK_V)
-            lse = tl.load(lse_ptr + (batch * H + h) * T + t + m, mask=live, other=float("inf"))
-            delta = tl.load(delta_ptr + (batch * H + h) * T + t + m, mask=live, other=0.0)
-            logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E)
-            if RATE:
-                logit += bias[:, None]
-            p = tl.exp2(logit - lse[None, :])  # p / count for a running mean
-            dvalue = tl.dot(p.to(do.dtype), do, dvalue, input_precision=PRECISION)
-            dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
-            ds = (p * (dp - delta[None, :]) * beta).to(q.dtype)
-            dkey = tl.dot(ds, q, dkey, input_precision=PRECISION)
+        position = chunk * L + (step % tiles) * BLOCK_M
+        live = (position + m < tl.minimum(chunk * L + L, S)) & (position + m >= S - T)
+        t = position - (S - T)
+        q = load_tokens(token_at(q_ptr, batch * T + t, H, h, K), m, H, live, K, BLOCK_K)
+        do = load_tokens(token_at(do_ptr, batch * T + t, H, h, V), m, H, live, V, BLOCK_V)
+        lse = tl.load(lse_ptr + (batch * H + h) * T + t + m, mask=live, other=float("inf"))
+        delta = tl.load(delta_ptr + (batch * H + h) * T + t + m, mask=live, other=0.0)
+        logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E)
+        if RATE:
+            logit += bias[:, None]
+        p = tl.exp2(logit - lse[None, :])  # p / count for a running mean
+        dvalue = tl.dot(p.to(do.dtype), do, dvalue, input_precision=PRECISION)
+        dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :]) * beta).to(q.dtype)
+        dkey = tl.dot(ds, q, dkey, input_precision=PRECISION)
 
 
 @triton.jit

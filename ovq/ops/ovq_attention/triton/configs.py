@@ -19,16 +19,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @dataclass(frozen=True)
 class Tile:
     """How a program works: rows (tokens) and columns (centroids, or keys) of a tile, warps, and stages of the load
-    pipeline; `parts` of `dictionary_grad`: query tiles taken with the same centroids; of `assign`: rows that commit."""
+    pipeline; of `assign`, the rows of a tile that commits."""
 
     rows: int
     columns: int
     warps: int
     stages: int
-    parts: int = 1
+    commit: int = 0
 
 
-# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. All of them are free of spills.
+# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. None of them spills.
 TILES = {
     "sm_90": {
         ("half", 64): {
@@ -40,7 +40,7 @@ TILES = {
             "decode": Tile(16, 64, 4, 2),
         },
         ("half", 128): {
-            "assign": Tile(128, 64, 8, 3, 64),
+            "assign": Tile(128, 64, 8, 3, 32),
             "predict": Tile(128, 64, 8, 3),
             "query_grad": Tile(128, 64, 8, 3),
             "dictionary_grad": Tile(64, 64, 8, 3),
@@ -86,7 +86,7 @@ TILES = {
             "predict": Tile(32, 32, 4, 2),
             "query_grad": Tile(32, 32, 8, 2),
             "dictionary_grad": Tile(32, 32, 8, 2),
-            "chunk_grad": Tile(32, 32, 8, 2),
+            "chunk_grad": Tile(16, 32, 8, 2),
             "decode": Tile(16, 32, 4, 2),
         },
         ("float", 128): {
@@ -119,7 +119,7 @@ TILES = {
             "assign": Tile(64, 32, 8, 2, 32),
             "predict": Tile(32, 32, 4, 2),
             "query_grad": Tile(32, 32, 4, 2),
-            "dictionary_grad": Tile(32, 32, 4, 2),
+            "dictionary_grad": Tile(32, 32, 4, 1),
             "chunk_grad": Tile(32, 32, 4, 2),
             "decode": Tile(16, 32, 4, 2),
         },
@@ -187,9 +187,7 @@ def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: i
         **flags,
     }
     if stage == "assign":
-        return settings | {"BLOCK_L": rows, "BLOCK_C": min(tile.parts, rows)}
-    if stage == "dictionary_grad":
-        return settings | {"BLOCK_M": rows, "PARTS": min(tile.parts, longest // rows)}
+        return settings | {"BLOCK_L": rows, "BLOCK_C": min(tile.commit, rows)}
     if stage == "decode":
         return settings | {"BLOCK_R": longest}
     return settings | {"BLOCK_M": rows}
