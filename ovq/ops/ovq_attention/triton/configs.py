@@ -28,14 +28,14 @@ class Tile:
     commit: int = 0
 
 
-# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. None of them spills.
+# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. No attention kernel spills.
 TILES = {
     "sm_90": {
         ("half", 64): {
             "assign": Tile(128, 64, 8, 3, 64),
             "predict": Tile(128, 64, 4, 3),
             "query_grad": Tile(64, 64, 4, 3),
-            "dictionary_grad": Tile(64, 128, 8, 3),
+            "dictionary_grad": Tile(64, 64, 4, 3),
             "chunk_grad": Tile(32, 64, 4, 2),
             "decode": Tile(16, 64, 4, 2),
         },
@@ -45,13 +45,13 @@ TILES = {
             "query_grad": Tile(128, 64, 8, 3),
             "dictionary_grad": Tile(64, 64, 8, 3),
             "chunk_grad": Tile(32, 64, 8, 2),
-            "decode": Tile(16, 64, 4, 2),
+            "decode": Tile(16, 32, 4, 2),
         },
         ("float", 64): {
             "assign": Tile(64, 32, 8, 2, 32),
             "predict": Tile(64, 32, 8, 2),
             "query_grad": Tile(32, 32, 8, 2),
-            "dictionary_grad": Tile(32, 32, 8, 2),
+            "dictionary_grad": Tile(16, 32, 8, 2),
             "chunk_grad": Tile(32, 32, 8, 2),
             "decode": Tile(16, 32, 4, 2),
         },
@@ -77,9 +77,9 @@ TILES = {
             "assign": Tile(128, 64, 8, 3, 32),
             "predict": Tile(128, 64, 8, 3),
             "query_grad": Tile(64, 64, 8, 3),
-            "dictionary_grad": Tile(64, 64, 8, 3),
+            "dictionary_grad": Tile(64, 32, 8, 3),
             "chunk_grad": Tile(32, 64, 8, 2),
-            "decode": Tile(16, 64, 4, 2),
+            "decode": Tile(16, 32, 4, 2),
         },
         ("float", 64): {
             "assign": Tile(64, 32, 8, 2, 32),
@@ -113,20 +113,20 @@ TILES = {
             "query_grad": Tile(64, 32, 4, 2),
             "dictionary_grad": Tile(32, 32, 4, 2),
             "chunk_grad": Tile(32, 32, 4, 1),
-            "decode": Tile(16, 64, 4, 2),
+            "decode": Tile(16, 32, 4, 2),
         },
         ("float", 64): {
             "assign": Tile(64, 32, 8, 2, 32),
             "predict": Tile(32, 32, 4, 2),
             "query_grad": Tile(32, 32, 4, 2),
             "dictionary_grad": Tile(32, 32, 4, 1),
-            "chunk_grad": Tile(32, 32, 4, 2),
+            "chunk_grad": Tile(32, 32, 4, 1),
             "decode": Tile(16, 32, 4, 2),
         },
         ("float", 128): {
             "assign": Tile(32, 32, 8, 2, 32),
-            "predict": Tile(32, 32, 4, 2),
-            "query_grad": Tile(32, 32, 4, 1),
+            "predict": Tile(32, 16, 4, 1),
+            "query_grad": Tile(32, 16, 4, 1),
             "dictionary_grad": Tile(16, 32, 4, 1),
             "chunk_grad": Tile(16, 32, 4, 1),
             "decode": Tile(16, 32, 4, 1),
