@@ -474,22 +474,23 @@ def test_heads_on_several_cores_give_the_same(threads: int, variant: str, monkey
         torch.set_num_threads(before)
 
 
-def test_an_error_on_another_core_is_raised() -> None:
+@pytest.mark.parametrize(("threads", "cores_each"), [(2, 1), (9, 2)])
+def test_four_pieces_share_the_cores_and_an_error_on_one_is_raised(threads: int, cores_each: int) -> None:
     done = []
 
     def work(piece: int) -> None:
-        done.append((piece, torch.is_grad_enabled(), torch.get_num_threads()))
+        done.append((torch.is_grad_enabled(), torch.get_num_threads()))
         if piece == 2:
             raise ArithmeticError("piece 2")
 
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(2)
+        torch.set_num_threads(threads)
         with pytest.raises(ArithmeticError, match="piece 2"):
             run_pieces(work, [0, 1, 2, 3])
     finally:
         torch.set_num_threads(before)
-    assert all(not grad and threads == 1 for _, grad, threads in done)
+    assert done and set(done) == {(False, cores_each)}
 
 
 def test_sizes_follow_the_law_of_growth() -> None:

@@ -20,9 +20,13 @@ Piece = TypeVar("Piece")
 
 
 def run_pieces(run: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
-    """`run` each piece, on as many threads as torch may use; without gradients. An error of any is raised."""
+    """`run` each piece, on as many cores as torch may use; without gradients. An error of any is raised.
+
+    Where there are fewer pieces than cores, each piece has several.
+    """
     threads = torch.get_num_threads()
-    if threads == 1 or len(pieces) == 1:
+    workers = min(threads, len(pieces))
+    if workers == 1:
         for piece in pieces:
             run(piece)
         return
@@ -32,20 +36,20 @@ def run_pieces(run: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
         with torch.inference_mode() if inference else torch.no_grad():
             run(piece)
 
-    list(_pool(threads, os.getpid()).map(guarded, pieces))
+    list(_pool(workers, threads // workers, os.getpid()).map(guarded, pieces))
 
 
-@functools.lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that each use one core. They live as long as the process (a fork has to make its own)."""
+@functools.lru_cache(maxsize=4)
+def _pool(workers: int, cores: int, process: int) -> ThreadPoolExecutor:
+    """Threads with so many cores each. They live as long as the process (a fork has to make its own)."""
     del process
-    everyone = threading.Barrier(threads)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ovq", initializer=_use_one_core)
-    list(pool.map(lambda _: everyone.wait(), range(threads)))
-    torch.set_num_threads(threads)  # what a thread sets holds for itself, and for threads that torch meets later
+    before, everyone = torch.get_num_threads(), threading.Barrier(workers)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ovq", initializer=_use_cores, initargs=(cores,))
+    list(pool.map(lambda _: everyone.wait(), range(workers)))
+    torch.set_num_threads(before)  # what a thread sets holds for itself, and for threads that torch meets later
     return pool
 
 
-def _use_one_core() -> None:
+def _use_cores(cores: int) -> None:
     torch.get_num_threads()  # at its first call in a thread, torch sets its default, which would undo the next line
-    torch.set_num_threads(1)
+    torch.set_num_threads(cores)
