@@ -136,9 +136,11 @@ def _forward(
     plan = make_plan(spec, size, position, k.shape[1])
     q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.float().contiguous()
     _announce(q, v, chunk_size)
-    sums = (key_sum.clone(), value_sum.clone(), count.clone())
-    placed, rows = assign(k, v, plan, *sums, assignment)
-    o, lse = predict(q, k, v, beta, plan, rows)
+    key_sum, value_sum, count = (x.clone(memory_format=torch.contiguous_format) for x in (key_sum, value_sum, count))
+    sums = (key_sum, value_sum, count)
+    with torch.cuda.device_of(q):
+        placed, rows = assign(k, v, plan, *sums, assignment)
+        o, lse = predict(q, k, v, beta, plan, rows)
     return o, *sums, placed, lse, *rows
 
 
@@ -147,7 +149,7 @@ def _(q, k, v, beta, key_sum, value_sum, count, assignment, size, position, *set
     plan = make_plan(_spec(*settings), size, position, int(k.shape[1]))
     B, T, H, K = q.shape
     S, G, V = k.shape[1], k.shape[2], v.shape[3]
-    sums = (torch.empty_like(key_sum), torch.empty_like(value_sum), torch.empty_like(count))
+    sums = (x.new_empty(x.shape) for x in (key_sum, value_sum, count))
     return (
         q.new_empty(B, T, H, V),
         *sums,
@@ -192,9 +194,10 @@ def _backward(
     beta_float = beta.float().contiguous()
     do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     rows = (row_key, row_value, row_count, table)
-    dq, delta, dbeta = query_grad(q, k, v, beta_float, plan, rows, o, do, lse)
-    dk, dv = dictionary_grad(q, k, v, beta_float, plan, rows, do, lse, delta)
-    chunk_grad(q, k, v, beta_float, plan, assignment, table, do, lse, delta, dk, dv)
+    with torch.cuda.device_of(q):
+        dq, delta, dbeta = query_grad(q, k, v, beta_float, plan, rows, o, do, lse)
+        dk, dv = dictionary_grad(q, k, v, beta_float, plan, rows, do, lse, delta)
+        chunk_grad(q, k, v, beta_float, plan, assignment, table, do, lse, delta, dk, dv)
     return dq, dk, dv, dbeta.to(beta.dtype)
 
 
@@ -232,7 +235,8 @@ def _decode(
     beta = beta.float().contiguous()
     _announce(q, v, 1)
     sums = (key_sum.contiguous(), value_sum.contiguous(), count.contiguous())
-    return decode(q.contiguous(), k.contiguous(), v.contiguous(), beta, *sums, size)
+    with torch.cuda.device_of(q):
+        return decode(q.contiguous(), k.contiguous(), v.contiguous(), beta, *sums, size)
 
 
 @_decode.register_fake
