@@ -148,7 +148,9 @@ def _pieces(q: Tensor, G: int, chunks: list[_Chunk]) -> list[_Piece]:
     rows, R = B * G, H // G
     numbers = max(c.length * R * (c.length + c.before) for c in chunks)  # of the probabilities of one row
     if q.device.type == "cpu" and len(chunks) * rows * numbers > SMALL_CALL:
-        rows = max(1, min(PIECE // numbers, -(-rows // torch.get_num_threads())))
+        cores = min(rows, torch.get_num_threads())
+        rounds = -(-rows * numbers // (PIECE * cores))  # pieces of each core
+        rows = -(-rows // (rounds * cores))
     heads, entries = (rows, 1) if rows < G else (G, rows // G)
     return [
         _Piece(slice(b, min(b + entries, B)), slice(g, min(g + heads, G)), R)
