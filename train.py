@@ -34,9 +34,12 @@ def main(argv: list[str]) -> int:
         return fail(error, 2)
     except Exception as error:
         from data.sources import DataError
+        from ovq.ops.fla import BackendError
         from ovq.train.checkpoint import CheckpointError
         from ovq.train.loop import TrainingError
 
+        if isinstance(error, BackendError):
+            return fail(error, 2)
         if isinstance(error, DataError | CheckpointError | TrainingError | OSError):
             return fail(error, 1)
         raise

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from ovq.ops.mesa import mesa
 from ovq.ops.position_hash import position_hash
 from ovq.ops.simple_gla import simple_gla
 from ovq.ops.vq_attention import assign, vq_attention
-from tests.helpers import MODELS, relative_error, small_config
+from tests.helpers import MODELS, TINY, relative_error, small_config
 
 SHAPE = MixerShape(dim=24, num_heads=2, num_kv_heads=2, head_dim=12, num_layers=2)
 
@@ -194,6 +195,19 @@ def test_kernels_that_cannot_run_here_are_refused_in_one_line(monkeypatch: pytes
         assert not fla.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
     monkeypatch.setattr(fla, "installed", lambda: True)
     assert fla.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
+
+
+def test_train_py_refuses_a_backend_that_cannot_run_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import train
+
+    small = ["model=sw_gdn", *TINY, "data=recall", "data.task.key_vocab=64", "trainer.device=cpu"]
+    batch = ["trainer.steps=1", "trainer.context=32", "trainer.global_batch=1", "trainer.micro_batch=1"]
+    line = [*small, *batch, "model.mixers.gated_deltanet.backend=fla", "eval.at_end=false", f"run_dir={tmp_path}/run"]
+    assert train.main([*line, "trainer.progress=false"]) == 2
+    (error,) = [text for text in capfd.readouterr().err.splitlines() if "error" in text]
+    assert error == "error: backend=fla of gated_delta_rule needs a CUDA tensor, got cpu; use backend=torch"
 
 
 def test_conjugate_gradients_converge_to_the_direct_solution() -> None:

@@ -15,23 +15,27 @@ BACKENDS = ("auto", "reference", "torch", "fla")
 FEWEST_TOKENS = 16
 
 
+class BackendError(ValueError):
+    """A backend was asked for that cannot run here; the message is one line that says what would."""
+
+
 def uses_fla(backend: str, x_BTHK: Tensor, op: str) -> bool:
     """Whether `op` runs on the kernels for this input.
 
     "auto" takes them for bfloat16 and float16 on CUDA where fla-core is installed, and says once where it is not.
 
     Raises:
-        ValueError: an unknown backend, or "fla" asked for where it cannot run.
+        BackendError: an unknown backend, or "fla" asked for where it cannot run.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(BACKENDS)}")
+        raise BackendError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(BACKENDS)}")
     if backend == "fla":
         if not x_BTHK.is_cuda:
-            raise ValueError(f"backend=fla of {op} needs a CUDA tensor, got {x_BTHK.device.type}; use backend=torch")
+            raise BackendError(f"backend=fla of {op} needs a CUDA tensor, got {x_BTHK.device.type}; use backend=torch")
         if x_BTHK.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"backend=fla of {op} needs bf16, got {x_BTHK.dtype}; set trainer.precision=bf16")
+            raise BackendError(f"backend=fla of {op} needs bf16, got {x_BTHK.dtype}; set trainer.precision=bf16")
         if not installed():
-            raise ValueError(f"backend=fla of {op} needs fla-core; install it with: pip install '.[fla]'")
+            raise BackendError(f"backend=fla of {op} needs fla-core; install it with: pip install '.[fla]'")
         return True
     if backend != "auto" or not x_BTHK.is_cuda or x_BTHK.dtype not in (torch.bfloat16, torch.float16):
         return False

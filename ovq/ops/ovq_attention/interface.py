@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.fla import each_document, work_dtype
+from ovq.ops.fla import BackendError, each_document, work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState
 
 BACKENDS = ("auto", "reference", "torch", "triton")
@@ -125,18 +125,18 @@ def _empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
 def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any:
     """The module that does the work."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend} of ovq_attention is not a legal value; legal: {', '.join(BACKENDS)}")
+        raise BackendError(f"backend={backend} of ovq_attention is not a legal value; legal: {', '.join(BACKENDS)}")
     if backend == "auto":
         fits = q.is_cuda and "triton" in _MODULES and not _unsupported(_MODULES["triton"], q, k, v, spec)
         return _MODULES["triton" if fits else "torch"]
     if backend not in _MODULES:
-        raise ValueError(
+        raise BackendError(
             f"backend={backend} of ovq_attention needs the triton package and a build of torch for a GPU (or "
             "TRITON_INTERPRET=1, which runs the kernels on the CPU, slowly); use backend=torch"
         )
     chosen = _MODULES[backend]
     if reason := _unsupported(chosen, q, k, v, spec):
-        raise ValueError(f"backend={backend} of ovq_attention: {reason}; use backend=torch")
+        raise BackendError(f"backend={backend} of ovq_attention: {reason}; use backend=torch")
     return chosen
 
 
