@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.fla import work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+from ovq.ops.ovq_attention.table import Chunk, Table, chunks_of
 from ovq.ops.parallel import run_pieces
 
 # On a CPU, in numbers of probabilities: a call that one core does faster alone, and the chunk of a piece, which should
@@ -55,7 +56,7 @@ class _OVQ(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, beta, key_sum, value_sum, count, place, spec, assignment):  # type: ignore[no-untyped-def]
         dictionary = Dictionary(key_sum, value_sum, count, *place)
         (B, T, H, _), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
-        chunks = _chunks(S, T, spec, dictionary)
+        chunks = chunks_of(S, T, spec, dictionary)
         whole = S // spec.chunk_size
         new = dictionary
         if whole:
@@ -83,7 +84,7 @@ class _OVQ(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         q, k, v, beta, key_sum, value_sum, count, a_BGS, *kept = ctx.saved_tensors
         dictionary = Dictionary(key_sum, value_sum, count, *ctx.place)
-        chunks = _chunks(k.shape[1], q.shape[1], ctx.spec, dictionary)
+        chunks = chunks_of(k.shape[1], q.shape[1], ctx.spec, dictionary)
         last = Dictionary(kept[1], kept[2], kept[3], chunks[-1].after, 0) if kept else None
         # dq is that of beta q, until the end.
         dq, dk, dv = torch.empty_like(q, dtype=work_dtype(q)), torch.empty_like(k), torch.empty_like(v)
@@ -142,7 +143,7 @@ class _Piece(NamedTuple):
         return slice(self.groups.start * self.R, self.groups.stop * self.R)
 
 
-def _pieces(q: Tensor, G: int, chunks: list[_Chunk]) -> list[_Piece]:
+def _pieces(q: Tensor, G: int, chunks: list[Chunk]) -> list[_Piece]:
     """At least one piece a core where there is that much to do, and small enough for a core's own cache."""
     B, H = q.shape[0], q.shape[2]
     rows, R = B * G, H // G
@@ -159,104 +160,6 @@ def _pieces(q: Tensor, G: int, chunks: list[_Chunk]) -> list[_Piece]:
     ]
 
 
-class _Chunk(NamedTuple):
-    """Tokens of a chunk (as a slice of S), those of its tokens that ask (of T), whether it is whole, and the centroids
-    in use before and after it."""
-
-    tokens: slice
-    asked: slice
-    whole: bool
-    before: int
-    after: int
-
-    @property
-    def length(self) -> int:
-        return self.tokens.stop - self.tokens.start
-
-
-def _chunks(S: int, T: int, spec: OVQSpec, dictionary: Dictionary) -> list[_Chunk]:
-    L, first, n, chunks = spec.chunk_size, S - T, dictionary.size, []
-    for start in range(0, S, L):
-        stop = min(start + L, S)
-        whole = stop - start == L
-        after = spec.size_at(dictionary.position + stop) if whole else n
-        asked = slice(max(start - first, 0), max(stop - first, 0))
-        chunks.append(_Chunk(slice(start, stop), asked, whole, n, after))
-        n = after
-    return chunks
-
-
-class _Table:
-    """Rows [value | key | log count] of the current chunk's tokens, then of the centroids, and the sums behind them.
-
-    A chunk of l tokens lies in rows L - l .. L - 1, centroid j in row L + j, so that tokens and centroids in use are
-    always one slice. `sums` has rows [value sum | key sum | count] in the same places. Rows of one batch entry and head
-    follow those of another: index tensors count rows of all of them.
-    """
-
-    def __init__(self, dictionary: Dictionary, L: int, dtype: torch.dtype, work: torch.dtype) -> None:
-        B, G, N, K = dictionary.key_sum.shape
-        self.B, self.G, self.N, self.K, self.V = B, G, N, K, dictionary.value_sum.shape[3]
-        self.L, self.dtype, self.work = L, dtype, work
-        n = dictionary.size
-        self.rows = dictionary.count.new_empty(B * G, L + N, self.V + K + 1, dtype=work)
-        count = dictionary.count[:, :, :n].to(work).flatten(0, 1)[..., None]
-        held = self.rows[:, L : L + n]
-        torch.div(dictionary.value_sum[:, :, :n].flatten(0, 1), count, out=held[..., : self.V])
-        torch.div(dictionary.key_sum[:, :, :n].flatten(0, 1), count, out=held[..., self.V : -1])
-        torch.log(count, out=held[..., -1:])
-        held[..., :-1] = self._rounded(held[..., :-1])
-        self.future_LL = torch.ones(L, L, dtype=torch.bool, device=held.device).triu_(1)  # key after query
-        self.base_P1 = torch.arange(B * G, device=held.device)[:, None] * (L + N) + L
-
-    def hold_sums(self, dictionary: Dictionary, dtype: torch.dtype) -> None:
-        """Copy the dictionary's sums: they are going to change."""
-        self.sums = torch.zeros_like(self.rows, dtype=dtype)
-        held = self.sums[:, self.L :].unflatten(0, (self.B, self.G))
-        held[..., : self.V], held[..., self.V : -1] = dictionary.value_sum, dictionary.key_sum
-        held[..., -1] = dictionary.count
-
-    def write_sums(self, into: Dictionary) -> None:
-        held = self.sums[:, self.L :].unflatten(0, (self.B, self.G))
-        value_sum, key_sum, count = held.split([self.V, self.K, 1], dim=-1)
-        into.key_sum.copy_(key_sum)
-        into.value_sum.copy_(value_sum)
-        into.count.copy_(count[..., 0])
-
-    def load(self, k_BlGK: Tensor, v_BlGV: Tensor) -> None:
-        """Put the tokens of a chunk into the table."""
-        own = self.rows[:, self.L - k_BlGK.shape[1] : self.L].unflatten(0, (self.B, self.G))
-        own[..., : self.V], own[..., self.V : -1] = v_BlGV.transpose(1, 2), k_BlGK.transpose(1, 2)
-        own[..., -1] = 0  # the logarithm of one token
-
-    def index(self, a_PL: Tensor) -> Tensor:
-        """Rows, among those of all batch entries and heads, of each token's centroid."""
-        return (a_PL + self.base_P1).flatten()
-
-    def tokens(self) -> Tensor:
-        """[P L, W]: what a whole chunk adds to the sums."""
-        rows = self.rows[:, : self.L].clone().view(-1, self.rows.shape[2])
-        rows[:, -1] = 1
-        return rows
-
-    def refresh(self, index: Tensor) -> None:
-        """Write the means of these centroids anew."""
-        rows = self.sums.view(-1, self.sums.shape[-1]).index_select(0, index)
-        means, count = rows[:, :-1], rows[:, -1:]
-        means /= count
-        count.log_()
-        if self.dtype != self.work:
-            means.copy_(self._rounded(means))
-        self.rows.view(-1, rows.shape[1]).index_copy_(0, index, rows.to(self.work))
-
-    def add(self, index: Tensor, tokens: Tensor, sign: int = 1) -> None:
-        self.sums.view(-1, tokens.shape[1]).index_add_(0, index, tokens.to(self.sums.dtype), alpha=sign)
-
-    def _rounded(self, means: Tensor) -> Tensor:
-        """Means as the inputs' dtype has them: what a low-precision matmul would read."""
-        return means if self.dtype == self.work else means.to(self.dtype).to(means.dtype)
-
-
 def _walk_forward(
     q: Tensor,
     k: Tensor,
@@ -266,12 +169,12 @@ def _walk_forward(
     dictionary: Dictionary,
     forced: Tensor | None,
     out: _Outputs,
-    chunks: list[_Chunk],
+    chunks: list[Chunk],
 ) -> None:
     """Predict and update, chunk by chunk; everything is written into `out`."""
     (B, H), G, V, L = q.shape[::2], k.shape[2], v.shape[3], spec.chunk_size
     work = work_dtype(q)
-    table = _Table(dictionary, L, q.dtype, work)
+    table = Table(dictionary, L, q.dtype, work)
     if chunks[0].whole:
         table.hold_sums(dictionary, work)
     scratch = _scratch(chunks, q, B * G)
@@ -303,7 +206,7 @@ def _walk_backward(
     last: Dictionary | None,
     overwritten: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
-    chunks: list[_Chunk],
+    chunks: list[Chunk],
 ) -> None:
     """Gradients of beta q, k and v, chunk by chunk from the last to the first, written into `grads`.
 
@@ -348,7 +251,7 @@ def _walk_backward(
         dv[:, chunk.tokens], dk[:, chunk.tokens] = dv_chunk, dk_chunk
 
 
-def _attention(x_PrX: Tensor, table: _Table, chunk: _Chunk, scratch: Tensor) -> tuple[Tensor, Tensor]:
+def _attention(x_PrX: Tensor, table: Table, chunk: Chunk, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """softmax([beta q.k_s for s <= t, beta q.mu^k + log c]), as [P, R t, l + n], and the rows that it weighs."""
     span = table.rows[:, table.L - chunk.length : table.L + chunk.before]
     logits = _view(scratch, (*x_PrX.shape[:2], span.shape[1]))
@@ -359,7 +262,7 @@ def _attention(x_PrX: Tensor, table: _Table, chunk: _Chunk, scratch: Tensor) -> 
     return torch.softmax(logits, -1, out=logits), span
 
 
-def _assign(table: _Table, chunk: _Chunk, start: int, spec: OVQSpec, scratch: Tensor) -> Tensor:
+def _assign(table: Table, chunk: Chunk, start: int, spec: OVQSpec, scratch: Tensor) -> Tensor:
     """int64 [P, L]: the centroid of each token of a whole chunk, as `reference.assign`."""
     L, n, V = table.L, chunk.before, table.V
     own = table.rows[:, :L, V:-1] if spec.assign_on == "key" else table.rows[:, :L, :-1]
@@ -387,7 +290,7 @@ def _assign(table: _Table, chunk: _Chunk, start: int, spec: OVQSpec, scratch: Te
     return a_PL.scatter(1, founders, torch.arange(n, chunk.after, device=own.device).expand_as(founders))
 
 
-def _commit(table: _Table, a_PL: Tensor, spec: OVQSpec, keep: Tensor | None) -> None:
+def _commit(table: Table, a_PL: Tensor, spec: OVQSpec, keep: Tensor | None) -> None:
     """Add a whole chunk to the sums and write its centroids' means; the rows that change go into `keep` before."""
     index, tokens = table.index(a_PL), table.tokens()
     if spec.rate is not None:
@@ -404,7 +307,7 @@ def _commit(table: _Table, a_PL: Tensor, spec: OVQSpec, keep: Tensor | None) -> 
 
 
 def _undo(
-    table: _Table, index: Tensor, reached: Tensor, spec: OVQSpec, overwritten: Tensor | None
+    table: Table, index: Tensor, reached: Tensor, spec: OVQSpec, overwritten: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Take a chunk out of the dictionary; the gradients of the sums as they were before it, and of its tokens."""
     before, tokens = reached, table.tokens()
@@ -420,7 +323,7 @@ def _undo(
     return before, reached
 
 
-def _step_weights(table: _Table, index: Tensor, count: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def _step_weights(table: Table, index: Tensor, count: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """By what a constant step multiplies a centroid's sum and each of its m new tokens, [P L, 1] each.
 
     mu <- (1-rate)^m mu + (1 - (1-rate)^m) mean(tokens), and a sum is count x mean; a new centroid takes the mean.
@@ -438,15 +341,15 @@ def _final_table(
     dictionary: Dictionary,
     a_BGS: Tensor,
     last: Dictionary | None,
-    chunks: list[_Chunk],
+    chunks: list[Chunk],
     work: torch.dtype,
-) -> _Table:
+) -> Table:
     """The table after the last whole chunk: from what was kept, or by summing again, in float64."""
     if last is not None:
-        table = _Table(last, spec.chunk_size, k.dtype, work)
+        table = Table(last, spec.chunk_size, k.dtype, work)
         table.hold_sums(last, work)
         return table
-    table = _Table(dictionary, spec.chunk_size, k.dtype, work)
+    table = Table(dictionary, spec.chunk_size, k.dtype, work)
     table.hold_sums(dictionary, torch.float64)
     for chunk in chunks:
         if chunk.whole:
@@ -457,7 +360,7 @@ def _final_table(
     return table
 
 
-def _scratch(chunks: list[_Chunk], q: Tensor, P: int) -> Tensor:
+def _scratch(chunks: list[Chunk], q: Tensor, P: int) -> Tensor:
     """Room for the largest [P, R t, l + n] or [P, L, n] of this call, used again for every chunk."""
     R = q.shape[0] * q.shape[2] // P
     largest = max(c.length * R * (c.length + c.before) for c in chunks)
