@@ -14,6 +14,7 @@ Exit status: 0 if all bars that were measured hold, 1 if one does not, 2 if ther
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -76,7 +77,7 @@ class Bench:
         self.best_sdpa: str | None = None
         self.results: dict[str, Any] = {
             "status": "running",
-            "machine": describe_machine(),
+            "machine": describe_machine() | {"cuda": torch.version.cuda, "triton": triton_version()},
             "rates": {},
             "checks": [],
             "measurements": [],
@@ -198,9 +199,11 @@ class Bench:
 
     def measure(self, case: Case, ops: list[str], seconds: float) -> None:
         chosen = [op for name in ops if (op := self.best_sdpa if name == "best_sdpa" else name) in self.setting.rivals]
-        for op in [op for op in chosen if op and (why := missing(op))]:
-            self.results["skipped"].append({"task": op, "why": why})
-            chosen.remove(op)
+        for op in list(chosen):
+            if op and (why := missing(op)):
+                chosen.remove(op)
+                note = {"task": op, "why": why}
+                self.results["skipped"] += [note] if note not in self.results["skipped"] else []
         x = make_inputs(case, self.device, self.setting.dtypes[0])
         calls = {op: forward_backward(self.rival(op), x, case) for op in chosen if op}
         for op, timing in self.stopwatch.turns(calls, seconds=seconds / 3).items():
@@ -297,6 +300,13 @@ class Watchdog:
 
     def __exit__(self, *exception: object) -> None:
         self.timer.cancel()
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def folder_of(card: str) -> Path:

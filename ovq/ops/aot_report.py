@@ -217,7 +217,8 @@ def _find(pattern: str, text: str) -> str:
 
 
 def report(targets: Iterable[str], *, quick: bool = False, jobs: int = 2) -> Iterator[Build]:
-    """Every shipped kernel for the targets, built by `jobs` processes; `quick`: bfloat16, both widths on sm_90 only."""
+    """Every shipped kernel for the targets, built by `jobs` processes; `quick`: in bfloat16 all of them for sm_90, and
+    the attention kernels at 64 for the others."""
     wanted = [(target, index) for target in targets for index in _indices(target, quick)]
     with tempfile.TemporaryDirectory() as cache, _environment({**ENVIRONMENT, "TRITON_CACHE_DIR": cache}):
         if jobs == 1:
@@ -228,9 +229,13 @@ def report(targets: Iterable[str], *, quick: bool = False, jobs: int = 2) -> Ite
 
 
 def _indices(target: str, quick: bool) -> list[int]:
-    main = {("bfloat16", 64), ("bfloat16", 128)} if target == "sm_90" else {("bfloat16", 64)}
-    kernels = enumerate(_shipped(target))
-    return [i for i, k in kernels if not quick or (str(k.dtype).removeprefix("torch."), k.K) in main]
+    kernels = list(enumerate(_shipped(target)))
+    if not quick:
+        return [i for i, _ in kernels]
+    kernels = [(i, kernel) for i, kernel in kernels if str(kernel.dtype) == "torch.bfloat16"]
+    if target == "sm_90":
+        return [i for i, _ in kernels]
+    return [i for i, kernel in kernels if kernel.attention and kernel.K == 64]
 
 
 def _build_shipped(wanted: tuple[str, int]) -> Build:
