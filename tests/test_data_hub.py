@@ -120,7 +120,7 @@ def test_one_rank_asks_the_hub_for_all(hub: Hub, monkeypatch: pytest.MonkeyPatch
     alone = [batch.inputs for batch in islice(loader(pg19("first")), 16)]
     wire: list[Any] = []
 
-    def broadcast(box: list[Any], src: int) -> None:
+    def broadcast(box: list[Any], src: int, **_: Any) -> None:
         if dist.get_rank() == src:
             wire[:] = [pickle.dumps(box)]
         box[:] = pickle.loads(wire[0])
