@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
         )
         print(table(rows, need))
         if own["json"]:
-            from eval.machine import describe_machine
+            from ovq.machine import describe_machine
 
             report = {"machine": describe_machine(), "config": config.to_dict(cfg), "need": need, "rows": rows}
             write_whole(own["json"], json.dumps(report, indent=1).encode())

@@ -33,7 +33,7 @@ from eval.gpu.checks import CHECKS, Sizes, Wrong
 from eval.gpu.rivals import RIVALS, SDPA, Case, decode_attention, decode_ovq, forward_backward, make_inputs, missing
 from eval.gpu.stages import shape_of, stage_calls
 from eval.gpu.stopwatch import Stopwatch, copy_rate, matmul_rate
-from eval.machine import describe_machine
+from ovq.machine import describe_machine
 from ovq.ops.ovq_attention import cost
 
 DEFAULTS: dict[str, Any] = {"seconds": 540, "out": None}

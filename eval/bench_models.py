@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval import machine, style
+from eval import style
 from eval.compare_models import named_models
+from ovq import machine
 from ovq.config import CONFIG_DIR, ConfigError, compose, options, parse_tool_args
 
 Measured = dict[str, Any]

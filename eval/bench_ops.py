@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.machine import current_rss, describe_machine, peak_rss
 from ovq.config import ConfigError, parse_tool_args
+from ovq.machine import current_rss, describe_machine, peak_rss
 from ovq.ops import ovq_attention
 from ovq.ops.sliding_window import sliding_window_attention
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from eval import machine, style
+from eval import style
+from ovq import machine
 from ovq.config import CONFIG_DIR, ConfigError, compose, options, parse_tool_args
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
 from ovq.plan import CONTEXTS, format_bytes

@@ -30,11 +30,11 @@ from torch import nn
 
 from data.recall import RecallTask, accuracy, task_of, test_batches
 from eval import style
-from eval.machine import describe_machine
 from eval.run import load_run
 from launch import sweep
 from ovq import config
 from ovq.config import ConfigError
+from ovq.machine import describe_machine
 from ovq.mixers.base import other_capacity
 from ovq.train.metrics import read_rows
 

@@ -22,6 +22,8 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from ovq.machine import peak_rss
+
 PROGRESS_LINE_S = 10.0  # between progress lines where stderr is no terminal
 # Dense bf16 tensor-core peak in TFLOP/s, from NVIDIA's and AMD's data sheets.
 PEAK_TFLOPS = {"H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "MI300X": 1307}
@@ -224,10 +226,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far: a GPU's allocations, or this process's resident set on a CPU. GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_rss() / 2**30
 
 
 def peak_flops(device: torch.device, precision: str, override_tflops: float | None = None) -> tuple[float, str]:
