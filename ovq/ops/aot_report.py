@@ -150,7 +150,7 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
             compiled = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options=options)
     except Exception as error:  # whatever the compilers raise is a finding about this kernel
         why = [str(error), *(line for line in complaints if "error:" in line or "failed" in line)]
-        made.error = " ".join(" ".join(why).split())[:400] or repr(error)
+        made.error = " ".join(" ".join(why).split())[:160] or repr(error)
         return made
     made.shared = compiled.metadata.shared
     said = [line for line in log.getvalue().splitlines() if any(word in line for word in SERIALIZED)]
@@ -200,8 +200,9 @@ def _cuobjdump(option: str, path: Path) -> str:
 
 def _read_amdgcn(made: Build, assembly: str) -> None:
     made.registers = int(_find(r"\.vgpr_count:\s+(\d+)", assembly))  # of 512, accumulators among them
-    # (Spilled scalars go to lanes of vector registers, not to memory; where they do not fit, the stack shows it.)
-    made.spills = int(_find(r"\.vgpr_spill_count:\s+(\d+)", assembly))
+    # What goes to memory. (Spilled scalars go to lanes of vector registers, spilled vectors to accumulator registers
+    # first, and the compiler's own count has those, too.)
+    made.spills = len(re.findall(r"^\s+scratch_(?:load|store)", assembly, re.MULTILINE))
     made.stack = int(_find(r"\.private_segment_fixed_size:\s+(\d+)", assembly))
     made.matmuls = {"v_mfma": len(re.findall(r"^\s+v_mfma", assembly, re.MULTILINE))}
 
