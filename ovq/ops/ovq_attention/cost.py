@@ -8,9 +8,9 @@ largest of its terms (all else hidden behind it) to their sum (nothing hidden). 
 other arithmetic of a pair, device memory, and L2 (tiles that are read again and again).
 
 The assignment, the only sequential stage, is bound by waiting instead: T / L steps one after the other, each a chain of
-dependent trips to L2, barriers and small products. `Waits` has what one of each takes. That is estimated from what
-others measured on this kind of chip, not taken from these kernels, which nobody has timed yet (`make bench-gpu` will);
-so its prediction is the chain of waits times `UNSURE`.
+dependent trips to L2, barriers and small products. `Waits` has what one of each takes. Those are estimates, of the order
+that is commonly reported for this kind of chip, and not taken from these kernels, which nobody has timed yet (`make
+bench-gpu` will); so its prediction is the chain of waits times `UNSURE`.
 
 Shapes: B batch, T tokens, L chunk, n_i centroids before chunk i, H query heads, G key/value heads, K and V widths.
 """
@@ -66,7 +66,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Waits:
-    """Microseconds, on a Hopper chip at about 1.75 GHz; estimates from published measurements of its latencies.
+    """Microseconds, on a Hopper chip at about 1.75 GHz: estimates, nothing measured here.
 
     trip: a dependent load from L2 (some 270 cycles near, 500 far). barrier: programs of a head meet: a fence, an atomic
     add, polling until the slowest has come. sync: the warps of a program meet. product: a small product whose operands
@@ -107,7 +107,7 @@ def _chip(
 
 
 # Matmul and copy rates of H200 and H100 measured on random data by others; the A100's are 85% of its data sheet's.
-# L2 rates: published micro-benchmarks.
+# L2 rates are estimates of the order commonly reported.
 CHIPS = {
     "h200": _chip("NVIDIA H200", "sm_90", 790e12, 4.3e12, 5.5e12, 132, 1.75e9, 128),
     "h100": _chip("NVIDIA H100 SXM", "sm_90", 790e12, 3.0e12, 5.5e12, 132, 1.75e9, 128),
