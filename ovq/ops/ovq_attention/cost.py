@@ -8,8 +8,8 @@ largest of its terms (all else hidden behind it) to their sum (nothing hidden). 
 other arithmetic of a pair, device memory, and L2 (tiles that are read again and again).
 
 The assignment, the only sequential stage, is bound by waiting instead: T / L steps one after the other, each a chain of
-dependent trips to L2, barriers and small products. `Waits` has what one of each takes. Those are estimates, of the order
-that is commonly reported for this kind of chip, and not taken from these kernels, which nobody has timed yet (`make
+dependent trips to L2, barriers and small products. `Waits` has what one of each takes: estimates of the order
+commonly reported for this kind of chip, not taken from these kernels, which nobody has timed yet (`make
 bench-gpu` will); so its prediction is the chain of waits times `UNSURE`.
 
 Shapes: B batch, T tokens, L chunk, n_i centroids before chunk i, H query heads, G key/value heads, K and V widths.
