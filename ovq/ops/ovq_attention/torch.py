@@ -86,8 +86,8 @@ class _OVQ(torch.autograd.Function):
         dictionary = Dictionary(key_sum, value_sum, count, *ctx.place)
         chunks = chunks_of(k.shape[1], q.shape[1], ctx.spec, dictionary)
         last = Dictionary(kept[1], kept[2], kept[3], chunks[-1].after, 0) if kept else None
-        # dq is that of beta q, until the end.
-        dq, dk, dv = torch.empty_like(q, dtype=work_dtype(q)), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dbeta_BH = torch.zeros(q.shape[0], q.shape[2], dtype=work_dtype(q), device=q.device)
 
         def walk(piece: _Piece) -> None:
             overwritten = kept[0][piece.batch, :, piece.groups] if kept else None
@@ -99,13 +99,12 @@ class _OVQ(torch.autograd.Function):
                 piece.heads(a_BGS),
                 piece.dictionary(last) if last else None,
                 overwritten,
-                (piece.tokens(dq, queries=True), piece.tokens(dk), piece.tokens(dv)),
+                (piece.tokens(dq, queries=True), piece.tokens(dk), piece.tokens(dv), piece.queries(dbeta_BH)),
                 chunks,
             )
 
         run_pieces(walk, _pieces(q, k.shape[2], chunks))
-        dbeta = torch.einsum("bthk,bthk->h", dq, q.to(dq.dtype)).to(beta.dtype)
-        return dq.mul_(beta.to(dq.dtype)[:, None]).to(q.dtype), dk, dv, dbeta, *[None] * 6
+        return dq, dk, dv, dbeta_BH.sum(0).to(beta.dtype), *[None] * 6
 
 
 @dataclass
@@ -128,6 +127,9 @@ class _Piece(NamedTuple):
 
     def heads(self, x_BG: Tensor) -> Tensor:
         return x_BG[self.batch, self.groups]
+
+    def queries(self, x_BH: Tensor) -> Tensor:
+        return x_BH[self.batch, self._query_heads()]
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, beta_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.tokens(q, queries=True), self.tokens(k), self.tokens(v), beta_H[self._query_heads()]
@@ -205,10 +207,10 @@ def _walk_backward(
     a_BGS: Tensor,
     last: Dictionary | None,
     overwritten: Tensor | None,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
     chunks: list[Chunk],
 ) -> None:
-    """Gradients of beta q, k and v, chunk by chunk from the last to the first, written into `grads`.
+    """Gradients of q, k, v and (a sum for each row of the batch) beta, from the last chunk to the first, into `grads`.
 
     With dS the gradient of the sums and A what the matmuls have summed for each mean since its count last changed,
     dS + A / c is what reaches the tokens of a chunk; then the chunk's update is undone, and its prediction follows.
@@ -220,7 +222,7 @@ def _walk_backward(
     dmean = torch.zeros_like(table.rows[..., :-1])  # A; the rows of tokens are their own gradient
     dsum = torch.zeros_like(dmean)
     flat_dmean, flat_dsum = dmean.view(-1, V + K), dsum.view(-1, V + K)
-    dq, dk, dv = grads
+    dq, dk, dv, dbeta_BH = grads
     for number, chunk in reversed(list(enumerate(chunks))):
         own = dmean[:, L - chunk.length : L].zero_()
         table.load(k[:, chunk.tokens], v[:, chunk.tokens])
@@ -241,7 +243,9 @@ def _walk_backward(
             ds = _view(s_scratch, p.shape)
             torch.bmm(g, span[..., :V].transpose(1, 2), out=ds)
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, work, grad_input=ds)
-            dq[:, chunk.asked] = _from_rows(ds @ span[..., V:-1], B, H)
+            dx_BtHK = _from_rows(ds @ span[..., V:-1], B, H)  # of beta q
+            dbeta_BH += (dx_BtHK * q[:, chunk.asked]).sum((1, 3))
+            dq[:, chunk.asked] = dx_BtHK * beta_H.to(work)[:, None]
             into = dmean[:, L - chunk.length : L + chunk.before]
             into[..., :V].baddbmm_(p.transpose(1, 2), g)
             into[..., V:].baddbmm_(ds.transpose(1, 2), x[..., :-1])

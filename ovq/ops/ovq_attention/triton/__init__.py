@@ -26,6 +26,8 @@ from ovq.ops.ovq_attention.triton.decode import decode
 from ovq.ops.ovq_attention.triton.plan import make_plan
 from ovq.ops.ovq_attention.triton.predict import predict
 
+LATEST_NVIDIA = 9  # compute capability; query_grad in half precision does not build for sm_100 with Triton 3.6
+
 _announced: set[tuple] = set()
 
 
@@ -34,6 +36,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
     K, V, L = q.shape[3], v.shape[3], spec.chunk_size
     if not q.is_cuda and not INTERPRETED:
         return f"needs a GPU, got a tensor on {q.device.type} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] > LATEST_NVIDIA:
+        return f"has no tiles for chips after sm_{LATEST_NVIDIA}0 that compile (docs/kernels.md)"
     if q.dtype not in DTYPES:
         return f"needs float32, float16 or bfloat16, got {q.dtype}"
     if INTERPRETED and q.dtype == torch.bfloat16:
