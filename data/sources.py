@@ -242,6 +242,8 @@ def _index_parquet(file: File, data: DataConfig) -> Shard:
     import pyarrow.parquet as pq
 
     with _open_for_index(file) as stream:
+        if file.size < 12:
+            raise DataError(f"not a Parquet file ({file.size} bytes)")
         stream.seek(-8, os.SEEK_END)
         tail = stream.read(8)
         length = int.from_bytes(tail[:4], "little")
