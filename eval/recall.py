@@ -19,7 +19,6 @@ import csv
 import io
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -34,6 +33,7 @@ from eval.run import load_run
 from launch import sweep
 from ovq import config
 from ovq.config import ConfigError
+from ovq.files import write_whole
 from ovq.machine import describe_machine
 from ovq.mixers.base import other_capacity
 from ovq.train.metrics import read_rows
@@ -85,9 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     points = [point for job in jobs for point in test_run(job.run_dir, options)]
     out = Path(options["out"])
-    write(out / "recall.csv", table(points))
+    write_whole(out / "recall.csv", table(points))
     style.save(draw(points), out / "recall.png")
-    write(out / "recall.json", facts(jobs, time.monotonic() - began))
+    write_whole(out / "recall.json", facts(jobs, time.monotonic() - began))
     print(f"\n{report(points)}\n\n{out}/recall.csv, recall.png, recall.json")
     return 0
 
@@ -234,14 +234,6 @@ def facts(jobs: list[sweep.Job], seconds: float) -> str:
         "runs": runs,
     }
     return json.dumps(made, indent=1) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 if __name__ == "__main__":
