@@ -17,6 +17,7 @@ from typing import Any
 
 from ovq import config
 from ovq.config import ConfigError
+from ovq.files import write_whole
 
 
 def main(argv: list[str]) -> int:
@@ -163,9 +164,7 @@ def finish(summary: dict[str, Any], cfg: Any, run_dir: Path) -> None:
 
     print(summary_text(summary, cfg, run_dir))
     if summary["stopped_by"] is None:
-        scratch = run_dir / "summary.json.tmp"
-        scratch.write_text(json.dumps(summary, indent=1) + "\n")
-        os.replace(scratch, run_dir / "summary.json")
+        write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data.files import write_whole
 from data.loader import Loader, build_loader
 from data.sources import DataError
 from data.splits import split_arguments
 from data.tokenizer import build_tokenizer
 from ovq import config
 from ovq.config import Config, ConfigError
+from ovq.files import write_whole
 
 OPTIONS = {"workers": [0, 1, 2], "seconds": 5, "need": None, "run": None, "json": None}
 _SAMPLE_S = 2.0  # between looks at the processes' memory

@@ -1,32 +1,32 @@
-"""Files that are there whole or not at all, with their hash."""
+"""Files with their hash."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 from types import TracebackType
+
+from ovq.files import replacing
 
 HASH_BLOCK = 1 << 20
 
 
 class AtomicFile:
-    """A file written beside its name, synced to disk and moved there at the end of the `with` block.
+    """A file written piece by piece, whole or not at all (see `replacing`), with the hash and size of what was written.
 
-    After an error nothing is left under either name, so that a full disk holds no half files. `sha256` and `size` are
-    those of what was written.
+    It takes its name at the end of the `with` block.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         self._hash = hashlib.sha256()
         self.size = 0
 
     def __enter__(self) -> AtomicFile:
-        self._stream = open(self._scratch, "wb")  # noqa: SIM115 (closed in __exit__)
+        self._open = contextlib.ExitStack()
+        scratch = self._open.enter_context(replacing(self.path))
+        self._stream = self._open.enter_context(open(scratch, "wb"))
         return self
 
     def write(self, content: bytes) -> None:
@@ -38,23 +38,8 @@ class AtomicFile:
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-                self._stream.close()
-                os.replace(self._scratch, self.path)
-        finally:
-            with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses once more
-                self._stream.close()
-            self._scratch.unlink(missing_ok=True)
-
-
-def write_whole(path: Path | str, content: bytes) -> None:
-    """Write a small file, whole or not at all."""
-    with AtomicFile(path) as file:
-        file.write(content)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._open.__exit__(kind, error, at)
 
 
 def sha256_of(path: Path | str) -> str:

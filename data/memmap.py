@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 
 from data.corpus import FLAGS, TokenisedDocument, fingerprint_of
-from data.files import sha256_of, write_whole
+from data.files import sha256_of
 from data.sources import DataError
 from data.tokenizer import Tokenizer
 from ovq.config import ConfigError
+from ovq.files import write_whole
 
 INDEX = "prepared.json"
 VERSION = 1

@@ -29,12 +29,13 @@ from typing import Any
 import numpy as np
 
 from data.corpus import FLAGS, TokenisedCorpus
-from data.files import AtomicFile, write_whole
+from data.files import AtomicFile
 from data.memmap import DOCUMENT, INDEX, SUFFIXES, VERSION, load_index, save_index, verify_prepared
 from data.sources import SPLITS, DataError
 from data.splits import build_corpus, split_arguments
 from data.tokenizer import Tokenizer, build_tokenizer
 from ovq.config import ConfigError, compose
+from ovq.files import write_whole
 
 PLAN = "unfinished.json"
 PART_MB = 32

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from data.files import write_whole
 from ovq.config import Config, ConfigError, TokenizerConfig, compose
+from ovq.files import write_whole
 
 if TYPE_CHECKING:
     from data.recall import RecallTokenizer

@@ -33,6 +33,7 @@ from eval.gpu.checks import CHECKS, Sizes, Wrong
 from eval.gpu.rivals import RIVALS, SDPA, Case, decode_attention, decode_ovq, forward_backward, make_inputs, missing
 from eval.gpu.stages import shape_of, stage_calls
 from eval.gpu.stopwatch import Stopwatch, copy_rate, matmul_rate
+from ovq.files import write_whole
 from ovq.machine import describe_machine
 from ovq.ops.ovq_attention import cost
 
@@ -149,10 +150,7 @@ class Bench:
         """results.json, whole or as it was."""
         self.results["seconds"] = round(time.monotonic() - self.began, 1)
         self.results["bars"] = bars.evaluate(self.results)
-        self.out.mkdir(parents=True, exist_ok=True)
-        scratch = self.out / ".results.json"
-        scratch.write_text(json.dumps(self.results, indent=1) + "\n")
-        os.replace(scratch, self.out / "results.json")
+        write_whole(self.out / "results.json", json.dumps(self.results, indent=1) + "\n")
 
     def say(self, line: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f}s  {line}", flush=True)

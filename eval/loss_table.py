@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ovq.config import ConfigError
+from ovq.files import replacing
 
 FILE = "per_position_loss.parquet"
 SCHEMA = pa.schema(
@@ -64,11 +64,6 @@ def write(run_dir: Path | str, rows: list[Row]) -> Path:
     path = Path(run_dir) / FILE
     fresh = {key_of(row) for row in rows}
     kept = [row for row in read(run_dir) if key_of(row) not in fresh]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as scratch:
         pq.write_table(pa.Table.from_pylist(kept + rows, schema=SCHEMA), scratch, write_page_checksum=True)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
     return path

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from data import DataError
 from eval.heldout import HeldOut, losses_by_position
 from eval.per_position import check, exp
 from ovq.config import ConfigError
+from ovq.files import write_whole
 from ovq.mixers.base import other_capacity
 from ovq.train import distributed as parallel
 
@@ -118,9 +118,7 @@ def main(argv: list[str]) -> int:
 def save(run_dir: Path, results: dict[str, Any]) -> Path:
     """Write perplexity_<split>.json, whole or not at all."""
     path = run_dir / f"perplexity_{results['split']}.json"
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(scratch, path)
+    write_whole(path, json.dumps(results, indent=1) + "\n")
     return path
 
 

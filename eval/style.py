@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ovq.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,15 +86,10 @@ def legend(ax: Axes) -> None:
 def save(fig: Figure, path: Path | str) -> Path:
     """Write the figure, whole or not at all; the suffix (.png, .pdf, .svg) is the format. Folders are made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        # No date and no version in the file: the same numbers give the same bytes.
-        metadata = {"Software": None} if path.suffix == ".png" else None
-        fig.savefig(scratch, dpi=DPI, metadata=metadata)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    # No date and no version in the file: the same numbers give the same bytes.
+    metadata = {"Software": None} if path.suffix == ".png" else None
+    with replacing(path) as scratch:
+        fig.savefig(scratch, format=path.suffix[1:], dpi=DPI, metadata=metadata)
     return path
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+
+from ovq.files import write_whole
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -367,10 +368,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 def save(cfg: Any, run_dir: Path | str) -> Path:
     """Write run_dir/config.yaml, whole or not at all. Called by rank 0 only."""
     path = Path(run_dir) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    os.replace(scratch, path)
+    write_whole(path, OmegaConf.to_yaml(cfg, resolve=True))
     return path
 
 

@@ -38,6 +38,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from ovq.files import sync
 from ovq.train import distributed as parallel
 
 FORMAT = 1  # of the folder; another number is refused
@@ -354,15 +355,6 @@ def remove(path: Path) -> None:
     if doomed != path:
         os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reason(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from ovq.files import write_whole
 from ovq.machine import peak_rss
 
 PROGRESS_LINE_S = 10.0  # between progress lines where stderr is no terminal
@@ -48,11 +49,8 @@ class Metrics:
         self._wandb: Any = None
         if not main:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [json.dumps(row) for row in read_rows(self.path) if row["step"] <= start_step]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(line + "\n" for line in kept))
-        os.replace(scratch, self.path)
+        write_whole(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
         if cfg.logger.name == "wandb":
             self._wandb = start_wandb(Path(run_dir), cfg)
