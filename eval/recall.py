@@ -114,12 +114,7 @@ def plan(options: dict[str, Any], settings: list[str]) -> list[sweep.Job]:
     """
     axes = [f"{key}={','.join(map(str, options[many]))}" for key, many in (("model", "models"), ("seed", "seeds"))]
     jobs = sweep.expand(["experiment=recall", *axes, *settings])
-    for job in jobs:
-        if sweep.is_finished(job.run_dir):
-            changed = config.changed_identity(config.load(job.run_dir), config.compose(job.overrides))
-            if changed:
-                raise ConfigError(f"{job.run_dir} was made with other settings ({'; '.join(changed)}); remove it")
-            job.status = "finished before"
+    sweep.mark_finished(jobs)
     return jobs
 
 

@@ -5,7 +5,8 @@
 
 The values are Hydra's own sweep syntax. Every job is `train.py` with one combination of them, so its run folder is the
 one that the same command finds by hand: finished jobs are skipped, broken ones are resumed from their last checkpoint.
-A failure does not stop the others (unless --stop-on-failure); a table of failures ends the sweep.
+A finished job whose settings have changed since is refused before anything starts. A failure does not stop the others
+(unless --stop-on-failure); a table of failures ends the sweep.
 """
 
 from __future__ import annotations
@@ -72,6 +73,25 @@ def expand(overrides: list[str]) -> list[Job]:
 def is_finished(run_dir: Path) -> bool:
     """Whether training ended here as planned: `summary.json` is the last thing that train.py writes."""
     return (run_dir / "summary.json").is_file()
+
+
+def mark_finished(jobs: list[Job]) -> None:
+    """Mark the jobs that are done.
+
+    Raises:
+        ConfigError: a finished run has other settings than its job: the experiment was edited in between.
+    """
+    for job in jobs:
+        if is_finished(job.run_dir):
+            made, asked = config.load(job.run_dir), config.compose(job.overrides)
+            changed = config.changed_identity(made, asked)
+            if made.trainer.steps != asked.trainer.steps:  # may change at a resume, but this run ended as planned
+                changed.append(f"trainer.steps: {made.trainer.steps} -> {asked.trainer.steps}")
+            if changed:
+                raise config.ConfigError(
+                    f"{job.run_dir} was made with other settings ({'; '.join(changed)}); remove it"
+                )
+            job.status = "finished before"
 
 
 def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool) -> None:
@@ -142,12 +162,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         jobs = expand(options.overrides)
+        mark_finished(jobs)
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for job in jobs:
-        if is_finished(job.run_dir):
-            job.status = "finished before"
     print(table(jobs), flush=True)
     if options.plan:
         return 0

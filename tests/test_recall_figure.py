@@ -62,6 +62,9 @@ def test_the_figure_is_made_of_runs_which_are_then_used_again(tmp_path: Path, ca
     made = json.loads((tmp_path / "out" / "recall.json").read_text())
     assert made["runs"][run.name]["steps"] == 2 and made["machine"]["command"] and made["machine"]["date"]
 
+    hints = (run / "sweep.log").read_text().partition("next:")[2]
+    assert "eval.plot" in hints and "eval.per_position" not in hints
+
     before = (run / "metrics.jsonl").read_bytes()
     assert recall.main(line) == 0 and "finished before" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == before

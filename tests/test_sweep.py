@@ -5,19 +5,23 @@ from __future__ import annotations
 import pytest
 
 from launch import sweep
+from ovq import config
 from ovq.config import ConfigError
 
-# Stands for train.py: fails for seed=1 until a file says that the fault is gone, else finishes; counts its starts.
+# Stands for train.py: fails for seed=1 until a file says that the fault is gone, else finishes and leaves its config;
+# counts its starts.
 FAKE_TRAIN = """
 import pathlib, sys
 here = pathlib.Path(__file__).parent
 from ovq import config
 overrides = [o for o in sys.argv[1:] if o != "trainer.progress=false"]
-folder = config.run_dir_of(config.compose(overrides), overrides)
+cfg = config.compose(overrides)
+folder = config.run_dir_of(cfg, overrides)
 with (here / "starts").open("a") as starts:
     print(folder.name, file=starts)
 if "seed=1" in overrides and not (here / "mended").exists():
     sys.exit("error: the disk is full")
+config.save(cfg, folder)
 (folder / "summary.json").write_text("{}")
 """
 
@@ -62,3 +66,20 @@ def test_a_failed_job_does_not_stop_the_others_and_is_resumed_alone(fake_train, 
 def test_stop_on_failure_starts_no_further_job(fake_train) -> None:
     assert sweep.main(["--stop-on-failure", f"runs_root={fake_train}/runs", "seed=1,2"]) == 1
     assert (fake_train / "starts").read_text().split() == ["default,seed=1"]
+
+
+def test_a_finished_job_whose_settings_changed_since_is_refused_before_anything_starts(fake_train, capsys) -> None:
+    line = [f"runs_root={fake_train}/runs", "seed=0,2"]
+    assert sweep.main(line[:1] + ["seed=2"]) == 0
+    run_dir = fake_train / "runs" / "default,seed=2"
+    cfg = config.load(run_dir)
+    asked = f"trainer.steps: {cfg.trainer.steps + 1} -> {cfg.trainer.steps}"
+    cfg.optim.weight_decay, cfg.trainer.steps = cfg.optim.weight_decay + 1, cfg.trainer.steps + 1
+    config.save(cfg, run_dir)
+    capsys.readouterr()
+    for command in (line, ["--plan", *line]):
+        assert sweep.main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {run_dir} was made with other settings (optim.weight_decay: ")
+        assert said.endswith(f"; {asked}); remove it\n")
+    assert (fake_train / "starts").read_text().split() == ["default,seed=2"]

@@ -440,11 +440,11 @@ def summary_text(summary: dict[str, Any], cfg: Any, run_dir: Path) -> str:
     lines += [f"  {'in ' + str(run_dir)}: {', '.join(name for name in names if (run_dir / name).exists())}"]
     lines += [f"    {path}" for path in sorted((run_dir / "plots").glob("*.png"))]
     if not summary["stopped_by"]:
-        lines += [
-            "next:",
-            f"  python -m eval.per_position run={run_dir} context={4 * cfg.eval.context}     loss at longer positions",
-            f"  python -m eval.plot runs=[{run_dir}]     overlay several runs",
-        ]
+        lines.append("next:")
+        if cfg.data.kind != "recall":  # whose sequences have no loss by position
+            longer = f"run={run_dir} context={4 * cfg.eval.context}"
+            lines.append(f"  python -m eval.per_position {longer}     loss at longer positions")
+        lines.append(f"  python -m eval.plot runs=[{run_dir}]     overlay several runs")
     return "\n".join(lines)
 
 
