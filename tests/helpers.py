@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from eval.gpu.checks import relative_error as relative_error  # tests and the GPU's checks judge alike
 from ovq.config import Config, compose, options
 from ovq.model import Transformer, build_model
 
@@ -62,14 +62,6 @@ def small_model(model: str, *overrides: str, vocab_size: int = 61, seed: int = 0
     built = build_model(small_config(model, *overrides).model, vocab_size)
     built.init_weights(seed)
     return built
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in float64; NaN or infinity in either counts as infinite."""
-    got, want = got.detach().double(), want.detach().double()
-    if not (torch.isfinite(got).all() and torch.isfinite(want).all()):
-        return float("inf")
-    return float((got - want).norm() / want.norm().clamp_min(1e-12))
 
 
 class Largest(TorchDispatchMode):

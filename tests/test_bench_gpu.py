@@ -89,6 +89,24 @@ def test_what_is_not_installed_is_named(folder: Path, monkeypatch: pytest.Monkey
     assert "fla-core is not installed" in bench.results["skipped"][0]["why"]
 
 
+def test_without_options_it_runs_where_hydra_is_not_installed(tmp_path: Path) -> None:
+    """A bare GPU machine has torch, Triton and numpy. Here without a GPU: up to the refusal, and a record written."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "sys.modules['hydra'] = sys.modules['omegaconf'] = None\n"  # importing them fails
+        "from eval import bench_gpu\n"
+        "import eval.gpu.plots\n"
+        "setting = bench_gpu.Setting(device='cpu', backend='torch')\n"
+        "bench_gpu.Bench(Path(sys.argv[1]), setting, seconds=1).write()\n"
+        "sys.exit(bench_gpu.main([]))\n"
+    )
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "there is no GPU here" in done.stderr, done.stderr[-2000:]
+    assert json.loads((tmp_path / "results.json").read_text())["checks"] == []
+
+
 def test_what_there_is_no_time_for_is_named_and_the_most_important_comes_first(folder: Path) -> None:
     bench = Bench(folder, STAND_IN, seconds=bench_gpu.RESERVED + 30)
     order = [task.name for task in bench.tasks()]
