@@ -21,6 +21,8 @@ from tests.helpers import relative_error
 
 kernels = importlib.import_module("ovq.ops.ovq_attention.triton")
 assign = importlib.import_module("ovq.ops.ovq_attention.triton.assign")
+plans = importlib.import_module("ovq.ops.ovq_attention.triton.plan")
+tabulate = importlib.import_module("ovq.ops.ovq_attention.triton.tabulate").tabulate
 DEVICE = "cuda" if torch.cuda.is_available() and not assign.INTERPRETED else "cpu"
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (1e-2, 2e-2)}
 HALF = [torch.float16] if assign.INTERPRETED else [torch.float16, torch.bfloat16]
@@ -119,6 +121,12 @@ def test_variants_are_the_definitions(variant: dict) -> None:
     check_against_definition(inputs(H=1, G=1), OVQSpec(24, 16, **variant))
 
 
+@pytest.mark.parametrize("variant", [{"first_chunk": "nearest"}, {"seeding": "random"}, {"step": 0.3}], ids=str)
+def test_variants_are_the_definitions_in_a_chunk_of_several_tiles(variant: dict) -> None:
+    """Which is decided through memory, not in registers."""
+    check_against_definition(inputs(T=330, H=1, G=1), OVQSpec(100, 160, **variant))
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_stays_within_its_bars(dtype: torch.dtype) -> None:
     check_against_definition(inputs(T=150, H=2, G=1, dtype=dtype), OVQSpec(90, 64), exact_assignment=False)
@@ -204,16 +212,77 @@ def test_gradients_after_a_carried_state() -> None:
     assert all(relative_error(x, y) < 1e-4 for x, y in zip(grads[:3], want_grads[:3]))
 
 
-def test_packed_documents_are_documents_alone() -> None:
-    q, k, v, beta = inputs(T=60)
-    bounds = torch.tensor([0, 3, 35, 60], dtype=torch.int32, device=DEVICE)
-    settings = {"num_centroids": 20, "chunk_size": 16, "cu_seqlens": bounds}
-    got, _ = ovq_attention(q, k, v, beta, backend="triton", **settings)
-    exact = double([q, k, v, beta])
+@pytest.mark.parametrize("variant", [{}, {"seeding": "random"}, {"first_chunk": "nearest", "step": 0.3}], ids=str)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_packed_documents_are_documents_alone(variant: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter than a chunk, a whole number of chunks, none, and a remainder, in one launch of each kernel."""
+    monkeypatch.setattr(assign, "splits", lambda walks, device: splits)
+    tensors = inputs(T=120, H=2, G=1)
+    bounds = torch.tensor([0, 3, 35, 67, 67, 120], dtype=torch.int32, device=DEVICE)
+    settings = {"num_centroids": 20, "chunk_size": 16, "cu_seqlens": bounds, **variant}
+    got, _ = ovq_attention(*tensors, backend="triton", **settings)
+    exact = double(tensors)
     want, _ = ovq_attention(*exact, backend="reference", **settings)
     assert relative_error(got, want) < 1e-5
-    for x, y in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), exact[:3])):
+    for x, y in zip(torch.autograd.grad(got.sum(), tensors[:3]), torch.autograd.grad(want.sum(), exact[:3])):
         assert relative_error(x, y) < 1e-4
+
+
+@pytest.mark.parametrize("bounds", [(0, 40, 30, 60), (1, 60), (0, 50), (0, 70)], ids=str)
+def test_bounds_that_are_none_are_refused(bounds: tuple[int, ...]) -> None:
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 60 tokens"):
+        ovq_attention(*inputs(T=60), num_centroids=20, chunk_size=16, cu_seqlens=cu_seqlens, backend="triton")
+
+
+@pytest.mark.parametrize("bounds", [(0, 300), (0, 7, 71, 300)], ids=str)
+def test_a_table_is_the_last_row_that_each_centroid_was_given(bounds: tuple[int, ...]) -> None:
+    """Of all chunks and centroids, and of some of either."""
+    spec, assignment = OVQSpec(90, 16), torch.full((1, 2, 300), -1, dtype=torch.int32)
+    plan = plans.make_plan(spec, 0, 0, bounds)
+    want = torch.full((2, plan.chunks, plan.all_centroids[1]), -1)
+    for first, last in plan.documents:
+        for c in range(first, last):
+            tokens = slice(plan.starts[c], plan.ends[c])
+            assignment[0, :, tokens] = torch.randint(0, int(plan.sizes[c + 1]), (2, 16))
+            assignment[0, :, plan.starts[c] : plan.starts[c] + plan.sizes[c + 1] - plan.sizes[c]] = torch.arange(
+                plan.sizes[c], plan.sizes[c + 1]
+            )  # every centroid is founded
+            want[:, c + 1] = want[:, c]
+            for g in range(2):
+                for t in range(tokens.start, tokens.stop):
+                    want[g, c + 1, assignment[0, g, t]] = t
+    assignment = assignment.to(DEVICE)
+    most = plan.all_centroids[1]
+    for chunks in (plan.all_chunks, (3, plan.chunks), (5, 9), (plan.chunks - 1, plan.chunks)):
+        for low, high in ((0, most), (0, 10), (10, most)):
+            table = tabulate(assignment, plan, chunks, (low, high))
+            for c in range(*chunks):
+                start, width = int(table.offsets[c - chunks[0]]), min(int(plan.sizes[c]), high) - low
+                got = table.rows[0, :, start : start + max(width, 0)]
+                assert torch.equal(got.cpu(), want[:, c, low : low + max(width, 0)].int()), (chunks, low, c)
+
+
+@pytest.mark.parametrize("bounds", [None, (0, 90, 300)], ids=str)
+def test_small_tables_change_no_bit(bounds: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some chunks, or some centroids, at a time, in place of all at once."""
+    tensors, made = inputs(T=300, H=2, G=1), []
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+
+    def run() -> tuple[Tensor, ...]:
+        o, _ = ovq_attention(*tensors, num_centroids=400, chunk_size=32, cu_seqlens=cu_seqlens, backend="triton")
+        return o, *torch.autograd.grad(o.square().sum(), tensors)
+
+    def counted(*args) -> object:
+        made.append(args[2:])
+        return tabulate(*args)
+
+    monkeypatch.setattr(kernels, "tabulate", counted)
+    whole = run()
+    assert len(made) == 2  # forward and backward
+    monkeypatch.setattr(plans, "TABLE_SHARE", 1e-3)
+    assert all(torch.equal(x, y) for x, y in zip(run(), whole))
+    assert len(set(made)) > 10
 
 
 def test_operators_are_what_they_register_as() -> None:
@@ -223,19 +292,24 @@ def test_operators_are_what_they_register_as() -> None:
     numbers = (0, 0, *kernels._settings(spec))
     torch.library.opcheck(
         torch.ops.ovq.ovq_attention.default,
-        (*tensors, start.key_sum, start.value_sum, start.count, None, *numbers),
+        (*tensors, start.key_sum, start.value_sum, start.count, None, None, *numbers),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
-def test_torch_compile_keeps_the_function_whole() -> None:
-    def mixed(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-        return ovq_attention(2 * q, k, v, beta, num_centroids=20, chunk_size=16, backend="triton")[0].square()
+@pytest.mark.parametrize("bounds", [None, (0, 5, 22)], ids=str)
+def test_torch_compile_keeps_the_function_whole(bounds: tuple[int, ...] | None) -> None:
+    """Of packed documents, too."""
+
+    def mixed(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        settings = {"num_centroids": 20, "chunk_size": 16, "cu_seqlens": cu_seqlens}
+        return ovq_attention(2 * q, k, v, beta, backend="triton", **settings)[0].square()
 
     compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
     for T in (40, 23):
         tensors = inputs(T=T, H=1, G=1)
-        want, got = mixed(*tensors), compiled(*tensors)
+        cu_seqlens = None if bounds is None else torch.tensor([*bounds, T], dtype=torch.int32, device=DEVICE)
+        want, got = mixed(*tensors, cu_seqlens), compiled(*tensors, cu_seqlens)
         assert torch.equal(got, want)
         for x, y in zip(torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(want.sum(), tensors)):
             assert torch.equal(x, y)

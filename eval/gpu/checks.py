@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -215,6 +215,29 @@ def decoding_is_prefilling(backend: str, sizes: Sizes, device: torch.device, dty
     return found
 
 
+def packed_documents_are_documents_alone(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
+    """Documents of several lengths one after the other, and each in a call of its own: outputs and gradients."""
+    lengths = [n for n in (5, sizes.chunk_size, 3 * sizes.chunk_size + 7) if n < sizes.tokens // 4]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist(), sizes.tokens]
+    tensors = random_inputs(replace(sizes, batch=1), device, dtype)
+    do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
+    settings: dict[str, Any] = {"num_centroids": sizes.num_centroids, "chunk_size": sizes.chunk_size}
+    settings |= {"backend": backend}
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    packed = ovq_attention(*tensors, cu_seqlens=cu_seqlens, **settings)[0]
+    parts = [slice(*pair) for pair in zip(bounds, bounds[1:])]
+    q, k, v, beta = tensors
+    alone = torch.cat([ovq_attention(q[:, p], k[:, p], v[:, p], beta, **settings)[0] for p in parts], dim=1)
+    grads = [torch.autograd.grad(o, tensors[:3], do) for o in (packed, alone)]
+    names = ("o", "dq", "dk", "dv")
+    errors = {n: relative_error(x, y) for n, x, y in zip(names, (packed, *grads[0]), (alone, *grads[1]))}
+    found = f"{len(parts)} documents, " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    # (The same kernels on the same chunks.)
+    if not all(error < 1e-6 for error in errors.values()):
+        raise Wrong(found)
+    return found
+
+
 Check = Callable[..., str]
 CHECKS: dict[str, Check] = {
     "against float64": against_float64,
@@ -222,4 +245,5 @@ CHECKS: dict[str, Check] = {
     "repeats are bit-equal": repeats_are_bit_equal,
     "decoding is prefilling": decoding_is_prefilling,
     "poisoned memory": poisoned_memory_changes_nothing,
+    "packed documents": packed_documents_are_documents_alone,
 }

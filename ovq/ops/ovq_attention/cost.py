@@ -150,8 +150,8 @@ class Work:
 
 # What shares one read of a key and a value: a tile of queries; or, where a program owns centroids or keys, those.
 SHARED = {"predict": "BLOCK_M", "query_grad": "BLOCK_M", "dictionary_grad": "BLOCK_N", "chunk_grad": "BLOCK_N"}
-FORWARD = ("assign", "predict")
-BACKWARD = ("query_grad", "dictionary_grad", "chunk_grad")
+FORWARD = ("assign", "tabulate", "predict")
+BACKWARD = ("tabulate", "query_grad", "dictionary_grad", "chunk_grad")
 
 
 def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
@@ -172,8 +172,14 @@ def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
     return {
         "assign": Work(
             flops=kv_heads * (2 * _proposals(shape) * K + shape.tokens * (K + V)),
-            bytes=2 * (key + value) + row_counts + table + kv_heads * shape.tokens * 4,
+            bytes=2 * (key + value) + row_counts + kv_heads * shape.tokens * 4,
             waiting=sum(step_us(shape, n, chip) for n, tokens in shape.chunks if tokens == shape.spec.chunk_size),
+        ),
+        # Cleared, then read and written by the running maximum; every token's row is an atomic in L2, a sector each.
+        "tabulate": Work(
+            bytes=3 * table + kv_heads * shape.tokens * 4,
+            alu=kv_heads * shape.table * 10,
+            l2_bytes=kv_heads * shape.tokens * 32,
         ),
         "predict": Work(
             flops=heads * 2 * (K + V) * all_pairs,
@@ -198,7 +204,7 @@ def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
         ),
         "chunk_grad": Work(
             flops=heads * (4 * K + 4 * V) * own,
-            bytes=query + output + 3 * (key + value) + 2 * per_query + table,
+            bytes=query + output + 3 * (key + value) + 2 * per_query,
             exps=heads * own,
             alu=heads * 8 * own,
             l2_bytes=again(own, tiles["chunk_grad"]),
@@ -240,18 +246,30 @@ def decode(shape: Shape, position: int) -> Work:
 
 
 def memory(shape: Shape) -> dict[str, int]:
-    """Bytes beside q, k and v at the peak of forward + backward, by what they are for."""
+    """Bytes beside q, k and v at the peak of a forward and backward pass, by what they are for."""
     N, K, V, size, T = shape.spec.num_centroids, shape.K, shape.V, shape.itemsize, shape.tokens
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
-    whole = T - T % shape.spec.chunk_size
-    return {
-        "output and its gradient": 2 * heads * T * V * size,
-        "gradients of q, k and v": (heads * T * K + kv_heads * T * (K + V)) * size,
-        "version rows": kv_heads * whole * ((K + V) * size + 4),
-        "table of rows": kv_heads * 4 * sum(-(-n // 16) * 16 for n in _sizes(shape)),
-        "sums and counts, before and after": 2 * kv_heads * N * (K + V + 1) * 4,
-        "log-sum-exp, delta, assignment": 2 * heads * T * 4 + kv_heads * T * 4,
+    output, sums = heads * T * V * size, kv_heads * N * (K + V + 1) * 4
+    both = {
+        "version rows": kv_heads * T * ((K + V) * size + 4),
+        "table of rows": kv_heads * 4 * table_entries(shape),
+        "log-sum-exp and assignment": heads * T * 4 + kv_heads * T * 4,
     }
+    forward = {"output": output, "sums and counts, before and after": 2 * sums, "means": kv_heads * N * K * size}
+    backward = {
+        "output and its gradient": 2 * output,
+        "gradients of q, k and v": (heads * T * K + kv_heads * T * (K + V)) * size,
+        "delta": heads * T * 4,
+    }
+    return max(forward | both, backward | both, key=lambda held: sum(held.values()))
+
+
+def table_entries(shape: Shape) -> int:
+    """Entries a head of the table of version rows; a larger one is made in parts."""
+    from ovq.ops.ovq_attention.triton.plan import most_entries
+
+    aligned = sum(-(-n // 16) * 16 for n in _sizes(shape))
+    return min(aligned, most_entries(shape.tokens, shape.heads // shape.kv_heads, shape.K, shape.V, shape.itemsize))
 
 
 def memory_ratio(shape: Shape) -> float:
@@ -285,19 +303,21 @@ def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
     # A tile of similarities on one multiprocessor: the product, then compare and select, two instructions each.
     pairs = L * block["BLOCK_N"]
     one = 1e6 * chip.processors * (2 * pairs * shape.K / chip.matmul + 4 * pairs / chip.alu)
+    compare = waits.sync + waits.reduce  # all keys of a tile with all of another
+    if not block["ONE"]:
+        compare += waits.trip  # which lies in memory
     return {
         "propose": 2 * waits.trip + max(one, waits.trip / 3) * columns + waits.product + 2 * waits.reduce,
         "meet": waits.barrier if programs > 1 else waits.sync,
-        "choose": tiles * (waits.trip + waits.reduce) + waits.sync,
-        "found": (2 * tiles * tiles + tiles) * (waits.trip + waits.reduce) + 3 * waits.sync,
+        "choose": tiles * (waits.trip + waits.reduce),
+        "found": 2 * tiles * tiles * compare + (0 if block["ONE"] else tiles * waits.trip + 3 * waits.sync),
         "commit": tiles
         * (
-            2 * waits.trip  # place and count
-            + tiles * (waits.trip + waits.reduce)  # how many went to the same centroid
-            + 2 * (tiles * waits.product + 2 * waits.trip)  # keys, then values: the one-hot products, the sums
+            waits.trip  # counts
+            + tiles * compare  # how many went to the same centroid
+            + 2 * (waits.trip + tiles * waits.product)  # keys, then values: sums and the one-hot products
         )
         + 2 * waits.sync,
-        "write table": (1 + columns) * waits.trip,
     }
 
 

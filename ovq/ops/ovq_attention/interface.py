@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.fla import BackendError, each_document, work_dtype
-from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState, document_bounds
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -90,7 +90,8 @@ def ovq_attention(
         if hasattr(chosen, "forward_packed"):
             return chosen.forward_packed(q, k, v, beta, spec, cu_seqlens), None
         alone = functools.partial(_run, chosen, beta=beta, spec=spec)
-        return each_document(lambda *qkv: alone(*qkv)[0], _bounds(cu_seqlens, q), (q, k, v)), None
+        document_bounds(cu_seqlens, q.shape[1])  # refuses what are none
+        return each_document(lambda *qkv: alone(*qkv)[0], cu_seqlens, (q, k, v)), None
     if state is not None:
         _check_state(state, q, k, v, spec)
     o, new_state = _run(chosen, q, k, v, beta=beta, spec=spec, state=state)
@@ -183,14 +184,6 @@ def _check_packed(q: Tensor, cu_seqlens: Tensor, state: OVQState | None, return_
         raise ValueError(f"cu_seqlens needs a batch of 1 with the documents one after the other, got {q.shape[0]}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 [documents + 1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}")
-
-
-def _bounds(cu_seqlens: Tensor, q: Tensor) -> Tensor:
-    """cu_seqlens, once its values are known to be bounds of these tokens."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != q.shape[1] or sorted(bounds) != bounds:
-        raise ValueError(f"cu_seqlens must rise from 0 to the {q.shape[1]} tokens, got {bounds}")
-    return cu_seqlens
 
 
 def _check_state(state: OVQState, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> None:

@@ -5,6 +5,7 @@ Shapes: B batch, G key/value heads, N capacity in centroids, L chunk, K key widt
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -142,3 +143,21 @@ pytree.register_pytree_node(
     lambda leaves, context: OVQState(*[*leaves, *context]),
     serialized_type_name="ovq.OVQState",
 )
+
+
+_last_bounds: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
+
+
+def document_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
+    """The bounds of packed documents as numbers. All layers of a model are given one tensor: it is read back once.
+
+    Raises:
+        ValueError: they do not rise from 0 to the number of tokens.
+    """
+    global _last_bounds
+    if _last_bounds is None or _last_bounds[0]() is not cu_seqlens or _last_bounds[1] != cu_seqlens._version:
+        _last_bounds = weakref.ref(cu_seqlens), cu_seqlens._version, tuple(cu_seqlens.tolist())
+    bounds = _last_bounds[2]
+    if bounds[0] != 0 or bounds[-1] != tokens or list(bounds) != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got {list(bounds)}")
+    return bounds

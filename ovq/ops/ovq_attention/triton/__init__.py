@@ -1,8 +1,9 @@
 """OVQ-attention in Triton: what `backend="triton"` runs on a GPU.
 
 Only the assignment is sequential. Stage A (assign.py) walks the chunks and writes the dictionary's history as version
-rows; prediction (predict.py) and the backward pass (backward.py) read those and run in parallel over chunks. Decoding
-one token (decode.py) reads the sums alone. All stages are deterministic.
+rows; a table of which row is whose (tabulate.py) follows from the assignment; prediction (predict.py) and the backward
+pass (backward.py) read those and run in parallel over chunks. Decoding one token (decode.py) reads the sums alone. All
+stages are deterministic.
 
 The stages are two custom operators, forward and backward, so that torch.compile keeps a model whole around them.
 
@@ -11,20 +12,28 @@ Shapes: B batch, T queries, S tokens, L chunk, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds
 from ovq.ops.ovq_attention.triton.assign import assign
-from ovq.ops.ovq_attention.triton.backward import chunk_grad, dictionary_grad, query_grad
+from ovq.ops.ovq_attention.triton.backward import (
+    centroid_block,
+    chunk_grad,
+    dictionary_grad,
+    query_grad,
+    query_tiles,
+)
 from ovq.ops.ovq_attention.triton.blocks import INTERPRETED
 from ovq.ops.ovq_attention.triton.configs import DTYPES, MAX_WIDTH, padded
 from ovq.ops.ovq_attention.triton.decode import decode
-from ovq.ops.ovq_attention.triton.plan import make_plan
+from ovq.ops.ovq_attention.triton.plan import Plan, make_plan, most_entries
 from ovq.ops.ovq_attention.triton.predict import predict
+from ovq.ops.ovq_attention.triton.tabulate import tabulate
 
 LATEST_NVIDIA = 9  # compute capability; query_grad in half precision does not build for sm_100 with Triton 3.6
 
@@ -74,6 +83,7 @@ def forward(
         dictionary.value_sum,
         dictionary.count,
         assignment,
+        None,
         dictionary.size,
         dictionary.position,
         *_settings(spec),
@@ -81,6 +91,22 @@ def forward(
     position = dictionary.position + S - S % spec.chunk_size
     size = spec.size_at(position) if spec.chunk_size <= S else dictionary.size
     return o, Dictionary(key_sum, value_sum, count, size, position), placed
+
+
+def forward_packed(
+    q_1THK: Tensor, k_1TGK: Tensor, v_1TGV: Tensor, beta_H: Tensor, spec: OVQSpec, cu_seqlens: Tensor
+) -> Tensor:
+    """Outputs of documents that follow each other, with a dictionary each, in the same few launches as one document.
+
+    Raises:
+        ValueError: `cu_seqlens` are not bounds of these tokens.
+    """
+    (_, _, G, K), V = k_1TGK.shape, v_1TGV.shape[3]
+    nothing = functools.partial(k_1TGK.new_zeros, dtype=torch.float32)
+    sums = (nothing(1, G, 0, K), nothing(1, G, 0, V), nothing(1, G, 0))
+    return torch.ops.ovq.ovq_attention(q_1THK, k_1TGK, v_1TGV, beta_H, *sums, None, cu_seqlens, 0, 0, *_settings(spec))[
+        0
+    ]
 
 
 def _settings(spec: OVQSpec) -> tuple:
@@ -123,6 +149,7 @@ def _forward(
     value_sum: Tensor,
     count: Tensor,
     assignment: Tensor | None,
+    cu_seqlens: Tensor | None,
     size: int,
     position: int,
     num_centroids: int,
@@ -134,23 +161,47 @@ def _forward(
     rate: float,
     first_chunk: str,
     assign_on: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the new sums and counts, the assignment; then what the backward pass needs: log-sum-exp, rows and table."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the new sums and counts (as they were, for packed documents), the assignment; then what the backward pass
+    needs: log-sum-exp and version rows."""
     spec = _spec(num_centroids, chunk_size, growth, growth_tokens, seeding, seed, rate, first_chunk, assign_on)
-    plan = make_plan(spec, size, position, k.shape[1])
+    plan = _plan(spec, size, position, cu_seqlens, k.shape[1])
     q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.float().contiguous()
     _announce(q, v, chunk_size)
     key_sum, value_sum, count = (x.clone(memory_format=torch.contiguous_format) for x in (key_sum, value_sum, count))
     sums = (key_sum, value_sum, count)
+    (B, T, H, _), V = q.shape, v.shape[3]
     with torch.cuda.device_of(q):
-        placed, rows = assign(k, v, plan, *sums, assignment)
-        o, lse = predict(q, k, v, beta, plan, rows)
+        work = sums if cu_seqlens is None else _empty_sums(k, v, plan)
+        placed, rows = assign(k, v, plan, *work, assignment)
+        del work
+        o, lse = q.new_empty(B, T, H, V), q.new_empty(B, H, T, dtype=torch.float32)
+        for chunks in plan.chunk_ranges(_most_entries(q, v)):
+            table = None  # its memory is the next one's
+            table = tabulate(placed, plan, chunks, plan.all_centroids)
+            predict(q, k, v, beta, plan, rows, table, o, lse)
     return o, *sums, placed, lse, *rows
 
 
+def _plan(spec: OVQSpec, size: int, position: int, cu_seqlens: Tensor | None, tokens: int) -> Plan:
+    bounds = (0, tokens) if cu_seqlens is None else document_bounds(cu_seqlens, tokens)
+    return make_plan(spec, size, position, bounds)
+
+
+def _empty_sums(k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for the dictionaries of all documents, no larger than they get."""
+    (B, _, G, K), V, M = k.shape, v.shape[3], max(plan.sum_starts[-1], 1)
+    zeros = functools.partial(k.new_zeros, dtype=torch.float32)
+    return zeros(B, G, M, K), zeros(B, G, M, V), zeros(B, G, M)
+
+
+def _most_entries(q: Tensor, v: Tensor) -> int:
+    (H, K), (S, G, V) = q.shape[2:], v.shape[1:]
+    return most_entries(S, H // G, K, V, q.element_size())
+
+
 @_forward.register_fake
-def _(q, k, v, beta, key_sum, value_sum, count, assignment, size, position, *settings):
-    plan = make_plan(_spec(*settings), size, position, int(k.shape[1]))
+def _(q, k, v, beta, key_sum, value_sum, count, assignment, cu_seqlens, size, position, *settings):
     B, T, H, K = q.shape
     S, G, V = k.shape[1], k.shape[2], v.shape[3]
     sums = (x.new_empty(x.shape) for x in (key_sum, value_sum, count))
@@ -159,10 +210,9 @@ def _(q, k, v, beta, key_sum, value_sum, count, assignment, size, position, *set
         *sums,
         q.new_empty(B, G, S, dtype=torch.int32),
         q.new_empty(B, H, T, dtype=torch.float32),
-        q.new_empty(B, G, plan.rows, K),
-        q.new_empty(B, G, plan.rows, V),
-        q.new_empty(B, G, plan.rows, dtype=torch.float32),
-        q.new_empty(B, G, plan.table_size, dtype=torch.int32),
+        q.new_empty(B, G, size + S, K),
+        q.new_empty(B, G, size + S, V),
+        q.new_empty(B, G, size + S, dtype=torch.float32),
     )
 
 
@@ -179,7 +229,7 @@ def _backward(
     row_key: Tensor,
     row_value: Tensor,
     row_count: Tensor,
-    table: Tensor,
+    cu_seqlens: Tensor | None,
     size: int,
     position: int,
     num_centroids: int,
@@ -194,15 +244,26 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbeta."""
     spec = _spec(num_centroids, chunk_size, growth, growth_tokens, seeding, seed, rate, first_chunk, assign_on)
-    plan = make_plan(spec, size, position, k.shape[1])
+    plan = _plan(spec, size, position, cu_seqlens, k.shape[1])
     beta_float = beta.float().contiguous()
     do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
-    rows = (row_key, row_value, row_count, table)
+    rows, (B, _, H, _), V = (row_key, row_value, row_count), q.shape, v.shape[3]
     with torch.cuda.device_of(q):
-        dq, delta, dbeta = query_grad(q, k, v, beta_float, plan, rows, o, do, lse)
-        dk, dv = dictionary_grad(q, k, v, beta_float, plan, rows, do, lse, delta)
-        chunk_grad(q, k, v, beta_float, plan, assignment, table, do, lse, delta, dk, dv)
-    return dq, dk, dv, dbeta.to(beta.dtype)
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
+        dbeta = lse.new_empty(B, H, query_tiles(plan, q, V))
+        most, table = _most_entries(q, v), None
+        for chunks in plan.chunk_ranges(most):
+            table = None  # its memory is the next one's
+            table = tabulate(assignment, plan, chunks, plan.all_centroids)
+            query_grad(q, k, v, beta_float, plan, rows, table, o, do, lse, delta, dq, dbeta)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        for centroids in plan.centroid_ranges(most, centroid_block(q, V, chunk_size)):
+            if table is None or (table.chunks, table.centroids) != (plan.all_chunks, centroids):
+                table = None
+                table = tabulate(assignment, plan, plan.all_chunks, centroids)
+            dictionary_grad(q, k, v, beta_float, plan, rows, table, do, lse, delta, dk, dv)
+        chunk_grad(q, k, v, beta_float, plan, assignment, do, lse, delta, dk, dv)
+    return dq, dk, dv, dbeta.sum((0, 2)).to(beta.dtype)
 
 
 @_backward.register_fake
@@ -217,12 +278,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     # No gradient flows through the state, and none into what only the backward pass reads.
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, beta, o, *saved)
-    ctx.numbers = inputs[8:]
+    ctx.save_for_backward(q, k, v, beta, o, *saved, inputs[8])
+    ctx.numbers = inputs[9:]
 
 
 def _differentiate(ctx, do, *_):
-    nothing = (None,) * (4 + len(ctx.numbers))
+    nothing = (None,) * (5 + len(ctx.numbers))
     if do is None:
         return None, None, None, None, *nothing
     return *torch.ops.ovq.ovq_attention_backward(do, *ctx.saved_tensors, *ctx.numbers), *nothing

@@ -16,13 +16,14 @@ With p the softmax of the forward pass (recomputed from the stored log-sum-exp) 
 
    and it holds the gradients of the means: each key gets gain dmu, and dmu goes on multiplied by decay.
 3. `chunk_grad_kernel`, one program a chunk: dk and dv of the causal part, plus what the dictionary left for each token.
+
+A launch takes the chunks, or the centroids, that a table is of.
 """
 
 # mypy: allow-incomplete-defs
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,59 +31,70 @@ from torch import Tensor
 from ovq.ops.ovq_attention.triton.assign import log2_keep
 from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_tokens, token_at
 from ovq.ops.ovq_attention.triton.configs import arch_of, constants
-from ovq.ops.ovq_attention.triton.plan import Plan, plan_tensors
-from ovq.ops.ovq_attention.triton.predict import LOG2E, tile_grid
+from ovq.ops.ovq_attention.triton.plan import Plan
+from ovq.ops.ovq_attention.triton.predict import LOG2E, Rows
+from ovq.ops.ovq_attention.triton.tabulate import Table
 
-QUERY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size"]
-DICTIONARY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "initial", "log2_keep"]
-CHUNK_NUMBERS = ["T", "S", "L", "H", "G", "table_size", "initial"]
-Rows = tuple[Tensor, Tensor, Tensor, Tensor]  # keys, values and counts of the version rows, and the table
+QUERY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk", "all_tiles"]
+DICTIONARY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "low", "high", "initial", "log2_keep"]
+CHUNK_NUMBERS = ["T", "S", "L", "H", "G"]
+
+
+def query_tiles(plan: Plan, q: Tensor, V: int) -> int:
+    """Tiles of queries, of all chunks: so many parts of dbeta there are."""
+    L = plan.spec.chunk_size
+    settings = constants("query_grad", arch_of(q.device), q.dtype, q.shape[3], V, L)
+    return plan.chunks * triton.cdiv(L, settings["BLOCK_M"])
 
 
 def query_grad(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: Rows, o: Tensor, do: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, delta [B, H, T] and dbeta [H]."""
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: Rows, table: Table,
+    o: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dbeta: Tensor,
+) -> None:  # fmt: skip
+    """dq, delta [B, H, T] and parts of dbeta [B, H, query_tiles], of the queries in the table's chunks."""
     (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
-    sizes, offsets, _ = plan_tensors(plan, q.device)
-    settings = constants("query_grad", arch_of(q.device), q.dtype, K, V, plan.spec.chunk_size)
-    grid = tile_grid(S, plan, settings["BLOCK_M"], B * H)
-    dq, delta = torch.empty_like(q), torch.empty_like(lse)
-    dbeta = lse.new_empty(B, H, grid[0])
-    query_grad_kernel[grid](
-        q, k, v, beta, *rows, sizes, offsets, o, do, lse, delta, dq, dbeta,
-        T, S, plan.spec.chunk_size, H, G, plan.rows, plan.table_size, **settings,
+    host, L, (first, last) = plan.tensors(q.device), plan.spec.chunk_size, table.chunks
+    settings = constants("query_grad", arch_of(q.device), q.dtype, K, V, L)
+    query_grad_kernel[(last - first) * triton.cdiv(L, settings["BLOCK_M"]), B * H](
+        q, k, v, beta, *rows, table.rows, host["starts"], host["ends"], host["sizes"], table.offsets,
+        o, do, lse, delta, dq, dbeta,
+        T, S, L, H, G, rows[2].shape[2], table.size, first, dbeta.shape[2], **settings,
     )  # fmt: skip
-    return dq, delta, dbeta.sum((0, 2))
+
+
+def centroid_block(q: Tensor, V: int, L: int) -> int:
+    """Centroids that a program of `dictionary_grad` owns."""
+    return constants("dictionary_grad", arch_of(q.device), q.dtype, q.shape[3], V, L)["BLOCK_N"]
 
 
 def dictionary_grad(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: Rows, do: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dk and dv, filled only at the tokens of version rows: what each key and value of that version's chunk gets."""
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: Rows, table: Table,
+    do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """dk and dv at the tokens of the version rows of the table's centroids: what each key and value of that version's
+    chunk gets. The table is of all chunks."""
     (B, T, H, K), (S, G, V), spec = q.shape, v.shape[1:], plan.spec
-    sizes, offsets, _ = plan_tensors(plan, q.device)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    flags = {"RATE": spec.rate is not None}
+    host, (low, high), flags = plan.tensors(q.device), table.centroids, {"RATE": spec.rate is not None}
     settings = constants("dictionary_grad", arch_of(q.device), q.dtype, K, V, spec.chunk_size, **flags)
-    if plan.chunks:
-        dictionary_grad_kernel[triton.cdiv(plan.sizes[-1], settings["BLOCK_N"]), B * G](
-            q, beta, *rows, sizes, offsets, do, lse, delta, dk, dv,
-            T, S, spec.chunk_size, H, G, plan.rows, plan.table_size, plan.initial, log2_keep(spec.rate), **settings,
+    blocks = plan.blocks(settings["BLOCK_N"], table.centroids, q.device)
+    if len(blocks):
+        dictionary_grad_kernel[len(blocks), B * G](
+            q, beta, *rows, table.rows, blocks, host["sizes"], table.offsets,
+            do, lse, delta, dk, dv,
+            T, S, spec.chunk_size, H, G, rows[2].shape[2], table.size, low, high, plan.initial, log2_keep(spec.rate),
+            **settings,
         )  # fmt: skip
-    return dk, dv
 
 
 def chunk_grad(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, assignment: Tensor, table: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, assignment: Tensor,
     do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Completes what `dictionary_grad` began."""
     (B, T, H, K), (S, G, V), L = q.shape, v.shape[1:], plan.spec.chunk_size
-    _, offsets, _ = plan_tensors(plan, q.device)
-    chunk_grad_kernel[triton.cdiv(S, L), B * G](
-        q, k, v, beta, assignment, table, offsets, do, lse, delta, dk, dv,
-        T, S, L, H, G, plan.table_size, plan.initial,
+    host = plan.tensors(q.device)
+    chunk_grad_kernel[plan.chunks, B * G](
+        q, k, v, beta, assignment, host["starts"], host["ends"], do, lse, delta, dk, dv, T, S, L, H, G,
         **constants("chunk_grad", arch_of(q.device), q.dtype, K, V, L),
     )  # fmt: skip
 
@@ -97,14 +109,16 @@ def query_grad_kernel(
     row_value_ptr,  # [B, G, rows, V]
     row_count_ptr,  # [B, G, rows] float32
     table_ptr,  # [B, G, table_size] int32
-    sizes_ptr,  # [chunks + 1] int32
-    offsets_ptr,  # [chunks + 1] int64
+    starts_ptr,  # [chunks] int32
+    ends_ptr,  # [chunks] int32
+    sizes_ptr,  # [chunks] int32
+    offsets_ptr,  # [chunks of the table] int32
     o_ptr,  # [B, T, H, V]
     do_ptr,  # [B, T, H, V]
     lse_ptr,  # [B, H, T] float32
     delta_ptr,  # [B, H, T] float32 out
     dq_ptr,  # [B, T, H, K] out
-    dbeta_ptr,  # [B, H, tiles] float32 out
+    dbeta_ptr,  # [B, H, all_tiles] float32 out
     T,
     S,
     L,
@@ -112,6 +126,8 @@ def query_grad_kernel(
     G,
     rows,
     table_size,
+    first_chunk,  # of the table
+    all_tiles,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,9 +143,9 @@ def query_grad_kernel(
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
     g = h // (H // G)
-    chunk = tile // tiles
-    start = chunk * L
-    end = tl.minimum(start + L, S)
+    chunk = first_chunk + tile // tiles
+    start = tl.load(starts_ptr + chunk)
+    end = tl.load(ends_ptr + chunk)
     first = start + (tile % tiles) * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
     live = (position < end) & (position >= S - T)  # queries are of the last T tokens
@@ -143,7 +159,7 @@ def query_grad_kernel(
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
     row_count_ptr += row_base
-    table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + chunk)
+    table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + tile // tiles)
     size = tl.load(sizes_ptr + chunk)
 
     q = load_tokens(token_at(q_ptr, query, H, h, K), m, H, live, K, BLOCK_K)
@@ -183,7 +199,7 @@ def query_grad_kernel(
         acc = tl.dot(ds, key, acc, input_precision=PRECISION)
 
     tl.store(
-        dbeta_ptr + tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + tile,
+        dbeta_ptr + tl.cast(tl.program_id(1), tl.int64) * all_tiles + first_chunk * tiles + tile,
         tl.sum(tl.sum(acc * q.to(tl.float32), 1), 0),
     )
     store_tokens(token_at(dq_ptr, query, H, h, K), m, H, live, acc * beta, K, BLOCK_K)
@@ -197,8 +213,9 @@ def dictionary_grad_kernel(
     row_value_ptr,  # [B, G, rows, V]
     row_count_ptr,  # [B, G, rows] float32
     table_ptr,  # [B, G, table_size] int32
-    sizes_ptr,  # [chunks + 1] int32
-    offsets_ptr,  # [chunks + 1] int64
+    blocks_ptr,  # [blocks, 5] int32: the first centroid, the chunk that founds it, its document's last, bounds of that
+    sizes_ptr,  # [chunks] int32
+    offsets_ptr,  # [chunks] int32
     do_ptr,  # [B, T, H, V]
     lse_ptr,  # [B, H, T] float32
     delta_ptr,  # [B, H, T] float32
@@ -211,6 +228,8 @@ def dictionary_grad_kernel(
     G,
     rows,
     table_size,
+    low,  # the table's centroids
+    high,
     initial,
     log2_keep,
     K: tl.constexpr,
@@ -224,7 +243,12 @@ def dictionary_grad_kernel(
     STAGES: tl.constexpr,
 ):
     """The centroids' gradients. One loop over (chunk, query head, query tile), so that all loads can be pipelined."""
-    n = tl.program_id(0) * BLOCK_N
+    blocks_ptr += 5 * tl.program_id(0)
+    n = tl.load(blocks_ptr)
+    first = tl.load(blocks_ptr + 1)
+    last = tl.load(blocks_ptr + 2)
+    last_start = tl.load(blocks_ptr + 3)
+    end = tl.load(blocks_ptr + 4)
     batch = tl.cast(tl.program_id(1) // G, tl.int64)
     g = tl.program_id(1) % G
     row_base = tl.cast(tl.program_id(1), tl.int64) * rows
@@ -233,26 +257,25 @@ def dictionary_grad_kernel(
     row_count_ptr += row_base
     table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size
 
-    whole = S // L
     tiles = tl.cdiv(L, BLOCK_M)
     group = H // G
     steps = group * tiles
-    first = _chunks_before(sizes_ptr, whole, n)
     centroid = n + tl.arange(0, BLOCK_N)
+    entry = centroid - low
     m = tl.arange(0, BLOCK_M)
-    row = tl.load(
-        table_ptr + tl.load(offsets_ptr + whole) + centroid, mask=centroid < tl.load(sizes_ptr + whole), other=-1
-    )
+    held = centroid < tl.minimum(tl.load(sizes_ptr + last), high)
+    row = tl.load(table_ptr + tl.load(offsets_ptr + last) + entry, mask=held, other=-1)
     if RATE:
         count = tl.load(row_count_ptr + row, mask=row >= 0, other=1.0)
     dkey = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
-    for step in tl.range(0, (tl.cdiv(S, L) - first) * steps, num_stages=STAGES):
-        chunk = tl.cdiv(S, L) - 1 - step // steps
+    for step in tl.range(0, (last + 1 - first) * steps, num_stages=STAGES):
+        chunk = last - step // steps
+        start = last_start - step // steps * L
         h = g * group + (step % steps) // tiles
-        table = table_ptr + tl.load(offsets_ptr + chunk)
-        before = tl.load(table + centroid, mask=centroid < tl.load(sizes_ptr + chunk), other=-1)
+        held = centroid < tl.minimum(tl.load(sizes_ptr + chunk), high)
+        before = tl.load(table_ptr + tl.load(offsets_ptr + chunk) + entry, mask=held, other=-1)
         held = before >= 0
         key = load_rows(row_key_ptr, before, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, before, held, V, BLOCK_V)
@@ -268,9 +291,9 @@ def dictionary_grad_kernel(
             gain = (1 - decay) / number
             count = old
         if step % steps == 0:
-            token = row - initial - chunk * L
-            dk = token_at(dk_ptr, batch * S + chunk * L, G, g, K)
-            dv = token_at(dv_ptr, batch * S + chunk * L, G, g, V)
+            token = row - initial - start
+            dk = token_at(dk_ptr, batch * S + start, G, g, K)
+            dv = token_at(dv_ptr, batch * S + start, G, g, V)
             if RATE:
                 store_tokens(dk, token, G, made, dkey * gain[:, None], K, BLOCK_K)
                 store_tokens(dv, token, G, made, dvalue * gain[:, None], V, BLOCK_V)
@@ -285,8 +308,8 @@ def dictionary_grad_kernel(
                 dvalue = tl.where(held[:, None], dvalue, 0.0)
         row = before
 
-        position = chunk * L + (step % tiles) * BLOCK_M
-        live = (position + m < tl.minimum(chunk * L + L, S)) & (position + m >= S - T)
+        position = start + (step % tiles) * BLOCK_M
+        live = (position + m < tl.minimum(start + L, end)) & (position + m >= S - T)
         t = position - (S - T)
         q = load_tokens(token_at(q_ptr, batch * T + t, H, h, K), m, H, live, K, BLOCK_K)
         do = load_tokens(token_at(do_ptr, batch * T + t, H, h, V), m, H, live, V, BLOCK_V)
@@ -302,17 +325,6 @@ def dictionary_grad_kernel(
         dkey = tl.dot(ds, q, dkey, input_precision=PRECISION)
 
 
-@triton.jit
-def _chunks_before(sizes_ptr, whole, n):
-    """The first chunk after which centroid n exists."""
-    first = 0
-    for i in tl.range(0, whole, 1024, num_stages=1):
-        chunk = i + tl.arange(0, 1024)
-        size = tl.load(sizes_ptr + 1 + chunk, mask=chunk < whole, other=2147483647)
-        first += tl.sum((size <= n).to(tl.int32), 0)
-    return first
-
-
 @triton.jit(do_not_specialize=CHUNK_NUMBERS)
 def chunk_grad_kernel(
     q_ptr,  # [B, T, H, K]
@@ -320,8 +332,8 @@ def chunk_grad_kernel(
     v_ptr,  # [B, S, G, V]
     beta_ptr,  # [H] float32
     assignment_ptr,  # [B, G, S] int32
-    table_ptr,  # [B, G, table_size] int32
-    offsets_ptr,  # [chunks + 1] int64
+    starts_ptr,  # [chunks] int32
+    ends_ptr,  # [chunks] int32
     do_ptr,  # [B, T, H, V]
     lse_ptr,  # [B, H, T] float32
     delta_ptr,  # [B, H, T] float32
@@ -332,8 +344,6 @@ def chunk_grad_kernel(
     L,
     H,
     G,
-    table_size,
-    initial,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -351,8 +361,8 @@ def chunk_grad_kernel(
     chunk = tl.program_id(0)
     batch = tl.cast(tl.program_id(1) // G, tl.int64)
     g = tl.program_id(1) % G
-    start = chunk * L
-    length = tl.minimum(L, S - start)
+    start = tl.load(starts_ptr + chunk)
+    length = tl.load(ends_ptr + chunk) - start
     committed = length == L
     t = start - (S - T)
     k_ptr = token_at(k_ptr, batch * S + start, G, g, K)
@@ -360,16 +370,19 @@ def chunk_grad_kernel(
     dk_ptr = token_at(dk_ptr, batch * S + start, G, g, K)
     dv_ptr = token_at(dv_ptr, batch * S + start, G, g, V)
     assignment_ptr += tl.cast(tl.program_id(1), tl.int64) * S + start
-    table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size
-    table_ptr += tl.load(offsets_ptr + chunk + 1, mask=committed, other=0)
 
     for s in tl.range(0, length, BLOCK_N, num_stages=1):
         own = s + tl.arange(0, BLOCK_N)
         held = own < length
         key = load_tokens(k_ptr, own, G, held, K, BLOCK_K)
         value = load_tokens(v_ptr, own, G, held, V, BLOCK_V)
-        place = tl.load(assignment_ptr + own, mask=held & committed, other=0)
-        last = tl.load(table_ptr + place, mask=held & committed, other=0) - initial - start
+        # The last of the chunk's tokens that went where these went.
+        place = tl.load(assignment_ptr + own, mask=held & committed, other=-1)
+        last = tl.zeros([BLOCK_N], tl.int32)
+        for m in tl.range(s, length, BLOCK_N, num_stages=1):
+            other = m + tl.arange(0, BLOCK_N)
+            same = tl.load(assignment_ptr + other, mask=other < length, other=-2)[:, None] == place[None, :]
+            last = tl.maximum(last, tl.max(tl.where(same, other[:, None], 0), 0))
         dkey = load_tokens(dk_ptr, last, G, held & committed, K, BLOCK_K).to(tl.float32)
         dvalue = load_tokens(dv_ptr, last, G, held & committed, V, BLOCK_V).to(tl.float32)
         for h in tl.range(g * (H // G), (g + 1) * (H // G), num_stages=1):

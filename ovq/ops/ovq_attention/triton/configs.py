@@ -32,15 +32,15 @@ class Tile:
 TILES = {
     "sm_90": {
         ("half", 64): {
-            "assign": Tile(128, 64, 8, 3, 64),
+            "assign": Tile(128, 64, 8, 3, 128),
             "predict": Tile(128, 64, 4, 3),
-            "query_grad": Tile(64, 64, 4, 3),
-            "dictionary_grad": Tile(64, 64, 4, 3),
+            "query_grad": Tile(128, 64, 8, 3),
+            "dictionary_grad": Tile(64, 128, 8, 3),
             "chunk_grad": Tile(32, 64, 4, 2),
             "decode": Tile(16, 64, 4, 2),
         },
         ("half", 128): {
-            "assign": Tile(128, 64, 8, 3, 32),
+            "assign": Tile(128, 64, 8, 3, 128),
             "predict": Tile(128, 64, 8, 3),
             "query_grad": Tile(128, 64, 8, 3),
             "dictionary_grad": Tile(64, 64, 8, 3),
@@ -66,7 +66,7 @@ TILES = {
     },
     "sm_80": {
         ("half", 64): {
-            "assign": Tile(128, 64, 8, 3, 64),
+            "assign": Tile(128, 64, 8, 3, 128),
             "predict": Tile(128, 64, 4, 3),
             "query_grad": Tile(64, 64, 4, 2),
             "dictionary_grad": Tile(32, 128, 8, 3),
@@ -74,7 +74,7 @@ TILES = {
             "decode": Tile(16, 64, 4, 2),
         },
         ("half", 128): {
-            "assign": Tile(128, 64, 8, 3, 32),
+            "assign": Tile(128, 64, 8, 3, 128),
             "predict": Tile(128, 64, 8, 3),
             "query_grad": Tile(64, 64, 8, 3),
             "dictionary_grad": Tile(64, 32, 8, 3),
@@ -100,7 +100,7 @@ TILES = {
     },
     "gfx": {
         ("half", 64): {
-            "assign": Tile(128, 64, 8, 2, 64),
+            "assign": Tile(128, 64, 8, 2, 128),
             "predict": Tile(128, 64, 4, 2),
             "query_grad": Tile(64, 64, 4, 2),
             "dictionary_grad": Tile(32, 64, 4, 2),
@@ -108,7 +108,7 @@ TILES = {
             "decode": Tile(16, 64, 4, 2),
         },
         ("half", 128): {
-            "assign": Tile(64, 64, 8, 2, 32),
+            "assign": Tile(64, 64, 8, 2, 128),
             "predict": Tile(64, 32, 4, 2),
             "query_grad": Tile(64, 32, 4, 2),
             "dictionary_grad": Tile(32, 32, 4, 2),
@@ -187,7 +187,8 @@ def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: i
         **flags,
     }
     if stage == "assign":
-        return settings | {"BLOCK_L": rows, "BLOCK_C": min(tile.commit, rows)}
+        commit = min(tile.commit, longest)
+        return settings | {"BLOCK_L": rows, "BLOCK_C": commit, "ONE": commit == longest}
     if stage == "decode":
         return settings | {"BLOCK_R": longest}
     return settings | {"BLOCK_M": rows}

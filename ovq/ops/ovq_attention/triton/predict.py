@@ -8,46 +8,39 @@ For query t of chunk i, with n_i centroids whose current version rows are table[
 One program holds a tile of queries and streams both parts through one online softmax (exponents in base 2, so that
 log-sum-exp is stored in base 2 too). It is paged attention with pages of one row: rows are gathered through the table.
 Programs of one head follow each other, so that its dictionary stays in L2; the last chunks, which have the largest
-dictionary, start first.
+dictionary, start first. A launch takes the chunks that a table is of.
 """
 
 # mypy: allow-incomplete-defs
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ovq.ops.ovq_attention.triton.blocks import load_rows, load_tokens, store_tokens, token_at
 from ovq.ops.ovq_attention.triton.configs import arch_of, constants
-from ovq.ops.ovq_attention.triton.plan import Plan, plan_tensors
+from ovq.ops.ovq_attention.triton.plan import Plan
+from ovq.ops.ovq_attention.triton.tabulate import Table
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size"]
+NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk"]
+Rows = tuple[Tensor, Tensor, Tensor]  # keys, values and counts of the version rows
 
 
 def predict(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """o [B, T, H, V] and the log-sum-exp [B, H, T] in base 2."""
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: Rows, table: Table, o: Tensor, lse: Tensor
+) -> None:
+    """o [B, T, H, V] and the log-sum-exp [B, H, T] in base 2 of the queries in the table's chunks."""
     (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
-    sizes, offsets, _ = plan_tensors(plan, q.device)
-    o, lse = q.new_empty(B, T, H, V), q.new_empty(B, H, T, dtype=torch.float32)
-    settings = constants("predict", arch_of(q.device), q.dtype, K, V, plan.spec.chunk_size)
-    predict_kernel[tile_grid(S, plan, settings["BLOCK_M"], B * H)](
-        q, k, v, beta, *rows, sizes, offsets, o, lse,
-        T, S, plan.spec.chunk_size, H, G, plan.rows, plan.table_size, **settings,
+    host, L, (first, last) = plan.tensors(q.device), plan.spec.chunk_size, table.chunks
+    settings = constants("predict", arch_of(q.device), q.dtype, K, V, L)
+    predict_kernel[(last - first) * triton.cdiv(L, settings["BLOCK_M"]), B * H](
+        q, k, v, beta, *rows, table.rows, host["starts"], host["ends"], host["sizes"], table.offsets, o, lse,
+        T, S, L, H, G, rows[2].shape[2], table.size, first, **settings,
     )  # fmt: skip
-    return o, lse
-
-
-def tile_grid(tokens: int, plan: Plan, block: int, heads: int) -> tuple[int, int]:
-    """Programs of a kernel that takes each chunk in tiles of `block` tokens."""
-    L = plan.spec.chunk_size
-    return triton.cdiv(tokens, L) * triton.cdiv(L, block), heads
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -60,8 +53,10 @@ def predict_kernel(
     row_value_ptr,  # [B, G, rows, V]
     row_count_ptr,  # [B, G, rows] float32
     table_ptr,  # [B, G, table_size] int32
-    sizes_ptr,  # [chunks + 1] int32: centroids before chunk i
-    offsets_ptr,  # [chunks + 1] int64: where the table of chunk i starts
+    starts_ptr,  # [chunks] int32: the first token of chunk i
+    ends_ptr,  # [chunks] int32: the first token after it
+    sizes_ptr,  # [chunks] int32: centroids before it
+    offsets_ptr,  # [chunks of the table] int32: where its row of the table starts
     o_ptr,  # [B, T, H, V] out
     lse_ptr,  # [B, H, T] float32 out
     T,
@@ -71,6 +66,7 @@ def predict_kernel(
     G,
     rows,
     table_size,
+    first_chunk,  # of the table
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,9 +81,9 @@ def predict_kernel(
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
     g = h // (H // G)
-    chunk = tile // tiles
-    start = chunk * L
-    end = tl.minimum(start + L, S)
+    chunk = first_chunk + tile // tiles
+    start = tl.load(starts_ptr + chunk)
+    end = tl.load(ends_ptr + chunk)
     first = start + (tile % tiles) * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
     live = (position < end) & (position >= S - T)  # queries are of the last T tokens
@@ -100,7 +96,7 @@ def predict_kernel(
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
     row_count_ptr += row_base
-    table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + chunk)
+    table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + tile // tiles)
     size = tl.load(sizes_ptr + chunk)
 
     q = load_tokens(token_at(q_ptr, query, H, h, K), m, H, live, K, BLOCK_K)

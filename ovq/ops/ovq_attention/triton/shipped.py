@@ -16,9 +16,12 @@ from ovq.ops.ovq_attention.triton.backward import chunk_grad_kernel, dictionary_
 from ovq.ops.ovq_attention.triton.configs import DTYPES, constants, padded
 from ovq.ops.ovq_attention.triton.decode import SPLITS, combine_kernel, decode_kernel
 from ovq.ops.ovq_attention.triton.predict import predict_kernel
+from ovq.ops.ovq_attention.triton.tabulate import FILL, SCATTER, fill_kernel, scatter_kernel
 
 KERNELS = {
     "assign": assign_kernel,
+    "scatter": scatter_kernel,
+    "fill": fill_kernel,
     "predict": predict_kernel,
     "query_grad": query_grad_kernel,
     "dictionary_grad": dictionary_grad_kernel,
@@ -27,6 +30,7 @@ KERNELS = {
     "combine": combine_kernel,
 }
 ATTENTION = ("predict", "query_grad", "dictionary_grad", "chunk_grad")
+TABULATE = {"scatter": SCATTER, "fill": FILL}
 FLAGS: dict[str, dict[str, Any]] = {
     "assign": {
         "SPLITS": 4,
@@ -46,9 +50,9 @@ FLAGS: dict[str, dict[str, Any]] = {
 TYPES = {
     **dict.fromkeys(("beta_ptr", "row_count_ptr", "lse_ptr", "delta_ptr", "dbeta_ptr"), "*fp32"),
     **dict.fromkeys(("key_sum_ptr", "value_sum_ptr", "count_ptr", "best_ptr", "chosen_ptr", "part_ptr"), "*fp32"),
-    **dict.fromkeys(("table_ptr", "sizes_ptr", "forced_ptr", "rank_ptr", "current_ptr", "assignment_ptr"), "*i32"),
+    **dict.fromkeys(("table_ptr", "sizes_ptr", "starts_ptr", "ends_ptr", "offsets_ptr", "blocks_ptr"), "*i32"),
+    **dict.fromkeys(("documents_ptr", "forced_ptr", "rank_ptr", "assignment_ptr"), "*i32"),
     **dict.fromkeys(("arg_ptr", "place_ptr", "arrived_ptr"), "*i32"),
-    "offsets_ptr": "*i64",
     "log2_keep": "fp32",
 }
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -78,13 +82,21 @@ class ShippedKernel:
 def shipped_kernels(
     arch: str, dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = (64, 128), chunk_size: int = 128
 ) -> Iterator[ShippedKernel]:
-    """Every kernel for an architecture ("sm_80", "sm_90", "sm_100", "gfx942"), with the default variant's flags."""
+    """Every kernel for an architecture ("sm_80", "sm_90", "sm_100", "gfx942"), with the default variant's flags.
+
+    Those that make the table know neither dtype nor width: they are there once, under the last dtype.
+    """
     for stage, kernel in KERNELS.items():
         for width in widths:
             for dtype in dtypes:
                 tile = "decode" if stage == "combine" else stage
                 rows = 1 if tile == "decode" else chunk_size
-                settings = constants(tile, arch, dtype, width, width, rows, **FLAGS.get(stage, {}))
+                if stage not in TABULATE:
+                    settings = constants(tile, arch, dtype, width, width, rows, **FLAGS.get(stage, {}))
+                elif (width, dtype) == (widths[0], dtypes[-1]):
+                    settings = TABULATE[stage]
+                else:
+                    continue
                 options = {name: settings[name] for name in ("num_warps", "num_stages")}
                 settings = {name: value for name, value in settings.items() if name in kernel.arg_names}
                 signature = {name: _type(name, dtype, settings) for name in kernel.arg_names}
