@@ -15,6 +15,7 @@ import functools
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from ovq.config import ConfigError
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
 FIRST_STEP_TIMEOUT_S = 1800  # compiling kernels and resolving data may differ by minutes between processes
+GLOO_SETTLES_S = 0.3
 BACKGROUND_TIMEOUT_S = 6 * 3600  # writing a checkpoint: a shared disk may be slow, and training goes on meanwhile
 
 
@@ -83,6 +85,10 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # A gloo thread that drops the last collective's tensor takes the interpreter's lock for it. If the interpreter
+        # has begun to end, Python ends that thread, and C++ the process with it: "terminate called without an active
+        # exception", status 134, now and then on a busy machine, after all is done.
+        time.sleep(GLOO_SETTLES_S)
 
 
 def lower_timeout(seconds: int) -> None:
