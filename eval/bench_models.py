@@ -24,6 +24,7 @@ from eval import style
 from eval.compare_models import named_models
 from ovq import machine
 from ovq.config import CONFIG_DIR, ConfigError, compose, options, parse_tool_args
+from ovq.files import write_whole
 
 Measured = dict[str, Any]
 OUT_OF_MEMORY = "out of memory"
@@ -224,7 +225,7 @@ def bench(plans: list[dict[str, Any]], args: dict[str, Any], out: Path) -> int:
         peak = peak or result.get("peak_tflops")
         record["measured"].append({"model": plan["model"], "context": plan["context"], **result})
         print(line(record["measured"][-1]), flush=True)
-        (out / "bench_models.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(out / "bench_models.json", json.dumps(record, indent=1) + "\n")
     good = [row for row in record["measured"] if "error" not in row]
     print(f"\n{out / 'bench_models.json'}")
     if good:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.config import ConfigError, parse_tool_args
+from ovq.files import write_whole
 from ovq.machine import current_rss, describe_machine, peak_rss
 from ovq.ops import ovq_attention
 from ovq.ops.sliding_window import sliding_window_attention
@@ -260,8 +261,7 @@ def main(argv: list[str]) -> int:
         "results": [{**asdict(m), "forward_median_ms": m.forward, "total_median_ms": m.total} for m in results],
     }
     out = Path(settings["out"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
+    write_whole(out, json.dumps(report, indent=2) + "\n")
     for op, growth in report["summary"]["growth"].items():
         print(f"{op}: time by length " + (", ".join(f"{k} {v}x" for k, v in growth.items()) or "-"))
     print(f"written: {out}")

@@ -25,6 +25,7 @@ import torch
 from eval import style
 from ovq import machine
 from ovq.config import CONFIG_DIR, ConfigError, compose, options, parse_tool_args
+from ovq.files import write_whole
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
 from ovq.plan import CONTEXTS, format_bytes
 
@@ -173,7 +174,7 @@ def write_readme(path: Path = README) -> None:
     _, ended, after = rest.partition(END)
     if not (found and ended):
         raise ConfigError(f"{path} has no lines '{BEGIN.strip()}' and '{END.strip()}' to write the table between")
-    path.write_text(before + found + readme_table() + ended + after)
+    write_whole(path, before + found + readme_table() + ended + after)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def main(argv: list[str]) -> int:
         "models": [asdict(model) for model in models],
         "machine": machine.describe_machine(),
     }
-    (out / "compare_models.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(out / "compare_models.json", json.dumps(record, indent=1) + "\n")
     print(f"\n{out / 'compare_models.json'}\n{picture}")
     if off:
         print(

@@ -79,7 +79,9 @@ def run(
 
 @torch.no_grad()
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in float64; NaN or infinity in either counts as infinite, so that it passes no bar."""
+    """||got - want|| / ||want|| in float64, of two tensors of one shape; NaN or infinity in either counts as infinite,
+    so that it passes no bar."""
+    assert got.shape == want.shape, f"{list(got.shape)} is compared with {list(want.shape)}"
     got, want = got.double(), want.double()
     if not (torch.isfinite(got).all() and torch.isfinite(want).all()):
         return float("inf")

@@ -34,6 +34,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ovq.files import write_whole
+
 DEFAULTS: dict[str, Any] = {
     "out": "runs/aot",
     "targets": ["sm_80", "sm_90", "gfx942", "sm_100"],
@@ -303,9 +305,8 @@ def write(builds: list[Build], broken: list[str], out: Path, command: str) -> No
         "broken": broken,
         "builds": [asdict(build) for build in builds],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "aot.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / "aot.md").write_text(markdown(builds))
+    write_whole(out / "aot.json", json.dumps(content, indent=1) + "\n")
+    write_whole(out / "aot.md", markdown(builds))
 
 
 def main(argv: list[str]) -> int:

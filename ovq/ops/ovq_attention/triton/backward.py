@@ -36,7 +36,7 @@ from ovq.ops.ovq_attention.triton.predict import LOG2E, Rows
 from ovq.ops.ovq_attention.triton.tabulate import Table
 
 QUERY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk", "all_tiles"]
-DICTIONARY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "low", "high", "initial", "log2_keep"]
+DICTIONARY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "low", "initial", "log2_keep"]
 CHUNK_NUMBERS = ["T", "S", "L", "H", "G"]
 
 
@@ -74,14 +74,14 @@ def dictionary_grad(
     """dk and dv at the tokens of the version rows of the table's centroids: what each key and value of that version's
     chunk gets. The table is of all chunks."""
     (B, T, H, K), (S, G, V), spec = q.shape, v.shape[1:], plan.spec
-    host, (low, high), flags = plan.tensors(q.device), table.centroids, {"RATE": spec.rate is not None}
+    host, flags = plan.tensors(q.device), {"RATE": spec.rate is not None}
     settings = constants("dictionary_grad", arch_of(q.device), q.dtype, K, V, spec.chunk_size, **flags)
     blocks = plan.blocks(settings["BLOCK_N"], table.centroids, q.device)
     if len(blocks):
         dictionary_grad_kernel[len(blocks), B * G](
             q, beta, *rows, table.rows, blocks, host["sizes"], table.offsets,
             do, lse, delta, dk, dv,
-            T, S, spec.chunk_size, H, G, rows[2].shape[2], table.size, low, high, plan.initial, log2_keep(spec.rate),
+            T, S, spec.chunk_size, H, G, rows[2].shape[2], table.size, table.centroids[0], plan.initial, log2_keep(spec.rate),
             **settings,
         )  # fmt: skip
 
@@ -228,8 +228,7 @@ def dictionary_grad_kernel(
     G,
     rows,
     table_size,
-    low,  # the table's centroids
-    high,
+    low,  # the table's first centroid; it has whole blocks
     initial,
     log2_keep,
     K: tl.constexpr,
@@ -255,16 +254,15 @@ def dictionary_grad_kernel(
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
     row_count_ptr += row_base
-    table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size
+    table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size - low
 
     tiles = tl.cdiv(L, BLOCK_M)
     group = H // G
     steps = group * tiles
     centroid = n + tl.arange(0, BLOCK_N)
-    entry = centroid - low
     m = tl.arange(0, BLOCK_M)
-    held = centroid < tl.minimum(tl.load(sizes_ptr + last), high)
-    row = tl.load(table_ptr + tl.load(offsets_ptr + last) + entry, mask=held, other=-1)
+    held = centroid < tl.load(sizes_ptr + last)
+    row = tl.load(table_ptr + tl.load(offsets_ptr + last) + centroid, mask=held, other=-1)
     if RATE:
         count = tl.load(row_count_ptr + row, mask=row >= 0, other=1.0)
     dkey = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -274,8 +272,8 @@ def dictionary_grad_kernel(
         chunk = last - step // steps
         start = last_start - step // steps * L
         h = g * group + (step % steps) // tiles
-        held = centroid < tl.minimum(tl.load(sizes_ptr + chunk), high)
-        before = tl.load(table_ptr + tl.load(offsets_ptr + chunk) + entry, mask=held, other=-1)
+        held = centroid < tl.load(sizes_ptr + chunk)
+        before = tl.load(table_ptr + tl.load(offsets_ptr + chunk) + centroid, mask=held, other=-1)
         held = before >= 0
         key = load_rows(row_key_ptr, before, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, before, held, V, BLOCK_V)
