@@ -18,7 +18,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ovq.ops import ovq_attention
-from ovq.ops.ovq_attention import cost
 from ovq.ops.ovq_attention.spec import OVQSpec
 
 pytest.importorskip("triton")
@@ -124,7 +123,7 @@ def test_random_seeding_ranks_are_the_order_of_the_definition() -> None:
 @pytest.mark.parametrize("D, N, L", [(64, 2048, 128), (64, 16384, 128), (128, 16384, 128), (64, 2048, 16)])
 def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: int, L: int) -> None:
     """What lives at once in the forward pass: what it was given and returns, its copy of the means and a table; in the
-    backward pass: what the forward operator left for it, the gradients, delta and a table. And it is as predicted."""
+    backward pass: what the forward operator left for it, the gradients, delta and a table."""
     importlib.import_module("ovq.ops.ovq_attention.triton")
     T, spec = 65536, OVQSpec(N, L)
     plan = plans.make_plan(spec, 0, 0, (0, T))
@@ -145,8 +144,6 @@ def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: i
 
         backward, forward = size(o, o, placed, *saved, *grads) + 4 * T, size(*sums, *kept) + 2 * N * D
         assert max(backward, forward) < 3 * 3 * q.numel() * q.itemsize
-        predicted = cost.memory_ratio(cost.Shape(1, T, 1, 1, D, D, spec)) * 3 * q.numel() * q.itemsize
-        assert max(backward, forward) == pytest.approx(predicted, rel=0.01)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "interpreter"])
