@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ovq.ops import ovq_attention
 from ovq.ops.ovq_attention import reference
-from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds
 from tests.helpers import relative_error
 
 kernels = importlib.import_module("ovq.ops.ovq_attention.triton")
@@ -147,11 +147,40 @@ def test_programs_that_share_a_head_change_no_bit(splits: int, monkeypatch: pyte
     tensors, spec = inputs(T=300, H=1, G=1), OVQSpec(400, 100)
     with torch.no_grad():
         alone = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
-        monkeypatch.setattr(assign, "splits", lambda heads, device: splits)
+        monkeypatch.setattr(assign, "splits", lambda walks, device, packed: splits)
         together = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
     assert alone[1].size > 2 * 64  # several blocks
     assert torch.equal(alone[0], together[0]) and torch.equal(alone[2], together[2])
     assert all(torch.equal(getattr(alone[1], x), getattr(together[1], x)) for x in ("key_sum", "value_sum", "count"))
+
+
+@pytest.mark.parametrize("L", [16, 160])
+def test_a_given_assignment_is_used(L: int) -> None:
+    """Any that founds all centroids; not the one that would be chosen."""
+    tensors, spec = inputs(T=3 * L + 5, H=1, G=1), OVQSpec(40, L)
+    given = torch.full((1, 1, 3 * L + 5), -1, dtype=torch.int32)
+    for i in range(3):
+        size, after = spec.size_at(i * L), spec.size_at(i * L + L)
+        chosen = torch.cat([torch.arange(size, after), torch.randint(0, after, (L - after + size,))])
+        given[0, 0, i * L : i * L + L] = chosen
+    given = given.to(DEVICE)
+    o, new, placed, grads = run(kernels.forward, tensors, spec, given)
+    want, want_new, _, want_grads = run(reference.forward, double(tensors), spec, given)
+    assert torch.equal(placed, given)
+    assert relative_error(o, want) < 1e-5 and relative_error(new.key_sum, want_new.key_sum) < 1e-5
+    assert all(relative_error(x, y) < 1e-4 for x, y in zip(grads[:3], want_grads))
+
+
+@pytest.mark.parametrize("N", [1, 20])
+def test_what_is_not_a_number_stays_in_its_head(N: int) -> None:
+    """A step with NaN is skipped by the trainer: until then it must write nowhere else."""
+    spec, tensors = OVQSpec(N, 16), [x.detach() for x in inputs(T=50)]
+    whole = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
+    tensors[1][:, 3, 0] = float("nan")
+    o, new, placed = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
+    assert o[:, :, 0].isnan().any() and placed[:, :, :48].ge(0).all() and placed.lt(max(N, 1)).all()
+    assert torch.equal(o[:, :, 1], whole[0][:, :, 1]) and torch.equal(placed[:, 1], whole[2][:, 1])
+    assert torch.equal(new.key_sum[:, 1], whole[1].key_sum[:, 1])
 
 
 def test_nothing_is_read_before_it_is_written_and_repeats_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +245,7 @@ def test_gradients_after_a_carried_state() -> None:
 @pytest.mark.parametrize("splits", [1, 2])
 def test_packed_documents_are_documents_alone(variant: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter than a chunk, a whole number of chunks, none, and a remainder, in one launch of each kernel."""
-    monkeypatch.setattr(assign, "splits", lambda walks, device: splits)
+    monkeypatch.setattr(assign, "splits", lambda walks, device, packed: splits)
     tensors = inputs(T=120, H=2, G=1)
     bounds = torch.tensor([0, 3, 35, 67, 67, 120], dtype=torch.int32, device=DEVICE)
     settings = {"num_centroids": 20, "chunk_size": 16, "cu_seqlens": bounds, **variant}
@@ -234,6 +263,24 @@ def test_bounds_that_are_none_are_refused(bounds: tuple[int, ...]) -> None:
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 60 tokens"):
         ovq_attention(*inputs(T=60), num_centroids=20, chunk_size=16, cu_seqlens=cu_seqlens, backend="triton")
+
+
+def test_bounds_are_read_back_once_for_all_layers_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of inference mode, which do not count their changes, every time."""
+    read, tolist = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda x: read.append(1) or tolist(x))
+    bounds = torch.tensor([0, 20, 60], dtype=torch.int32, device=DEVICE)
+    assert [document_bounds(bounds, 60) for _ in range(3)] == [(0, 20, 60)] * 3 and len(read) == 1
+    bounds[1] = 30
+    assert document_bounds(bounds, 60) == (0, 30, 60) and len(read) == 2
+    with torch.inference_mode():
+        bounds = torch.tensor([0, 60], dtype=torch.int32, device=DEVICE)
+        settings = {"num_centroids": 20, "chunk_size": 16, "cu_seqlens": bounds, "backend": "triton"}
+        o, _ = ovq_attention(*inputs(T=60, H=1, G=1), **settings)
+        bounds[0] = 1
+        with pytest.raises(ValueError, match="must rise from 0"):
+            document_bounds(bounds, 60)
+    assert torch.isfinite(o).all()
 
 
 @pytest.mark.parametrize("bounds", [(0, 300), (0, 7, 71, 300)], ids=str)
@@ -282,12 +329,14 @@ def test_small_tables_change_no_bit(bounds: tuple[int, ...] | None, monkeypatch:
     whole = run()
     assert len(made) == 2  # forward and backward
     monkeypatch.setattr(plans, "TABLE_SHARE", 1e-3)
+    monkeypatch.setattr(plans, "FEWEST_CHUNKS", 0)
     assert all(torch.equal(x, y) for x, y in zip(run(), whole))
     assert len(set(made)) > 10
 
 
 def test_operators_are_what_they_register_as() -> None:
-    """Schema, fake tensors and autograd formula, by PyTorch's own checker."""
+    """Schema, fake tensors and autograd formula, by PyTorch's own checker. (Its test_aot_dispatch_dynamic also compares
+    version rows that no centroid has: nobody writes or reads them.)"""
     spec, tensors = OVQSpec(20, 16), inputs(T=20, H=1, G=1)
     start = empty(*tensors[1:3], spec)
     numbers = (0, 0, *kernels._settings(spec))

@@ -40,10 +40,15 @@ def test_check(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 8, 32, 200])
-def test_programs_that_share_a_head_agree_however_many_there_are(heads: int) -> None:
-    """The barrier between programs, from 16 a head to one: 256 chunks, run after run, to the bit."""
+def test_programs_that_share_a_head_agree_however_many_there_are(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The barrier between programs, from 16 a head to one: 256 chunks, run after run, and as one alone, to the bit."""
     sizes = Sizes(tokens=256 * 64, chunk_size=64, heads=heads, kv_heads=heads, num_centroids=1500)
-    checks.repeats_are_bit_equal("triton", sizes, torch.device("cuda"), torch.bfloat16, times=3)
+    tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
+    do = torch.randn_like(tensors[0])
+    runs = [checks.run("triton", tensors, sizes.spec, do) for _ in range(3)]
+    monkeypatch.setattr("ovq.ops.ovq_attention.triton.assign.splits", lambda walks, device, packed: 1)
+    alone = checks.run("triton", tensors, sizes.spec, do)
+    assert all(torch.equal(x, y) for together in runs for x, y in zip(together, alone))
 
 
 def test_peak_memory_at_64k_is_within_three_times_q_k_v() -> None:
@@ -78,7 +83,7 @@ def test_an_offset_beyond_two_gigabytes_of_elements_is_right() -> None:
     with torch.no_grad():
         whole = ovq_attention(q, q, q, beta, num_centroids=64 * D, backend="triton")[0]
         alone = ovq_attention(q[-1:], q[-1:], q[-1:], beta, num_centroids=64 * D, backend="triton")[0]
-    assert checks.relative_error(whole[-1:], alone) < 1e-2
+    assert torch.equal(whole[-1:], alone)
 
 
 def test_torch_compile_keeps_a_layer_whole_on_the_card() -> None:

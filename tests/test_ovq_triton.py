@@ -88,7 +88,7 @@ def test_a_plan_of_documents_has_each_of_them_and_one_chunk_more() -> None:
     assert plan.starts.tolist() == [0, 5, 21, 37, 37, 53, 69]
     assert plan.ends.tolist() == [5, 21, 37, 37, 53, 69, 69]
     assert plan.sizes.tolist() == [0, 0, 13, 24, 0, 13, 24]
-    assert plan.sum_starts == (0, 0, 24, 48)
+    assert plan.walks == ((1, 3, 0), (4, 6, 24)) and plan.sums == 48  # a document of five tokens commits nothing
     blocks = plan.blocks(16, plan.all_centroids, torch.device("cpu")).tolist()
     assert sorted(blocks) == [[0, 1, 3, 37, 37], [0, 4, 6, 69, 69], [16, 2, 3, 37, 37], [16, 5, 6, 69, 69]]
 
@@ -127,7 +127,7 @@ def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: i
     importlib.import_module("ovq.ops.ovq_attention.triton")
     T, spec = 65536, OVQSpec(N, L)
     plan = plans.make_plan(spec, 0, 0, (0, T))
-    most = plans.most_entries(T, 1, D, D, 2)
+    most = plans.most_entries(T, 1, D, D, 2, N)
     parts = [plan.layout(part, plan.all_centroids)[1] for part in plan.chunk_ranges(most)]
     parts += [plan.layout(plan.all_chunks, part)[1] for part in plan.centroid_ranges(most, 128)]
     with FakeTensorMode():
@@ -156,6 +156,21 @@ def test_a_new_length_compiles_nothing(arch: str) -> None:
             settings = configs.constants(stage, arch, torch.bfloat16, 64, 64, L)
             rows = settings.get("BLOCK_M", settings.get("BLOCK_L"))
             assert rows <= configs.padded(L) and settings["BLOCK_N"] >= 16
+
+
+def test_programs_that_share_a_walk_are_few_numbers_for_packed_documents() -> None:
+    """Every number is a build: of documents that come in any number, there may not be one for each."""
+    splits = importlib.import_module("ovq.ops.ovq_attention.triton.assign").splits
+    with pytest.MonkeyPatch.context() as patch:
+        properties = type("Properties", (), {"multi_processor_count": 132})
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        device = torch.device("cuda")
+        found = {walks: splits(walks, device, packed=True) for walks in range(1, 300)}
+        assert set(found.values()) == {1, 4, 16}
+        assert all(walks * programs <= 132 or programs == 1 for walks, programs in found.items())
+        assert [splits(walks, device) for walks in (1, 8, 16, 32, 64, 128)] == [16, 16, 8, 4, 2, 1]
+        patch.setattr(torch.version, "hip", "6.4")
+        assert splits(1, device) == 1
 
 
 def test_every_shipped_kernel_names_all_its_arguments() -> None:

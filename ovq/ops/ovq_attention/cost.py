@@ -269,7 +269,8 @@ def table_entries(shape: Shape) -> int:
     from ovq.ops.ovq_attention.triton.plan import most_entries
 
     aligned = sum(-(-n // 16) * 16 for n in _sizes(shape))
-    return min(aligned, most_entries(shape.tokens, shape.heads // shape.kv_heads, shape.K, shape.V, shape.itemsize))
+    group, N = shape.heads // shape.kv_heads, shape.spec.num_centroids
+    return min(aligned, most_entries(shape.tokens, group, shape.K, shape.V, shape.itemsize, N))
 
 
 def memory_ratio(shape: Shape) -> float:

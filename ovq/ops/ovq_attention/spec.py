@@ -91,8 +91,11 @@ class OVQSpec:
 
     def hash_order(self, start: int, device: torch.device) -> Tensor:
         """int64 [L]: the places in the chunk that begins at token `start`, in the order of random seeding."""
-        position = torch.arange(start, start + self.chunk_size, device=device)
-        return position_hash(self.seed, position).argsort(stable=True)
+        return self.hash_order_at(torch.arange(start, start + self.chunk_size, device=device))
+
+    def hash_order_at(self, position: Tensor) -> Tensor:
+        """The same of several chunks, int64 [.., L]; `position` is where their tokens stand in their document."""
+        return position_hash(self.seed, position).argsort(dim=-1, stable=True)
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,11 @@ def document_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
         ValueError: they do not rise from 0 to the number of tokens.
     """
     global _last_bounds
-    if _last_bounds is None or _last_bounds[0]() is not cu_seqlens or _last_bounds[1] != cu_seqlens._version:
-        _last_bounds = weakref.ref(cu_seqlens), cu_seqlens._version, tuple(cu_seqlens.tolist())
-    bounds = _last_bounds[2]
+    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version  # inference tensors do not count their changes
+    last = _last_bounds
+    if last is None or last[0]() is not cu_seqlens or last[1] != version or version < 0:
+        last = _last_bounds = weakref.ref(cu_seqlens), version, tuple(cu_seqlens.tolist())
+    bounds = last[2]
     if bounds[0] != 0 or bounds[-1] != tokens or list(bounds) != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got {list(bounds)}")
     return bounds

@@ -37,6 +37,10 @@ from ovq.ops.ovq_attention.triton.tabulate import tabulate
 
 LATEST_NVIDIA = 9  # compute capability; query_grad in half precision does not build for sm_100 with Triton 3.6
 
+MOST_HEADS = 65535  # of a batch: the second axis of a grid
+# A first call copies its plan to the device, and plans are given up in time: not for a CUDA graph to hold.
+NO_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
 _announced: set[tuple] = set()
 
 
@@ -53,6 +57,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly in silence; give it float32 or float16"
     if max(K, V) > MAX_WIDTH:
         return f"needs key and value widths of at most {MAX_WIDTH}, got {K} and {V}"
+    if q.shape[0] * q.shape[2] > MOST_HEADS:
+        return f"needs at most {MOST_HEADS} heads in a batch, got {q.shape[0]} x {q.shape[2]}"
     if not 16 <= L <= 512:
         return f"needs a chunk_size in 16 .. 512, got {L}"
     return None
@@ -139,7 +145,7 @@ def _spec(
     return OVQSpec(num_centroids, chunk_size, growth, growth_tokens, seeding, seed, step, first_chunk, assign_on)
 
 
-@torch.library.custom_op("ovq::ovq_attention", mutates_args=())
+@torch.library.custom_op("ovq::ovq_attention", mutates_args=(), tags=NO_GRAPHS)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -176,7 +182,7 @@ def _forward(
         placed, rows = assign(k, v, plan, *work, assignment)
         del work
         o, lse = q.new_empty(B, T, H, V), q.new_empty(B, H, T, dtype=torch.float32)
-        for chunks in plan.chunk_ranges(_most_entries(q, v)):
+        for chunks in plan.chunk_ranges(_most_entries(q, v, spec)):
             table = None  # its memory is the next one's
             table = tabulate(placed, plan, chunks, plan.all_centroids)
             predict(q, k, v, beta, plan, rows, table, o, lse)
@@ -190,14 +196,14 @@ def _plan(spec: OVQSpec, size: int, position: int, cu_seqlens: Tensor | None, to
 
 def _empty_sums(k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros for the dictionaries of all documents, no larger than they get."""
-    (B, _, G, K), V, M = k.shape, v.shape[3], max(plan.sum_starts[-1], 1)
+    (B, _, G, K), V, M = k.shape, v.shape[3], max(plan.sums, 1)
     zeros = functools.partial(k.new_zeros, dtype=torch.float32)
     return zeros(B, G, M, K), zeros(B, G, M, V), zeros(B, G, M)
 
 
-def _most_entries(q: Tensor, v: Tensor) -> int:
+def _most_entries(q: Tensor, v: Tensor, spec: OVQSpec) -> int:
     (H, K), (S, G, V) = q.shape[2:], v.shape[1:]
-    return most_entries(S, H // G, K, V, q.element_size())
+    return most_entries(S, H // G, K, V, q.element_size(), spec.num_centroids)
 
 
 @_forward.register_fake
@@ -216,7 +222,7 @@ def _(q, k, v, beta, key_sum, value_sum, count, assignment, cu_seqlens, size, po
     )
 
 
-@torch.library.custom_op("ovq::ovq_attention_backward", mutates_args=())
+@torch.library.custom_op("ovq::ovq_attention_backward", mutates_args=(), tags=NO_GRAPHS)
 def _backward(
     do: Tensor,
     q: Tensor,
@@ -251,7 +257,7 @@ def _backward(
     with torch.cuda.device_of(q):
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
         dbeta = lse.new_empty(B, H, query_tiles(plan, q, V))
-        most, table = _most_entries(q, v), None
+        most, table = _most_entries(q, v, spec), None
         for chunks in plan.chunk_ranges(most):
             table = None  # its memory is the next one's
             table = tabulate(assignment, plan, chunks, plan.all_centroids)

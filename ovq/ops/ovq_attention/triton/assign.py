@@ -68,9 +68,9 @@ def assign(
     rows = (row_key, row_value, row_count)
     if not plan.committed:
         return assignment, rows
-    documents = len(plan.documents)
+    documents = len(plan.walks)
     flags = {
-        "SPLITS": splits(B * G * documents, device),
+        "SPLITS": splits(B * G * documents, device, packed=len(plan.documents) > 1),
         "FORCED": forced is not None,
         "RANDOM": spec.seeding == "random",
         "NEAREST": spec.first_chunk == "nearest" and initial == 0,
@@ -87,7 +87,7 @@ def assign(
     def launch(skipped: int, most: int, propose: bool, commit: bool) -> None:
         assign_kernel[(programs,)](
             k, v, assignment if forced is None else forced.to(torch.int32).contiguous(), host["ranks"],
-            host["starts"], host["sizes"], host["documents"],
+            host["starts"], host["sizes"], host["walks"],
             key_sum, value_sum, count, mean_key, mean_value, *rows, assignment,
             best, arg, chosen, place, arrived,
             S, L, G, M, initial + S, initial, documents, skipped, most, log2_keep(spec.rate),
@@ -96,7 +96,7 @@ def assign(
             launch_cooperative_grid=flags["SPLITS"] > 1,
         )  # fmt: skip
 
-    longest = max(last - first for first, last in plan.documents)
+    longest = max(last - first for first, last, _ in plan.walks)
     if INTERPRETED and flags["SPLITS"] > 1:
         # The interpreter runs programs one after another: a barrier would never be passed.
         for chunk in range(longest):
@@ -107,13 +107,18 @@ def assign(
     return assignment, rows
 
 
-def splits(walks: int, device: torch.device) -> int:
-    """Programs a walk: a power of two, and no more than run at the same time, since they wait for each other."""
-    if device.type != "cuda":
+def splits(walks: int, device: torch.device, packed: bool = False) -> int:
+    """Programs a walk: a power of two, and no more than run at the same time, since they wait for each other.
+
+    Every number is a build of its own: of packed documents, whose number changes, only powers of four.
+    """
+    # (On AMD one: there Triton 3.6 does not wait for what all of a program's waves have stored before it releases.)
+    if device.type != "cuda" or torch.version.hip:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fitting = max(processors // walks, 1)
-    return min(1 << (fitting.bit_length() - 1), MAX_SPLITS)
+    fitting = min(max(processors // walks, 1), MAX_SPLITS)
+    exponent = fitting.bit_length() - 1
+    return 1 << (exponent - exponent % 2 if packed else exponent)
 
 
 def log2_keep(rate: float | None) -> float:
@@ -129,7 +134,7 @@ def assign_kernel(
     rank_ptr,  # [chunks, L] int32: the keys' ranks in the order of founding, if RANDOM
     starts_ptr,  # [chunks] int32: the first token of chunk i
     sizes_ptr,  # [chunks] int32: centroids before chunk i
-    documents_ptr,  # [documents, 3] int32: first chunk, the one that is not committed, the document's place in the sums
+    walks_ptr,  # [documents, 3] int32: first chunk, the one that is not committed, the document's place in the sums
     key_sum_ptr,  # [B, G, M, K] float32 in and out
     value_sum_ptr,  # [B, G, M, V] float32 in and out
     count_ptr,  # [B, G, M] float32 in and out
@@ -179,10 +184,10 @@ def assign_kernel(
     head = walk // documents
     b = head // G
     g = head % G
-    documents_ptr += 3 * (walk % documents)
-    first_chunk = tl.load(documents_ptr)
-    last_chunk = tl.minimum(tl.load(documents_ptr + 1), first_chunk + most)
-    dictionary = tl.cast(head, tl.int64) * M + tl.load(documents_ptr + 2)
+    walks_ptr += 3 * (walk % documents)
+    first_chunk = tl.load(walks_ptr)
+    last_chunk = tl.minimum(tl.load(walks_ptr + 1), first_chunk + most)
+    dictionary = tl.cast(head, tl.int64) * M + tl.load(walks_ptr + 2)
     k_ptr += tl.cast(b, tl.int64) * S * G * K
     v_ptr += tl.cast(b, tl.int64) * S * G * V
     forced_ptr += tl.cast(head, tl.int64) * S
@@ -339,7 +344,7 @@ def _square(x):
 
 @triton.jit
 def _barrier(arrived_ptr, awaited):
-    """Wait until all programs of the head have come here: what they stored before is visible after."""
+    """Wait until all programs of the walk have come here: what they stored before is visible after."""
     tl.debug_barrier()
     tl.atomic_add(arrived_ptr, 1, sem="release")
     while tl.atomic_add(arrived_ptr, 0, sem="acquire") < awaited:
@@ -360,6 +365,7 @@ def _choose(best_ptr, arg_ptr, l, size, L, SPLITS: tl.constexpr):
     arg = tl.min(tl.where(bests == best[None, :], args, NOTHING), 0)
     if size == 0:
         best = tl.where(l == 0, float("-inf"), best)  # the first key founds centroid 0, whatever the order
+        arg = arg * 0  # there is no other; a NaN would have chosen one
     return best, arg
 
 

@@ -81,8 +81,8 @@ def dictionary_grad(
         dictionary_grad_kernel[len(blocks), B * G](
             q, beta, *rows, table.rows, blocks, host["sizes"], table.offsets,
             do, lse, delta, dk, dv,
-            T, S, spec.chunk_size, H, G, rows[2].shape[2], table.size, table.centroids[0], plan.initial, log2_keep(spec.rate),
-            **settings,
+            T, S, spec.chunk_size, H, G, rows[2].shape[2], table.size, table.centroids[0], plan.initial,
+            log2_keep(spec.rate), **settings,
         )  # fmt: skip
 
 
@@ -160,7 +160,8 @@ def query_grad_kernel(
     row_value_ptr += row_base * V
     row_count_ptr += row_base
     table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + tile // tiles)
-    size = tl.load(sizes_ptr + chunk)
+    asked = (first < end) & (first + BLOCK_M > S - T)
+    size = tl.load(sizes_ptr + chunk, mask=asked, other=0)
 
     q = load_tokens(token_at(q_ptr, query, H, h, K), m, H, live, K, BLOCK_K)
     do = load_tokens(token_at(do_ptr, query, H, h, V), m, H, live, V, BLOCK_V)

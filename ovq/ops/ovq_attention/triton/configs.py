@@ -1,7 +1,8 @@
 """Which tiles every kernel runs with: one small table, no autotuning.
 
 Tiles depend on the stage, the chip, the width and the dtype, never on the number of tokens, centroids or heads: a new
-sequence length compiles and tunes nothing. The figures behind the choice: `python -m ovq.ops.aot_report`.
+sequence length compiles and tunes nothing. (`assign` alone is built for each number of programs that share a walk.)
+The figures behind the choice: `python -m ovq.ops.aot_report`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Tile:
     commit: int = 0
 
 
-# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. No attention kernel spills.
+# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. No attention kernel spills, in
+# the default variant.
 TILES = {
     "sm_90": {
         ("half", 64): {

@@ -16,12 +16,14 @@ from torch import Tensor
 from ovq.ops.ovq_attention.spec import OVQSpec
 
 ALIGNMENT = 16  # entries of a table between starts of its rows: 64 bytes
+FEWEST_CHUNKS = 16  # that a table has room for
 TABLE_SHARE = 1 / 6  # of the bytes of q, k and v that a table may have (docs/kernels.md, "Memory")
 
 
-def most_entries(tokens: int, group: int, K: int, V: int, itemsize: int) -> int:
-    """Entries that a table may have for each key/value head, of `group` query heads."""
-    return int(TABLE_SHARE * tokens * (group * K + K + V) * itemsize / 4)
+def most_entries(tokens: int, group: int, K: int, V: int, itemsize: int, num_centroids: int) -> int:
+    """Entries that a table may have for each key/value head, of `group` query heads: a share of their q, k and v, and
+    in a short piece, whose sums are larger than its tokens, a few chunks' worth."""
+    return max(int(TABLE_SHARE * tokens * (group * K + K + V) * itemsize / 4), FEWEST_CHUNKS * num_centroids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,8 @@ class Plan:
         starts, ends: token bounds of chunk c in the packed text (in a row of the batch).
         sizes: centroids before chunk c.
         documents: (first, last) chunk of each document, the last one being the one that is not committed.
-        sum_starts: where a document's centroids begin in the sums, and their number in all.
+        walks: (first chunk, last chunk, place in the sums) of each document that commits any.
+        sums: centroids of all documents together.
     """
 
     spec: OVQSpec
@@ -45,7 +48,8 @@ class Plan:
     ends: np.ndarray
     sizes: np.ndarray
     documents: tuple[tuple[int, int], ...]
-    sum_starts: tuple[int, ...]
+    walks: tuple[tuple[int, int, int], ...]
+    sums: int
     _tensors: dict = field(default_factory=dict)
 
     @property
@@ -58,31 +62,27 @@ class Plan:
         return self.chunks - len(self.documents)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        """starts, ends and sizes, int32 [chunks]; documents, int32 [documents, 3]: first and last chunk, start of the
-        sums; ranks, int32 [chunks, L]: the keys' places in the order of random seeding (else [1, 1])."""
+        """starts, ends and sizes, int32 [chunks]; walks, int32 [walks, 3]; ranks, int32 [chunks, L]: the keys' places
+        in the order of random seeding (else [1, 1])."""
         if device not in self._tensors:
-            documents = [(*chunks, start) for chunks, start in zip(self.documents, self.sum_starts)]
-            arrays = {"starts": self.starts, "ends": self.ends, "sizes": self.sizes, "documents": documents}
-            made = {name: torch.tensor(np.asarray(x), dtype=torch.int32) for name, x in arrays.items()}
-            made["ranks"] = self._ranks()
-            self._tensors[device] = {name: x.to(device) for name, x in made.items()}
+            arrays = {"starts": self.starts, "ends": self.ends, "sizes": self.sizes, "walks": np.array(self.walks)}
+            made = {name: _on(device, x) for name, x in arrays.items()}
+            self._tensors[device] = made | {"ranks": _on(device, self._ranks())}
         return self._tensors[device]
 
-    def _ranks(self) -> Tensor:
-        spec = self.spec
-        ranks = torch.zeros(1, 1, dtype=torch.int32)
+    def _ranks(self) -> np.ndarray:
+        spec, L = self.spec, self.spec.chunk_size
         if spec.seeding != "random":
-            return ranks
-        ranks = torch.zeros(self.chunks, spec.chunk_size, dtype=torch.int32)
-        for first, last in self.documents:
-            for c in range(first, last):
-                start = self.position + int(self.starts[c] - self.starts[first])
-                # A key's rank is its place in the order: the inverse permutation.
-                ranks[c] = spec.hash_order(start, torch.device("cpu")).argsort()
-            if last > first and self.sizes[first] == 0:  # the first key of all founds centroid 0
+            return np.zeros((1, 1))
+        begin = np.concatenate([np.full(last + 1 - first, self.starts[first]) for first, last in self.documents])
+        position = torch.from_numpy(self.position + self.starts - begin)[:, None] + torch.arange(L)
+        # A key's rank is its place in the order: the inverse permutation.
+        ranks = spec.hash_order_at(position).argsort()
+        for first, _ in self.documents:
+            if self.sizes[first] == 0:  # the first key of all founds centroid 0
                 ranks[first] += ranks[first] < ranks[first, 0].clone()
                 ranks[first, 0] = 0
-        return ranks
+        return ranks.numpy()
 
     def layout(self, chunks: tuple[int, int], centroids: tuple[int, int]) -> tuple[np.ndarray, int]:
         """Where the rows of a table of these chunks and centroids start, and its size."""
@@ -96,7 +96,7 @@ class Plan:
         key = (device, chunks, centroids)
         if key not in self._tensors:
             starts, size = self.layout(chunks, centroids)
-            self._tensors[key] = torch.tensor(starts, dtype=torch.int32).to(device), size
+            self._tensors[key] = _on(device, starts), size
         return self._tensors[key]
 
     def document_ranges(self, chunks: tuple[int, int], device: torch.device) -> Tensor:
@@ -104,8 +104,7 @@ class Plan:
         key = (device, chunks, "documents")
         if key not in self._tensors:
             parts = ((max(first, chunks[0]), min(last, chunks[1] - 1)) for first, last in self.documents)
-            made = torch.tensor([part for part in parts if part[0] <= part[1]], dtype=torch.int32)
-            self._tensors[key] = made.to(device)
+            self._tensors[key] = _on(device, np.array([part for part in parts if part[0] <= part[1]]))
         return self._tensors[key]
 
     @property
@@ -118,14 +117,13 @@ class Plan:
 
     def chunk_ranges(self, entries: int) -> list[tuple[int, int]]:
         """All chunks, cut so that a table has at most so many entries a head (or one chunk)."""
-        widths = -(-self.sizes // ALIGNMENT) * ALIGNMENT
-        ranges, first, held = [], 0, 0
-        for c, width in enumerate(widths.tolist()):
-            if c > first and held + width > entries:
-                ranges.append((first, c))
-                first, held = c, 0
-            held += width
-        return [*ranges, (first, self.chunks)]
+        ends = np.cumsum(-(-self.sizes // ALIGNMENT) * ALIGNMENT)
+        ranges, first, before = [], 0, 0
+        while first < self.chunks:
+            last = max(int(np.searchsorted(ends, before + entries, side="right")), first + 1)
+            ranges.append((first, last))
+            first, before = last, int(ends[last - 1])
+        return ranges
 
     def centroid_ranges(self, entries: int, block: int) -> list[tuple[int, int]]:
         """All centroids, cut likewise into whole blocks."""
@@ -147,7 +145,7 @@ class Plan:
                     born = first + max(int(np.searchsorted(sizes, n, side="right")) - 1, 0)
                     made.append((n, born, last, int(self.starts[last]), int(self.ends[last])))
             made.sort(key=lambda walk: walk[1] - walk[2])
-            self._tensors[key] = torch.tensor(made, dtype=torch.int32).reshape(-1, 5).to(device)
+            self._tensors[key] = _on(device, np.array(made).reshape(-1, 5))
         return self._tensors[key]
 
 
@@ -159,7 +157,7 @@ def make_plan(spec: OVQSpec, size: int, position: int, bounds: tuple[int, ...]) 
     starts: list[int] = []
     ends: list[int] = []
     sizes: list[int] = []
-    documents, sum_starts = [], [0]
+    documents, walks, sums = [], [], 0
     for begin, end in zip(bounds, bounds[1:]):
         if end == begin:
             continue
@@ -169,7 +167,14 @@ def make_plan(spec: OVQSpec, size: int, position: int, bounds: tuple[int, ...]) 
             ends.append(min(start + L, end))
             sizes.append(spec.size_at(position + start - begin) if start > begin else size)
         documents.append((first, len(starts) - 1))
-        sum_starts.append(sum_starts[-1] + sizes[-1])
-    return Plan(
-        spec, position, size, np.array(starts), np.array(ends), np.array(sizes), tuple(documents), tuple(sum_starts)
-    )
+        if first < len(starts) - 1:
+            walks.append((*documents[-1], sums))
+            sums += sizes[-1]
+    chunks = np.array(starts), np.array(ends), np.array(sizes)
+    return Plan(spec, position, size, *chunks, tuple(documents), tuple(walks), sums)
+
+
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    """An int32 copy on the device, which nothing waits for."""
+    host = torch.from_numpy(array.astype(np.int32))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

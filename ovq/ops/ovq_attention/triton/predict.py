@@ -97,7 +97,8 @@ def predict_kernel(
     row_value_ptr += row_base * V
     row_count_ptr += row_base
     table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + tile // tiles)
-    size = tl.load(sizes_ptr + chunk)
+    asked = (first < end) & (first + BLOCK_M > S - T)  # a tile that no query is in walks no dictionary
+    size = tl.load(sizes_ptr + chunk, mask=asked, other=0)
 
     q = load_tokens(token_at(q_ptr, query, H, h, K), m, H, live, K, BLOCK_K)
     scale = tl.load(beta_ptr + h) * LOG2E

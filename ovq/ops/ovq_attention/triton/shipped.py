@@ -51,7 +51,7 @@ TYPES = {
     **dict.fromkeys(("beta_ptr", "row_count_ptr", "lse_ptr", "delta_ptr", "dbeta_ptr"), "*fp32"),
     **dict.fromkeys(("key_sum_ptr", "value_sum_ptr", "count_ptr", "best_ptr", "chosen_ptr", "part_ptr"), "*fp32"),
     **dict.fromkeys(("table_ptr", "sizes_ptr", "starts_ptr", "ends_ptr", "offsets_ptr", "blocks_ptr"), "*i32"),
-    **dict.fromkeys(("documents_ptr", "forced_ptr", "rank_ptr", "assignment_ptr"), "*i32"),
+    **dict.fromkeys(("documents_ptr", "walks_ptr", "forced_ptr", "rank_ptr", "assignment_ptr"), "*i32"),
     **dict.fromkeys(("arg_ptr", "place_ptr", "arrived_ptr"), "*i32"),
     "log2_keep": "fp32",
 }

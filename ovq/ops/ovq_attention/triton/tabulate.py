@@ -95,7 +95,9 @@ def scatter_kernel(
         for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
             l = l0 + tl.arange(0, BLOCK_L)
             place = tl.load(assignment_ptr + l, mask=l < L, other=-1)
-            tl.atomic_max(table_ptr + place - low, initial + start + l, mask=(place >= low) & (place < high))
+            tl.atomic_max(
+                table_ptr + place - low, initial + start + l, mask=(place >= low) & (place < high), sem="relaxed"
+            )
 
 
 @triton.jit(do_not_specialize=FILL_NUMBERS)
