@@ -263,6 +263,22 @@ def test_another_config_in_the_same_run_folder_is_refused_by_name(
     assert written() == before
 
 
+def test_triton_kernels_train_sharded_as_the_torch_backend_does_alone(corpus: list[str], tmp_path: Path) -> None:
+    """FSDP over two processes, blocks computed again in the backward pass, and packed documents."""
+    pytest.importorskip("triton")
+    settings = ["trainer.steps=2", "trainer.context=64", "trainer.global_batch=2", "trainer.micro_batch=1"]
+    settings += ["data.isolate_documents=true", "trainer.activation_checkpointing=full", "optim.lr=1e-4"]
+    settings += ["trainer.eval_every=0", "eval.at_end=false", *corpus]
+    interpreter = {"TRITON_INTERPRET": "1"}
+    kernels = Job(tmp_path / "triton", [*settings, "model.mixers.ovq.backend=triton"], 2, env=interpreter)
+    alone = Job(tmp_path / "torch", [*settings, "model.mixers.ovq.backend=torch"])
+    assert alone.status() == 0, alone.lines()
+    assert kernels.status() == 0, kernels.lines()
+    got, want = (record(job.run_dir) for job in (kernels, alone))
+    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in want], rel=1e-5)
+    assert [row["grad_norm"] for row in got] == pytest.approx([row["grad_norm"] for row in want], rel=1e-3)
+
+
 # --- two processes, many claims: tests/two_ranks.py ------------------------------------------------------------------
 
 
