@@ -1,7 +1,8 @@
 """Make .venv and install the pinned dependencies; run by `make setup` with nothing but the standard library.
 
 Which torch: with an NVIDIA GPU the CUDA build, which brings its own triton; without one the CPU build, from PyTorch's
-CPU index if that answers within seconds, else from the default index, and triton beside it for the interpreter tests.
+CPU index if that answers within seconds, else from the default index (which may have the CUDA build), and triton for the
+interpreter tests if torch has not brought its own.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ def main() -> int:
     if subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=False).returncode:
         print("error: python -m venv failed; on Debian and Ubuntu install python3-venv")
         return 2
-    steps = [torch_arguments(), ["-e", f"{ROOT}[dev]"]]
-    if sys.platform == "linux" and not has_gpu():
-        steps.insert(1, [TRITON_FOR_CPU])
-    for arguments in steps:
+    for step in (torch_arguments, triton_arguments, lambda: ["-e", f"{ROOT}[dev]"]):
+        if not (arguments := step()):
+            continue
         say("pip install " + " ".join(arguments))
         if pip(arguments):
             print(f"error: pip install {' '.join(arguments)} failed; the lines above say why")
@@ -47,6 +47,13 @@ def main() -> int:
 def torch_arguments() -> list[str]:
     """What to pass to `pip install` for the torch that fits this machine."""
     return [TORCH, "--index-url", CPU_INDEX] if not has_gpu() and cpu_index_answers() else [TORCH]
+
+
+def triton_arguments() -> list[str]:
+    """What to pass to `pip install` for triton; nothing where torch has brought it, or where there is none."""
+    there = "import importlib.util as i, sys; sys.exit(i.find_spec('triton') is None)"
+    missing = subprocess.run([str(VENV / "bin" / "python"), "-c", there], check=False).returncode
+    return [TRITON_FOR_CPU] if sys.platform == "linux" and missing else []
 
 
 def has_gpu() -> bool:

@@ -70,7 +70,7 @@ TILES = {
         ("half", 64): {
             "assign": Tile(128, 64, 8, 3, 128),
             "predict": Tile(128, 64, 4, 3),
-            "query_grad": Tile(64, 64, 4, 2),
+            "query_grad": Tile(64, 32, 4, 2),
             "dictionary_grad": Tile(32, 128, 8, 3),
             "chunk_grad": Tile(32, 64, 4, 1),
             "decode": Tile(16, 64, 4, 2),
@@ -85,7 +85,7 @@ TILES = {
         },
         ("float", 64): {
             "assign": Tile(64, 32, 8, 2, 32),
-            "predict": Tile(32, 32, 4, 2),
+            "predict": Tile(32, 32, 8, 2),
             "query_grad": Tile(32, 32, 8, 2),
             "dictionary_grad": Tile(32, 32, 8, 2),
             "chunk_grad": Tile(16, 32, 8, 2),
