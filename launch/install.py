@@ -1,8 +1,8 @@
 """Make .venv and install the pinned dependencies; run by `make setup` with nothing but the standard library.
 
 Which torch: with an NVIDIA GPU the CUDA build, which brings its own triton; without one the CPU build, from PyTorch's
-CPU index if that answers within seconds, else from the default index (which may have the CUDA build), and triton for the
-interpreter tests if torch has not brought its own.
+CPU index if that answers within seconds, else from the default index (where it may be the CUDA build), and triton for
+the interpreter tests if torch has not brought it.
 """
 
 from __future__ import annotations
