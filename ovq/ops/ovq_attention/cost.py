@@ -266,11 +266,12 @@ def memory(shape: Shape) -> dict[str, int]:
 
 def table_entries(shape: Shape) -> int:
     """Entries a head of the table of version rows; a larger one is made in parts."""
-    from ovq.ops.ovq_attention.triton.plan import most_entries
+    from ovq.ops.ovq_attention.triton.plan import make_plan, most_entries
 
-    aligned = sum(-(-n // 16) * 16 for n in _sizes(shape))
+    plan = make_plan(shape.spec, 0, 0, (0, shape.tokens))
+    _, whole = plan.layout(plan.all_chunks, plan.all_centroids)
     group, N = shape.heads // shape.kv_heads, shape.spec.num_centroids
-    return min(aligned, most_entries(shape.tokens, group, shape.K, shape.V, shape.itemsize, N))
+    return min(whole, most_entries(shape.tokens, group, shape.K, shape.V, shape.itemsize, N))
 
 
 def memory_ratio(shape: Shape) -> float:
@@ -326,10 +327,6 @@ def _proposals(shape: Shape) -> int:
     """Pairs of a key and a centroid whose similarity is taken, of one head; an empty dictionary stands for one key."""
     L = shape.spec.chunk_size
     return sum(max(n, 1) * L for n, tokens in shape.chunks if tokens == L)
-
-
-def _sizes(shape: Shape) -> list[int]:
-    return [shape.spec.size_at(at) for at in range(0, shape.tokens + 1, shape.spec.chunk_size)]
 
 
 def _tile(shape: Shape, chip: Chip, stage: str) -> dict[str, Any]:
