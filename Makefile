@@ -20,13 +20,13 @@ check: setup  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ovq data eval launch train.py
 
 bench: setup  ## the operators on this machine, beside torch's own attention
-	$(BIN)/python -m eval.bench_ops $(ARGS)
+	$(BIN)/python -m eval.bench.ops $(ARGS)
 
 bench-gpu: setup  ## every figure that needs a GPU, at most nine minutes
-	$(BIN)/python -m eval.bench_gpu $(ARGS)
+	$(BIN)/python -m eval.bench.gpu $(ARGS)
 
 recall: setup  ## the in-context recall figure at CPU scale
-	$(BIN)/python -m eval.recall $(ARGS)
+	$(BIN)/python -m eval.figures.recall $(ARGS)
 
 clean:  ## what was installed; runs/ is left alone
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Text, decode_utf8, fingerprint_of
-from ovq.config import ConfigError
+from ovq.errors import ConfigError
 
 _LONG = 72 * 1024  # bytes after which a document is closed
 _SHORT = 66 * 1024  # a last piece below this joins the one before it: every document allows 64k positions

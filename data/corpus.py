@@ -51,6 +51,20 @@ class TokenisedDocument:
     flags: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class Document:
+    """A held-out document. `tokens` int64 [n + 2]: separator, ids, separator; so tokens[:-1] predict tokens[1:].
+
+    `num_bytes` (UTF-8) and `num_words` (split at whitespace) are the whole document's; for a part of it use
+    `tokenizer.num_bytes(ids)` and `len(tokenizer.decode(ids).split())`.
+    """
+
+    tokens: np.ndarray
+    title: str
+    num_bytes: int
+    num_words: int
+
+
 class Corpus(Protocol):
     """Documents by index. Implementations are picklable and open their files lazily, once per process."""
 

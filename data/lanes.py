@@ -18,9 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.corpus import Tokens
+from data.order import permute
 from data.sources import DataError
-
-_MASK = (1 << 64) - 1
 
 LaneState = dict[str, int]  # ordinal, offset (pairs of that document already read), rows (read by this lane so far)
 
@@ -41,31 +40,6 @@ class Row:
     documents: list[str]
     state: LaneState
     counts: dict[str, int] = field(default_factory=dict)
-
-
-def permute(index: int, size: int, seed: int) -> int:
-    """The image of `index` under a seeded permutation of range(size).
-
-    A six-round Feistel network on the next even power of two, walked until it lands inside `size`: O(1) memory for any
-    number of documents, and, unlike a library's shuffle, the same numbers for ever.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for key in range(6):
-            left, right = right, left ^ (_mix(right, seed, key) & mask)
-        index = left << half | right
-        if index < size:
-            return index
-
-
-def _mix(value: int, seed: int, key: int) -> int:
-    """SplitMix64's finaliser over value, seed and round."""
-    x = (value + 0x9E3779B97F4A7C15 * (6 * seed + key + 1)) & _MASK
-    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
-    return x ^ x >> 31
 
 
 def first_state(lane: int) -> LaneState:

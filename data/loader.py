@@ -15,18 +15,16 @@ import atexit
 import math
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data.lanes import LaneReader, LaneState, Row, first_state
-from data.splits import build_tokens
-from data.tokenizer import Tokenizer
-from ovq.config import Config, ConfigError
-from ovq.train.distributed import on_main
+from data.lanes import LaneState, Row, first_state
+from data.order import token_hash
+from ovq.errors import ConfigError
 
 Fingerprint = dict[str, Any]
 
@@ -37,7 +35,7 @@ class Batch:
 
     `inputs`, `targets`: int64 [m, T]; a target of -100 is no label. `cu_seqlens`: int32, offsets into the m * T
     flattened tokens at which a document or a row begins, and m * T; None unless data.isolate_documents. `documents`:
-    titles in it. `lanes`: each lane's state after this batch. `counts`: see `data.lanes.Row`.
+    titles in it. `lanes`: each row's lane, in order, and its state after this batch. `counts`: see `data.lanes.Row`.
     """
 
     inputs: torch.Tensor
@@ -46,6 +44,10 @@ class Batch:
     documents: list[str] = field(default_factory=list)
     lanes: dict[int, LaneState] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+
+    def token_hash(self) -> int:
+        """64-bit hash of the rows' tokens; of the micro-batches of a step it is summed, modulo 2^64."""
+        return token_hash(list(self.lanes), self.inputs.numpy(), self.targets.numpy())
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; to a GPU through pinned memory, without waiting for the copy."""
@@ -140,7 +142,7 @@ class Loader:
             # Counts are totals of the job: one rank carries on those of the ranks before.
             self.counts = dict(state["counts"]) if rank == 0 else {}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         rows = iter(self._rows())
         end_workers = getattr(rows, "_shutdown_workers", lambda: None)
         atexit.register(end_workers)  # or Python would wait at exit for workers that ignore its SIGTERM
@@ -164,6 +166,8 @@ class Loader:
                 LaneDataset(self._source, self.lanes),
                 batch_size=None,
                 num_workers=workers,
+                # Of its own, or starting would draw from the global one and a resumed run would differ.
+                generator=torch.Generator(),
                 # Every row brings its lane's state along; a snapshot of all lanes with each would cost more than a row
                 # (measured with 512 lanes: 160 thousand tokens/s instead of 4 million).
                 snapshot_every_n_steps=1 << 30,
@@ -192,64 +196,6 @@ class Loader:
             {row.lane: row.state for row in rows},
             counts,
         )
-
-
-def build_loader(
-    cfg: Config, tokenizer: Tokenizer, *, rank: int, world_size: int, state: dict[str, Any] | None = None
-) -> Loader:
-    """The loader of one rank. Collective where torch.distributed runs: rank 0 finds and indexes the files.
-
-    Args:
-        state: of `merge_states`, to go on where that run stopped.
-
-    Raises:
-        ConfigError: nothing to read, a batch that cannot be dealt, or data that differ from those of `state`.
-    """
-    if cfg.data.kind == "recall":
-        from data import recall
-
-        return recall.build_loader(cfg, tokenizer, rank=rank, world_size=world_size, state=state)
-    trainer, data = cfg.trainer, cfg.data
-    commit = state["fingerprint"].get("commit") if state and not data.revision else None
-    tokens, corpus = on_main(lambda: build_tokens(cfg, tokenizer, "train", commit))
-    if not len(tokens):
-        raise ConfigError(f"data.train holds no documents: {list(data.train)}")
-    fingerprint = {
-        **corpus.fingerprint(),
-        "tokenizer": tokenizer.fingerprint,
-        "context": trainer.context,
-        "global_batch": trainer.global_batch,
-        "seed": cfg.seed,
-        "shuffle": data.shuffle,
-        "packing": data.packing,
-        "isolate_documents": data.isolate_documents,
-    }
-    source = LaneReader(
-        tokens,
-        tokenizer.separator_id,
-        tokenizer.num_bytes,
-        context=trainer.context,
-        global_batch=trainer.global_batch,
-        seed=cfg.seed,
-        shuffle=data.shuffle,
-        packing=data.packing,
-    )
-    loader = Loader(
-        source,
-        fingerprint,
-        context=trainer.context,
-        global_batch=trainer.global_batch,
-        micro_batch=trainer.micro_batch,
-        rank=rank,
-        world_size=world_size,
-        num_workers=data.num_workers,
-        prefetch=data.prefetch,
-        isolate_documents=data.isolate_documents,
-        state=state,
-    )
-    if state is None and rank == 0 and corpus.bad_shards:
-        loader.counts["bad_shards"] = corpus.bad_shards
-    return loader
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:

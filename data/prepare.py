@@ -6,7 +6,7 @@
 The documents of a split are cut into parts of about `part_mb` megabytes of text; a part is a pure function of its
 documents and the tokenizer, written by any process, whole or not at all, and remembered by a small record. So the same
 command goes on after a kill, a crash or a full disk with the parts that are missing, and leaves the same bytes as a
-run that was never stopped. prepared.json, which makes the folder usable, is written last. See data/memmap.py.
+run that was never stopped. prepared.json, which makes the folder usable, is written last. See data/prepared.py.
 """
 
 from __future__ import annotations
@@ -28,17 +28,21 @@ from typing import Any
 
 import numpy as np
 
+from data.build import build_corpus, build_tokenizer, splits_of
 from data.corpus import FLAGS, TokenisedCorpus
 from data.files import AtomicFile
-from data.memmap import DOCUMENT, INDEX, SUFFIXES, VERSION, load_index, save_index, verify_prepared
+from data.prepared import DOCUMENT, INDEX, SUFFIXES, VERSION, load_index, save_index, verify_prepared
 from data.sources import SPLITS, DataError
-from data.splits import build_corpus, split_arguments
-from data.tokenizer import Tokenizer, build_tokenizer
-from ovq.config import ConfigError, compose
+from data.tokenizer import Tokenizer
+from ovq.cli import command
+from ovq.compose import compose
+from ovq.config import Config
+from ovq.errors import ConfigError
 from ovq.files import write_whole
+from ovq.schema import setting
 
 PLAN = "unfinished.json"
-PART_MB = 32
+PART_MB = 32.0
 TOTALS = ("documents", "tokens", "bytes", "words", *FLAGS)
 
 Part = dict[str, Any]
@@ -65,7 +69,7 @@ class Range:
 
 
 def prepare(
-    cfg: Any,
+    cfg: Config,
     out: Path | str,
     *,
     splits: list[str] | None = None,
@@ -107,22 +111,17 @@ def prepare(
 
 
 def _plan(
-    cfg: Any, tokenizer: Tokenizer, folder: Path, splits: list[str] | None, part_mb: float
+    cfg: Config, tokenizer: Tokenizer, folder: Path, splits: list[str] | None, part_mb: float
 ) -> tuple[Job, dict[str, Any], list[Range]]:
     """What will be made, before anything is: two preparations with equal plans leave equal folders."""
-    if part_mb <= 0:
-        raise ConfigError(f"part_mb={part_mb} must be above 0")
-    for split in splits or []:
-        if split not in SPLITS:
-            raise ConfigError(f"splits={split} is no split; legal: {', '.join(SPLITS)}")
-    wanted = splits or [split for split in SPLITS if cfg.data.kind == "builtin" or cfg.data[split]]
+    wanted = splits or splits_of(cfg)
     if not wanted:
         raise ConfigError("data.train, data.validation and data.test are empty: nothing to prepare")
     corpora = {split: build_corpus(cfg, split) for split in wanted}
     ranges = []
     for split, corpus in corpora.items():
         if not len(corpus):
-            raise ConfigError(f"data.{split} holds no documents: {list(cfg.data[split])}")
+            raise ConfigError(f"data.{split} holds no documents: {list(getattr(cfg.data, split))}")
         ranges += _cut(split, corpus.sizes(), max(1, round(part_mb * (1 << 20))))
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     plan = {
@@ -306,44 +305,44 @@ def _summary(folder: Path, index: dict[str, Any], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _verify(folders: list[str]) -> int:
+@dataclass
+class Options:
+    out: str | None = setting(None, "where to write (required)")
+    splits: list[str] = setting([], "splits to prepare; empty: all that the data have", choices=SPLITS)
+    processes: int | None = setting(None, "processes that tokenise; null: as many as cores", at_least=1)
+    part_mb: float = setting(PART_MB, "megabytes of text a part", above=0)
+
+
+@command(Options, overrides=True, words=True)
+def main(options: Options, overrides: list[str], words: list[str]) -> int:
+    """The command line in the module's docstring."""
+    if words:
+        return _verify(words)
+    if not options.out:
+        raise ConfigError("out=DIR is required: where to write")
+    began = time.perf_counter()
+    folder = Path(options.out)
+    try:
+        index = prepare(
+            compose(overrides), folder, splits=options.splits, processes=options.processes, part_mb=options.part_mb
+        )
+    except KeyboardInterrupt:
+        print("\nstopped; finished parts are kept, the same command goes on", file=sys.stderr)
+        return 130
+    print(_summary(folder, index, time.perf_counter() - began))
+    return 0
+
+
+def _verify(words: list[str]) -> int:
+    if words[0] != "verify" or len(words) < 2:
+        raise ConfigError(f"'{' '.join(words)}' cannot be read; give key=value settings, or: verify DIR")
     status = 0
-    for folder in folders:
+    for folder in words[1:]:
         problems = verify_prepared(folder)
         print("\n".join(f"error: {problem}" for problem in problems) or f"{folder}: every file is as it was written")
         status = status or int(bool(problems))
     return status
 
 
-def main(argv: list[str]) -> int:
-    """See the module's docstring. Exit status: 0 done, 1 the data failed, 2 a setting is wrong, 130 interrupted."""
-    if not argv or argv[0] in ("-h", "--help") or argv == ["verify"]:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        if argv[0] == "verify":
-            return _verify(argv[1:])
-        own, overrides = split_arguments(argv, {"out": None, "processes": None, "splits": None, "part_mb": PART_MB})
-        if not own["out"]:
-            raise ConfigError("out=DIR is required: where to write")
-        if own["processes"] is not None and (not isinstance(own["processes"], int) or own["processes"] < 1):
-            raise ConfigError(f"processes={own['processes']} must be a whole number of at least 1")
-        splits = [own["splits"]] if isinstance(own["splits"], str) else own["splits"]
-        began = time.perf_counter()
-        folder = Path(own["out"])
-        index = prepare(compose(overrides), folder, splits=splits, processes=own["processes"], part_mb=own["part_mb"])
-        print(_summary(folder, index, time.perf_counter() - began))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; finished parts are kept, the same command goes on", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -28,7 +28,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from ovq.config import ConfigError, DataConfig
+from ovq.config import DataConfig
+from ovq.errors import ConfigError, Failure, one_line
 
 SPLITS = ("train", "validation", "test")
 HUB = "hf://datasets/"
@@ -38,7 +39,7 @@ _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 T = TypeVar("T")
 
 
-class DataError(RuntimeError):
+class DataError(Failure, RuntimeError):
     """Data that cannot be read. The message is one line: the file, what is wrong, and the setting that mends it."""
 
 
@@ -77,7 +78,7 @@ def find_files(data: DataConfig, split: str, commit: str | None = None) -> tuple
     Raises:
         ConfigError: a pattern matches nothing, or files are missing and data.on_bad_shard is "error".
     """
-    patterns = list(data[split])  # type: ignore[index]
+    patterns = list(getattr(data, split))
     if not patterns:
         raise ConfigError(f"data.{split} is empty; give it paths or globs, for instance data.{split}=[books/*.parquet]")
     found: dict[str, File] = {}
@@ -113,7 +114,7 @@ def index_shards(data: DataConfig, split: str, commit: str | None = None) -> tup
         except ConfigError:
             raise
         except Exception as error:  # whatever the reader of the format raises: the file is named and the cause quoted
-            corrupt.append(f"{file.path}: {_line(error)}")
+            corrupt.append(f"{file.path}: {one_line(error)}")
     _bad_shards(data, corrupt, split, left=len(shards))
     return shards, len(missing) + len(corrupt)
 
@@ -156,8 +157,8 @@ def _hub_files(pattern: str, revision: str | None) -> list[File]:
         commit, entries = _list_hub(repo, revision)
     except Exception as error:  # no network, no such repository, no such revision: the cause is in the message
         raise ConfigError(
-            f"{pattern} (revision {revision}) cannot be listed: {_line(error)}; without a network, train from a folder "
-            "made by python -m data.prepare (data=memmap)"
+            f"{pattern} (revision {revision}) cannot be listed: {one_line(error)}; without a network, train from a "
+            "folder made by python -m data.prepare (data=memmap)"
         ) from None
     _COMMITS.setdefault(repo, commit)
     return [
@@ -198,7 +199,7 @@ def _remote_files(pattern: str) -> list[File]:
         paths = sorted(fs.glob(path)) if glob.has_magic(pattern) else [path] * fs.exists(path)
         return [File(fs.unstrip_protocol(p), os.path.basename(p), int(fs.info(p)["size"])) for p in paths]
     except ImportError as error:
-        raise ConfigError(f"{pattern} needs a package that is not installed: {_line(error)}") from None
+        raise ConfigError(f"{pattern} needs a package that is not installed: {one_line(error)}") from None
 
 
 def _local_paths(pattern: str) -> list[str]:
@@ -302,7 +303,3 @@ def _open_for_index(file: File) -> Any:
         return HfFileSystem().open(file.path, "rb", revision=file.commit)
     source = open_file(file)
     return open(source, "rb") if isinstance(source, str) else source
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,5 @@
-"""Tokenizers that give back every text exactly: raw bytes, and SentencePiece unigram models trained for it.
-
-    python -m data.tokenizer train data=parquet 'data.train=[books/*.parquet]' vocab_size=16384 out=books-16k.model
+"""Tokenizers that give back every text exactly: raw bytes, and SentencePiece unigram models trained for it
+(`data.train_tokenizer`).
 
 One id separates documents (`separator_id`, also called bos and eos): it is fed before a document's first token and
 predicted after its last. Every id stands for a fixed byte string, so bytes (for bits per byte) are counted by a table
@@ -11,23 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from ovq.config import Config, ConfigError, TokenizerConfig, compose
+from ovq.errors import ConfigError
 from ovq.files import write_whole
-
-if TYPE_CHECKING:
-    from data.recall import RecallTokenizer
 
 _SPACE = "\u2581"  # how SentencePiece spells a space
 _PROBE = " a\n\n\tb  c\r\n\u2581 \u00e9\u0301\ufb01 \U0001f9ea\u3000\x00 "
-_LINE_LIMIT = 4000  # bytes of a line fed to training; SentencePiece drops longer ones
 
 
 class Tokenizer(Protocol):
@@ -56,7 +48,7 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: Path | str) -> None:
-        """Write what `build_tokenizer(..., run_dir)` needs to make this tokenizer again."""
+        """Write what `data.build.build_tokenizer(..., run_dir)` needs to make this tokenizer again."""
         ...
 
 
@@ -130,7 +122,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ConfigError(
                 f"tokenizer.model_path={origin} changes text, so bytes and words could not be counted; "
-                "train a lossless one with: python -m data.tokenizer train"
+                "train a lossless one with: python -m data.train_tokenizer"
             )
 
     def _bytes_of(self, i: int) -> bytes:
@@ -151,150 +143,3 @@ class SentencePieceTokenizer(_TableTokenizer):
     def save(self, folder: Path | str) -> None:
         write_whole(Path(folder) / "tokenizer.model", self._model)
         self._save(folder, "sentencepiece")
-
-
-def build_tokenizer(
-    cfg: Config | TokenizerConfig, run_dir: Path | str | None = None
-) -> ByteTokenizer | SentencePieceTokenizer | RecallTokenizer:
-    """The tokenizer of a run's config; the run's own stored copy if it has one and the model file is gone.
-
-    A generated task (data=recall) has symbols of its own. The tokenizer part of a config alone always means text.
-
-    Raises:
-        ConfigError: no model file, or the run was made with another tokenizer.
-    """
-    whole: Any = cfg
-    if "data" in whole:
-        if whole.data.kind == "recall":
-            from data import recall
-
-            return recall.RecallTokenizer(recall.task_of(whole))
-        whole = whole.tokenizer
-    return _text_tokenizer(whole, run_dir)
-
-
-def _text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None) -> ByteTokenizer | SentencePieceTokenizer:
-    folder = Path(run_dir) / "tokenizer" if run_dir else None
-    card = (
-        json.loads((folder / "tokenizer.json").read_text()) if folder and (folder / "tokenizer.json").exists() else None
-    )
-    stored = folder / "tokenizer.model" if folder else None
-    tokenizer: ByteTokenizer | SentencePieceTokenizer
-    if cfg.kind == "byte":
-        tokenizer = ByteTokenizer()
-    elif cfg.model_path and Path(cfg.model_path).expanduser().is_file():
-        tokenizer = SentencePieceTokenizer(Path(cfg.model_path).expanduser().read_bytes(), cfg.model_path)
-    elif stored and stored.is_file():
-        tokenizer = SentencePieceTokenizer(stored.read_bytes(), str(stored))
-    else:
-        raise ConfigError(
-            f"tokenizer.model_path={cfg.model_path} does not exist; make one: python -m data.tokenizer train"
-        )
-    if card and card["fingerprint"] != tokenizer.fingerprint:
-        raise ConfigError(
-            f"tokenizer differs from the one this run was made with ({folder}): "
-            f"{tokenizer.fingerprint[:30]} is not {card['fingerprint'][:30]}"
-        )
-    return tokenizer
-
-
-def train_sentencepiece(
-    lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0
-) -> SentencePieceTokenizer:
-    """Train a lossless unigram model on lines (without line ends, which become a piece of their own) and write it.
-
-    Raises:
-        ConfigError: the text is too small for the vocabulary.
-    """
-    import io
-
-    import sentencepiece
-
-    sentencepiece.set_random_generator_seed(seed)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            byte_fallback=True,
-            split_digits=True,
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            bos_id=1,
-            bos_piece="<document>",
-            eos_id=-1,
-            pad_id=-1,
-            character_coverage=0.9999,
-            max_sentence_length=_LINE_LIMIT + 200,
-            num_threads=os.cpu_count() or 1,
-            minloglevel=1,
-        )
-    except RuntimeError as error:
-        raise ConfigError(f"vocab_size={vocab_size} cannot be trained: {' '.join(str(error).split())}") from None
-    tokenizer = SentencePieceTokenizer(model.getvalue(), str(out))
-    write_whole(Path(out), model.getvalue())
-    return tokenizer
-
-
-def sample_lines(corpus: Any, num_bytes: int, seed: int) -> Iterator[str]:
-    """Lines of about `num_bytes` of text in all, one stretch of each of a seeded choice of documents."""
-    from data.lanes import permute
-
-    share = max(1 << 14, num_bytes // max(1, len(corpus)))
-    order = np.array([permute(i, len(corpus), seed) for i in range(len(corpus))], np.int64)
-    taken = np.minimum(corpus.sizes()[order], share)
-    before = np.cumsum(taken) - taken
-    left = num_bytes
-    # In file order, which is the fast one; should sizes have been overestimated, the rest follows.
-    for index in [*sorted(order[before < num_bytes]), *order[before >= num_bytes]]:
-        if left <= 0:
-            return
-        text = corpus.read(int(index)).text
-        # A stretch from the middle of a book is more typical than its title page.
-        start = max(0, (len(text) - share) // 2)
-        stretch = text[start : start + min(share, left)]
-        left -= len(stretch.encode())
-        for line in stretch.split("\n"):
-            for cut in range(0, len(line), _LINE_LIMIT // 4):
-                yield line[cut : cut + _LINE_LIMIT // 4]
-
-
-def main(argv: list[str]) -> int:
-    """`train`: see the module's docstring. Exit status: 0 trained, 1 the data failed, 2 a setting is wrong."""
-    from data.sources import DataError
-    from data.splits import build_corpus, split_arguments
-
-    usage = "usage: python -m data.tokenizer train data=... out=PATH [vocab_size=16384] [sample_mb=30] [key=value ...]"
-    if not argv or argv[0] != "train":
-        print(usage, file=sys.stderr)
-        return 2
-    try:
-        own, overrides = split_arguments(argv[1:], {"vocab_size": 16384, "sample_mb": 30, "out": None})
-        if not own["out"]:
-            raise ConfigError("out=PATH is required: where to write the model")
-        cfg = compose([*overrides, "tokenizer=byte"])
-        corpus = build_corpus(cfg, "train")
-        tokenizer = train_sentencepiece(
-            sample_lines(corpus, own["sample_mb"] << 20, cfg.seed), own["vocab_size"], own["out"], cfg.seed
-        )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    text = corpus.read(0).text[: 1 << 20]
-    ids = tokenizer.encode(text)
-    print(f"{own['out']}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
-    print(f"use it with: tokenizer=sentencepiece tokenizer.model_path={own['out']}   ({tokenizer.fingerprint})")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data import heldout_documents
+from data.build import heldout_documents
+from data.tokenizer import Tokenizer
+from ovq import processes
+from ovq.config import Config
 from ovq.mixers.base import detach_state
-from ovq.model import IGNORE
-from ovq.train import distributed as parallel
+from ovq.model import IGNORE, Transformer
 
 
 @dataclass
@@ -46,7 +48,7 @@ class HeldOut:
     `num_words`, and `longest`, the ids of the longest document that was looked at.
     """
 
-    def __init__(self, cfg: Any, tokenizer: Any, context: int | None, limit: int | None) -> None:
+    def __init__(self, cfg: Config, tokenizer: Tokenizer, context: int | None, limit: int | None) -> None:
         self.cfg, self.tokenizer, self.context, self.limit = cfg, tokenizer, context, limit
         self.given = self.seen = self.longest = self.num_bytes = self.num_words = 0
         self._excerpts = self._read()  # runs on rank 0 only
@@ -61,7 +63,7 @@ class HeldOut:
         def take() -> tuple[list[Excerpt], int, int]:
             return list(itertools.islice(self._excerpts, count)), self.seen, self.longest
 
-        excerpts, self.seen, self.longest = parallel.on_main(take)
+        excerpts, self.seen, self.longest = processes.on_main(take)
         self.given += len(excerpts)
         self.num_bytes += sum(excerpt.num_bytes for excerpt in excerpts)
         self.num_words += sum(excerpt.num_words for excerpt in excerpts)
@@ -87,12 +89,11 @@ class HeldOut:
 
 @torch.no_grad()
 def losses_by_position(
-    model: nn.Module,
+    model: Transformer,
     rows: list[np.ndarray],
     *,
     positions: int,
     piece: int,
-    loss_chunk_tokens: int,
     device: torch.device,
     should_stop: Callable[[], bool],
 ) -> np.ndarray | None:
@@ -101,7 +102,6 @@ def losses_by_position(
     Args:
         rows: tokens of each document, at most positions + 1.
         piece: tokens a forward pass; before each one should_stop is asked, as often on every rank.
-        loss_chunk_tokens: tokens whose logits are held at once.
     """
     tokens_DT = torch.zeros(len(rows), positions + 1, dtype=torch.int64)
     labels_DT = torch.full((len(rows), positions), IGNORE)
@@ -120,7 +120,6 @@ def losses_by_position(
             state=state,
             return_state=True,
             reduction="none",
-            loss_chunk_tokens=loss_chunk_tokens,
         )
         state = detach_state(out.state)
         parts.append(out.loss)

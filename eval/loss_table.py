@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ovq.config import ConfigError
+from ovq.errors import ConfigError
 from ovq.files import replacing
 
 FILE = "per_position_loss.parquet"

@@ -2,8 +2,6 @@
 
     python -m eval.per_position run=runs/cpu_demo context=65536
     torchrun --nproc_per_node 8 -m eval.per_position run=runs/pg19_480m context=65536 documents=32
-    options: run context documents piece batch num_centroids split checkpoint, and settings by their full
-    names (trainer.device=cpu, 'data.validation=[held-out/*.txt]')
 
 In a run folder: per_position_loss.parquet (every evaluation, in two kinds of buckets) and plots/loss_by_position_*.png.
 A document is its separator and its ids. The first `context` predictions of every document long enough are measured, so
@@ -17,17 +15,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import nn
 
-from data import DataError
+from data.sources import DataError
+from data.tokenizer import Tokenizer
 from eval import loss_table, plot
 from eval.heldout import HeldOut, losses_by_position
-from ovq.config import ConfigError
+from ovq import processes
+from ovq.cli import command
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
-from ovq.train import distributed as parallel
+from ovq.model import Transformer
+from ovq.processes import World
+from ovq.schema import setting
 from ovq.train.metrics import show_in_wandb, start_wandb
 
 LINEAR_BUCKETS = 32
@@ -87,10 +90,10 @@ def standard_error(means: np.ndarray) -> np.ndarray | None:
 
 
 def measure(
-    model: nn.Module,
-    cfg: Any,
-    tokenizer: Any,
-    world: parallel.World,
+    model: Transformer,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    world: World,
     should_stop: Callable[[], bool],
     *,
     progress: bool = False,
@@ -101,14 +104,14 @@ def measure(
         progress: a line on stderr for each document of this process.
 
     Raises:
-        ConfigError: as `check`, or no document is long enough.
+        ConfigError: as `check_capacity`, or no document is long enough.
         DataError: the documents cannot be read.
     """
-    check(model, cfg)
+    check_capacity(model, cfg)
     wanted = cfg.eval
     heldout = HeldOut(cfg, tokenizer, wanted.context, wanted.documents)
     done: list[Document] = []  # of this rank
-    with other_capacity(model.mixers(), wanted.num_centroids):  # type: ignore[operator]
+    with other_capacity(model.mixers(), wanted.num_centroids):
         while excerpts := heldout.round(wanted.batch * world.size):
             first = heldout.given - len(excerpts)
             own = range(world.rank, len(excerpts), world.size)
@@ -117,7 +120,6 @@ def measure(
                 [excerpts[i].tokens for i in own] or [excerpts[0].tokens],
                 positions=wanted.context,
                 piece=wanted.piece,
-                loss_chunk_tokens=cfg.trainer.loss_chunk_tokens,
                 device=world.device,
                 should_stop=should_stop,
             )
@@ -137,7 +139,7 @@ def measure(
             file=sys.stderr,
         )
     # In the documents' order, whoever measured them: the sums are the same on any number of ranks.
-    everyone = sorted((document for rank in parallel.gather_objects(done) for document in rank), key=lambda d: d[0])
+    everyone = sorted((document for rank in processes.gather_objects(done) for document in rank), key=lambda d: d[0])
     return Measurement(
         {kind: np.stack([means[kind] for _, means, _ in everyone]) for kind in EDGES},
         documents=heldout.given,
@@ -148,10 +150,10 @@ def measure(
     )
 
 
-def check(model: nn.Module, cfg: Any) -> None:
+def check_capacity(model: Transformer, cfg: Config) -> None:
     """Raise ConfigError if eval.num_centroids is set and no layer has a dictionary, or none of that capacity."""
     try:
-        with other_capacity(model.mixers(), cfg.eval.num_centroids):  # type: ignore[operator]
+        with other_capacity(model.mixers(), cfg.eval.num_centroids):
             pass
     except ValueError as error:
         raise ConfigError(f"eval.num_centroids={cfg.eval.num_centroids}: {error}") from None
@@ -162,7 +164,7 @@ def bucket_means(nats_T: np.ndarray, edges: list[int]) -> np.ndarray:
     return np.add.reduceat(nats_T, edges[:-1]) / np.diff(edges)
 
 
-def _none_long_enough(cfg: Any, heldout: HeldOut) -> str:
+def _none_long_enough(cfg: Config, heldout: HeldOut) -> str:
     split = cfg.eval.split
     if not heldout.longest:
         return f"the {split} split holds no text, so there is no loss by position; set data.{split}"
@@ -172,7 +174,7 @@ def _none_long_enough(cfg: Any, heldout: HeldOut) -> str:
     )
 
 
-def table_rows(measured: Measurement, cfg: Any, run_dir: Path, step: int) -> list[loss_table.Row]:
+def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int) -> list[loss_table.Row]:
     """The rows of `loss_table` for an evaluation."""
     common = {
         "run": run_dir.resolve().name,
@@ -201,10 +203,10 @@ def table_rows(measured: Measurement, cfg: Any, run_dir: Path, step: int) -> lis
 
 
 def evaluate_strictly(
-    model: nn.Module,
-    cfg: Any,
-    tokenizer: Any,
-    world: parallel.World,
+    model: Transformer,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    world: World,
     run_dir: Path | str,
     step: int,
     should_stop: Callable[[], bool],
@@ -219,7 +221,7 @@ def evaluate_strictly(
         OSError: the run folder cannot be written.
     """
     run_dir = Path(run_dir)
-    parallel.on_main(lambda: len(loss_table.read(run_dir)))  # a damaged table is met before the work, not after it
+    processes.on_main(lambda: len(loss_table.read(run_dir)))  # a damaged table is met before the work, not after it
     measured = measure(model, cfg, tokenizer, world, should_stop, progress=progress)
     if measured is None:
         return None
@@ -238,15 +240,15 @@ def evaluate_strictly(
         picture = plot.loss_by_position(curves, run_dir / "plots" / name)
         show_in_wandb("loss_by_position", picture, rows, wandb_step)
 
-    parallel.on_main(publish)
+    processes.on_main(publish)
     return measured.summary()
 
 
 def evaluate(
-    model: nn.Module,
-    cfg: Any,
-    tokenizer: Any,
-    world: parallel.World,
+    model: Transformer,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    world: World,
     run_dir: Path | str,
     step: int,
     should_stop: Callable[[], bool],
@@ -267,32 +269,33 @@ def evaluate(
         return {"documents": 0.0}
 
 
-OPTIONS = ("context", "documents", "piece", "batch", "num_centroids", "split")
+@dataclass
+class Options(RunOptions):
+    context: int | None = setting(None, "positions measured in each document", at_least=1)
+    documents: int | None = setting(None, "held-out documents, at most", at_least=1)
+    piece: int | None = setting(None, "tokens a forward pass", at_least=1)
+    batch: int | None = setting(None, "documents side by side on a rank", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    split: str | None = setting(None, "held-out split", choices=("validation", "test"))
 
 
-def main(argv: list[str]) -> int:
-    """The command line in the module's docstring. Returns the exit status."""
-    from eval.run import fail, load_run, tool_arguments
-    from ovq.train.checkpoint import CheckpointError
-
-    try:
-        run_dir, at, overrides = tool_arguments(argv, OPTIONS)
-        run = load_run(run_dir, overrides, checkpoint_at=at)
-        if run.cfg.logger.name == "wandb" and run.world.is_main:
-            start_wandb(run_dir, run.cfg)  # reopens the run; closed when this process ends
-        results = evaluate_strictly(
-            run.model, run.cfg, run.tokenizer, run.world, run_dir, run.step, lambda: False, progress=run.world.is_main
-        )
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
-        return fail(error)
+@command(Options, overrides=True)
+def main(options: Options, overrides: list[str]) -> int:
+    """The command line in the module's docstring."""
+    run = options.open(overrides)
+    if run.cfg.logger.name == "wandb" and run.world.is_main:
+        start_wandb(run.run_dir, run.cfg)  # reopens the run; closed when this process ends
+    results = evaluate_strictly(
+        run.model, run.cfg, run.tokenizer, run.world, run.run_dir, run.step, lambda: False, progress=run.world.is_main
+    )
     assert results is not None  # nothing told it to stop
     if run.world.is_main:
-        print(report(run_dir, run.cfg, run.step, results))
-    parallel.shutdown()
+        print(report(run.run_dir, run.cfg, run.step, results))
+    processes.shutdown()
     return 0
 
 
-def report(run_dir: Path, cfg: Any, step: int, results: dict[str, float]) -> str:
+def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float]) -> str:
     """What an evaluation found, by position, and where it lies."""
     wanted = cfg.eval
     key = (step, wanted.context, wanted.num_centroids, wanted.split)
@@ -308,4 +311,4 @@ def report(run_dir: Path, cfg: Any, step: int, results: dict[str, float]) -> str
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

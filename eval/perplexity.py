@@ -2,7 +2,6 @@
 
     python -m eval.perplexity run=runs/pg19_150m split=test
     torchrun --nproc_per_node 8 -m eval.perplexity run=runs/pg19_480m split=test batch=4
-    options: run checkpoint split documents piece batch num_centroids, and settings by their full names
 
 Every document is read from its first token to its last with the state carried, so a model whose state is constant needs
 no more memory for a book than for a page. Words are those published for the data set (data.words) when the whole split
@@ -15,27 +14,39 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from data import DataError
+from data.tokenizer import Tokenizer
 from eval.heldout import HeldOut, losses_by_position
-from eval.per_position import check, exp
-from ovq.config import ConfigError
+from eval.per_position import check_capacity, exp
+from ovq import processes
+from ovq.cli import command
+from ovq.config import Config
+from ovq.errors import ConfigError
 from ovq.files import write_whole
+from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
-from ovq.train import distributed as parallel
+from ovq.model import Transformer
+from ovq.processes import World
+from ovq.schema import setting
 
-OPTIONS = ("split", "documents", "piece", "batch", "num_centroids")
+
+@dataclass
+class Options(RunOptions):
+    split: str | None = setting(None, "held-out split", choices=("validation", "test"))
+    documents: int | None = setting(None, "the first so many documents; null: the whole split", at_least=1)
+    piece: int | None = setting(None, "tokens a forward pass", at_least=1)
+    batch: int | None = setting(None, "documents side by side on a rank", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
 
 
 def measure(
-    model: nn.Module,
-    cfg: Any,
-    tokenizer: Any,
-    world: parallel.World,
+    model: Transformer,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    world: World,
     should_stop: Callable[[], bool],
     *,
     documents: int | None = None,
@@ -48,10 +59,10 @@ def measure(
         ConfigError: the split holds no text, or no layer has a dictionary for eval.num_centroids.
         DataError: the documents cannot be read.
     """
-    check(model, cfg)
+    check_capacity(model, cfg)
     heldout = HeldOut(cfg, tokenizer, None, documents)
     nats, tokens = 0.0, 0
-    with other_capacity(model.mixers(), cfg.eval.num_centroids):  # type: ignore[operator]
+    with other_capacity(model.mixers(), cfg.eval.num_centroids):
         while excerpts := heldout.round(cfg.eval.batch * world.size):
             own = excerpts[world.rank :: world.size]
             losses_DT = losses_by_position(
@@ -59,13 +70,12 @@ def measure(
                 [excerpt.tokens for excerpt in own or excerpts[:1]],
                 positions=max(len(excerpt.tokens) for excerpt in excerpts) - 1,
                 piece=cfg.eval.piece,
-                loss_chunk_tokens=cfg.trainer.loss_chunk_tokens,
                 device=world.device,
                 should_stop=should_stop,
             )
             if losses_DT is None:
                 return None
-            nats += sum(parallel.gather_objects(float(losses_DT.sum()) if own else 0.0))
+            nats += sum(processes.gather_objects(float(losses_DT.sum()) if own else 0.0))
             tokens += sum(len(excerpt.tokens) - 1 for excerpt in excerpts)
     if not tokens:
         raise ConfigError(f"the {cfg.eval.split} split holds no text; set data.{cfg.eval.split}")
@@ -86,32 +96,18 @@ def measure(
     }
 
 
-def main(argv: list[str]) -> int:
-    """The command line in the module's docstring. Returns the exit status."""
-    from eval.run import fail, load_run, tool_arguments
-    from ovq.train.checkpoint import CheckpointError
-
-    try:
-        run_dir, at, overrides = tool_arguments(argv, OPTIONS)
-        run = load_run(run_dir, overrides, checkpoint_at=at)
-        limited = any(text.startswith("eval.documents=") for text in overrides)
-        results = measure(
-            run.model,
-            run.cfg,
-            run.tokenizer,
-            run.world,
-            lambda: False,
-            documents=run.cfg.eval.documents if limited else None,
-        )
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
-        return fail(error)
+@command(Options, overrides=True)
+def main(options: Options, overrides: list[str]) -> int:
+    """The command line in the module's docstring."""
+    run = options.open(overrides)
+    results = measure(run.model, run.cfg, run.tokenizer, run.world, lambda: False, documents=options.documents)
     assert results is not None  # nothing told it to stop
     if run.world.is_main:
-        path = save(run_dir, {"step": run.step, **results})
+        path = save(run.run_dir, {"step": run.step, **results})
         for name, value in results.items():
             print(f"{name:<16} {value:,}" if isinstance(value, int) else f"{name:<16} {value}")
         print(path)
-    parallel.shutdown()
+    processes.shutdown()
     return 0
 
 
@@ -123,4 +119,4 @@ def save(run_dir: Path, results: dict[str, Any]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -17,7 +17,10 @@ from typing import Any
 
 from eval import loss_table, style
 from ovq import config
-from ovq.config import FREE_AT_RESUME, ConfigError
+from ovq.cli import command
+from ovq.config import FREE_AT_RESUME, Config
+from ovq.errors import ConfigError
+from ovq.schema import REQUIRED, one_of, setting
 
 FIRST_SHOWN = 16  # positions before it have next to no context, and losses that would flatten all others
 SHOWN_STEPS = 5  # evaluations of one run in one figure, at most
@@ -116,7 +119,7 @@ IMPLIED = {
 }
 
 
-def labels(configs: list[Any], names: list[str]) -> list[str]:
+def labels(configs: list[Config], names: list[str]) -> list[str]:
     """A short label for each run: its model, and the settings that differ; with its name, where these are the same.
 
     Left out are settings of how a run was computed or watched, and those that another that differs brings along.
@@ -223,39 +226,35 @@ def running_mean(values: list[float], width: int) -> list[float]:
     return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
 
 
-def main(argv: list[str]) -> int:
-    """The command line in the module's docstring. Returns the exit status."""
-    from eval.run import folders
+@dataclass
+class Options:
+    runs: list[str] = setting(REQUIRED, "run folders to draw, [a,b]", paths=True)
+    out: str = setting("runs.png", "file to write; its suffix is the format")
+    kind: str = one_of("position", "training", help="loss by position, or training loss by step")
+    x: str | None = setting(None, "scale of the axis; null: log by position, linear by step", choices=("log", "linear"))
+    context: int | None = setting(None, "context of the evaluations; null: the longest that all runs have", at_least=1)
+    step: int | None = setting(None, "step of the evaluations; null: each run's newest", at_least=0)
+    split: str | None = setting(None, "split of the evaluations; null: any", choices=("validation", "test"))
 
-    defaults: dict[str, Any] = {
-        "runs": [],
-        "out": "runs.png",
-        "kind": "position",
-        "x": None,
-        "context": None,
-        "step": None,
-        "split": None,
-    }
-    try:
-        run_dirs = [path for arg in argv if arg.startswith("runs=") for path in folders(arg.removeprefix("runs="))]
-        args = config.parse_tool_args([arg for arg in argv if not arg.startswith("runs=")], defaults)
-        if not run_dirs:
-            raise ConfigError("runs=[RUN,...] is required: the run folders to draw")
-        for name, legal in (("kind", ("position", "training")), ("x", (None, "log", "linear"))):
-            if args[name] not in legal:
-                raise ConfigError(f"{name}={args[name]} is not legal; legal: {', '.join(v for v in legal if v)}")
-        out = Path(str(args["out"]))
-        if args["kind"] == "training":
-            path = training(run_dirs, out, scale=args["x"] or "linear")
-        else:
-            choice = {name: args[name] for name in ("context", "step", "split")}
-            path = compare(run_dirs, out, **choice, scale=args["x"] or "log")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+@command(Options)
+def main(options: Options) -> int:
+    """The command line in the module's docstring."""
+    run_dirs, out = [Path(run) for run in options.runs], Path(options.out)
+    if options.kind == "training":
+        path = training(run_dirs, out, scale=options.x or "linear")
+    else:
+        path = compare(
+            run_dirs,
+            out,
+            context=options.context,
+            step=options.step,
+            split=options.split,
+            scale=options.x or "log",
+        )
     print(path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -24,6 +24,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from ovq import config
+from ovq.cli import guarded
+from ovq.compose import compose, run_dir_of
+from ovq.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +54,7 @@ def expand(overrides: list[str]) -> list[Job]:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise config.ConfigError(" ".join(str(error).split("\n")[0].split())) from None
+        raise ConfigError(" ".join(str(error).split("\n")[0].split())) from None
     axes = []
     for text, override in zip(overrides, parsed):
         if override.is_sweep_override():
@@ -62,11 +65,11 @@ def expand(overrides: list[str]) -> list[Job]:
     jobs: list[Job] = []
     for combination in itertools.product(*axes):
         chosen = list(combination)
-        jobs.append(Job(chosen, config.run_dir_of(config.compose(chosen), chosen)))
+        jobs.append(Job(chosen, run_dir_of(compose(chosen), chosen)))
     folders = [job.run_dir for job in jobs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise config.ConfigError(f"two jobs of the sweep would share the run folder {folder}; leave run_dir out")
+            raise ConfigError(f"two jobs of the sweep would share the run folder {folder}; leave run_dir out")
     return jobs
 
 
@@ -83,14 +86,12 @@ def mark_finished(jobs: list[Job]) -> None:
     """
     for job in jobs:
         if is_finished(job.run_dir):
-            made, asked = config.load(job.run_dir), config.compose(job.overrides)
+            made, asked = config.load(job.run_dir), compose(job.overrides)
             changed = config.changed_identity(made, asked)
             if made.trainer.steps != asked.trainer.steps:  # may change at a resume, but this run ended as planned
                 changed.append(f"trainer.steps: {made.trainer.steps} -> {asked.trainer.steps}")
             if changed:
-                raise config.ConfigError(
-                    f"{job.run_dir} was made with other settings ({'; '.join(changed)}); remove it"
-                )
+                raise ConfigError(f"{job.run_dir} was made with other settings ({'; '.join(changed)}); remove it")
             job.status = "finished before"
 
 
@@ -159,13 +160,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per-job", type=int, default=1, help="GPUs a job")
     parser.add_argument("--stop-on-failure", action="store_true", help="start no further job after a failure")
     parser.add_argument("--plan", action="store_true", help="only show what would run")
-    options = parser.parse_args(argv)
-    try:
-        jobs = expand(options.overrides)
-        mark_finished(jobs)
-    except config.ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: sweep(parser.parse_args(argv)))
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Show the jobs, run those that are not finished, and list what failed."""
+    jobs = expand(options.overrides)
+    mark_finished(jobs)
     print(table(jobs), flush=True)
     if options.plan:
         return 0

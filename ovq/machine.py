@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import platform
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# Dense bf16 tensor-core peak in TFLOP/s, from NVIDIA's and AMD's data sheets.
+PEAK_TFLOPS = {"H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "MI300X": 1307}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -36,7 +41,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that runs, as one would type it: `python -m eval.bench_ops key=value`."""
+    """The command that runs, as one would type it: `python -m eval.bench.ops key=value`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec else sys.argv[0]
     return " ".join(["python", program, *sys.argv[1:]])
@@ -69,3 +74,41 @@ def current_rss() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: a GPU's allocations, or this process's resident set on a CPU. GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return peak_rss() / 2**30
+
+
+def peak_flops(device: torch.device, precision: str, override_tflops: float | None = None) -> tuple[float, str]:
+    """(FLOP/s of one device, where the number is from): the setting, a data sheet, or a measured matrix product."""
+    if override_tflops:
+        return override_tflops * 1e12, "trainer.peak_tflops"
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if all(part in name for part in known.split()):
+                return tflops * 1e12, f"{known} data sheet"
+    return measured_flops(device, precision), "measured matrix product"
+
+
+@functools.cache
+def measured_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of the best of some square matrix products: a fifth of a second, once a process."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if device.type == "cuda" else 1024
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(size, size, generator=generator).to(device, dtype)
+    best, end = float("inf"), time.perf_counter() + 0.2
+    while time.perf_counter() < end:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -4,23 +4,22 @@ What is notable:
 - the mixer of each layer comes from a pattern of names in the config, so a hybrid is one override;
 - the loss is computed inside `forward`, from chunks of logits that are never held whole (64k tokens x 32k pieces fit);
 - the state of all layers can be carried from piece to piece, for evaluation at any length and for decoding;
-- nothing here knows about devices, ranks or parallelism: `ovq.train.distributed.parallelize` is applied from outside.
+- nothing here knows about devices, ranks or parallelism: `ovq.train.parallelize` is applied from outside.
 
 Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra.utils import get_class
 from torch import Tensor, nn
 
-from ovq.config import ConfigError, ModelConfig
+from ovq.config import ModelConfig
+from ovq.instantiate import instantiate
 from ovq.mixers.base import MixerShape, SequenceMixer
 from ovq.ops import chunked_cross_entropy
 
@@ -30,7 +29,8 @@ IGNORE = -100  # target of a position that has no label
 @dataclass
 class ModelOutput:
     """loss: nats, summed over valid targets (scalar) or per token [B, T]; z_loss and aux_loss: summed likewise,
-    already weighted; logits [B, T, V] only without targets; state: one entry a layer, only if asked for."""
+    already weighted; logits [B, T, V], or of the last positions, only without targets; state: one entry a layer, only
+    if requested."""
 
     loss: Tensor | None = None
     z_loss: Tensor | None = None
@@ -69,7 +69,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks whose mixers follow `cfg.pattern`, repeated until `cfg.num_layers` are filled."""
+    """A stack of blocks whose mixers follow `cfg.pattern`, repeated until `cfg.num_layers` are filled.
+
+    Attributes:
+        loss_chunk_tokens: tokens whose logits are held at once where the loss is computed.
+    """
+
+    loss_chunk_tokens: int = 2048
 
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -91,8 +97,8 @@ class Transformer(nn.Module):
         state: list[Any] | None = None,
         return_state: bool = False,
         reduction: str = "sum",
-        loss_chunk_tokens: int = 2048,
         z_loss: float = 0.0,
+        logits_to_keep: int | None = None,
     ) -> ModelOutput:
         """One pass over T tokens, from the start of a sequence or from a carried state.
 
@@ -103,8 +109,9 @@ class Transformer(nn.Module):
             state: `state` of the output of an earlier call; the new tokens follow that call's last one.
             return_state: return the state after the last token.
             reduction: "sum" over valid targets, or "none" for the loss of each token [B, T] (0 where ignored).
-            loss_chunk_tokens: tokens whose logits are held at once.
             z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311), summed like the loss.
+            logits_to_keep: without targets, logits of this many positions at the end; None: of all. At 64k tokens and
+                16k pieces all of them take 4 GiB in float32, and generation needs one.
         """
         B, T = tokens_BT.shape
         x = self.embed(tokens_BT)
@@ -117,13 +124,13 @@ class Transformer(nn.Module):
         x = self.norm(x).view(B, T, -1)
         out = ModelOutput(aux_loss=self._auxiliary_loss(B * T), state=states if return_state else None)
         if targets_BT is None:
-            out.logits = self.head(x)
+            out.logits = self.head(x if logits_to_keep is None else x[:, max(0, T - logits_to_keep) :])
             return out
         loss, z = chunked_cross_entropy(
             x.flatten(0, 1),
             self.head.weight,
             targets_BT.flatten(),
-            chunk=loss_chunk_tokens,
+            chunk=self.loss_chunk_tokens,
             z_loss=z_loss,
             reduction=reduction,
         )
@@ -134,9 +141,26 @@ class Transformer(nn.Module):
         terms = [term for mixer in self.mixers() if (term := mixer.auxiliary_loss()) is not None]
         return tokens * torch.stack(terms).sum() if terms else None
 
+    def blocks(self) -> list[Block]:
+        """The layers, first one first."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
     def mixers(self) -> list[SequenceMixer]:
         """The sequence mixers, first layer first."""
         return [module for module in self.modules() if isinstance(module, SequenceMixer)]
+
+    def collect_health(self, on: bool) -> None:
+        """Ask every mixer to report on the next forward pass, or to stop."""
+        for mixer in self.mixers():
+            mixer.collect_health = on
+
+    def health(self) -> dict[str, float]:
+        """{"health/layer_03/fill": ...} of the last forward pass, for the layers that report."""
+        return {
+            f"health/layer_{index:02d}/{name}": float(value)
+            for index, mixer in enumerate(self.mixers())
+            for name, value in mixer.health.items()
+        }
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -149,8 +173,7 @@ class Transformer(nn.Module):
             nn.init.normal_(self.embed.weight, std=self.init_std)
             if self.head.weight is not self.embed.weight:
                 nn.init.normal_(self.head.weight, std=self.init_std)
-            for layer in self.layers:
-                assert isinstance(layer, Block)
+            for layer in self.blocks():
                 layer.mixer.init_weights(self.init_std)
                 for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
                     nn.init.normal_(projection.weight, std=self.init_std)
@@ -164,25 +187,11 @@ def build_mixer(cfg: ModelConfig, index: int) -> SequenceMixer:
     """The mixer of layer `index`: the class named by `_target_` with the other keys as arguments.
 
     Raises:
-        ConfigError: the class does not exist, or an argument is unknown or has an illegal value.
+        ConfigError: the class cannot be used, or an argument is unknown or has an illegal value.
     """
     name = cfg.pattern[index % len(cfg.pattern)]
-    settings = dict(cfg.mixers[name])
-    path = settings.pop("_target_")
-    where = f"model.mixers.{name}"
-    try:
-        cls = get_class(path)
-    except Exception as error:
-        raise ConfigError(f"{where}._target_={path} cannot be imported: {' '.join(str(error).split())}") from None
-    accepted = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for key in settings:
-        if key not in accepted:
-            raise ConfigError(f"there is no setting '{where}.{key}'; legal: {', '.join(accepted)}")
     shape = MixerShape(cfg.dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, index, cfg.num_layers, cfg.norm_eps)
-    try:
-        return cls(shape, **settings)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+    return instantiate(dict(cfg.mixers[name]), SequenceMixer, f"model.mixers.{name}", shape)
 
 
 def build_model(cfg: ModelConfig, vocab_size: int) -> Transformer:
@@ -190,10 +199,10 @@ def build_model(cfg: ModelConfig, vocab_size: int) -> Transformer:
     return Transformer(cfg, vocab_size)
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: Transformer) -> tuple[int, int]:
     """(all parameters, those outside the embedding and the head); a tied matrix counts once."""
     total = sum(p.numel() for p in model.parameters())
-    tables = {id(p): p.numel() for m in (model.embed, model.head) for p in m.parameters()}  # type: ignore
+    tables = {id(p): p.numel() for m in (model.embed, model.head) for p in m.parameters()}
     return total, total - sum(tables.values())
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ovq.config import digest
+from ovq.config import Config, digest
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
 MIXING_FACTOR = 14  # activations a block keeps for its backward pass, in multiples of the residual stream
 
 
-def report(cfg: Any, vocab_size: int, data: dict[str, Any], world_size: int, run_dir: Any) -> str:
+def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, run_dir: Any) -> str:
     """The whole plan as text: model, state by context, compute, memory, data.
 
     Args:
@@ -57,7 +57,7 @@ def report(cfg: Any, vocab_size: int, data: dict[str, Any], world_size: int, run
     return "\n".join(lines)
 
 
-def _processes(cfg: Any, world_size: int) -> str:
+def _processes(cfg: Config, world_size: int) -> str:
     """How the batch is dealt, or why it cannot be."""
     trainer = cfg.trainer
     share, rest = divmod(trainer.global_batch, trainer.micro_batch * world_size)
@@ -92,7 +92,7 @@ def _runs(names: list[str]) -> str:
     return ", ".join(names)
 
 
-def _memory(cfg: Any, total: int, vocab_size: int, world_size: int) -> str:
+def _memory(cfg: Config, total: int, vocab_size: int, world_size: int) -> str:
     """An estimate: float32 parameters, gradients and two AdamW moments, sharded; activations; one chunk of logits."""
     trainer, width = cfg.trainer, 4 if cfg.trainer.precision == "fp32" else 2
     shards = {"full": world_size, "hybrid": max(1, world_size // trainer.replicas), "none": 1}[trainer.shard]

@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from data import build_loader, build_tokenizer, merge_states
-from ovq.config import Config, compose
+from data.build import build_loader, build_tokenizer
+from data.loader import merge_states
+from ovq.compose import compose
+from ovq.config import Config
+from ovq.processes import Axis, World
 
 # Lengths around everything that matters at a context of 16: empty, one byte, just fitting, one more, many contexts.
 LENGTHS = (0, 1, 14, 15, 16, 17, 40, 100, 33, 5, 64, 31, 90)
@@ -72,8 +75,13 @@ def _base(overrides: tuple[str, ...]) -> Config:
     return compose([*small, *overrides])
 
 
+def rank_of(rank: int, size: int) -> World:
+    """One of `size` processes that share the batch."""
+    return World(rank, size, data=Axis("data", rank, size))
+
+
 def loader(cfg: Config, rank: int = 0, world: int = 1, state: dict[str, Any] | None = None) -> Any:
-    return build_loader(cfg, build_tokenizer(cfg), rank=rank, world_size=world, state=state)
+    return build_loader(cfg, build_tokenizer(cfg), rank_of(rank, world), state)
 
 
 def steps(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eval.gpu.checks import relative_error as relative_error  # tests and the GPU's checks judge alike
-from ovq.config import Config, compose, options
+from eval.bench.gpu.checks import relative_error as relative_error  # tests and the GPU's checks judge alike
+from ovq.compose import compose, options
+from ovq.config import Config
 from ovq.model import Transformer, build_model
+from ovq.ops.ovq_attention import OVQSpec
 
 TINY = [
     "model.num_layers=2",
@@ -31,10 +34,10 @@ SMALL_MIXER = {
     "gated_deltanet": {"chunk_size": 8},
     "mamba2": {"chunk_size": 8},
     "mesa_net": {"chunk_size": 8},
-    "fifo": {"num_centroids": 12, "chunk_size": 8},
-    "reservoir": {"num_centroids": 12, "chunk_size": 8},
-    "learned_compression": {"num_centroids": 12, "chunk_size": 8},
-    "kvm": {"num_centroids": 12, "chunk_size": 8},
+    "fifo": {"capacity": 12, "chunk_size": 8},
+    "reservoir": {"capacity": 12, "chunk_size": 8},
+    "learned_compression": {"capacity": 12, "chunk_size": 8},
+    "kvm": {"capacity": 12, "chunk_size": 8},
 }
 
 MODELS = options("model")
@@ -62,6 +65,11 @@ def small_model(model: str, *overrides: str, vocab_size: int = 61, seed: int = 0
     built = build_model(small_config(model, *overrides).model, vocab_size)
     built.init_weights(seed)
     return built
+
+
+def spec_of(num_centroids: int, chunk_size: int, *, step: str | float = "count", **settings: Any) -> OVQSpec:
+    """The spec of the same keywords as `ovq_attention`'s."""
+    return OVQSpec(num_centroids, chunk_size, step_size=step, **settings)
 
 
 class Largest(TorchDispatchMode):

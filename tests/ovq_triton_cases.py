@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from ovq.ops import ovq_attention
 from ovq.ops.ovq_attention import reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds
-from tests.helpers import relative_error
+from tests.helpers import relative_error, spec_of
 
-kernels = importlib.import_module("ovq.ops.ovq_attention.triton")
-assign = importlib.import_module("ovq.ops.ovq_attention.triton.assign")
-plans = importlib.import_module("ovq.ops.ovq_attention.triton.plan")
-tabulate = importlib.import_module("ovq.ops.ovq_attention.triton.tabulate").tabulate
+kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
+assign = importlib.import_module("ovq.ops.ovq_attention.kernels.assign")
+plans = importlib.import_module("ovq.ops.ovq_attention.kernels.plan")
+tabulate = importlib.import_module("ovq.ops.ovq_attention.kernels.tabulate").tabulate
 DEVICE = "cuda" if torch.cuda.is_available() and not assign.INTERPRETED else "cpu"
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (1e-2, 2e-2)}
 HALF = [torch.float16] if assign.INTERPRETED else [torch.float16, torch.bfloat16]
@@ -118,13 +118,13 @@ def test_outputs_assignments_and_gradients_are_the_definitions(shape: dict, N: i
     ids=str,
 )
 def test_variants_are_the_definitions(variant: dict) -> None:
-    check_against_definition(inputs(H=1, G=1), OVQSpec(24, 16, **variant))
+    check_against_definition(inputs(H=1, G=1), spec_of(24, 16, **variant))
 
 
 @pytest.mark.parametrize("variant", [{"first_chunk": "nearest"}, {"seeding": "random"}, {"step": 0.3}], ids=str)
 def test_variants_are_the_definitions_in_a_chunk_of_several_tiles(variant: dict) -> None:
     """Which is decided through memory, not in registers."""
-    check_against_definition(inputs(T=330, H=1, G=1), OVQSpec(100, 160, **variant))
+    check_against_definition(inputs(T=330, H=1, G=1), spec_of(100, 160, **variant))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -339,7 +339,7 @@ def test_operators_are_what_they_register_as() -> None:
     version rows that no centroid has: nobody writes or reads them.)"""
     spec, tensors = OVQSpec(20, 16), inputs(T=20, H=1, G=1)
     start = empty(*tensors[1:3], spec)
-    numbers = (0, 0, *kernels._settings(spec))
+    numbers = (0, 0, spec.text)
     torch.library.opcheck(
         torch.ops.ovq.ovq_attention.default,
         (*tensors, start.key_sum, start.value_sum, start.count, None, None, *numbers),

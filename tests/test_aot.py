@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ovq.ops import aot_report
-from ovq.ops.aot_report import Build, offences
+from eval.bench import aot as aot_report
+from eval.bench.aot import Build, offences
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ GOOD = Build(
 
 def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: this one may hold kernels for the interpreter."""
-    command = [sys.executable, "-m", "ovq.ops.aot_report", *argv]
+    command = [sys.executable, "-m", "eval.bench.aot", *argv]
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | environment
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
@@ -79,7 +79,7 @@ def test_a_tile_too_large_for_the_registers_is_seen_to_spill() -> None:
     """The bar can fail: the same kernel with too few warps."""
     program = (
         "import dataclasses, json\n"
-        "from ovq.ops.aot_report import ENVIRONMENT, _environment, build, offences, _shipped\n"
+        "from eval.bench.aot import ENVIRONMENT, _environment, build, offences, _shipped\n"
         "import torch\n"
         "kernel = next(k for k in _shipped('sm_90') if (k.stage, k.dtype, k.K) == ('predict', torch.bfloat16, 64))\n"
         "with _environment(ENVIRONMENT):\n"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovq.ops.attention import flex, full_attention
 from ovq.ops.sliding_window import sliding_window_attention
-from ovq.ops.sliding_window.torch import banded_attention
+from ovq.ops.sliding_window.chunked import banded_attention
 from tests.helpers import Largest, relative_error
 
 # (T, S, H, G, K, V, window): carried keys, grouped heads, widths that differ, windows at and beyond every edge.

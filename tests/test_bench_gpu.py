@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from eval import bench_gpu
-from eval.bench_gpu import Bench, Setting, Task
-from eval.gpu import bars, checks, rivals
-from eval.gpu.checks import CHECKS, Sizes, Wrong
-from eval.gpu.plots import draw
-from eval.gpu.rivals import Case
-from eval.gpu.stopwatch import Stopwatch
+from eval.bench import rivals
+from eval.bench.gpu import bars, checks
+from eval.bench.gpu import bench as bench_gpu
+from eval.bench.gpu.bench import Bench, Setting, Task
+from eval.bench.gpu.checks import CHECKS, Sizes, Wrong
+from eval.bench.gpu.plots import draw
+from eval.bench.rivals import Case
+from eval.bench.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 SMALL = Sizes(tokens=75, K=8, V=12, num_centroids=20, chunk_size=16)
@@ -82,7 +83,7 @@ def test_a_whole_run_checks_times_and_draws(folder: Path) -> None:
 
 
 def test_what_is_not_installed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals.fla, "installed", lambda: False)
+    monkeypatch.setattr(rivals.fla_backend, "installed", lambda: False)
     bench = Bench(folder, STAND_IN, seconds=10_000)
     bench.measure(STAND_IN.case, ["ovq", "gated_deltanet"], 1)
     assert [m["op"] for m in bench.results["measurements"]] == ["ovq"]
@@ -95,8 +96,8 @@ def test_without_options_it_runs_where_hydra_is_not_installed(tmp_path: Path) ->
         "import sys\n"
         "from pathlib import Path\n"
         "sys.modules['hydra'] = sys.modules['omegaconf'] = None\n"  # importing them fails
-        "from eval import bench_gpu\n"
-        "import eval.gpu.plots\n"
+        "from eval.bench.gpu import bench as bench_gpu\n"
+        "import eval.bench.gpu.plots\n"
         "setting = bench_gpu.Setting(device='cpu', backend='torch')\n"
         "bench_gpu.Bench(Path(sys.argv[1]), setting, seconds=1).write()\n"
         "sys.exit(bench_gpu.main([]))\n"
@@ -133,7 +134,7 @@ def test_all_tasks_fit_the_time_that_the_command_may_take() -> None:
         important.append(task)
         if task.name == "decoding":
             break
-    assert sum(task.seconds for task in important) < bench_gpu.DEFAULTS["seconds"] - bench_gpu.RESERVED
+    assert sum(task.seconds for task in important) < bench_gpu.Options().seconds - bench_gpu.RESERVED
 
 
 def test_every_measurement_is_on_disk_before_the_next_begins(folder: Path) -> None:
@@ -226,7 +227,7 @@ def broken_backend(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """The torch backend, with what it returns changed."""
     import importlib
 
-    module = importlib.import_module("ovq.ops.ovq_attention.torch")
+    module = importlib.import_module("ovq.ops.ovq_attention.chunked")
     forward = module.forward
     monkeypatch.setattr(module, "forward", lambda *args: change(*forward(*args)))
 
@@ -284,9 +285,9 @@ def test_the_stages_of_the_kernels_run_one_by_one() -> None:
     pytest.importorskip("triton")
     program = (
         "import torch\n"
-        "from eval.gpu.rivals import Case, make_inputs\n"
-        "from eval.gpu.stages import shape_of, stage_calls\n"
-        "from ovq.ops.ovq_attention import cost\n"
+        "from eval.bench.rivals import Case, make_inputs\n"
+        "from eval.bench.gpu.stages import shape_of, stage_calls\n"
+        "from eval.bench import cost\n"
         "case = Case(batch=1, tokens=40, heads=1, width=16, num_centroids=12, chunk_size=16)\n"
         "calls = stage_calls(make_inputs(case, torch.device('cpu'), torch.float32), case)\n"
         "assert list(calls) == list(cost.stages(shape_of(case))), list(calls)\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import bench_ops
+from eval.bench import ops as bench_ops
 
 SMALL = ["heads=2", "head_dim=8", "num_centroids=16", "chunk_size=16", "window=16", "threads=1", "repeats=2"]
 
@@ -32,7 +32,7 @@ def test_it_times_every_operator_at_every_length_and_writes_where_it_ran(
 
 def test_extra_memory_is_that_of_the_call() -> None:
     """Causal SDPA at 4096 x 64 floats: output and gradients alone are 4 MiB a head, the scores would be 64 MiB."""
-    settings = bench_ops.read_settings(["heads=4", "head_dim=64", "threads=1"])
+    settings = bench_ops.fill_in(bench_ops.Options(heads=4, head_dim=64, threads=1))
     extra = bench_ops.extra_memory("sdpa", 4096, settings)
     assert 12 * 2**20 < extra < 128 * 2**20
 
@@ -41,7 +41,7 @@ def test_extra_memory_is_that_of_the_call() -> None:
     ("argument", "message"),
     [
         ("lenghts=[64]", "there is no option 'lenghts'"),
-        ("lengths=64", "lengths=64 must be a list"),
+        ("lengths=[a]", "lengths=[a] must be a list of whole numbers"),
         ("dtype=int8", "dtype=int8 is not a legal value; legal: float32"),
         ("repeats=0", "repeats=0 must be"),
         ("ops=[ovq_numpy]", "ops=ovq_numpy cannot run on cpu; legal: ovq_torch"),

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import nn
 
+from ovq import processes
 from ovq.train import checkpoint
-from ovq.train import distributed as parallel
 from ovq.train.checkpoint import Checkpointer, CheckpointError, choose, load, verify
 from ovq.train.optim import build_optimizer
 from tests.helpers import small_config, small_model
@@ -112,13 +112,13 @@ def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    parallel.seed_everything(5)
+    processes.seed_everything(5)
     draw()
     model, optimizer = saved(tmp_path, 3)
     want = draw()
     extra = load(folder(tmp_path, 3), model, optimizer)
-    parallel.seed_everything(6)
-    parallel.set_rng_state(extra["rng"][0])
+    processes.seed_everything(6)
+    processes.set_rng_state(extra["rng"][0])
     assert draw() == want
 
 
@@ -261,9 +261,9 @@ def test_a_named_checkpoint_that_is_damaged_or_missing_is_an_error(run_dir: Path
 
 
 def test_rank_0_chooses_and_the_others_do_not_look(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "distributed", lambda: True)
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
-    monkeypatch.setattr(parallel, "broadcast_object", lambda value, group=None: (True, Path("what rank 0 says")))
+    monkeypatch.setattr(processes, "distributed", lambda: True)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "broadcast_object", lambda value, group=None: (True, Path("what rank 0 says")))
     monkeypatch.setattr(checkpoint, "_choose", None)
     assert choose(run_dir) == Path("what rank 0 says")
 

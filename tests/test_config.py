@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from ovq import config
-from ovq.config import ConfigError, compose
+from ovq.compose import compose, groups, help_text, options, run_dir_of
+from ovq.errors import ConfigError
 
 WRONG = {
     "trainer.stepz=3": ["trainer.stepz", "did you mean trainer.steps", "global_batch"],
@@ -36,15 +37,15 @@ def test_wrong_override_is_refused_in_one_line_that_names_the_legal_ones(overrid
 
 
 def test_every_named_model_composes_with_every_size() -> None:
-    for model in config.options("model"):
-        for size in config.options("model/size"):
+    for model in options("model"):
+        for size in options("model/size"):
             cfg = compose([f"model={model}", f"model/size={size}"])
             assert cfg.model.name == model and cfg.model.size == size
             assert set(cfg.model.mixers) == set(cfg.model.pattern)
 
 
 def test_every_experiment_composes() -> None:
-    for experiment in config.options("experiment"):
+    for experiment in options("experiment"):
         cfg = compose([f"experiment={experiment}"])
         assert cfg.name == experiment
 
@@ -52,18 +53,18 @@ def test_every_experiment_composes() -> None:
 def test_run_folder_is_a_pure_function_of_the_command_line() -> None:
     first = ["experiment=cpu_demo", "seed=2", "model=sw_nope"]
     second = ["seed=2", "model=sw_nope", "experiment=cpu_demo", "trainer.device=cpu", "logger=wandb", "resume=never"]
-    names = [config.run_dir_of(compose(o), o) for o in (first, second)]
+    names = [run_dir_of(compose(o), o) for o in (first, second)]
     assert names[0] == names[1] and names[0].name == "cpu_demo,model=sw_nope,seed=2"
-    assert config.run_dir_of(compose(["run_dir=a/b"]), ["run_dir=a/b"]).as_posix() == "a/b"
+    assert run_dir_of(compose(["run_dir=a/b"]), ["run_dir=a/b"]).as_posix() == "a/b"
 
 
 def test_different_settings_never_share_a_run_folder() -> None:
     lines = [["seed=1"], ["seed=2"], ["trainer.steps=7"], ["optim.lr=1e-2"], ["model.pattern=[ovq]"], []]
-    assert len({config.run_dir_of(compose(o), o) for o in lines}) == len(lines)
+    assert len({run_dir_of(compose(o), o) for o in lines}) == len(lines)
 
 
 def test_saved_config_loads_as_it_was(tmp_path) -> None:
-    cfg = compose(["experiment=cpu_demo", "seed=3", "model.mixers.ovq.step=0.5"])
+    cfg = compose(["experiment=cpu_demo", "seed=3", "model.mixers.ovq.step_size=0.5"])
     config.save(cfg, tmp_path)
     assert config.to_dict(config.load(tmp_path)) == config.to_dict(cfg)
 
@@ -77,13 +78,13 @@ def test_resume_may_change_how_but_not_what() -> None:
 
 def test_config_errors_come_before_torch_is_imported() -> None:
     code = (
-        "import sys, ovq.config as c\ntry: c.compose(['seeds=1'])\nexcept c.ConfigError: print('torch' in sys.modules)"
+        "import sys, ovq.compose as c\ntry: c.compose(['seeds=1'])\nexcept c.ConfigError: print('torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 
 
 def test_help_names_every_group_and_setting() -> None:
-    text = config.help_text()
-    for part in (*config.groups(), "trainer.context=2048", "one of: auto, fp32, bf16"):
+    text = help_text()
+    for part in (*groups(), "trainer.context=2048", "one of: auto, fp32, bf16"):
         assert part in text

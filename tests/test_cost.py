@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ovq.ops.ovq_attention import cost, reference
-from ovq.ops.ovq_attention.cost import CHIPS, Shape
+from eval.bench import cost
+from eval.bench.cost import CHIPS, Shape
+from ovq.ops.ovq_attention import reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
 pytest.importorskip("triton")
@@ -120,8 +122,7 @@ def test_memory_is_what_the_operators_allocate() -> None:
     """In the backward pass, where the peak is: the sums are gone then."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ovq.ops.ovq_attention import triton as kernels
-
+    kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
     s = dataclasses.replace(SHAPE, tokens=4096 + 5, spec=OVQSpec(512, 64), K=64, V=32)
     N = s.spec.num_centroids
     with FakeTensorMode():
@@ -132,11 +133,10 @@ def test_memory_is_what_the_operators_allocate() -> None:
         beta = torch.empty(s.heads, device="cuda")
         sums = [torch.zeros(s.batch, s.kv_heads, N, width, device="cuda") for width in (s.K, s.V)]
         count = torch.zeros(s.batch, s.kv_heads, N, device="cuda")
-        settings = kernels._settings(s.spec)
-        out = torch.ops.ovq.ovq_attention(q, k, v, beta, *sums, count, None, None, 0, 0, *settings)
+        out = torch.ops.ovq.ovq_attention(q, k, v, beta, *sums, count, None, None, 0, 0, s.spec.text)
         do = torch.empty_like(out[0])
         saved = [out[0], *out[4:]]
-        grads = torch.ops.ovq.ovq_attention_backward(do, q, k, v, beta, *saved, None, 0, 0, *settings)
+        grads = torch.ops.ovq.ovq_attention_backward(do, q, k, v, beta, *saved, None, 0, 0, s.spec.text)
         allocated = sum(x.numel() * x.element_size() for x in (*saved, do, *grads[:3]))
         delta = s.batch * s.heads * s.tokens * 4
     plan = kernels.make_plan(s.spec, 0, 0, (0, s.tokens))
@@ -167,7 +167,7 @@ def test_the_documentation_quotes_this_model() -> None:
 
 
 def test_programs_a_head_are_those_the_kernel_is_launched_with() -> None:
-    assign = pytest.importorskip("ovq.ops.ovq_attention.triton.assign")
+    assign = pytest.importorskip("ovq.ops.ovq_attention.kernels.assign")
     with pytest.MonkeyPatch.context() as patch:
         for heads, processors in ((1, 132), (8, 132), (32, 132), (64, 132), (256, 132), (8, 108)):
             properties = type("Properties", (), {"multi_processor_count": processors})

@@ -1,4 +1,4 @@
-"""Claims about the embedded corpus, and about the tools that look at data: describe and bench."""
+"""Claims about the embedded corpus, and about the tools that look at data: describe and pipeline."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from data import bench, build_tokenizer, describe, heldout_documents
+from data.build import build_corpus, build_tokenizer, describe, heldout_documents
 from data.builtin import BuiltinCorpus
-from data.splits import build_corpus
-from ovq.config import ConfigError, compose, save
+from eval.bench import pipeline
+from ovq.compose import compose
+from ovq.config import save
+from ovq.errors import ConfigError
 from tests.data_helpers import config, loader, write_jsonl
 
 SPLITS = ("train", "validation", "test")
@@ -79,8 +81,8 @@ def quick(tmp_path: Path) -> list[str]:
 def test_bench_measures_the_pipeline_beside_what_is_needed(
     quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = tmp_path / "bench.json"
-    assert bench.main([*quick, "workers=[0,1]", "need=100", f"json={report}"]) == 0
+    report = tmp_path / "pipeline.json"
+    assert pipeline.main([*quick, "workers=[0,1]", "need=100", f"json={report}"]) == 0
     written = json.loads(report.read_text())
     assert [row["workers"] for row in written["rows"]] == [0, 1] and written["need"] == 100
     assert all(row["tokens_per_s"] > 1000 and row["memory_mib"] > 10 for row in written["rows"])
@@ -88,7 +90,7 @@ def test_bench_measures_the_pipeline_beside_what_is_needed(
     assert written["rows"][0]["text_mb_per_s"] == pytest.approx(written["rows"][0]["tokens_per_s"] / 1e6, rel=0.1)
     assert written["machine"]["processor"] and written["config"]["trainer"]["context"] == 64
     assert "needed: 100 tokens/s" in (said := capsys.readouterr().out) and "enough" in said and "NOT" not in said
-    assert bench.main([*quick, "workers=0", "need=1e15"]) == 0
+    assert pipeline.main([*quick, "workers=0", "need=1e15"]) == 0
     assert "NOT enough" in capsys.readouterr().out
 
 
@@ -97,12 +99,12 @@ def test_bench_takes_a_runs_settings_and_its_speed(
 ) -> None:
     run = tmp_path / "run"
     save(compose([o for o in quick if not o.startswith("seconds")]), run)
-    assert bench.main([f"run={run}"]) == 2 and "has no step yet" in capsys.readouterr().err
+    assert pipeline.main([f"run={run}"]) == 2 and "has no step yet" in capsys.readouterr().err
     rows: list[dict[str, Any]] = [{"step": i, "tokens_per_s": speed} for i, speed in enumerate((10.0, 500.0, 9e9))]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert bench.main([f"run={run}", "seconds=0.1", "workers=0"]) == 0
+    assert pipeline.main([f"run={run}", "seconds=0.1", "workers=0"]) == 0
     assert "needed: 500 tokens/s" in capsys.readouterr().out
-    assert bench.main([f"run={run}", "data=builtin"]) == 2 and "brings its own settings" in capsys.readouterr().err
+    assert pipeline.main([f"run={run}", "data=builtin"]) == 2 and "brings its own settings" in capsys.readouterr().err
 
 
 def test_any_share_of_lanes_has_workers_that_divide_it() -> None:

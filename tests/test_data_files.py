@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import build_tokenizer, describe, heldout_documents
+from data.build import build_corpus, build_tokenizer, describe, heldout_documents
 from data.corpus import ShardCorpus, decode_utf8
 from data.sources import DataError, find_files, index_shards
-from data.splits import build_corpus
-from ovq.config import Config, ConfigError
+from ovq.config import Config
+from ovq.errors import ConfigError
 from tests.data_helpers import config, loader, texts, write_jsonl, write_parquet
 
 
@@ -314,7 +314,7 @@ def test_files_are_looked_up_by_rank_0_alone_and_errors_reach_all(monkeypatch: p
     """`on_main`, in which the loader opens files, with two ranks played by one process: rank 0 sends, rank 1 gets."""
     import torch.distributed as dist
 
-    from ovq.train.distributed import on_main
+    from ovq.processes import on_main
 
     wire: list[Any] = []
     calls: list[int] = []

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from data import build_tokenizer, describe, heldout_documents, merge_states, sources
-from data.splits import build_corpus
-from ovq.config import Config, ConfigError, compose
+from data import sources
+from data.build import build_corpus, build_tokenizer, describe, heldout_documents
+from data.loader import merge_states
+from ovq.compose import compose
+from ovq.config import Config
+from ovq.errors import ConfigError
 from tests.data_helpers import config, loader, steps, texts, write_parquet
 
 

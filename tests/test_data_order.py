@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from data import build_tokenizer, merge_states
+from data.build import build_tokenizer
 from data.corpus import TokenisedDocument
-from data.lanes import LaneReader, first_state, permute
-from data.loader import LaneDataset, Loader
+from data.lanes import LaneReader, first_state
+from data.loader import LaneDataset, Loader, merge_states
+from data.order import permute
 from data.tokenizer import ByteTokenizer
-from ovq.config import Config, ConfigError
+from ovq.config import Config
+from ovq.errors import ConfigError
 from tests.data_helpers import LENGTHS, config, loader, steps, texts, tokens_of, write_jsonl
 
 SEPARATOR = 256

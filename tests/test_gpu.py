@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from eval.gpu import checks  # noqa: E402
-from eval.gpu.checks import CHECKS, Sizes  # noqa: E402
+from eval.bench import cost  # noqa: E402
+from eval.bench.gpu import checks  # noqa: E402
+from eval.bench.gpu.checks import CHECKS, Sizes  # noqa: E402
 from ovq.ops import ovq_attention  # noqa: E402
-from ovq.ops.ovq_attention import cost  # noqa: E402
 from ovq.ops.ovq_attention.spec import OVQSpec  # noqa: E402
 from tests.ovq_triton_cases import *  # noqa: E402, F403  every case of the interpreter, on the card
 
@@ -35,7 +35,7 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("name", list(CHECKS))
 def test_check(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
-    """Float64, best assignments, repeats to the bit, decoding, poisoned memory: `eval.gpu.checks` says how."""
+    """Float64, best assignments, repeats to the bit, decoding, poisoned memory: `eval.bench.gpu.checks` says how."""
     CHECKS[name]("triton", sizes, torch.device("cuda"), dtype)
 
 
@@ -46,7 +46,7 @@ def test_programs_that_share_a_head_agree_however_many_there_are(heads: int, mon
     tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
     do = torch.randn_like(tensors[0])
     runs = [checks.run("triton", tensors, sizes.spec, do) for _ in range(3)]
-    monkeypatch.setattr("ovq.ops.ovq_attention.triton.assign.splits", lambda walks, device, packed: 1)
+    monkeypatch.setattr("ovq.ops.ovq_attention.kernels.assign.splits", lambda walks, device, packed: 1)
     alone = checks.run("triton", tensors, sizes.spec, do)
     assert all(torch.equal(x, y) for together in runs for x, y in zip(together, alone))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ovq.config import CONFIG_DIR
+from ovq.compose import CONFIG_DIR
 from ovq.mixers.base import SequenceMixer
 from ovq.model import build_mixer
 from tests.helpers import MIXERS, relative_error, small_config

@@ -16,16 +16,19 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ovq.config import CONFIG_DIR
+from ovq.compose import CONFIG_DIR
 from ovq.mixers.base import MixerShape
+from ovq.mixers.fifo import FIFO
 from ovq.mixers.gated_deltanet import GatedDeltaNet
+from ovq.mixers.kvm import KVM
+from ovq.mixers.learned_compression import LearnedCompression
 from ovq.mixers.mamba2 import Mamba2
-from ovq.mixers.memory_rules import FIFO, KVM, LearnedCompression, Reservoir
 from ovq.mixers.mesa_net import MesaNet
+from ovq.mixers.reservoir import Reservoir
 from ovq.mixers.short_conv import ShortConv
 from ovq.mixers.vq import VQ
 from ovq.model import build_model, count_parameters
-from ovq.ops import fla
+from ovq.ops import fla_backend
 from ovq.ops.gated_delta_rule import gated_delta_rule
 from ovq.ops.linear_attention import linear_attention
 from ovq.ops.memory_attention import memory_attention
@@ -33,6 +36,7 @@ from ovq.ops.mesa import mesa
 from ovq.ops.position_hash import position_hash
 from ovq.ops.simple_gla import simple_gla
 from ovq.ops.vq_attention import assign, vq_attention
+from ovq.processes import Axis
 from tests.helpers import MODELS, TINY, relative_error, small_config
 
 SHAPE = MixerShape(dim=24, num_heads=2, num_kv_heads=2, head_dim=12, num_layers=2)
@@ -184,17 +188,17 @@ def test_kernels_that_cannot_run_here_are_refused_in_one_line(monkeypatch: pytes
     class OnGPU:  # stands for a CUDA tensor where there is no GPU
         is_cuda, dtype, shape = True, torch.bfloat16, (1, 64, 2, 8)
 
-    monkeypatch.setattr(fla, "installed", lambda: False)
+    monkeypatch.setattr(fla_backend, "installed", lambda: False)
     with pytest.raises(ValueError, match=r"needs fla-core; install it with: pip install '\.\[fla\]'"):
-        fla.uses_fla("fla", OnGPU(), "mesa")  # type: ignore[arg-type]
-    fla._note_missing.cache_clear()
+        fla_backend.uses_fla("fla", OnGPU(), "mesa")  # type: ignore[arg-type]
+    fla_backend._note_missing.cache_clear()
     with pytest.warns(UserWarning, match="fla-core is not installed"):
-        assert not fla.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
+        assert not fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        assert not fla.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
-    monkeypatch.setattr(fla, "installed", lambda: True)
-    assert fla.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
+        assert not fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
+    monkeypatch.setattr(fla_backend, "installed", lambda: True)
+    assert fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
 
 
 def test_train_py_refuses_a_backend_that_cannot_run_in_one_line(
@@ -374,6 +378,7 @@ def vq_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for dead_below in (0.0, 0.9):
         mixer = alive_vq(dead_below)
+        mixer.data_axis = Axis("data", rank, 2)
         for step in range(4):
             mixer(random_x(20 + step)[rank : rank + 1])
         torch.save(mixer.state_dict(), f"{folder}/{rank}-{dead_below}.pt")
@@ -399,7 +404,7 @@ def test_vq_codebooks_of_two_ranks_are_that_of_one(tmp_path: Any) -> None:
 
 
 def memory(cls: type, **settings: Any) -> Any:
-    mixer = cls(SHAPE, **{"num_centroids": 9, "chunk_size": 6, **settings})
+    mixer = cls(SHAPE, **{"capacity": 9, "chunk_size": 6, **settings})
     torch.manual_seed(1)
     mixer.init_weights(0.3)
     return mixer.double()
@@ -418,16 +423,16 @@ def test_fifo_is_a_window_of_the_last_pairs_before_the_chunk() -> None:
 
 
 @pytest.mark.parametrize("cls", [FIFO, Reservoir, LearnedCompression, KVM])
-def test_memory_rules_equal_full_attention_while_nothing_is_dropped(cls: type) -> None:
+def test_memory_layer_equal_full_attention_while_nothing_is_dropped(cls: type) -> None:
     settings = {"tokens_per_slot": 1} if cls is LearnedCompression else {}
-    mixer, x = memory(cls, num_centroids=12, **settings), random_x(31, T=15)
+    mixer, x = memory(cls, capacity=12, **settings), random_x(31, T=15)
     q, k, v = mixer.project(x)
     want = memory_attention(q, k[:, :0], v[:, :0], k.new_zeros(2, 2, 0), k, v, mixer.beta * 12**0.5)
     assert relative_error(mixer(x)[0], mixer.project_out(want)) < 1e-12
 
 
 @pytest.mark.parametrize("cls", [FIFO, Reservoir, LearnedCompression, KVM])
-def test_memory_rules_backends_agree(cls: type) -> None:
+def test_memory_layer_backends_agree(cls: type) -> None:
     settings = {"tokens_per_slot": 3} if cls is LearnedCompression else {}
     fast, slow, x = memory(cls, **settings), memory(cls, backend="reference", **settings), random_x(32)
     results = []
@@ -532,7 +537,7 @@ def test_compared_models_have_the_same_number_of_parameters(size: str) -> None:
         (GatedDeltaNet, {"conv_size": 0}, "conv_size=0"),
         (Mamba2, {"state_dim": -1}, "state_dim=-1"),
         (MesaNet, {"lambda_init": 0.1}, "lambda_init=0.1 of mesa_net must be above lambda_min=0.25"),
-        (FIFO, {"num_centroids": 0}, "num_centroids=0"),
+        (FIFO, {"capacity": 0}, "capacity=0"),
         (Reservoir, {"backend": "fla"}, "backend=fla of Reservoir is not a legal value"),
         (LearnedCompression, {"chunk_size": 10, "tokens_per_slot": 4}, "chunk_size=10 .* multiple of tokens_per_slot"),
     ],

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from eval import bench_models, compare_models
-from ovq.config import CONFIG_DIR, ConfigError
+from eval.bench import compare as compare_models
+from eval.bench import models as bench_models
+from ovq.compose import CONFIG_DIR
+from ovq.errors import ConfigError
 from tests.helpers import MIXERS, MODELS, TINY
 from tests.test_mixers import make
 
@@ -69,7 +71,7 @@ def test_models_of_unequal_size_are_named_and_fail_the_comparison(
 
 
 def test_readmes_table_is_what_the_models_are_today() -> None:
-    """If this fails: python -m eval.compare_models readme=true"""
+    """If this fails: python -m eval.bench.compare readme=true"""
     table = compare_models.readme_table()
     for name in MODELS:
         assert table.count(f"| `{name}` |") == 1
@@ -91,12 +93,12 @@ def test_only_the_table_of_a_readme_is_rewritten(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     "tool,argument,words",
     [
-        (compare_models, "size=7b", "size=7b does not exist; legal: .*tiny"),
+        (compare_models, "size=7b", "size=7b is not a legal value; legal: .*tiny"),
         (compare_models, "models=[sw,sw_nop]", "'sw_nop' does not exist; legal: .*sw_nope"),
         (compare_models, "context=0", "context=0 must be"),
         (compare_models, "colour=3", "no option 'colour'; legal: size"),
         (bench_models, "models=[sw_nop]", "'sw_nop' does not exist"),
-        (bench_models, "contexts=[]", "must be a list of numbers"),
+        (bench_models, "contexts=[]", r"contexts=\[\] must not be empty"),
         (bench_models, "steps=0", "steps=0 must be"),
         (bench_models, "trainer.contexts=3", "no setting 'trainer.contexts'; did you mean trainer.context"),
     ],

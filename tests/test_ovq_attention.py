@@ -20,12 +20,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ovq.ops import OVQState, ovq_attention
+from ovq.ops.ovq_attention import chunked as fast
 from ovq.ops.ovq_attention import reference
-from ovq.ops.ovq_attention import torch as fast
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 from ovq.ops.parallel import run_pieces
 from ovq.ops.position_hash import position_hash
-from tests.helpers import relative_error
+from tests.helpers import relative_error, spec_of
 
 SEED = int(os.environ.get("OVQ_TEST_SEED", random.SystemRandom().randrange(10**6)))
 NOTE = f"OVQ_TEST_SEED={SEED}"
@@ -176,7 +176,7 @@ def test_the_reference_is_the_formulas(variant: str, shape: tuple[int, ...]) -> 
     *_, H, G, _, _, N, L = shape
     inputs = make_inputs(shape, seed=2)
     q, k, v, beta = inputs
-    spec = OVQSpec(num_centroids=N, chunk_size=L, **VARIANTS[variant])
+    spec = spec_of(N, L, **VARIANTS[variant])
     o, _, a = reference.forward(*inputs, spec, empty(k, v, N))
     for b in range(shape[0]):
         for h in range(H):
@@ -221,7 +221,7 @@ def test_five_tokens_by_hand() -> None:
 def test_gradients_are_those_of_finite_differences(backend: ModuleType, variant: str) -> None:
     """With the assignments fixed, as the definition has it: they carry no gradient."""
     inputs = make_inputs((1, 9, 2, 1, 2, 2), seed=3)
-    spec = OVQSpec(num_centroids=5, chunk_size=2, **VARIANTS[variant])
+    spec = spec_of(5, 2, **VARIANTS[variant])
     held = empty(inputs[1], inputs[2], 5)
     a = backend.forward(*inputs, spec, held)[2]
     leaves = [x.requires_grad_() for x in inputs]
@@ -232,7 +232,7 @@ def test_gradients_are_those_of_finite_differences(backend: ModuleType, variant:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_is_the_reference(variant: str, shape: tuple[int, ...]) -> None:
     inputs = make_inputs(shape, seed=4)
-    spec = OVQSpec(num_centroids=shape[6], chunk_size=shape[7], **VARIANTS[variant])
+    spec = spec_of(shape[6], shape[7], **VARIANTS[variant])
     assert_close(run(fast, inputs, spec), run(reference, inputs, spec), output=1e-12, grad=1e-11)
 
 
@@ -246,7 +246,7 @@ def test_low_precision_is_near_float64(variant: str, dtype: torch.dtype, output:
     """Against the definition in float64 on the same rounded inputs, with the assignments forced equal."""
     shape = (2, 300, 4, 2, 16, 12, 40, 32)
     inputs = make_inputs(shape, seed=5, dtype=dtype)
-    spec = OVQSpec(num_centroids=40, chunk_size=32, **VARIANTS[variant])
+    spec = spec_of(40, 32, **VARIANTS[variant])
     got = run(fast, inputs, spec)
     assert got["key_sum"].dtype == torch.float32 and got["dk"].dtype == dtype
     assert_close(got, run(reference, inputs, spec, dtype=torch.float64, forced=got["a"]), output=output, grad=grad)
@@ -287,14 +287,14 @@ def test_streamed_in_pieces_equals_one_pass(variant: str, dtype: torch.dtype) ->
         assert state is not None and last is not None
         for a, b in zip(pytree.tree_leaves(state), pytree.tree_leaves(last)):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=note)
-        assert (state.size, state.position) == (last.size, last.position) == (OVQSpec(**settings).size_at(T), T)
+        assert (state.size, state.position) == (last.size, last.position) == (spec_of(**settings).size_at(T), T)
 
 
 @pytest.mark.parametrize("variant", ["default", "constant step"])
 @pytest.mark.parametrize("position", [16, 21])
 def test_gradients_of_a_piece_with_carried_state(variant: str, position: int) -> None:
     """Both backends, from the middle of a chunk too; the state is a constant and gets no gradient."""
-    spec = OVQSpec(num_centroids=12, chunk_size=8, **VARIANTS[variant])
+    spec = spec_of(12, 8, **VARIANTS[variant])
     q, k, v, beta = make_inputs((2, 50, 4, 2, 8, 6), seed=8)
     start = position - position % 8
     before = reference.forward(q[:, :start], k[:, :start], v[:, :start], beta, spec, empty(k, v, 12))[1]
@@ -345,7 +345,7 @@ def saved_numbers(backend: ModuleType, T: int, spec: OVQSpec) -> int:
 
 @pytest.mark.parametrize("step", ["count", 0.3])
 def test_saved_memory_is_a_few_numbers_a_token_and_never_a_dictionary_a_chunk(step: str | float) -> None:
-    spec = OVQSpec(num_centroids=256, chunk_size=16, step=step)
+    spec = OVQSpec(num_centroids=256, chunk_size=16, step_size=step)
     inputs_and_assignment = 4 * 8 + 2 * (8 + 6) + 2
     overwritten = 0 if step == "count" else 2 * (8 + 6 + 1)
     growth = saved_numbers(fast, 512, spec) - saved_numbers(fast, 256, spec)
@@ -456,7 +456,7 @@ def test_recomputing_a_checkpointed_call_gives_the_same_gradients() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_heads_on_several_cores_give_the_same(threads: int, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs((3, 37, 6, 2, 8, 6), seed=20)
-    spec = OVQSpec(num_centroids=12, chunk_size=8, **VARIANTS[variant])
+    spec = spec_of(12, 8, **VARIANTS[variant])
     whole = run(fast, inputs, spec)
     monkeypatch.setattr(fast, "SMALL_CALL", 0)  # however little there is to do, share it out
     before = torch.get_num_threads()

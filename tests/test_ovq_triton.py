@@ -23,8 +23,8 @@ from ovq.ops.ovq_attention.spec import OVQSpec
 pytest.importorskip("triton")
 
 CASES = Path(__file__).with_name("ovq_triton_cases.py")
-plans = importlib.import_module("ovq.ops.ovq_attention.triton.plan")
-configs = importlib.import_module("ovq.ops.ovq_attention.triton.configs")
+plans = importlib.import_module("ovq.ops.ovq_attention.kernels.plan")
+configs = importlib.import_module("ovq.ops.ovq_attention.kernels.configs")
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_kernels_are_the_definition() -> None:
     ids=str,
 )
 def test_what_the_kernels_cannot_do_is_said(change: dict, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = importlib.import_module("ovq.ops.ovq_attention.triton")
+    kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     dtype, K, V = change.get("dtype", torch.float32), change.get("K", 16), change.get("V", 32)
     q, v = torch.randn(1, 20, 1, K).to(dtype), torch.randn(1, 20, 1, V).to(dtype)
@@ -124,7 +124,7 @@ def test_random_seeding_ranks_are_the_order_of_the_definition() -> None:
 def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: int, L: int) -> None:
     """What lives at once in the forward pass: what it was given and returns, its copy of the means and a table; in the
     backward pass: what the forward operator left for it, the gradients, delta and a table."""
-    importlib.import_module("ovq.ops.ovq_attention.triton")
+    importlib.import_module("ovq.ops.ovq_attention.kernels")
     T, spec = 65536, OVQSpec(N, L)
     plan = plans.make_plan(spec, 0, 0, (0, T))
     most = plans.most_entries(T, 1, D, D, 2, N)
@@ -133,10 +133,9 @@ def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: i
     with FakeTensorMode():
         q = torch.empty(1, T, 1, D, dtype=torch.bfloat16)
         sums = (torch.empty(1, 1, N, D), torch.empty(1, 1, N, D), torch.empty(1, 1, N))
-        settings = (N, L, "plateau", None, "spread", 0, 0.0, "merge", "key")
-        kept = torch.ops.ovq.ovq_attention(q, q, q, torch.empty(1), *sums, None, None, 0, 0, *settings)
+        kept = torch.ops.ovq.ovq_attention(q, q, q, torch.empty(1), *sums, None, None, 0, 0, spec.text)
         o, placed, saved = kept[0], kept[4], kept[5:]
-        numbers = (None, 0, 0, *settings)
+        numbers = (None, 0, 0, spec.text)
         grads = torch.ops.ovq.ovq_attention_backward(o, q, q, q, torch.empty(1), o, placed, *saved, *numbers)
 
         def size(*tensors: torch.Tensor) -> int:
@@ -160,7 +159,7 @@ def test_a_new_length_compiles_nothing(arch: str) -> None:
 
 def test_programs_that_share_a_walk_are_few_numbers_for_packed_documents() -> None:
     """Every number is a build: of documents that come in any number, there may not be one for each."""
-    splits = importlib.import_module("ovq.ops.ovq_attention.triton.assign").splits
+    splits = importlib.import_module("ovq.ops.ovq_attention.kernels.assign").splits
     with pytest.MonkeyPatch.context() as patch:
         properties = type("Properties", (), {"multi_processor_count": 132})
         patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
@@ -176,7 +175,7 @@ def test_programs_that_share_a_walk_are_few_numbers_for_packed_documents() -> No
 def test_every_shipped_kernel_names_all_its_arguments() -> None:
     """Run apart, because this process may hold kernels for the interpreter."""
     program = (
-        "from ovq.ops.ovq_attention.triton.shipped import KERNELS, shipped_kernels\n"
+        "from ovq.ops.ovq_attention.kernels.shipped import KERNELS, shipped_kernels\n"
         "for arch in ('sm_80', 'sm_90', 'gfx942'):\n"
         "    kernels = list(shipped_kernels(arch))\n"
         "    assert {k.stage for k in kernels} == set(KERNELS) and len(kernels) == 6 * (len(KERNELS) - 2) + 2\n"

@@ -20,16 +20,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import build_tokenizer
+from data.build import build_tokenizer
 from eval import loss_table, per_position, perplexity
 from eval.heldout import HeldOut, losses_by_position
-from eval.per_position import check, evaluate, evaluate_strictly, linear_edges, log_edges, standard_error
-from eval.run import choose, load_run, override
+from eval.per_position import check_capacity, evaluate, evaluate_strictly, linear_edges, log_edges, standard_error
 from ovq import config
-from ovq.config import ConfigError
+from ovq.errors import ConfigError
+from ovq.inference.run import choose, load_run, override
 from ovq.model import ModelOutput
+from ovq.processes import World
 from ovq.train.checkpoint import Checkpointer
-from ovq.train.distributed import World
 from tests.helpers import relative_error, small_config, small_model
 
 REPO = Path(__file__).resolve().parent.parent
@@ -97,12 +97,11 @@ class Ruler(torch.nn.Module):
 def test_losses_in_pieces_are_those_of_one_pass(name: str, piece: int) -> None:
     torch.manual_seed(0)
     model = small_model(name, vocab_size=61).double().eval()
+    model.loss_chunk_tokens = 19
     tokens = torch.randint(61, (2, 131))
     one_pass = model(tokens[:, :-1], targets_BT=tokens[:, 1:], reduction="none").loss
     rows = [row.numpy().astype(np.int32) for row in tokens]
-    got = losses_by_position(
-        model, rows, positions=130, piece=piece, loss_chunk_tokens=19, device=torch.device("cpu"), should_stop=go_on
-    )
+    got = losses_by_position(model, rows, positions=130, piece=piece, device=torch.device("cpu"), should_stop=go_on)
     assert got is not None and got.shape == (2, 130)
     assert relative_error(torch.from_numpy(got), one_pass) < 1e-10
 
@@ -111,7 +110,7 @@ def test_rows_of_unequal_length_do_not_touch_each_other() -> None:
     torch.manual_seed(1)
     model = small_model("sw_ovq", vocab_size=61).double().eval()
     rows = [torch.randint(61, (length,)).numpy().astype(np.int32) for length in (90, 41)]
-    common = {"loss_chunk_tokens": 64, "device": torch.device("cpu"), "should_stop": go_on}
+    common = {"device": torch.device("cpu"), "should_stop": go_on}
     together = losses_by_position(model, rows, positions=89, piece=30, **common)  # type: ignore[arg-type]
     alone = losses_by_position(model, rows[1:], positions=40, piece=40, **common)  # type: ignore[arg-type]
     assert together is not None and alone is not None
@@ -202,13 +201,13 @@ def test_nothing_as_large_as_context_times_vocabulary_or_width_is_made() -> None
     rows = [np.random.default_rng(0).integers(vocab, size=context + 1).astype(np.int32)]
 
     def largest(piece: int, chunk: int) -> int:
+        model.loss_chunk_tokens = chunk
         with Largest() as seen:
             losses_by_position(
                 model,
                 rows,
                 positions=context,
                 piece=piece,
-                loss_chunk_tokens=chunk,
                 device=torch.device("cpu"),
                 should_stop=go_on,
             )
@@ -269,7 +268,7 @@ def test_every_memory_rule_takes_another_capacity(rule: str) -> None:
     name = "sw_compression" if rule == "learned_compression" else f"sw_{rule}"
     torch.manual_seed(2)
     tokens = torch.randint(61, (1, 90))
-    changed, built = small_model(name), small_model(name, f"model.mixers.{rule}.num_centroids=5")
+    changed, built = small_model(name), small_model(name, f"model.mixers.{rule}.capacity=5")
     assert not torch.equal(changed(tokens).logits, built(tokens).logits)
     changed.mixers()[1].set_capacity(5)
     assert torch.equal(changed(tokens).logits, built(tokens).logits)
@@ -278,9 +277,9 @@ def test_every_memory_rule_takes_another_capacity(rule: str) -> None:
 def test_capacity_of_a_model_without_a_dictionary_is_refused() -> None:
     cfg = small_config("sw", "eval.num_centroids=64")
     with pytest.raises(ConfigError, match=r"eval.num_centroids=64: no layer has a dictionary .*SlidingWindow"):
-        check(small_model("sw"), cfg)
-    with pytest.raises(ConfigError, match="eval.num_centroids=0: num_centroids=0"):
-        check(small_model("sw_ovq"), small_config("sw_ovq", "eval.num_centroids=0"))
+        check_capacity(small_model("sw"), cfg)
+    with pytest.raises(ConfigError, match="eval.num_centroids=0 must be at least 1"):
+        check_capacity(small_model("sw_ovq"), small_config("sw_ovq", "eval.num_centroids=0"))
 
 
 @pytest.mark.parametrize("asked", [1, 2, 4, 9])
@@ -362,8 +361,8 @@ import sys
 from pathlib import Path
 import torch
 from eval.per_position import evaluate_strictly
-from eval.run import load_run
-from ovq.train import distributed as parallel
+from ovq.inference.run import load_run
+from ovq import processes
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -374,13 +373,13 @@ for stop_after in (4, 1000):
     def should_stop():  # a signal to rank 1 alone, agreed by all, as in ovq/train/loop.py
         global asked
         asked += 1
-        return parallel.any_flag(run.world.rank == 1 and asked > stop_after)
+        return processes.any_flag(run.world.rank == 1 and asked > stop_after)
 
     out = evaluate_strictly(run.model, run.cfg, run.tokenizer, run.world, root, run.step, should_stop)
     table = (root / "per_position_loss.parquet").exists()
     print("RESULT", [asked, table, out], flush=True)
-    parallel.gather_objects(None)
-parallel.shutdown()
+    processes.gather_objects(None)
+processes.shutdown()
 """
 
 
@@ -456,14 +455,14 @@ def test_command_line_evaluates_the_newest_checkpoint(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "run=DIR is required"),
+        ([], "run= is required: the run folder"),
         (["run=no/such/run"], "no/such/run is not a run folder"),
         (["run=RUN", "contxt=5"], "there is no option 'contxt'; legal: run, checkpoint, context"),
         (["run=RUN", "eval.contxt=5"], "the run has no setting 'eval.contxt'"),
         (["run=RUN", "model.dim=64"], "model.dim is part of what was trained"),
-        (["run=RUN", "context=long"], "eval.context=long"),
-        (["run=RUN", "context=0"], "eval.context=0 must be at least 1"),
-        (["run=RUN", "split=train"], "eval.split=train is not a legal value; legal: validation, test"),
+        (["run=RUN", "context=long"], "context=long must be a whole number"),
+        (["run=RUN", "context=0"], "context=0 must be at least 1"),
+        (["run=RUN", "split=train"], "split=train is not a legal value; legal: validation, test"),
         (["run=RUN", "checkpoint=77"], "there is no checkpoint"),
         (["run=RUN", "context=9999"], "set eval.context to that or less"),
         (["run=RUN", "num_centroids=8"], "no layer has a dictionary"),

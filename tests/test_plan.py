@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from ovq.config import compose
+from ovq.compose import compose
 from ovq.plan import report
 
 V, D, LAYERS, HEADS, K, FFN = 1000, 128, 4, 2, 64, 384  # model/size=tiny

@@ -11,9 +11,9 @@ import pytest
 
 from eval import loss_table, plot, style
 from eval.plot import Curve, curves_of, labels, running_mean
-from eval.run import folders
 from ovq import config
-from ovq.config import compose
+from ovq.cli import split_paths
+from ovq.compose import compose
 
 EVALUATION = {"run": "r", "num_centroids": None, "split": "validation"}
 
@@ -187,25 +187,25 @@ def test_names_of_run_folders_may_hold_commas(tmp_path: Path, monkeypatch: pytes
     for name in ("pg19", "pg19,model=sw", "pg19,model=sw,seed=1"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    assert [str(p) for p in folders("[pg19,model=sw,pg19,pg19,model=sw,seed=1]")] == [
+    assert split_paths("[pg19,model=sw,pg19,pg19,model=sw,seed=1]") == [
         "pg19,model=sw",
         "pg19",
         "pg19,model=sw,seed=1",
     ]
-    assert [str(p) for p in folders("'pg19,model=sw'")] == ["pg19,model=sw"]
-    assert [str(p) for p in folders("[missing,pg19]")] == ["missing", "pg19"]
+    assert split_paths("'pg19,model=sw'") == ["pg19,model=sw"]
+    assert split_paths("[missing,pg19]") == ["missing", "pg19"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "runs=[RUN,...] is required"),
+        ([], "runs= is required: run folders to draw"),
         (["runs=[no/run]"], "no/run is not a run folder"),
         (["runs=[RUN]", "context=999"], "no such evaluation of context=999 (contexts it has: 1024, 4096)"),
         (["runs=[RUN,OTHER]"], "no such evaluation that all runs share"),
-        (["runs=[RUN]", "x=cubic"], "x=cubic is not legal; legal: log, linear"),
-        (["runs=[RUN]", "kind=loss"], "kind=loss is not legal; legal: position, training"),
-        (["runs=[RUN]", "contxt=5"], "there is no option 'contxt'; legal:"),
+        (["runs=[RUN]", "x=cubic"], "x=cubic is not a legal value; legal: log, linear"),
+        (["runs=[RUN]", "kind=loss"], "kind=loss is not a legal value; legal: position, training"),
+        (["runs=[RUN]", "contxt=5"], "there is no option 'contxt'; did you mean context? legal:"),
         (["runs=[RUN]", "kind=training"], "has no training loss yet"),
     ],
 )

@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from data.build import build_loader, build_tokenizer, describe
 from data.loader import merge_states
-from data.recall import (
-    TEST,
-    TRAIN,
-    RecallTask,
-    RecallTokenizer,
-    accuracy,
-    build_loader,
-    describe,
-    make,
-    oracle,
-    task_of,
-)
-from data.recall import test_batches as batches_for_test
-from ovq.config import ConfigError, compose
+from data.tasks.base import TEST, TRAIN
+from data.tasks.recall import RecallTask
+from data.tasks.rows import test_batches as batches_for_test
+from ovq.compose import compose
+from ovq.errors import ConfigError
+from ovq.processes import World
+from tests.data_helpers import rank_of
 
 GOLDEN_INPUTS = [1, 14, 7, 11, 5, 13, 7, 11, 1, 14, 5, 13]
 GOLDEN_TARGETS = [-100, -100, -100, -100, -100, -100, 11, -100, 14, -100, 13, -100]
@@ -38,24 +32,24 @@ TASKS = [
 
 def loader(*overrides: str, rank: int = 0, world_size: int = 1, state: dict[str, Any] | None = None) -> Any:
     cfg = compose(["data=recall", "trainer.context=32", "trainer.global_batch=4", "trainer.micro_batch=2", *overrides])
-    return build_loader(cfg, RecallTokenizer(task_of(cfg)), rank=rank, world_size=world_size, state=state)
+    return build_loader(cfg, build_tokenizer(cfg), rank_of(rank, world_size), state)
 
 
 @pytest.mark.parametrize("length", [32, 57, 200])
-@pytest.mark.parametrize("task", TASKS, ids=repr)
+@pytest.mark.parametrize("task", TASKS, ids=["plain", "long", "few queries", "filler"])
 def test_an_oracle_answers_everything(task: RecallTask, length: int) -> None:
     for row in range(20):
-        inputs, targets = make(task, length, 3, TRAIN, 0, row)
-        right, answers = accuracy(task, oracle(task, inputs), targets)
+        inputs, targets = task.make(length, 3, TRAIN, 0, row)
+        right, answers = task.score(task.oracle(inputs), targets)
         pairs, queries, _ = task.sizes(length)
         assert right == answers == queries
         assert inputs.shape == targets.shape == (length,) and inputs.max() < task.vocab_size
-        assert np.array_equal(oracle(task, inputs), targets), "something else than an answer has a label"
+        assert np.array_equal(task.oracle(inputs), targets), "something else than an answer has a label"
 
 
-@pytest.mark.parametrize("task", TASKS, ids=repr)
+@pytest.mark.parametrize("task", TASKS, ids=["plain", "long", "few queries", "filler"])
 def test_keys_are_unique_and_each_is_queried_at_most_once(task: RecallTask) -> None:
-    inputs, _ = make(task, 300, 4, TRAIN, 0, 0)
+    inputs, _ = task.make(300, 4, TRAIN, 0, 0)
     pairs, queries, filler = task.sizes(300)
     is_key = (inputs >= 1) & (inputs <= task.key_vocab)
     keys = inputs[is_key].reshape(-1, task.key_tokens).tolist()
@@ -73,7 +67,7 @@ def test_what_is_seen_of_the_query_alone_gives_chance() -> None:
     features: dict[str, dict[int, np.ndarray]] = {"key": {}, "place": {}, "last value": {}}
     right, total = dict.fromkeys(features, 0), 0
     for row in range(1500):
-        inputs, targets = make(task, 48, 5, TRAIN, 0, row)
+        inputs, targets = task.make(48, 5, TRAIN, 0, row)
         for at in np.flatnonzero(targets != -100):
             value = targets[at] - 1 - task.key_vocab
             total += row >= 1000
@@ -90,14 +84,14 @@ def test_what_is_seen_of_the_query_alone_gives_chance() -> None:
 
 def test_sequences_are_a_pure_function_of_seed_purpose_step_and_row() -> None:
     task = TASKS[0]
-    one = make(task, 64, 1, TRAIN, 2, 3)
-    assert all(np.array_equal(a, b) for a, b in zip(one, make(task, 64, 1, TRAIN, 2, 3)))
+    one = task.make(64, 1, TRAIN, 2, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(one, task.make(64, 1, TRAIN, 2, 3)))
     for other in ((2, TRAIN, 2, 3), (1, TEST, 2, 3), (1, TRAIN, 3, 3), (1, TRAIN, 2, 4)):
-        assert not np.array_equal(one[0], make(task, 64, *other)[0])
+        assert not np.array_equal(one[0], task.make(64, *other)[0])
 
 
 def test_the_data_never_change_from_version_to_version() -> None:
-    inputs, targets = make(RecallTask(key_vocab=9, value_vocab=5), 12, 0, TRAIN, 0, 0)
+    inputs, targets = RecallTask(key_vocab=9, value_vocab=5).make(12, 0, TRAIN, 0, 0)
     assert inputs.tolist() == GOLDEN_INPUTS and targets.tolist() == GOLDEN_TARGETS
 
 
@@ -135,7 +129,7 @@ def test_the_curriculum_gives_more_and_shorter_sequences_first() -> None:
         shapes.append(tuple(batch.inputs.shape))
         lanes.append(len(batch.lanes))
         for inputs, targets in zip(batch.inputs.numpy(), batch.targets.numpy()):
-            assert np.array_equal(oracle(task, inputs), targets), "a sequence is not whole"
+            assert np.array_equal(task.oracle(inputs), targets), "a sequence is not whole"
     assert shapes == [(16, 8), (16, 8), (8, 16), (8, 16), (4, 32)] and lanes == [16, 16, 8, 8, 4]
     assert sorted(made.state_dict()["lanes"]) == [0, 1, 2, 3]
     resumed = loader(*short)
@@ -157,11 +151,11 @@ def test_test_sequences_do_not_depend_on_how_they_are_batched() -> None:
 
 def test_an_answer_is_right_when_all_its_tokens_are() -> None:
     task = RecallTask(value_tokens=2, key_vocab=8, value_vocab=4)
-    inputs, targets = make(task, 36, 0, TRAIN, 0, 0)
+    inputs, targets = task.make(36, 0, TRAIN, 0, 0)
     said = targets.copy()
     said[np.flatnonzero(targets != -100)[0]] += 1
     _, queries, _ = task.sizes(36)
-    assert accuracy(task, said, targets) == (queries - 1, queries)
+    assert task.score(said, targets) == (queries - 1, queries)
 
 
 @pytest.mark.parametrize(
@@ -185,5 +179,5 @@ def test_bad_settings_are_refused_in_one_line(overrides: list[str], words: str) 
 
 def test_description_and_experiment_hold_together() -> None:
     cfg = compose(["experiment=recall"])
-    assert describe(cfg) == {"pairs": 32, "queries": 32, "filler": 0, "vocabulary": 4353}
-    assert build_loader(cfg, RecallTokenizer(task_of(cfg)), rank=0, world_size=1).micro_batches_per_step == 1
+    assert describe(cfg) == {"train": {"pairs": 32, "answers": 32, "filler": 0, "vocabulary": 4353}}
+    assert build_loader(cfg, build_tokenizer(cfg), World()).micro_batches_per_step == 1

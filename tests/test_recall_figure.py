@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data.recall import RecallTask, oracle
-from eval import recall
+from data.tasks.recall import RecallTask
+from eval.figures import recall
 
 SMALL = [
     *("model.num_layers=2", "model.dim=16", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=16"),
@@ -31,7 +31,7 @@ class Oracle(nn.Module):
         self.task, self.right = task, right
 
     def forward(self, inputs: Tensor) -> SimpleNamespace:
-        said = np.stack([oracle(self.task, row) for row in inputs.numpy()])
+        said = np.stack([self.task.oracle(row) for row in inputs.numpy()])
         for row in said:
             asked = np.flatnonzero(row != -100)
             row[[i for n, i in enumerate(asked) if n % self.right]] = 0

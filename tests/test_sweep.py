@@ -6,7 +6,7 @@ import pytest
 
 from launch import sweep
 from ovq import config
-from ovq.config import ConfigError
+from ovq.errors import ConfigError
 
 # Stands for train.py: fails for seed=1 until a file says that the fault is gone, else finishes and leaves its config;
 # counts its starts.
@@ -14,9 +14,10 @@ FAKE_TRAIN = """
 import pathlib, sys
 here = pathlib.Path(__file__).parent
 from ovq import config
+from ovq.compose import compose, run_dir_of
 overrides = [o for o in sys.argv[1:] if o != "trainer.progress=false"]
-cfg = config.compose(overrides)
-folder = config.run_dir_of(cfg, overrides)
+cfg = compose(overrides)
+folder = run_dir_of(cfg, overrides)
 with (here / "starts").open("a") as starts:
     print(folder.name, file=starts)
 if "seed=1" in overrides and not (here / "mended").exists():

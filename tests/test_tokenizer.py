@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import build_tokenizer
-from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, main, sample_lines, train_sentencepiece
-from ovq.config import Config, ConfigError, compose
+from data.build import build_tokenizer
+from data.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from data.train_tokenizer import main, sample_lines, train_sentencepiece
+from ovq.compose import compose
+from ovq.config import Config
+from ovq.errors import ConfigError
 from tests.data_helpers import config, loader, tokens_of, write_jsonl
 
 SPECIAL = [
@@ -52,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, name: str, *more: str) -> Path:
     """Through the command line, as a user does."""
-    arguments = ["train", "data=jsonl", f"data.train=[{folder}/books.jsonl]", f"out={folder}/{name}", *more]
+    arguments = ["data=jsonl", f"data.train=[{folder}/books.jsonl]", f"out={folder}/{name}", *more]
     assert main(arguments) == 0
     return folder / name
 
@@ -238,10 +241,10 @@ def test_the_sample_is_spread_and_bounded() -> None:
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["train", "data=builtin"], "out=PATH is required"),
-        (["train", "data=builtin", "out=x", "vocab=5"], "there is no setting 'vocab'"),
-        (["train", "data=text", "out=x"], "data.train is empty"),
-        (["tray"], "usage: python -m data.tokenizer train"),
+        (["data=builtin"], "out= is required: where to write the model"),
+        (["data=builtin", "out=x", "vocab=5"], "there is no setting 'vocab'"),
+        (["data=text", "out=x"], "data.train is empty"),
+        (["train", "data=builtin", "out=x"], "'train' cannot be read; options are key=value"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ovq import config
-from ovq.config import ConfigError, compose
+from ovq.compose import CONFIG_DIR, compose
+from ovq.errors import ConfigError
 from ovq.mixers.base import SequenceMixer
 from ovq.model import build_mixer, build_model
 from tests import test_mixers as contract
@@ -118,7 +118,7 @@ def test_train_py_trains_a_mixer_from_outside(outside: Path) -> None:
         *("trainer.device=cpu", "trainer.progress=false", "eval.at_end=false", f"run_dir={outside}/run"),
     ]
     environment = os.environ | {"PYTHONPATH": str(outside), "OMP_NUM_THREADS": "1"}
-    root = config.CONFIG_DIR.parent
+    root = CONFIG_DIR.parent
     done = subprocess.run(
         [sys.executable, "train.py", *line], cwd=root, env=environment, capture_output=True, text=True
     )

@@ -18,12 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ovq.config import ConfigError
-from ovq.train import checkpoint, loop, metrics
-from ovq.train import distributed as parallel
-from ovq.train.loop import StopSignal, Trainer, TrainingError
-from ovq.train.metrics import Metrics, Progress, read_rows, token_hash
-from ovq.train.optim import build_optimizer, clip_gradients, lr_at, step_unless
+from data.order import token_hash
+from ovq import machine, processes
+from ovq.errors import ConfigError
+from ovq.processes import World
+from ovq.train import checkpoint, progress
+from ovq.train import stop as stop_module
+from ovq.train.loop import Trainer, TrainingError
+from ovq.train.metrics import Metrics, read_rows
+from ovq.train.optim import build_optimizer, clip_gradients, lr_at, persistent_buffers, step_unless
+from ovq.train.parallelize import mesh_shape, parallelize
+from ovq.train.progress import Progress
+from ovq.train.stop import StopSignal
+from ovq.train.summary import summary_text
 from tests.helpers import relative_error, small_config, small_model
 from tests.training import losses, rows, trainer_for
 
@@ -31,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def parameters(model: nn.Module) -> list[torch.Tensor]:
-    return [tensor.detach().clone() for tensor in [*model.parameters(), *parallel.persistent_buffers(model)]]
+    return [tensor.detach().clone() for tensor in [*model.parameters(), *persistent_buffers(model)]]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -299,8 +306,8 @@ def test_an_evaluation_cut_short_is_made_again(tmp_path: Path) -> None:
 
 def test_a_second_signal_ends_the_process_unless_it_is_the_same_one_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, exits = [100.0], []
-    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(loop.os, "_exit", exits.append)
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stop_module.os, "_exit", exits.append)
     with StopSignal() as stop:
         assert stop.name is None
         os.kill(os.getpid(), signal.SIGINT)
@@ -399,7 +406,7 @@ def test_the_progress_shows_loss_speed_peak_memory_and_time_left(tmp_path: Path)
 
 def test_the_summary_says_what_happened_and_what_to_run_next(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
-    text = loop.summary_text(trainer.fit(), trainer.cfg, tmp_path)
+    text = summary_text(trainer.fit(), trainer.cfg, tmp_path)
     first, last = losses(tmp_path)[0], losses(tmp_path)[-1]
     for shown in ("finished: 6 steps", f"{first:.4f} -> {last:.4f}", "tokens/s", "GiB", "checkpoints/latest", "next:"):
         assert shown in text, shown
@@ -408,33 +415,33 @@ def test_the_summary_says_what_happened_and_what_to_run_next(tmp_path: Path) -> 
 
 def test_the_peak_is_the_setting_or_measured() -> None:
     device = torch.device("cpu")
-    assert metrics.peak_flops(device, "fp32", 2.5) == (2.5e12, "trainer.peak_tflops")
-    flops, source = metrics.peak_flops(device, "fp32")
+    assert machine.peak_flops(device, "fp32", 2.5) == (2.5e12, "trainer.peak_tflops")
+    flops, source = machine.peak_flops(device, "fp32")
     assert 1e8 < flops < 1e14 and "measured" in source
-    assert [metrics.duration(s) for s in (5, 95, 3700)] == ["0:05", "1:35", "1:01:40"]
+    assert [progress.duration(s) for s in (5, 95, 3700)] == ["0:05", "1:35", "1:01:40"]
 
 
 # --- parallelism, as far as one process shows it ---------------------------------------------------------------------
 
 
 def test_mesh_shapes_and_what_is_refused() -> None:
-    assert parallel.mesh_shape("full", 1, 8) == ((8,), ("shard",))
-    assert parallel.mesh_shape("hybrid", 2, 8) == ((2, 4), ("replicate", "shard"))
-    assert parallel.mesh_shape("none", 1, 8) == ((8, 1), ("replicate", "shard"))
+    assert mesh_shape("full", 1, 8) == ((8,), ("shard",))
+    assert mesh_shape("hybrid", 2, 8) == ((2, 4), ("replicate", "shard"))
+    assert mesh_shape("none", 1, 8) == ((8, 1), ("replicate", "shard"))
     with pytest.raises(ConfigError, match="trainer.replicas=3 must divide the number of processes, 8"):
-        parallel.mesh_shape("hybrid", 3, 8)
+        mesh_shape("hybrid", 3, 8)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match=r"trainer.device=cuda needs 1 GPU\(s\) here and finds 0"):
-        parallel.init(small_config("sw", "trainer.device=cuda").trainer)
+        processes.init(small_config("sw", "trainer.device=cuda").trainer)
 
 
 def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"trainer.compile=true needs a C\+\+ compiler"):
-        parallel.parallelize(small_model("sw"), small_config("sw", "trainer.compile=true").trainer, parallel.World())
+        parallelize(small_model("sw"), small_config("sw", "trainer.compile=true").trainer, World())
 
 
 def test_compiled_training_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

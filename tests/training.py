@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from data.loader import Batch
+from ovq import processes
+from ovq.processes import World
 from ovq.train import checkpoint
-from ovq.train import distributed as parallel
-from ovq.train.distributed import World
 from ovq.train.loop import Trainer
 from ovq.train.metrics import Metrics, read_rows
 from ovq.train.optim import build_optimizer
+from ovq.train.parallelize import parallelize
 from tests.helpers import small_config, small_model
 
 VOCAB = 31
@@ -86,10 +87,10 @@ def trainer_for(
     """What train.py composes. `prepare` may change the model before it is sharded."""
     cfg = small_config(model, *RUN, f"eval.at_end={str(evaluate is not None).lower()}", *overrides)
     world = world or World()
-    parallel.seed_everything(0)
+    processes.seed_everything(0)
     built = small_model(model, *overrides, vocab_size=VOCAB)
     prepare(built)
-    built = parallel.parallelize(built, cfg.trainer, world)
+    built = parallelize(built, cfg.trainer, world)
     optimizer = build_optimizer(built, cfg.optim)
     start = checkpoint.choose(run_dir, resume)
     extra = checkpoint.load(start, built, optimizer) if start else None

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ovq import processes
 from ovq.train import checkpoint
-from ovq.train import distributed as parallel
+from ovq.train.optim import persistent_buffers
 from tests.helpers import small_config
 from tests.test_train import send_at
 from tests.training import RUN, trainer_for
@@ -34,7 +35,7 @@ SHARDING = {
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    world = parallel.init(small_config("sw", *RUN).trainer)
+    world = processes.init(small_config("sw", *RUN).trainer)
     results: dict[str, Any] = {}
 
     for name, settings in SHARDING.items():
@@ -45,7 +46,7 @@ def main(out: Path) -> None:
 
     # The codebook is every rank's own copy.
     trainer = trainer_for(out / "vq", TWO, model="sw_vq", world=world)
-    ranks = parallel.gather_objects([buffer.tolist() for buffer in parallel.persistent_buffers(trainer.model)])
+    ranks = processes.gather_objects([buffer.tolist() for buffer in persistent_buffers(trainer.model)])
     results["buffers"] = {"count": len(ranks[0]), "equal": ranks[0] == ranks[1]}
 
     # A signal to one process ends both after the same step.
@@ -53,28 +54,28 @@ def main(out: Path) -> None:
     if world.rank == 1:
         send_at(trainer, 2, signal.SIGTERM)
     summary = trainer.fit()
-    results["stopped"] = parallel.gather_objects((summary["step"], summary["stopped_by"]))
+    results["stopped"] = processes.gather_objects((summary["step"], summary["stopped_by"]))
 
     # A disk that is full for one rank is an error of both, and of the checkpoint alone.
     write = checkpoint.dcp.save
     if world.rank == 1:
         checkpoint.dcp.save = full_disk  # type: ignore[assignment]
-    results["full"] = parallel.gather_objects(error_of(lambda: resave(trainer)))
+    results["full"] = processes.gather_objects(error_of(lambda: resave(trainer)))
     checkpoint.dcp.save = write
     resave(trainer)
 
     # Rank 0's error is everyone's.
-    results["on_main"] = parallel.gather_objects(error_of(lambda: parallel.on_main(lambda: int("no number"))))
-    results["choice"] = parallel.gather_objects(str(checkpoint.choose(out / "signal")))
+    results["on_main"] = processes.gather_objects(error_of(lambda: processes.on_main(lambda: int("no number"))))
+    results["choice"] = processes.gather_objects(str(checkpoint.choose(out / "signal")))
 
     # Only what training waits for gets the short time-out.
-    background = parallel.background_group()
-    parallel.lower_timeout(77)
+    background = processes.background_group()
+    processes.lower_timeout(77)
     results["timeouts"] = [timeout_s(dist.group.WORLD), timeout_s(background)]
 
     if world.is_main:
         (out / "results.json").write_text(json.dumps(results))
-    parallel.shutdown()
+    processes.shutdown()
 
 
 def full_disk(state: Any, storage_writer: Any, **how: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ovq.processes import Axis
+
 
 @dataclass(frozen=True)
 class MixerShape:
@@ -40,8 +42,11 @@ class SequenceMixer(nn.Module):
     own settings as keyword arguments, which are exactly the keys of its `configs/model/mixer/<name>.yaml`.
     """
 
-    # Set for a moment by the training loop; a mixer that has something to report then fills `health`.
+    # Set for one forward pass by the training loop; a mixer that has something to report then fills `health`.
     collect_health: bool = False
+    # The processes that see other tokens of the batch; set where the model is parallelised. Statistics over tokens
+    # that are no gradients (VQ's codebook) are summed over it.
+    data_axis: Axis = Axis("data")
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -83,7 +88,7 @@ class SequenceMixer(nn.Module):
         """Entries its dictionary holds at most, if no parameter depends on that number; None without such a one."""
         return None
 
-    def set_capacity(self, num_centroids: int) -> None:
+    def set_capacity(self, capacity: int) -> None:
         """Another capacity, for sequences that begin after the call.
 
         Raises:
@@ -102,26 +107,26 @@ class SequenceMixer(nn.Module):
 
 
 @contextmanager
-def other_capacity(mixers: Sequence[SequenceMixer], num_centroids: int | None) -> Iterator[None]:
+def other_capacity(mixers: Sequence[SequenceMixer], capacity: int | None) -> Iterator[None]:
     """The dictionaries of all `mixers` at another capacity, within the `with` only. None: as they are.
 
     Raises:
         ValueError: none of the mixers has a dictionary, or the capacity cannot be.
     """
-    if num_centroids is None:
+    if capacity is None:
         yield
         return
-    held = {mixer: capacity for mixer in mixers if (capacity := mixer.capacity) is not None}
+    held = {mixer: own for mixer in mixers if (own := mixer.capacity) is not None}
     if not held:
         names = ", ".join(dict.fromkeys(type(mixer).__name__ for mixer in mixers))
         raise ValueError(f"no layer has a dictionary whose capacity could be changed (layers: {names})")
     try:
         for mixer in held:
-            mixer.set_capacity(num_centroids)
+            mixer.set_capacity(capacity)
         yield
     finally:
-        for mixer, capacity in held.items():
-            mixer.set_capacity(capacity)
+        for mixer, own in held.items():
+            mixer.set_capacity(own)
 
 
 def detach_state(state: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ovq.mixers.base import MixerShape, SequenceMixer
 from ovq.mixers.recurrent import DecayGate, RecurrentState, positive, width
 from ovq.mixers.short_conv import ShortConv
-from ovq.ops.fla import work_dtype
+from ovq.ops.common import work_dtype
 from ovq.ops.mesa import mesa
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
-from ovq.ops import OVQState, ovq_attention
-from ovq.ops.ovq_attention.spec import OVQSpec
+from ovq.ops.ovq_attention import OVQSpec, OVQState, attend
 
 
 class OVQ(AttentionLayer):
@@ -35,7 +34,7 @@ class OVQ(AttentionLayer):
         growth_tokens: int | None = None,
         seeding: str = "spread",
         seed: int = 0,
-        step: str | float = "count",
+        step_size: str | float = "count",
         first_chunk: str = "merge",
         assign_on: str = "key",
         beta_init: float = 1.0,
@@ -51,7 +50,7 @@ class OVQ(AttentionLayer):
             growth_tokens=growth_tokens,
             seeding=seeding,
             seed=seed,
-            step=step,
+            step_size=step_size,
             first_chunk=first_chunk,
             assign_on=assign_on,
         )
@@ -60,8 +59,8 @@ class OVQ(AttentionLayer):
     def capacity(self) -> int:
         return self.spec.num_centroids
 
-    def set_capacity(self, num_centroids: int) -> None:
-        self.spec = dataclasses.replace(self.spec, num_centroids=num_centroids)  # refuses what cannot be
+    def set_capacity(self, capacity: int) -> None:
+        self.spec = dataclasses.replace(self.spec, num_centroids=capacity)  # refuses what cannot be
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
@@ -89,7 +88,7 @@ class OVQ(AttentionLayer):
         return self.project_out(o), new_state if return_state else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, OVQState | None]:
-        return ovq_attention(q, k, v, beta, **dataclasses.asdict(self.spec), backend=self.backend, **options)
+        return attend(q, k, v, beta, self.spec, backend=self.backend, **options)
 
     @torch.no_grad()
     def _report_longest_document(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor) -> None:

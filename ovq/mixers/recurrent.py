@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
-from ovq.ops.fla import work_dtype
+from ovq.ops.common import work_dtype
 
 
 @dataclass

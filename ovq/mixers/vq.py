@@ -6,14 +6,13 @@ Shapes: B batch, T tokens, G key/value heads, N codes, K head width.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
 from ovq.mixers.recurrent import inverse_temperature
-from ovq.ops.fla import work_dtype
+from ovq.ops.common import work_dtype
 from ovq.ops.vq_attention import VQState, assign, vq_attention
 
 REVIVED = 0.1  # weight of a code that replaces a dead one, in multiples of the mean code's
@@ -164,17 +163,12 @@ class VQ(AttentionLayer):
             1, index_GS[..., None], torch.ones_like(keys_GSK[..., :1])
         )
         total = self.ema_sum.new_zeros(G, N, K).scatter_add(1, index_GS[..., None].expand_as(keys_GSK), keys_GSK)
-        # A key for each code, should it be dead: evenly spaced over the batch of all ranks.
-        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        S = keys_GSK.shape[1]
-        spaced = torch.arange(N, device=keys_GSK.device) * (S * ranks) // N
-        own = (spaced // S == rank)[:, None]
+        # A key for each code, in case it is dead: evenly spaced over the batch of all ranks.
+        axis, S = self.data_axis, keys_GSK.shape[1]
+        spaced = torch.arange(N, device=keys_GSK.device) * (S * axis.size) // N
+        own = (spaced // S == axis.rank)[:, None]
         spare = torch.where(own, keys_GSK[:, spaced % S], 0)
-        if together:
-            packed = torch.cat([count, total, spare], dim=-1)
-            dist.all_reduce(packed)
-            count, total, spare = packed.split([1, K, K], dim=-1)
+        count, total, spare = axis.sum(torch.cat([count, total, spare], dim=-1)).split([1, K, K], dim=-1)
         self.ema_count.lerp_(count[..., 0], 1 - self.ema_decay)
         self.ema_sum.lerp_(total, 1 - self.ema_decay)
         mean_count = self.ema_count.mean(-1, keepdim=True)

@@ -38,8 +38,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from ovq import processes
+from ovq.cli import NoOptions, command
+from ovq.errors import ConfigError, Failure
 from ovq.files import sync
-from ovq.train import distributed as parallel
 
 FORMAT = 1  # of the folder; another number is refused
 MANIFEST, EXTRA, LATEST = "manifest.json", "extra.pt", "latest"
@@ -50,7 +52,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Failure, RuntimeError):
     """A checkpoint cannot be written or used; the message is one line that names it and says what is intact."""
 
 
@@ -67,7 +69,7 @@ class Checkpointer:
         self.root = Path(run_dir) / "checkpoints"
         self.keep_last, self.asynchronous = keep_last, asynchronous
         self.last: Path | None = None  # the newest complete one that this process has saved or resumed from
-        self._group = parallel.background_group()
+        self._group = processes.background_group()
         # Not a daemon: a process that ends for another reason still completes what is being written.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[Path] | None = None
@@ -80,14 +82,14 @@ class Checkpointer:
         """
         self.wait()
         scratch, trouble = self.root / f"saving_{name_of(step)}", ""
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             try:
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir(parents=True)
             except OSError as error:
                 trouble = reason(error)
         # Also the point before which no rank writes into the folder.
-        ranks = parallel.gather_objects((trouble, parallel.rng_state()))
+        ranks = processes.gather_objects((trouble, processes.rng_state()))
         if ranks[0][0]:
             raise self._failure(step, ranks[0][0])
         extra = {**extra, "rng": [rng for _, rng in ranks]}
@@ -112,12 +114,12 @@ class Checkpointer:
         scratch, trouble, files = Path(writer.path), "", {}
         try:
             dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            files = fingerprints(scratch, f"__{parallel.rank()}_*")
+            files = fingerprints(scratch, f"__{processes.rank()}_*")
         except FAILED as error:
             trouble = reason(error)
-        ranks = parallel.gather_objects((trouble, files), self._group)
+        ranks = processes.gather_objects((trouble, files), self._group)
         trouble = next((trouble for trouble, _ in ranks if trouble), "")
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             try:
                 if not trouble:
                     self._complete(step, extra, {name: entry for _, part in ranks for name, entry in part.items()})
@@ -125,7 +127,7 @@ class Checkpointer:
                 trouble = reason(error)
             if trouble:
                 shutil.rmtree(scratch, ignore_errors=True)
-        trouble = parallel.broadcast_object(trouble, self._group)
+        trouble = processes.broadcast_object(trouble, self._group)
         if trouble:
             raise self._failure(step, trouble)
         return self.root / name_of(step)
@@ -178,7 +180,7 @@ def choose(run_dir: Path | str, resume: str = "auto") -> Path | None:
     Raises:
         CheckpointError: the given one is damaged, all of them are, or another process trains in this run folder.
     """
-    return parallel.on_main(lambda: _choose(Path(run_dir) / "checkpoints", resume))
+    return processes.on_main(lambda: _choose(Path(run_dir) / "checkpoints", resume))
 
 
 def _choose(root: Path, resume: str) -> Path | None:
@@ -225,7 +227,7 @@ def load(path: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer | 
     if surplus:
         raise CheckpointError(f"{path} does not fit this model, which has no {surplus[0].removeprefix('model.')}")
     try:
-        dcp.load(state, storage_reader=reader, no_dist=not parallel.distributed())
+        dcp.load(state, storage_reader=reader, no_dist=not processes.distributed())
     except FAILED as error:
         raise CheckpointError(f"{path} does not fit this model ({reason(error)})") from error
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -288,7 +290,7 @@ def write_manifest(folder: Path, step: int, files: dict[str, dict[str, Any]]) ->
     content = {
         "format": FORMAT,
         "step": step,
-        "processes": parallel.world_size(),
+        "processes": processes.world_size(),
         "torch": torch.__version__,
         "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "files": dict(sorted(files.items())),
@@ -380,27 +382,27 @@ def find(folder: Path) -> list[Path]:
     return complete(folder / "checkpoints") or complete(folder)
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) != 2 or argv[0] not in ("verify", "list"):
-        print("usage: python -m ovq.train.checkpoint verify|list DIR", file=sys.stderr)
-        return 2
-    paths = find(Path(argv[1]))
+@command(words=True)
+def main(_: NoOptions, words: list[str]) -> int:
+    """The command line in the module's docstring. Exit status 1 if there is no checkpoint, or one is damaged."""
+    if len(words) != 2 or words[0] not in ("verify", "list"):
+        raise ConfigError("give one of: verify DIR, list RUN")
+    paths = find(Path(words[1]))
     if not paths:
-        print(f"error: there is no complete checkpoint in {argv[1]}", file=sys.stderr)
-        return 1
+        raise CheckpointError(f"there is no complete checkpoint in {words[1]}")
     status = 0
     for path in paths:
         try:
-            content = json.loads((path / MANIFEST).read_bytes()) if argv[0] == "list" else verify(path)
+            content = json.loads((path / MANIFEST).read_bytes()) if words[0] == "list" else verify(path)
         except (CheckpointError, OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1
             continue
         size = sum(entry["bytes"] for entry in content["files"].values()) / 2**20
         facts = f"step {content['step']}, {content['processes']} process(es), {size:.1f} MiB, saved {content['saved']}"
-        print(f"{path}: {'good, ' if argv[0] == 'verify' else ''}{facts}")
+        print(f"{path}: {'good, ' if words[0] == 'verify' else ''}{facts}")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ovq.config import Config, OptimConfig
+from ovq.model import Transformer
 
 # Parameters of these modules take no weight decay, nor do vectors (norms, biases, temperatures): decay pulls weights
 # that multiply activations towards zero, and the rows of a look-up table multiply nothing.
 UNDECAYED = ("embed.",)
 
 
-def lr_at(step: int, cfg: Any) -> float:
+def lr_at(step: int, cfg: Config) -> float:
     """Learning rate of step `step` (the first step is 1): linear warm-up, then `optim.schedule`.
 
     "cosine" and "linear" reach lr * min_lr_ratio at the last step; "wsd" stays at lr until the last `decay_share` of
@@ -34,7 +36,7 @@ def lr_at(step: int, cfg: Any) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * max(0.0, height))
 
 
-def build_optimizer(model: nn.Module, optim: Any) -> torch.optim.AdamW:
+def build_optimizer(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with two groups: matrices decay, vectors and `UNDECAYED` do not. Call after sharding."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim >= 2 and not name.startswith(UNDECAYED)]
@@ -43,7 +45,7 @@ def build_optimizer(model: nn.Module, optim: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=optim.lr,
-        betas=tuple(optim.betas),
+        betas=(optim.betas[0], optim.betas[1]),
         eps=optim.eps,
         fused=optim.fused,
     )
@@ -77,3 +79,31 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor, lr: float) -> Non
         optimizer.step()
     elif not bad.item():
         optimizer.step()
+
+
+class LearnedBuffers:
+    """The buffers that a forward pass changes (a codebook and its averages), which a step that is not made must not
+    leave changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = persistent_buffers(model)
+        self._before: list[Tensor] = []
+
+    def snapshot(self) -> None:
+        """Keep the buffers as they are before a step."""
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def restore_if(self, bad: Tensor) -> None:
+        """Put them back where `bad` (scalar bool on the device) is true; the host does not wait."""
+        for buffer, before in zip(self._buffers, self._before):
+            buffer.copy_(torch.where(bad, before, buffer))
+
+
+def persistent_buffers(model: nn.Module) -> list[Tensor]:
+    """Buffers that training changes and checkpoints hold (a codebook and its averages); tables are not among them."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops import fla
-from ovq.ops.attention import flex, reference
-from ovq.ops.attention import torch as sdpa
+from ovq.ops.attention import chunked, flex, reference
+from ovq.ops.common import each_document
 
 __all__ = ["full_attention"]
 
@@ -37,12 +36,13 @@ def full_attention(
         ValueError: an illegal backend or shape, or cu_seqlens with carried keys or B > 1.
     """
     check(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, backend, "full_attention")
+    forward = reference.forward if backend == "reference" else chunked.forward
     if flex.takes(backend, q_BTHK, v_BSGV, wanted=cu_seqlens is not None):
-        return flex.forward(q_BTHK, k_BSGK, v_BSGV, None, cu_seqlens, strict=backend == "flex")
-    forward = reference.forward if backend == "reference" else sdpa.forward
+        fallback = None if backend == "flex" else forward
+        return flex.forward(q_BTHK, k_BSGK, v_BSGV, None, cu_seqlens, fallback=fallback)
     if cu_seqlens is None:
         return forward(q_BTHK, k_BSGK, v_BSGV)
-    return fla.each_document(forward, cu_seqlens, (q_BTHK, k_BSGK, v_BSGV))
+    return each_document(forward, cu_seqlens, (q_BTHK, k_BSGK, v_BSGV))
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: str, op: str) -> None:

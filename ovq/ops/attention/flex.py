@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from ovq.ops.attention import torch as sdpa
+from ovq.ops.common import each_document
 
 BLOCK = 128
 # Below this many queries the torch form is a handful of small products: nothing is compiled for them.
@@ -61,12 +61,19 @@ def _note(reason: str) -> None:
 
 
 def forward(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int | None, cu_seqlens: Tensor | None, *, strict: bool
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    *,
+    fallback: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
 ) -> Tensor:
-    """Attention to the keys of the own document that are at most `window` - 1 before; as `reference.forward`.
+    """Attention to the keys of the same document at most `window` - 1 positions back; as `reference.forward`.
 
     Args:
-        strict: raise what the compiler raises, instead of running the torch form with a warning.
+        fallback: the operator's torch form for one document, run with a warning where FlexAttention fails;
+            None: whatever the compiler raises is raised.
     """
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     mask = block_mask(T, S, window, cu_seqlens, q_BTHK.device)
@@ -79,18 +86,12 @@ def forward(
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        if strict:
+        if fallback is None:
             raise
         _note(f"cannot run here ({' '.join(str(error).split())[:200]})")
-    from ovq.ops import fla
-    from ovq.ops.sliding_window import torch as banded
-
-    run = sdpa.forward if window is None else functools.partial(banded.forward, window=window)
-    return (
-        run(q_BTHK, k_BSGK, v_BSGV)
-        if cu_seqlens is None
-        else fla.each_document(run, cu_seqlens, (q_BTHK, k_BSGK, v_BSGV))
-    )
+    if cu_seqlens is None:
+        return fallback(q_BTHK, k_BSGK, v_BSGV)
+    return each_document(fallback, cu_seqlens, (q_BTHK, k_BSGK, v_BSGV))
 
 
 @functools.cache

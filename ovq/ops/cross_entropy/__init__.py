@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops.cross_entropy import reference
-from ovq.ops.cross_entropy import torch as chunked
+from ovq.ops.cross_entropy import chunked, reference
 
 __all__ = ["chunked_cross_entropy"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops import fla
-from ovq.ops.gated_delta_rule import reference
-from ovq.ops.gated_delta_rule import torch as chunked
+from ovq.ops import fla_backend
+from ovq.ops.common import each_document
+from ovq.ops.gated_delta_rule import chunked, reference
 
 
 def gated_delta_rule(
@@ -40,10 +40,10 @@ def gated_delta_rule(
         ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
     """
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
-    if fla.uses_fla(backend, q_BTHK, "gated_delta_rule"):
+    if fla_backend.uses_fla(backend, q_BTHK, "gated_delta_rule"):
         return _kernel(*tensors, cu_seqlens, state)
     if cu_seqlens is not None:
-        return fla.each_document(
+        return each_document(
             lambda *x: gated_delta_rule(*x, chunk_size=chunk_size, backend=backend)[0], cu_seqlens, tensors, state
         ), None
     if backend == "reference":

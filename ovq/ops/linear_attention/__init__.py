@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops import fla
-from ovq.ops.linear_attention import reference
-from ovq.ops.linear_attention import torch as chunked
+from ovq.ops import fla_backend
+from ovq.ops.common import each_document
+from ovq.ops.linear_attention import chunked, reference
 
 State = tuple[Tensor, Tensor]
 
@@ -37,10 +37,10 @@ def linear_attention(
     Raises:
         ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
     """
-    kernel = fla.uses_fla(backend, q_BTHK, "linear_attention")
+    kernel = fla_backend.uses_fla(backend, q_BTHK, "linear_attention")
     if cu_seqlens is not None:
         # Also on the kernels: their own normaliser does not stop at a document's end in every version.
-        return fla.each_document(
+        return each_document(
             lambda *x: linear_attention(*x, chunk_size=chunk_size, backend=backend)[0],
             cu_seqlens,
             (q_BTHK, k_BTHK, v_BTHV),

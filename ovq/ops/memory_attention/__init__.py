@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops.memory_attention import reference
-from ovq.ops.memory_attention import torch as dense
+from ovq.ops.memory_attention import chunked, reference
 
 
 def memory_attention(
@@ -35,5 +34,5 @@ def memory_attention(
     Returns:
         o [B, T, H, V] in the values' dtype.
     """
-    forward = reference.forward if backend == "reference" else dense.forward
+    forward = reference.forward if backend == "reference" else chunked.forward
     return forward(q_BTHK, key_BMGK, value_BMGV, log_weight_BGM, own_key_BSGK, own_value_BSGV, beta_H)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops import fla
-from ovq.ops.mesa import reference
-from ovq.ops.mesa import torch as chunked
+from ovq.ops import fla_backend
+from ovq.ops.common import each_document
+from ovq.ops.mesa import chunked, reference
 
 State = tuple[Tensor, Tensor]
 
@@ -46,11 +46,11 @@ def mesa(
         ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
     """
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
-    if fla.uses_fla(backend, q_BTHK, "mesa"):
+    if fla_backend.uses_fla(backend, q_BTHK, "mesa"):
         return _kernel(*tensors, lamb_HK, iterations, cu_seqlens, state)
     settings = {"iterations": iterations, "chunk_size": chunk_size, "backend": backend}
     if cu_seqlens is not None:
-        return fla.each_document(
+        return each_document(
             lambda *x: mesa(*x, lamb_HK, **settings)[0],  # type: ignore[call-arg, arg-type]
             cu_seqlens,
             tensors,

@@ -1,10 +1,10 @@
 """OVQ-attention (arXiv 2602.03922): attention to a dictionary learned while reading, and exactly to the own chunk.
 
-`interface` is the call, `spec` the settings and the state, and beside them lie the backends: `reference` (the
-definition), `torch` (fast on any device) and `triton` (GPU). This file imports no torch: the backend's name hides it.
+`interface` is the call, `spec` the settings and the state; the backends are `reference` (the definition), `chunked`
+("torch", fast on any device) and `kernels` ("triton", GPU).
 """
 
-from ovq.ops.ovq_attention.interface import ovq_attention
+from ovq.ops.ovq_attention.interface import attend, ovq_attention
 from ovq.ops.ovq_attention.spec import OVQSpec, OVQState
 
-__all__ = ["OVQSpec", "OVQState", "ovq_attention"]
+__all__ = ["OVQSpec", "OVQState", "attend", "ovq_attention"]

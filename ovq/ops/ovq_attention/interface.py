@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.fla import BackendError, each_document, work_dtype
-from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState, document_bounds
+from ovq.ops.common import BackendError, each_document, work_dtype
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState, check_step_size, document_bounds
 
-BACKENDS = ("auto", "reference", "torch", "triton")
+MODULES = {"reference": "reference", "torch": "chunked", "triton": "kernels"}  # by backend, beside this one
+BACKENDS = ("auto", *MODULES)
 
 
 def ovq_attention(
@@ -59,7 +60,7 @@ def ovq_attention(
         q: [B, T, H, K], used as given: the layer normalises queries and keys.
         k, v: [B, T, G, K] and [B, T, G, V]; H is a multiple of G, heads of a group share one dictionary.
         beta: [H], multiplies q.k; there is no other scale.
-        num_centroids ... assign_on: see `OVQSpec`.
+        num_centroids ... assign_on: see `OVQSpec`; `step` is its step_size.
         cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state. The
             dictionary begins anew, and chunks are counted anew, at each.
         state: what an earlier call with the same settings returned; None at the start. Not modified.
@@ -72,6 +73,7 @@ def ovq_attention(
     Raises:
         ValueError: a setting or shape that does not fit, or a backend that cannot do what is asked.
     """
+    check_step_size("step", step)
     spec = OVQSpec(
         num_centroids=num_centroids,
         chunk_size=chunk_size,
@@ -79,10 +81,26 @@ def ovq_attention(
         growth_tokens=growth_tokens,
         seeding=seeding,
         seed=seed,
-        step=step,
+        step_size=step,
         first_chunk=first_chunk,
         assign_on=assign_on,
     )
+    return attend(q, k, v, beta, spec, cu_seqlens=cu_seqlens, state=state, return_state=return_state, backend=backend)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    spec: OVQSpec,
+    *,
+    cu_seqlens: Tensor | None = None,
+    state: OVQState | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, OVQState | None]:
+    """`ovq_attention` with its settings as a spec, which a layer makes and checks once."""
     _check_shapes(q, k, v, beta)
     chosen = _choose(backend, q, k, v, spec)
     if cu_seqlens is not None:
@@ -144,8 +162,11 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any
 def _load_backends() -> dict[str, Any]:
     """Backends by name, imported with this file: torch.compile cannot trace an import. Triton only where it can run."""
     runs = torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"
-    names = ("reference", "torch", "triton") if runs and importlib.util.find_spec("triton") else ("reference", "torch")
-    return {name: importlib.import_module(f"{__package__}.{name}") for name in names}
+    return {
+        name: importlib.import_module(f"{__package__}.{module}")
+        for name, module in MODULES.items()
+        if name != "triton" or (runs and importlib.util.find_spec("triton"))
+    }
 
 
 _MODULES = _load_backends()

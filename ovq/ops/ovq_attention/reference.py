@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovq.ops.fla import work_dtype
+from ovq.ops.common import work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
 

@@ -5,9 +5,11 @@ Shapes: B batch, G key/value heads, N capacity in centroids, L chunk, K key widt
 
 from __future__ import annotations
 
+import ast
+import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -35,8 +37,9 @@ class OVQSpec:
         seeding: which keys of a chunk found new centroids. "spread": those whose best similarity is lowest; "random":
             those with the lowest hash of (seed, position). They are numbered in their order in the text.
         seed: of random seeding.
-        step: "count": centroids are running means; a constant eta in (0, 1]: the m keys of a chunk that go to one
-            centroid move it to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys). Counts go on counting either way.
+        step_size: of a centroid towards a key. "count": 1/count, so centroids are running means; a constant eta in
+            (0, 1]: the m keys of a chunk that go to one centroid move it to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys).
+            Counts go on counting either way.
         first_chunk: the empty dictionary: the first key is centroid 0 and similarity is that to it. Keys of this chunk
             that found no centroid go to centroid 0 ("merge") or to the founding key with the largest product
             ("nearest").
@@ -53,9 +56,11 @@ class OVQSpec:
     growth_tokens: int | None = None
     seeding: str = "spread"
     seed: int = 0
-    step: str | float = "count"
+    step_size: str | float = "count"
     first_chunk: str = "merge"
     assign_on: str = "key"
+    # The settings as one literal, for operators registered with torch, which take no objects; `parse_spec` reads it.
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("num_centroids", "chunk_size"):
@@ -69,14 +74,14 @@ class OVQSpec:
             raise ValueError(f"growth_tokens={self.growth_tokens} must be a whole number of at least 1")
         if self.growth == "linear" and self.growth_tokens is None:
             raise ValueError("growth=linear needs growth_tokens (say, the training context), which is not set")
-        number = isinstance(self.step, (int, float)) and not isinstance(self.step, bool)
-        if self.step != "count" and not (number and 0 < self.step <= 1):  # type: ignore[operator]
-            raise ValueError(f"step={self.step} is not a legal value; legal: count, or a number in (0, 1]")
+        check_step_size("step_size", self.step_size)
+        values = [repr(getattr(self, name)) for name in SETTINGS]
+        object.__setattr__(self, "text", f"({', '.join(values)})")
 
     @property
     def rate(self) -> float | None:
         """The constant learning rate, None for running means."""
-        return None if self.step == "count" else float(self.step)
+        return None if self.step_size == "count" else float(self.step_size)
 
     def size_at(self, tokens: int) -> int:
         """Centroids held once all whole chunks of the first `tokens` tokens are committed (eq. 17).
@@ -96,6 +101,22 @@ class OVQSpec:
     def hash_order_at(self, position: Tensor) -> Tensor:
         """The same of several chunks, int64 [.., L]; `position` is where their tokens stand in their document."""
         return position_hash(self.seed, position).argsort(dim=-1, stable=True)
+
+
+def check_step_size(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a legal `step_size`, which the caller knows as `name`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value != "count" and not (number and 0 < value <= 1):  # type: ignore[operator]
+        raise ValueError(f"{name}={value} is not a legal value; legal: count, or a number in (0, 1]")
+
+
+SETTINGS = tuple(item.name for item in fields(OVQSpec) if item.init)
+
+
+@functools.lru_cache(maxsize=256)
+def parse_spec(text: str) -> OVQSpec:
+    """The spec whose `text` this is."""
+    return OVQSpec(*ast.literal_eval(text))
 
 
 @dataclass(frozen=True)

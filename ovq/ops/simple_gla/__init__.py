@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops import fla
-from ovq.ops.simple_gla import reference
-from ovq.ops.simple_gla import torch as chunked
+from ovq.ops import fla_backend
+from ovq.ops.common import each_document
+from ovq.ops.simple_gla import chunked, reference
 
 
 def simple_gla(
@@ -37,10 +37,10 @@ def simple_gla(
     Raises:
         ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
     """
-    if fla.uses_fla(backend, q_BTGK, "simple_gla"):
+    if fla_backend.uses_fla(backend, q_BTGK, "simple_gla"):
         return _kernel(q_BTGK, k_BTGK, v_BTHV, g_BTH, cu_seqlens, state)
     if cu_seqlens is not None:
-        return fla.each_document(
+        return each_document(
             lambda *x: simple_gla(*x, chunk_size=chunk_size, backend=backend)[0],
             cu_seqlens,
             (q_BTGK, k_BTGK, v_BTHV, g_BTH),

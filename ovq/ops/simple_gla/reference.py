@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovq.ops.fla import work_dtype
+from ovq.ops.common import work_dtype
 
 
 def forward(

@@ -6,10 +6,9 @@ import functools
 
 from torch import Tensor
 
-from ovq.ops import fla
 from ovq.ops.attention import check, flex
-from ovq.ops.sliding_window import reference
-from ovq.ops.sliding_window import torch as banded
+from ovq.ops.common import each_document
+from ovq.ops.sliding_window import chunked, reference
 
 __all__ = ["sliding_window_attention"]
 
@@ -44,9 +43,10 @@ def sliding_window_attention(
     if window < 1:
         raise ValueError(f"window={window} of sliding_window_attention must be at least 1")
     bounded = k_BSGK.shape[1] > window or cu_seqlens is not None  # else it is plain causal attention
+    forward = functools.partial(reference.forward if backend == "reference" else chunked.forward, window=window)
     if flex.takes(backend, q_BTHK, v_BSGV, wanted=bounded):
-        return flex.forward(q_BTHK, k_BSGK, v_BSGV, window, cu_seqlens, strict=backend == "flex")
-    forward = functools.partial(reference.forward if backend == "reference" else banded.forward, window=window)
+        fallback = None if backend == "flex" else forward
+        return flex.forward(q_BTHK, k_BSGK, v_BSGV, window, cu_seqlens, fallback=fallback)
     if cu_seqlens is None:
         return forward(q_BTHK, k_BSGK, v_BSGV)
-    return fla.each_document(forward, cu_seqlens, (q_BTHK, k_BSGK, v_BSGV))
+    return each_document(forward, cu_seqlens, (q_BTHK, k_BSGK, v_BSGV))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops import fla
-from ovq.ops.vq_attention import reference
-from ovq.ops.vq_attention import torch as blocked
+from ovq.ops.common import each_document
+from ovq.ops.vq_attention import chunked, reference
 from ovq.ops.vq_attention.state import VQState, assign
 
 __all__ = ["VQState", "assign", "vq_attention"]
@@ -53,10 +52,10 @@ def vq_attention(
     """
     if backend not in ("auto", "reference", "torch"):
         raise ValueError(f"backend={backend} of vq_attention is not a legal value; legal: auto, reference, torch")
-    forward = reference.forward if backend == "reference" else blocked.forward
+    forward = reference.forward if backend == "reference" else chunked.forward
     settings = {"block_size": block_size, "quantize_recent": quantize_recent}
     if cu_seqlens is not None:
-        return fla.each_document(
+        return each_document(
             lambda q, k, v: forward(q, k, v, codebook_GNK, beta_H, **settings)[0],  # type: ignore[arg-type]
             cu_seqlens,
             (q_BTHK, k_BTGK, v_BTGV),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovq.ops.fla import work_dtype
+from ovq.ops.common import work_dtype
 from ovq.ops.vq_attention.state import VQState, assign, recent_start
 
 

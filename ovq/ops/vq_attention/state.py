@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ovq.ops.fla import work_dtype
+from ovq.ops.common import work_dtype
 
 
 @dataclass

@@ -1,0 +1,87 @@
+"""Rows and batches of a generated task: what the loader and a test read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.lanes import LaneState, Row
+from data.loader import Batch, Loader
+from data.tasks.base import IGNORE, TEST, TRAIN, Task
+
+
+class TaskTokenizer:
+    """Stands where a run expects a tokenizer: the task's own symbols, which spell no text."""
+
+    separator_id = bos_id = eos_id = 0
+
+    def __init__(self, task: Task) -> None:
+        self.vocab_size = task.vocab_size
+        self.fingerprint = f"{task.name}:{task.vocab_size}"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([int(word) for word in text.split()], np.int64)
+
+    def decode(self, ids: Any) -> str:
+        return " ".join(str(int(i)) for i in np.asarray(ids).ravel())
+
+    def num_bytes(self, ids: Any) -> int:
+        return 0
+
+    def save(self, folder: Path | str) -> None:
+        """Nothing to keep: the symbols follow from the config."""
+
+
+class TaskRows:
+    """The row source of `data.loader.Loader`: the row of a lane at a step, from nothing but their numbers."""
+
+    def __init__(self, task: Task, context: int, seed: int) -> None:
+        self.task, self.context, self.seed = task, context, seed
+
+    def row(self, lane: int, state: LaneState) -> Row:
+        step = state["rows"]
+        count = self.task.sequences_at(step)
+        parts = [
+            self.task.make(self.context // count, self.seed, TRAIN, step, lane * count + index)
+            for index in range(count)
+        ]
+        inputs, targets = (np.concatenate(part).astype(np.int32) for part in zip(*parts))
+        starts = list(range(0, self.context, self.context // count))
+        after = {"ordinal": lane, "offset": 0, "rows": step + 1}
+        labels = int((targets != IGNORE).sum())
+        return Row(lane, inputs, targets, starts, [], after, {"tokens": labels})
+
+
+class TaskLoader(Loader):
+    """`data.loader.Loader` whose early micro-batches of m rows come out as m x short_factor shorter ones.
+
+    `Batch.lanes` then has an entry for each of those: lane x short_factor + its place in the row.
+    """
+
+    def __init__(self, task: Task, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.task = task
+
+    def __iter__(self) -> Generator[Batch]:
+        for batch in super().__iter__():
+            count = self.task.sequences_at(next(iter(batch.lanes.values()))["rows"] - 1)
+            if count > 1:
+                shape = (-1, self.context // count)
+                batch.inputs, batch.targets = batch.inputs.reshape(shape), batch.targets.reshape(shape)
+                batch.lanes = {lane * count + i: state for lane, state in batch.lanes.items() for i in range(count)}
+            yield batch
+
+
+def test_batches(task: Task, length: int, *, seed: int, rows: int, batch: int) -> Iterator[Batch]:
+    """`rows` test sequences of `length` tokens, `batch` at a time; the same for every model."""
+    for start in range(0, rows, batch):
+        made = [task.make(length, seed, TEST, 0, row) for row in range(start, min(start + batch, rows))]
+        inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*made))
+        yield Batch(inputs, targets)
+
+
+test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test where it is imported

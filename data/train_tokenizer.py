@@ -1,0 +1,116 @@
+"""Train a lossless SentencePiece unigram model on the training split of a data set.
+
+python -m data.train_tokenizer data=parquet 'data.train=[books/*.parquet]' vocab_size=16384 out=books-16k.model
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.build import build_corpus
+from data.corpus import Corpus
+from data.order import permute
+from data.tokenizer import SentencePieceTokenizer
+from ovq.cli import command
+from ovq.compose import compose
+from ovq.errors import ConfigError, one_line
+from ovq.files import write_whole
+from ovq.schema import REQUIRED, setting
+
+_LINE_LIMIT = 4000  # bytes of a line fed to training; SentencePiece drops longer ones
+
+
+@dataclass
+class Options:
+    out: str = setting(REQUIRED, "where to write the model")
+    vocab_size: int = setting(16384, "pieces, the 256 bytes among them", at_least=1)
+    sample_mb: float = setting(30.0, "megabytes of text to train on", above=0)
+
+
+@command(Options, overrides=True)
+def main(options: Options, overrides: list[str]) -> int:
+    """The command line in the module's docstring."""
+    cfg = compose([*overrides, "tokenizer=byte"])
+    corpus = build_corpus(cfg, "train")
+    lines = sample_lines(corpus, round(options.sample_mb * (1 << 20)), cfg.seed)
+    tokenizer = train_sentencepiece(lines, options.vocab_size, options.out, cfg.seed)
+    text = corpus.read(0).text[: 1 << 20]
+    ids = tokenizer.encode(text)
+    print(f"{options.out}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
+    print(f"use it with: tokenizer=sentencepiece tokenizer.model_path={options.out}   ({tokenizer.fingerprint})")
+    return 0
+
+
+def train_sentencepiece(
+    lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0
+) -> SentencePieceTokenizer:
+    """Train a lossless unigram model on lines (without line ends, which become a piece of their own) and write it.
+
+    Raises:
+        ConfigError: the text is too small for the vocabulary.
+    """
+    import io
+
+    import sentencepiece
+
+    sentencepiece.set_random_generator_seed(seed)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            bos_id=1,
+            bos_piece="<document>",
+            eos_id=-1,
+            pad_id=-1,
+            character_coverage=0.9999,
+            max_sentence_length=_LINE_LIMIT + 200,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=1,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"vocab_size={vocab_size} cannot be trained: {one_line(error)}") from None
+    tokenizer = SentencePieceTokenizer(model.getvalue(), str(out))
+    write_whole(Path(out), model.getvalue())
+    return tokenizer
+
+
+def sample_lines(corpus: Corpus, num_bytes: int, seed: int) -> Iterator[str]:
+    """Lines of about `num_bytes` of text in all, one stretch of each of a seeded choice of documents."""
+    share = max(1 << 14, num_bytes // max(1, len(corpus)))
+    order = np.array([permute(i, len(corpus), seed) for i in range(len(corpus))], np.int64)
+    taken = np.minimum(corpus.sizes()[order], share)
+    before = np.cumsum(taken) - taken
+    left = num_bytes
+    # In file order, which is the fast one; should sizes have been overestimated, the rest follows.
+    for index in [*sorted(order[before < num_bytes]), *order[before >= num_bytes]]:
+        if left <= 0:
+            return
+        text = corpus.read(int(index)).text
+        # A stretch from the middle of a book is more typical than its title page.
+        start = max(0, (len(text) - share) // 2)
+        stretch = text[start : start + min(share, left)]
+        left -= len(stretch.encode())
+        for line in stretch.split("\n"):
+            for cut in range(0, len(line), _LINE_LIMIT // 4):
+                yield line[cut : cut + _LINE_LIMIT // 4]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Measurements: speed, memory and cost of operators, models, kernels and the data pipeline."""

@@ -1,0 +1,230 @@
+"""One table of all named models: parameters, FLOPs a token, and what they hold for a sequence as it grows.
+
+    python -m eval.bench.compare size=70m context=65536
+    python -m eval.bench.compare size=150m models=[std_att,sw_nope,sw_ovq] vocab_size=32768 out=runs/compare_150m
+    python -m eval.bench.compare readme=true        rewrite the table of models in README.md
+
+Models are built on the meta device: nothing is allocated, a table takes seconds. Compared models must have the same
+number of parameters outside the embedding and the head, within `tolerance` of the first one's: where they do not, the
+exit status is 1 and a line names them. State is counted for one sequence over all layers, in bytes with activations in
+bf16 and sums in float32. Written to `out`: compare_models.json, and state_size.png (arXiv 2602.03922, figure 4, right).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from eval import style
+from ovq import machine
+from ovq.cli import command
+from ovq.compose import CONFIG_DIR, compose, options
+from ovq.errors import ConfigError
+from ovq.files import write_whole
+from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
+from ovq.plan import CONTEXTS, format_bytes
+from ovq.schema import setting
+
+README = CONFIG_DIR.parent / "README.md"
+README_SIZE = "70m"
+BEGIN, END = "<!-- models: begin -->\n", "<!-- models: end -->\n"
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """What one model costs; FLOPs a token are a mean over a sequence of the table's context."""
+
+    name: str
+    layers: str
+    parameters: int
+    parameters_body: int  # without the embedding and the head
+    flops_forward: float
+    flops_training: float
+    state_numbers: dict[int, int]  # by context
+    state_bytes: dict[int, int]
+
+
+def named_models(chosen: list[str]) -> list[str]:
+    """The chosen options of configs/model, or all: full attention, which the others are measured against, first.
+
+    Raises:
+        ConfigError: one that does not exist.
+    """
+    legal = options("model")
+    for name in chosen:
+        if name not in legal:
+            raise ConfigError(f"models: '{name}' does not exist; legal: {', '.join(legal)}")
+    return chosen or sorted(legal, key=lambda name: (name != "std_att", name))
+
+
+def costs(name: str, size: str, vocab_size: int, context: int, contexts: list[int]) -> ModelCosts:
+    """The costs of a named model, with its state at each of `contexts`."""
+    cfg = compose([f"model={name}", f"model/size={size}"])
+    with torch.device("meta"):
+        model = build_model(cfg.model, vocab_size)
+    total, body = count_parameters(model)
+    forward, training = (flops_per_token(model, context, training=training) for training in (False, True))
+    return ModelCosts(
+        name=name,
+        layers=", ".join(cfg.model.pattern),
+        parameters=total,
+        parameters_body=body,
+        flops_forward=forward,
+        flops_training=training,
+        state_numbers={c: state_size(model, c) for c in contexts},
+        state_bytes={c: state_bytes(model, c) for c in contexts},
+    )
+
+
+def unmatched(models: list[ModelCosts], tolerance: float) -> list[str]:
+    """Models whose parameters differ from the first one's by more than `tolerance`, as 'name +3.1%'."""
+    first = models[0].parameters_body
+    off = [(model.name, model.parameters_body / first - 1) for model in models]
+    return [f"{name} {share:+.1%}" for name, share in off if abs(share) > tolerance]
+
+
+def table(models: list[ModelCosts], context: int) -> str:
+    """The table on one screen: a row a model, its state first in numbers, then in bytes."""
+    contexts = list(models[0].state_numbers)
+    first = models[0].parameters_body
+    head = ["model", "parameters", "without tables", "", "forward", "training"]
+    rows = [head + [style.short(c) for c in contexts]]
+    for m in models:
+        counts = [f"{m.parameters:,}", f"{m.parameters_body:,}", f"{m.parameters_body / first - 1:+.2%}"]
+        flops = [_short(m.flops_forward), _short(m.flops_training)]
+        rows.append([m.name, *counts, *flops, *(_short(m.state_numbers[c]) for c in contexts)])
+    sizes = [["", *(style.short(c) for c in contexts)]]
+    sizes += [[m.name, *(format_bytes(m.state_bytes[c]) for c in contexts)] for m in models]
+    return "\n".join(
+        [
+            f"parameters (and difference from {models[0].name}), FLOPs a token at context {context:,}, "
+            "and the numbers held for one sequence by context",
+            *_aligned(rows),
+            "",
+            "bytes held for one sequence, activations in bf16",
+            *_aligned(sizes),
+        ]
+    )
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+
+
+def _short(number: float) -> str:
+    """1190000000 -> '1.19G', in thousands."""
+    power = min(4, int(math.log10(max(1.0, number))) // 3)
+    return f"{number / 1000**power:.4g}{('', 'k', 'M', 'G', 'T')[power]}"
+
+
+def plot(models: list[ModelCosts], size: str, out: Path) -> Path:
+    """State by context. Models that hold the same at every context share a curve."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    curves: dict[tuple, list[str]] = {}
+    for m in models:
+        curves.setdefault(tuple(m.state_bytes.items()), []).append(m.name)
+    fig, (ax,) = style.figure(width=7.6, height=4.6)
+    for index, (points, names) in enumerate(curves.items()):
+        ax.plot(*zip(*points), color=style.color(index), linestyle=style.line(index), label=", ".join(names))
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_locator(LogLocator(base=4))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    ax.set_ylabel("state of one sequence (bf16, sums float32)")
+    ax.set_title(f"size {size}", loc="left")
+    style.token_axis(ax, "context (tokens)")
+    style.legend(ax)
+    return style.save(fig, out)
+
+
+# --- README ----------------------------------------------------------------------------------------------------------
+
+
+def readme_table() -> str:
+    """The table of models in Markdown: a row for every option of configs/model, described by its first comment."""
+    lines = [
+        f"| `model=` | layers | state of one sequence, 2k to 64k tokens ({README_SIZE}) | source |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in named_models([]):
+        comment = (CONFIG_DIR / "model" / f"{name}.yaml").read_text().split("\n", 1)[0].lstrip("# ").rstrip(".")
+        papers = re.findall(r"arXiv \d{4}\.\d{5}", comment)
+        what = re.sub(r" \([^()]*arXiv[^()]*\)", "", comment)
+        with torch.device("meta"):
+            model = build_model(compose([f"model={name}", f"model/size={README_SIZE}"]).model, vocab_size=256)
+        low, high = (format_bytes(state_bytes(model, context)) for context in (CONTEXTS[0], CONTEXTS[-1]))
+        state = f"{low}, constant" if low == high else f"{low} to {high}"
+        lines.append(f"| `{name}` | {what} | {state} | {', '.join(papers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_readme(path: Path = README) -> None:
+    """Replace what is between the two markers.
+
+    Raises:
+        ConfigError: a marker is missing.
+    """
+    text = path.read_text()
+    before, found, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ConfigError(f"{path} has no lines '{BEGIN.strip()}' and '{END.strip()}' to write the table between")
+    write_whole(path, before + found + readme_table() + ended + after)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    size: str = setting(
+        README_SIZE, "size of the models, an option of configs/model/size", choices=tuple(options("model/size"))
+    )
+    context: int = setting(65536, "tokens a sequence, for FLOPs a token", at_least=1)
+    models: list[str] = setting([], "options of configs/model; empty: all")
+    vocab_size: int = setting(16384, "pieces of the tokenizer", at_least=1)
+    tolerance: float = setting(0.02, "share by which parameters may differ from the first model's", at_least=0)
+    out: str = setting("runs/compare_models", "folder for compare_models.json and state_size.png")
+    readme: bool = setting(False, "rewrite the table of models in README.md, and do nothing else")
+
+
+@command(Options)
+def main(args: Options) -> int:
+    """The command line in the module's docstring."""
+    if args.readme:
+        write_readme()
+        print(README)
+        return 0
+    contexts = sorted({*CONTEXTS, args.context})
+    models = [costs(name, args.size, args.vocab_size, args.context, contexts) for name in named_models(args.models)]
+    print(table(models, args.context))
+    out = Path(args.out)
+    picture = plot(models, args.size, out / "state_size.png")
+    off = unmatched(models, args.tolerance)
+    record = {
+        **{key: getattr(args, key) for key in ("size", "context", "vocab_size", "tolerance")},
+        "unmatched": off,
+        "models": [asdict(model) for model in models],
+        "machine": machine.describe_machine(),
+    }
+    write_whole(out / "compare_models.json", json.dumps(record, indent=1) + "\n")
+    print(f"\n{out / 'compare_models.json'}\n{picture}")
+    if off:
+        print(
+            f"error: parameters without embedding and head differ by more than {args.tolerance:.0%} from "
+            f"{models[0].name}'s {models[0].parameters_body:,}: {', '.join(off)}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Whether the kernels compute what they should, on the device at hand: claims that `bench_gpu` makes before any timing.
+
+Each check returns a line of what was found and raises `Wrong` if that is outside its bar. Inputs are fresh on every
+call. Outputs and gradients are held against float64 with assignments forced equal. The assignments themselves, which
+one near-tie would send different ways for good, are judged step by step: was each key's centroid the best one, given
+what had been assigned before?
+
+Shapes: B batch, S tokens, H query heads, G key/value heads, N centroids, K and V widths.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovq.ops import ovq_attention
+from ovq.ops.ovq_attention import reference
+from ovq.ops.ovq_attention.interface import MODULES
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+
+# ||got - want|| / ||want|| of outputs, and of gradients.
+BARS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (1e-2, 2e-2)}
+# By how much a chosen centroid's similarity may lie below the best one's: a rounding of a mean to the dtype.
+NEAR_TIE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+class Wrong(AssertionError):
+    """A check that failed; the message says by how much."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 1
+    tokens: int = 2000  # with a chunk of 128, an unfinished one at the end
+    heads: int = 4
+    kv_heads: int = 2
+    K: int = 64
+    V: int = 64
+    num_centroids: int = 700
+    chunk_size: int = 128
+
+    @property
+    def spec(self) -> OVQSpec:
+        return OVQSpec(self.num_centroids, self.chunk_size)
+
+
+def random_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and beta, as a layer gives them."""
+    B, S = sizes.batch, sizes.tokens
+    q, k = (
+        F.normalize(torch.randn(B, S, heads, sizes.K, device=device), dim=-1) for heads in (sizes.heads, sizes.kv_heads)
+    )
+    v = torch.randn(B, S, sizes.kv_heads, sizes.V, device=device)
+    beta = 1 + sizes.K**0.5 * torch.rand(sizes.heads, device=device)
+    return [x.to(dtype).requires_grad_() for x in (q, k, v)] + [beta.requires_grad_()]
+
+
+def empty_dictionary(tensors: list[Tensor], spec: OVQSpec) -> Dictionary:
+    (B, _, G, K), V, N = tensors[1].shape, tensors[2].shape[3], spec.num_centroids
+    work = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    sums = [torch.zeros(size, dtype=work, device=tensors[0].device) for size in ((B, G, N, K), (B, G, N, V), (B, G, N))]
+    return Dictionary(sums[0], sums[1], sums[2], 0, 0)
+
+
+def run(
+    backend: str, tensors: list[Tensor], spec: OVQSpec, do: Tensor, assignment: Tensor | None = None
+) -> list[Tensor]:
+    """Output, assignment, and the gradients of q, k, v and beta."""
+    module = importlib.import_module(f"ovq.ops.ovq_attention.{MODULES[backend]}")
+    o, _, placed = module.forward(*tensors, spec, empty_dictionary(tensors, spec), assignment)
+    return [o, placed, *torch.autograd.grad(o, tensors, do.to(o.dtype))]
+
+
+@torch.no_grad()
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want|| in float64, of two tensors of one shape; NaN or infinity in either counts as infinite,
+    so that it passes no bar."""
+    assert got.shape == want.shape, f"{list(got.shape)} is compared with {list(want.shape)}"
+    got, want = got.double(), want.double()
+    if not (torch.isfinite(got).all() and torch.isfinite(want).all()):
+        return float("inf")
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+# --- the claims ------------------------------------------------------------------------------------------------------
+
+
+def against_float64(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
+    """Outputs and gradients, by a second backend in float64 that is made to assign alike."""
+    tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
+    do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
+    o, placed, *grads = run(backend, tensors, spec, do)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    want, _, *want_grads = run("reference" if backend == "torch" else "torch", exact, spec, do.double(), placed)
+    errors = {"o": relative_error(o, want)}
+    errors |= {f"d{name}": relative_error(g, w) for name, g, w in zip(("q", "k", "v"), grads, want_grads)}
+    # dbeta sums terms of either sign: its error is measured against their size.
+    terms = (want_grads[0] * exact[0].detach()).sum(-1).norm()
+    errors["dbeta"] = float((grads[3].double() - want_grads[3]).norm() / terms)
+    forward_bar, backward_bar = BARS[dtype]
+    found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    if not all(error < (forward_bar if name == "o" else backward_bar) for name, error in errors.items()):
+        raise Wrong(f"{found}; the bars are {forward_bar:.0e} and {backward_bar:.0e}")
+    return found
+
+
+@torch.no_grad()
+def assignments_are_best(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
+    """Every key is with its nearest centroid, and the founders are the keys with the lowest best similarity."""
+    tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
+    module = importlib.import_module(f"ovq.ops.ovq_attention.{MODULES[backend]}")
+    _, new, placed = module.forward(*tensors, spec, empty_dictionary(tensors, spec))
+    exact = [x.double() for x in tensors]
+    k, v = (x.transpose(1, 2) for x in exact[1:3])
+    start = empty_dictionary(exact, spec)
+    S_k, S_v, c, n, worst, apart = start.key_sum, start.value_sum, start.count, 0, 0.0, 0
+    for i, chunk in enumerate(placed.long().split(spec.chunk_size, dim=2)):
+        if chunk.shape[2] < spec.chunk_size:
+            if not bool((chunk == -1).all()):
+                raise Wrong("an unfinished chunk was assigned")
+            break
+        part = slice(i * spec.chunk_size, (i + 1) * spec.chunk_size)
+        after = spec.size_at(part.stop)
+        # (In the first chunk, the keys that found nothing join the first key.)
+        founds = chunk >= n if n else (chunk > 0) | (torch.arange(chunk.shape[2], device=device) == 0)
+        means = (S_k[:, :, :n] / c[:, :, :n, None]).to(dtype).double() if n else k[:, :, :1]
+        likeness = torch.einsum("bglk,bgnk->bgln", k[:, :, part], means)
+        best = likeness.amax(-1)
+        regret = best - likeness.gather(-1, chunk.clamp_max(max(n, 1) - 1)[..., None])[..., 0]
+        regret = regret.masked_fill(founds, 0)
+        if n == 0:  # the first key founds centroid 0, whatever the order, and belongs to neither side
+            best[:, :, 0] = float("nan")
+        highest = torch.where(founds & ~best.isnan(), best, -torch.inf).amax(-1)
+        lowest = torch.where(founds | best.isnan(), torch.inf, best).amin(-1)
+        founded = torch.where(founds, chunk, -1)
+        in_order = all(head[head >= 0].tolist() == list(range(n, after)) for head in founded.flatten(0, 1))
+        if not in_order:
+            raise Wrong(f"chunk {i} founds centroids that are not {n} .. {after - 1} in the order of the text")
+        worst = max(worst, float(regret.max()), float((highest - lowest).max()))
+        apart += int((regret > 0).sum())
+        S_k, S_v, c, n = *reference.commit(S_k, S_v, c, k[:, :, part], v[:, :, part], chunk, spec), after
+    errors = {name: relative_error(getattr(new, name), want) for name, want in (("key_sum", S_k), ("value_sum", S_v))}
+    if not torch.equal(new.count.double(), c):
+        raise Wrong("counts differ from the number of keys assigned")
+    off = max(errors.values())
+    found = f"at most {worst:.1e} below the best ({apart} of {placed.numel()} keys at all), sums within {off:.1e}"
+    if not (worst < NEAR_TIE[dtype] and off < 1e-5):
+        raise Wrong(found)
+    return found
+
+
+def repeats_are_bit_equal(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype, times: int = 5) -> str:
+    """Same inputs, same bits: outputs, assignments and gradients, run after run."""
+    tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
+    do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
+    first = run(backend, tensors, spec, do)
+    for _ in range(times):
+        _same_bits(run(backend, tensors, spec, do), first)
+    return f"{times} repeats"
+
+
+def poisoned_memory_changes_nothing(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
+    """The same bits when all new memory is NaN (integers: their maximum): everything read was written before."""
+    tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
+    do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
+    clean = run(backend, tensors, spec, do)
+    with poisoned_memory():
+        _same_bits(run(backend, tensors, spec, do), clean)
+    return "outputs, assignments and gradients"
+
+
+def _same_bits(got: list[Tensor], want: list[Tensor]) -> None:
+    for name, x, y in zip(("o", "assignment", "dq", "dk", "dv", "dbeta"), got, want):
+        if not torch.equal(x, y):
+            raise Wrong(f"{name} differs in {int((x != y).sum())} of {x.numel()} numbers")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch's own way to find reads of memory that nobody wrote."""
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def decoding_is_prefilling(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
+    """One pass over all tokens, and a first part followed by one token at a time, over the ends of two chunks."""
+    q, k, v, beta = random_inputs(sizes, device, dtype)
+    settings: dict[str, Any] = {"num_centroids": sizes.num_centroids, "chunk_size": sizes.chunk_size}
+    settings |= {"return_state": True, "backend": backend}
+    want, want_state = ovq_attention(q, k, v, beta, **settings)
+    start = max(sizes.tokens - 2 * sizes.chunk_size - 3, 1)
+    o, state = ovq_attention(q[:, :start], k[:, :start], v[:, :start], beta, **settings)
+    pieces = [o]
+    for t in range(start, sizes.tokens):
+        o, state = ovq_attention(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], beta, state=state, **settings)
+        pieces.append(o)
+    assert state is not None and want_state is not None
+    error = relative_error(torch.cat(pieces, dim=1)[:, start:], want[:, start:])
+    sums = relative_error(state.key_sum, want_state.key_sum)
+    found = f"{sizes.tokens - start} tokens, outputs {error:.1e}, sums {sums:.1e}"
+    if not (error < BARS[dtype][0] and sums < 1e-5 and state.position == want_state.position):
+        raise Wrong(found)
+    return found
+
+
+def packed_documents_are_documents_alone(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
+    """Documents of several lengths one after the other, and each in a call of its own: outputs and gradients."""
+    lengths = [n for n in (5, sizes.chunk_size, 3 * sizes.chunk_size + 7) if n < sizes.tokens // 4]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist(), sizes.tokens]
+    tensors = random_inputs(replace(sizes, batch=1), device, dtype)
+    do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
+    settings: dict[str, Any] = {"num_centroids": sizes.num_centroids, "chunk_size": sizes.chunk_size}
+    settings |= {"backend": backend}
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    packed = ovq_attention(*tensors, cu_seqlens=cu_seqlens, **settings)[0]
+    parts = [slice(*pair) for pair in zip(bounds, bounds[1:])]
+    q, k, v, beta = tensors
+    alone = torch.cat([ovq_attention(q[:, p], k[:, p], v[:, p], beta, **settings)[0] for p in parts], dim=1)
+    grads = [torch.autograd.grad(o, tensors[:3], do) for o in (packed, alone)]
+    names = ("o", "dq", "dk", "dv")
+    errors = {n: relative_error(x, y) for n, x, y in zip(names, (packed, *grads[0]), (alone, *grads[1]))}
+    found = f"{len(parts)} documents, " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    # (The same kernels on the same chunks.)
+    if not all(error < 1e-6 for error in errors.values()):
+        raise Wrong(found)
+    return found
+
+
+Check = Callable[..., str]
+CHECKS: dict[str, Check] = {
+    "against float64": against_float64,
+    "assignments are best": assignments_are_best,
+    "repeats are bit-equal": repeats_are_bit_equal,
+    "decoding is prefilling": decoding_is_prefilling,
+    "poisoned memory": poisoned_memory_changes_nothing,
+    "packed documents": packed_documents_are_documents_alone,
+}

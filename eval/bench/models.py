@@ -1,0 +1,240 @@
+"""Speed and memory of training, model by model and context by context: tokens/s, MFU and peak memory.
+
+    python -m eval.bench.models models=[sw,sw_ovq] size=tiny contexts=[2048,4096] steps=3
+    python -m eval.bench.models size=150m contexts=[4096,16384,65536] trainer.activation_checkpointing=full
+
+Each model and context is trained in a fresh process on made-up tokens: its peak memory is its own, and one that runs
+out of memory ends itself and not the rest. The first step compiles and is timed apart; tokens/s is that of the median
+of `steps` later ones. Memory is what a GPU allocated, or on a CPU what the process grew by after its imports. Written
+to `out`: bench_models.json, after every measurement, and bench_models.png. A key with a dot is a setting of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eval import style
+from eval.bench.compare import named_models
+from ovq import machine
+from ovq.cli import command
+from ovq.compose import CONFIG_DIR, compose, options
+from ovq.files import write_whole
+from ovq.schema import setting
+
+Measured = dict[str, Any]
+OUT_OF_MEMORY = "out of memory"
+SIGKILL = -9  # what the kernel sends to a process when memory is short
+
+
+def config_of(settings: dict[str, Any]) -> Any:
+    """The config of one measurement, checked before any process starts."""
+    return compose(
+        [
+            f"model={settings['model']}",
+            f"model/size={settings['size']}",
+            f"trainer.context={settings['context']}",
+            f"trainer.micro_batch={settings['batch']}",
+            f"trainer.global_batch={settings['batch']}",
+            *settings["overrides"],
+        ]
+    )
+
+
+# --- in the child ----------------------------------------------------------------------------------------------------
+
+
+def measure(settings: dict[str, Any]) -> Measured:
+    """Train one model at one context, in this process."""
+    import psutil
+    import torch
+
+    from ovq import processes
+    from ovq.model import build_model, flops_per_token
+    from ovq.train import optim
+    from ovq.train.parallelize import parallelize
+
+    cfg = config_of(settings)
+    world = processes.init(cfg.trainer)
+    processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
+    before = psutil.Process().memory_info().rss
+    model = build_model(cfg.model, settings["vocab_size"])
+    model.init_weights(cfg.seed)
+    flops = flops_per_token(model, cfg.trainer.context)
+    model = parallelize(model, cfg.trainer, world).train()
+    optimizer = optim.build_optimizer(model, cfg.optim)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    shape = (cfg.trainer.micro_batch, cfg.trainer.context)
+
+    def step() -> float:
+        """Seconds of one optimizer step; the loss is waited for at its end."""
+        tokens = torch.randint(settings["vocab_size"], shape, generator=generator).to(world.device)
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        out = model(tokens, targets_BT=tokens.roll(-1, 1))
+        loss = out.loss if out.aux_loss is None else out.loss + out.aux_loss
+        (loss / tokens.numel()).backward()
+        norm = optim.clip_gradients(model, cfg.trainer.grad_clip)
+        optim.step_unless(optimizer, ~torch.isfinite(norm), cfg.optim.lr)
+        if not math.isfinite(float(loss.detach())):
+            raise FloatingPointError("the loss is not finite")
+        return time.perf_counter() - start
+
+    first = step()
+    seconds = [step() for _ in range(settings["steps"])]
+    if world.device.type == "cuda":
+        memory, name = torch.cuda.max_memory_allocated(world.device), torch.cuda.get_device_name(world.device)
+    else:
+        memory, name = machine.peak_rss() - before, machine.processor_name()
+    # After the memory is read: measuring the peak allocates.
+    peak, origin = machine.peak_flops(world.device, world.precision, settings["peak_tflops"])
+    tokens_per_s = shape[0] * shape[1] / statistics.median(seconds)
+    processes.shutdown()
+    return {
+        "tokens_per_s": tokens_per_s,
+        "mfu": tokens_per_s * flops / peak,
+        "peak_memory_bytes": memory,
+        "step_s": seconds,
+        "first_step_s": first,
+        "flops_per_token": flops,
+        "peak_tflops": peak / 1e12,
+        "peak_is_from": origin,
+        "device": name,
+        "precision": world.precision,
+    }
+
+
+def child(settings: dict[str, Any]) -> int:
+    """Measure and print one line of JSON: the numbers, or the error."""
+    import torch
+
+    try:
+        result = measure(settings)
+    except (torch.OutOfMemoryError, MemoryError):
+        result = {"error": OUT_OF_MEMORY}
+    except Exception as error:
+        memory = "can't allocate memory" in str(error)  # torch's allocator on a CPU has no error of its own
+        result = {"error": OUT_OF_MEMORY if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+# --- in the parent ---------------------------------------------------------------------------------------------------
+
+
+def run_child(settings: dict[str, Any], timeout_s: float) -> Measured:
+    """One measurement in a process of its own; {"error": why} if it did not end well."""
+    command = [sys.executable, "-m", "eval.bench.models", "--child", json.dumps(settings)]
+    try:
+        done = subprocess.run(command, cwd=CONFIG_DIR.parent, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than timeout_s={timeout_s:g}"}
+    if done.returncode == SIGKILL:
+        return {"error": OUT_OF_MEMORY}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        return {"error": f"ended with status {done.returncode}: {said[:300]}"}
+    return json.loads(lines[-1])
+
+
+def line(row: Measured) -> str:
+    """One measurement as a row of the table."""
+    head = f"{row['model']:<16} {style.short(row['context']):>7}"
+    if "error" in row:
+        return f"{head}  {row['error']}"
+    return (
+        f"{head} {row['tokens_per_s']:>12,.0f} {row['mfu']:>7.1%} {row['peak_memory_bytes'] / 2**30:>10.3f} "
+        f"{statistics.median(row['step_s']):>9.3f} {row['first_step_s']:>9.2f}"
+    )
+
+
+HEAD = f"{'model':<16} {'context':>7} {'tokens/s':>12} {'MFU':>7} {'memory GiB':>10} {'step s':>9} {'first s':>9}"
+
+
+def plot(rows: list[Measured], title: str, out: Path) -> Path:
+    """Tokens/s and peak memory by context, a curve a model; what failed is left out."""
+    fig, axes = style.figure(panels=2, width=5.4)
+    good = [row for row in rows if "error" not in row]
+    for index, name in enumerate(dict.fromkeys(row["model"] for row in good)):
+        own = [row for row in good if row["model"] == name]
+        context = [row["context"] for row in own]
+        curves = [row["tokens_per_s"] for row in own], [row["peak_memory_bytes"] / 2**30 for row in own]
+        for ax, values in zip(axes, curves):
+            ax.plot(context, values, marker="o", color=style.color(index), linestyle=style.line(index), label=name)
+    for ax, label in zip(axes, ("tokens/s in training", "peak memory (GiB)")):
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        ax.set_ylabel(label)
+        style.token_axis(ax, "context (tokens)")
+    axes[0].set_title(title, loc="left")
+    style.legend(axes[1])
+    return style.save(fig, out)
+
+
+@dataclass
+class Options:
+    models: list[str] = setting([], "options of configs/model; empty: all")
+    size: str = setting("tiny", "size of the models", choices=tuple(options("model/size")))
+    contexts: list[int] = setting([2048, 4096], "tokens a sequence", at_least=1)
+    steps: int = setting(3, "timed optimizer steps, after a first one", at_least=1)
+    batch: int = setting(1, "sequences a step", at_least=1)
+    vocab_size: int = setting(16384, "pieces of the tokenizer", at_least=1)
+    timeout_s: int = setting(1800, "seconds after which a measurement is given up", at_least=1)
+    out: str = setting("runs/bench_models", "folder for bench_models.json and bench_models.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line in the module's docstring. Returns 1 if something failed other than for want of memory."""
+    argv = sys.argv[1:] if argv is None else argv
+    return child(json.loads(argv[1])) if argv[:1] == ["--child"] else command_line(argv)
+
+
+@command(Options, overrides=True)
+def command_line(given: Options, overrides: list[str]) -> int:
+    args = {**asdict(given), "overrides": overrides}
+    shared = {key: args[key] for key in ("size", "steps", "batch", "vocab_size", "overrides")}
+    plans = [
+        {**shared, "model": name, "context": context, "peak_tflops": None}
+        for name in named_models(given.models)
+        for context in given.contexts
+    ]
+    for plan in plans:
+        plan["peak_tflops"] = config_of(plan).trainer.peak_tflops
+    return bench(plans, args, Path(given.out))
+
+
+def bench(plans: list[dict[str, Any]], args: dict[str, Any], out: Path) -> int:
+    """Run the plans one after the other, showing and storing each as it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"settings": args, "machine": machine.describe_machine(), "measured": []}
+    print(HEAD, flush=True)
+    peak: float | None = None
+    for plan in plans:
+        # Measured once, in the first process, so that all shares are of the same peak.
+        result = run_child({**plan, "peak_tflops": plan["peak_tflops"] or peak}, args["timeout_s"])
+        peak = peak or result.get("peak_tflops")
+        record["measured"].append({"model": plan["model"], "context": plan["context"], **result})
+        print(line(record["measured"][-1]), flush=True)
+        write_whole(out / "bench_models.json", json.dumps(record, indent=1) + "\n")
+    good = [row for row in record["measured"] if "error" not in row]
+    print(f"\n{out / 'bench_models.json'}")
+    if good:
+        title = f"size {args['size']}, batch {args['batch']}, {good[0]['precision']}, {good[0]['device']}"
+        print(f"MFU is a share of {good[0]['peak_tflops']:.4g} TFLOP/s ({good[0]['peak_is_from']})")
+        print(plot(good, title, out / "bench_models.png"))
+    failed = [row for row in record["measured"] if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
+    if failed:
+        print(f"error: {len(failed)} of {len(plans)} failed, see above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

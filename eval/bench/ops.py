@@ -1,0 +1,266 @@
+"""Time and memory of the attention operators on this machine, beside torch's own attention.
+
+    python -m eval.bench.ops                                        OVQ, sliding window, reference and SDPA, 2k to 64k
+    python -m eval.bench.ops lengths=[32768] repeats=5 num_centroids=2048 out=docs/results/bench_ops/cpu.json
+    python -m eval.bench.ops dtype=bfloat16 batch=4 heads=8         on a GPU the Triton kernels come in as well
+
+Forward is timed as in training (with what the backward pass needs), forward + backward includes the gradients of q, k,
+v and beta. Operators take turns within each repeat, so that whatever else the machine does meets all of them; medians
+are shown, all times are in the JSON. Every operator first runs once at its shortest length, untimed. Peak extra memory
+is what forward + backward takes beyond its inputs (outputs and gradients are counted): on a CPU the high-water mark of
+a fresh process, on a GPU that of torch's allocator.
+
+Beyond `peer_limit` tokens SDPA is left out, beyond `reference_limit` the reference: their time grows with the square of
+the length, and the reference keeps a dictionary a chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovq.cli import command
+from ovq.errors import ConfigError
+from ovq.files import write_whole
+from ovq.machine import current_rss, describe_machine, peak_rss
+from ovq.ops import ovq_attention
+from ovq.ops.sliding_window import sliding_window_attention
+from ovq.schema import one_of, setting
+
+
+@dataclass
+class Options:
+    lengths: list[int] = setting([2048, 8192, 16384, 32768, 65536], "tokens a sequence", at_least=1)
+    ops: list[str] = setting([], "operators, from OPERATORS; empty: all that can run here")
+    batch: int = setting(1, "sequences", at_least=1)
+    heads: int = setting(4, "heads", at_least=1)
+    head_dim: int = setting(64, "width of a head", at_least=1)
+    num_centroids: int = setting(1024, "dictionary capacity", at_least=1)
+    chunk_size: int = setting(128, "tokens a chunk", at_least=1)
+    window: int = setting(256, "tokens of the sliding window", at_least=1)
+    dtype: str = one_of("float32", "float64", "bfloat16", "float16", help="of queries, keys and values")
+    device: str = one_of("auto", "cpu", "cuda", help="where to measure")
+    threads: int | None = setting(None, "threads; null: as many as torch takes", at_least=1)
+    repeats: int = setting(3, "timed repetitions", at_least=1)
+    peer_limit: int = setting(32768, "longest sequence that SDPA is measured at", at_least=1)
+    reference_limit: int = setting(2048, "longest sequence that the reference is measured at", at_least=1)
+    memory: bool = setting(True, "measure peak memory too")
+    out: str = setting("runs/bench_ops.json", "file to write")
+
+
+PEER = "sdpa"
+Inputs = list[Tensor]  # q, k, v [B, T, H, K] and beta [H], or q, k, v [B, H, T, K] for SDPA, which likes them so
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One operator at one length; milliseconds of every repeat, and bytes."""
+
+    op: str
+    tokens: int
+    forward_ms: list[float]
+    total_ms: list[float]  # forward + backward
+    extra_bytes: int | None = None
+
+    @property
+    def forward(self) -> float:
+        return statistics.median(self.forward_ms)
+
+    @property
+    def total(self) -> float:
+        return statistics.median(self.total_ms)
+
+
+def _ovq(backend: str) -> Callable[[Inputs, dict[str, Any]], Tensor]:
+    def call(inputs: Inputs, settings: dict[str, Any]) -> Tensor:
+        q, k, v, beta = inputs
+        shape = {key: settings[key] for key in ("num_centroids", "chunk_size")}
+        return ovq_attention(q, k, v, beta, backend=backend, **shape)[0]
+
+    return call
+
+
+def _sliding_window(inputs: Inputs, settings: dict[str, Any]) -> Tensor:
+    q, k, v, _ = inputs
+    return sliding_window_attention(q, k, v, window=settings["window"])
+
+
+def _sdpa(inputs: Inputs, settings: dict[str, Any]) -> Tensor:
+    q, k, v, _ = inputs
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+OPERATORS: dict[str, Callable[[Inputs, dict[str, Any]], Tensor]] = {
+    "ovq_torch": _ovq("torch"),
+    "ovq_triton": _ovq("triton"),
+    "ovq_reference": _ovq("reference"),
+    "sliding_window": _sliding_window,
+    PEER: _sdpa,
+}
+
+
+def make_inputs(op: str, tokens: int, settings: dict[str, Any]) -> Inputs:
+    """Random inputs as the layer gives them: queries and keys of unit norm, beta = sqrt(K)."""
+    B, H, K = settings["batch"], settings["heads"], settings["head_dim"]
+    like = {"dtype": getattr(torch, settings["dtype"]), "device": settings["device"]}
+    shape = (B, H, tokens, K) if op == PEER else (B, tokens, H, K)
+    q, k, v = (torch.randn(shape, **like) for _ in range(3))
+    beta = torch.full((H,), K**0.5, device=settings["device"])
+    return [x.requires_grad_() for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta)]
+
+
+def run_once(op: str, inputs: Inputs, settings: dict[str, Any]) -> tuple[float, float]:
+    """Milliseconds of one forward, and of it and its backward."""
+    for x in inputs:
+        x.grad = None
+    _wait(settings["device"])
+    start = time.perf_counter()
+    o = OPERATORS[op](inputs, settings)
+    _wait(settings["device"])
+    middle = time.perf_counter()
+    o.backward(torch.ones_like(o))
+    _wait(settings["device"])
+    return (middle - start) * 1e3, (time.perf_counter() - start) * 1e3
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def extra_memory(op: str, tokens: int, settings: dict[str, Any]) -> int:
+    """Bytes that one forward + backward takes beyond its inputs, at its peak."""
+    if settings["device"] == "cuda":
+        inputs = make_inputs(op, tokens, settings)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_once(op, inputs, settings)
+        return torch.cuda.max_memory_allocated() - before
+    # The high-water mark of a process never falls, so each measurement has a process of its own.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_extra_memory_here, (op, tokens, settings))
+
+
+def _extra_memory_here(op: str, tokens: int, settings: dict[str, Any]) -> int:
+    torch.set_num_threads(settings["threads"])
+    run_once(op, make_inputs(op, 256, settings), settings)  # what libraries set up once is not counted
+    inputs = make_inputs(op, tokens, settings)
+    before = current_rss()
+    run_once(op, inputs, settings)
+    return max(0, peak_rss() - before)
+
+
+def measure(settings: dict[str, Any], say: Callable[[str], None] = print) -> list[Measurement]:
+    """All operators at all lengths; a line of the table is said as soon as it is known."""
+    results = []
+    say(HEADER)
+    for op in settings["ops"]:
+        run_once(op, make_inputs(op, min(settings["lengths"]), settings), settings)
+    for tokens in sorted(settings["lengths"]):
+        ops = [op for op in settings["ops"] if tokens <= _limit(op, settings)]
+        inputs = {op: make_inputs(op, tokens, settings) for op in ops}
+        times: dict[str, list[tuple[float, float]]] = {op: [] for op in ops}
+        for _ in range(settings["repeats"]):
+            for op in ops:
+                times[op].append(run_once(op, inputs[op], settings))
+        del inputs
+        here = [
+            Measurement(
+                op,
+                tokens,
+                [forward for forward, _ in times[op]],
+                [total for _, total in times[op]],
+                extra_memory(op, tokens, settings) if settings["memory"] else None,
+            )
+            for op in ops
+        ]
+        peer = next((m for m in here if m.op == PEER), None)
+        for measured in here:
+            say(_row(measured, peer))
+        results += here
+    return results
+
+
+def _limit(op: str, settings: dict[str, Any]) -> float:
+    return {PEER: settings["peer_limit"], "ovq_reference": settings["reference_limit"]}.get(op, float("inf"))
+
+
+HEADER = (
+    f"{'tokens':>8} {'operator':<16} {'forward':>12} {'fwd + bwd':>12} {'tokens/s':>12} {'vs SDPA':>9} {'extra':>10}"
+)
+
+
+def _row(m: Measurement, peer: Measurement | None) -> str:
+    ratio = f"{peer.total / m.total:.2f}x" if peer else "-"
+    extra = f"{m.extra_bytes / 2**20:,.0f} MiB" if m.extra_bytes is not None else "-"
+    rate = m.tokens / m.total * 1e3
+    return f"{m.tokens:>8,} {m.op:<16} {m.forward:>9,.1f} ms {m.total:>9,.1f} ms {rate:>12,.0f} {ratio:>9} {extra:>10}"
+
+
+def summary(results: list[Measurement]) -> dict[str, Any]:
+    """Of each operator: by length, how many times faster than SDPA; and by what its time grows where tokens do 4x."""
+    total = {(m.op, m.tokens): m.total for m in results}
+    speedup, growth = {}, {}
+    for op in dict.fromkeys(m.op for m in results):
+        lengths = sorted(tokens for name, tokens in total if name == op)
+        speedup[op] = {t: round(total[PEER, t] / total[op, t], 3) for t in lengths if (PEER, t) in total}
+        growth[op] = {
+            f"{a}->{b}": round(total[op, b] / total[op, a], 3) for a in lengths for b in lengths if b == 4 * a
+        }
+    return {"speedup_over_sdpa": speedup, "growth": growth}
+
+
+def fill_in(options: Options) -> dict[str, Any]:
+    """The settings with everything that "auto", null and an empty list stand for.
+
+    Raises:
+        ConfigError: an operator that does not exist or cannot run here.
+    """
+    settings = asdict(options)
+    if settings["device"] == "auto":
+        settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    can_run = [op for op in OPERATORS if op != "ovq_triton" or settings["device"] == "cuda"]
+    settings["ops"] = settings["ops"] or can_run
+    for op in settings["ops"]:
+        if op not in can_run:
+            raise ConfigError(f"ops={op} cannot run on {settings['device']}; legal: {', '.join(can_run)}")
+    settings["threads"] = settings["threads"] or torch.get_num_threads()
+    torch.set_num_threads(settings["threads"])
+    return settings
+
+
+@command(Options)
+def main(options: Options) -> int:
+    """The command line in the module's docstring."""
+    settings = fill_in(options)
+    torch.manual_seed(0)
+    machine = describe_machine()
+    print(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {settings['device']}")
+    results = measure(settings)
+    report: dict[str, Any] = {
+        "machine": machine,
+        "settings": settings,
+        "summary": summary(results),
+        "results": [{**asdict(m), "forward_median_ms": m.forward, "total_median_ms": m.total} for m in results],
+    }
+    out = Path(settings["out"])
+    write_whole(out, json.dumps(report, indent=2) + "\n")
+    for op, growth in report["summary"]["growth"].items():
+        print(f"{op}: time by length " + (", ".join(f"{k} {v}x" for k, v in growth.items()) or "-"))
+    print(f"written: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

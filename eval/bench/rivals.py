@@ -1,0 +1,167 @@
+"""Who competes: OVQ-attention, and every way of attending or recurring that it is measured against.
+
+Shapes: B batch, T tokens, H heads, K width of keys and values.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from eval.bench.stopwatch import Marked
+from ovq.ops import fla_backend, ovq_attention
+from ovq.ops.attention import full_attention
+from ovq.ops.gated_delta_rule import gated_delta_rule
+from ovq.ops.simple_gla import simple_gla
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed: the shape of q, k and v, and OVQ's settings."""
+
+    batch: int
+    tokens: int
+    heads: int
+    width: int
+    num_centroids: int
+    chunk_size: int = 128
+
+
+@dataclass
+class Inputs:
+    """q, k of unit norm and v [B, T, H, K]; beta [H]; log decay and writing strength [B, T, H] of the recurrences."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    decay: Tensor
+    strength: Tensor
+    do: Tensor
+
+
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Fresh random ones: zeros hide mistakes and run faster than data."""
+    shape = (case.batch, case.tokens, case.heads, case.width)
+    q, k, v, do = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    beta = torch.full((case.heads,), case.width**0.5, device=device)
+    strength = torch.rand(shape[:3], device=device, dtype=dtype)
+    decay = -torch.rand(shape[:3], device=device)
+    for x in (q, k, v, beta, decay, strength):
+        x.requires_grad_()
+    return Inputs(q, k, v, beta, decay, strength, do)
+
+
+Rival = Callable[[Inputs, Case], Tensor]
+
+
+def _ovq(x: Inputs, case: Case, backend: str) -> Tensor:
+    settings: dict[str, Any] = {"num_centroids": case.num_centroids, "chunk_size": case.chunk_size}
+    return ovq_attention(x.q, x.k, x.v, x.beta, backend=backend, **settings)[0]
+
+
+def _sdpa(x: Inputs, case: Case, backend: SDPBackend) -> Tensor:
+    q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _flash_attention_3(x: Inputs, case: Case) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    o = flash_attn_func(x.q, x.k, x.v, causal=True)
+    return o[0] if isinstance(o, tuple) else o
+
+
+def _flex(x: Inputs, case: Case) -> Tensor:
+    return full_attention(x.q, x.k, x.v, backend="flex")
+
+
+def _gated_deltanet(x: Inputs, case: Case) -> Tensor:
+    return gated_delta_rule(x.q, x.k, x.v, x.decay, x.strength, backend="fla")[0]
+
+
+def _mamba2(x: Inputs, case: Case) -> Tensor:
+    return simple_gla(x.q, x.k, x.v, x.decay, backend="fla")[0]
+
+
+SDPA: dict[str, Rival] = {
+    "sdpa_flash": functools.partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": functools.partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "sdpa_efficient": functools.partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+}
+RIVALS: dict[str, Rival] = {
+    "ovq": functools.partial(_ovq, backend="triton"),
+    "ovq_torch": functools.partial(_ovq, backend="torch"),
+    **SDPA,
+    "flash_attention_3": _flash_attention_3,
+    "flex": _flex,
+    "gated_deltanet": _gated_deltanet,
+    "mamba2": _mamba2,
+}
+
+
+def missing(name: str) -> str | None:
+    """What a rival needs that is not installed."""
+    if name == "flash_attention_3" and importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash_attn_interface is not installed"
+    if name in ("gated_deltanet", "mamba2") and not fla_backend.installed():
+        return "fla-core is not installed (pip install '.[fla]')"
+    return None
+
+
+def forward_backward(rival: Rival, x: Inputs, case: Case) -> Marked:
+    """The forward pass as in training, a mark, and the gradients of what the rival read."""
+
+    def call(mark: Callable[[], None]) -> None:
+        o = rival(x, case)
+        mark()
+        learned = (x.q, x.k, x.v, x.beta, x.decay, x.strength)
+        torch.autograd.grad(o, learned, x.do, allow_unused=True)
+
+    return call
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode_ovq(case: Case, position: int, device: torch.device, dtype: torch.dtype, backend: str) -> Callable[[], None]:
+    """One token after another from `position` on; each call decodes the next."""
+    settings: dict[str, Any] = {"num_centroids": case.num_centroids, "chunk_size": case.chunk_size}
+    settings |= {"return_state": True, "backend": backend}
+    state, piece = None, min(position, 32768)
+    with torch.no_grad():
+        for start in range(0, position, piece):
+            length = min(piece, position - start)
+            x = make_inputs(Case(case.batch, length, case.heads, case.width, case.num_centroids), device, dtype)
+            state = ovq_attention(x.q, x.k, x.v, x.beta, state=state, **settings)[1]
+    token = make_inputs(Case(case.batch, 1, case.heads, case.width, case.num_centroids), device, dtype)
+
+    def step() -> None:
+        nonlocal state
+        with torch.no_grad():
+            state = ovq_attention(token.q, token.k, token.v, token.beta, state=state, **settings)[1]
+
+    return step
+
+
+def decode_attention(case: Case, position: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """One token's attention to a cache of `position` keys and values (the cache does not grow from call to call)."""
+    shape = (case.batch, case.heads, position, case.width)
+    k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    q = torch.randn(case.batch, case.heads, 1, case.width, device=device, dtype=dtype)
+
+    def step() -> None:
+        with torch.no_grad():
+            F.scaled_dot_product_attention(q, k, v)
+
+    return step

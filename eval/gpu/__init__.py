@@ -1,1 +1,0 @@
-"""The parts of `eval.bench_gpu`: what is checked, who competes, how time is taken, and what is made of it."""

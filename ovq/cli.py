@@ -1,0 +1,260 @@
+"""The command line of every tool: typed options, one-line errors, exit statuses, `--help`; and the `ovq` command.
+
+    @dataclass
+    class Options:
+        runs: list[str] = setting(REQUIRED, "run folders to draw", ...)
+        out: str = setting("runs.png", "file to write")
+
+    @command(Options)
+    def main(options: Options) -> int: ...
+
+`main` then takes a list of arguments (the process's own if none are given) and returns the exit status: 0 done, 1 the
+work failed, 2 a setting is wrong, 130 interrupted. Text options are taken as they are typed, so a path may hold `=`,
+commas and spaces; other values are in Hydra's syntax.
+
+    ovq train experiment=cpu_demo            python train.py, from any folder
+    ovq eval per_position run=runs/x         python -m eval.per_position, from any folder
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ovq.errors import ConfigError, Failure, omegaconf_message, one_line
+from ovq.schema import describe, problems
+
+T = TypeVar("T")
+HELP = ("-h", "--help")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class NoOptions:
+    """The options of a tool that has none."""
+
+
+def command(
+    options: type = NoOptions, *, overrides: bool = False, words: bool = False
+) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
+    """Make a tool's `main(argv=None) -> exit status` of a function of its options.
+
+    Args:
+        options: dataclass whose fields are `ovq.schema.setting`s; the function's first argument.
+        overrides: pass `key=value` arguments that are no options on, as a list: settings of the config.
+        words: pass arguments without `=` on, as a list, which comes last.
+    """
+
+    def decorate(body: Callable[..., int | None]) -> Callable[..., int]:
+        @functools.wraps(body)
+        def main(argv: list[str] | None = None) -> int:
+            given = sys.argv[1:] if argv is None else list(argv)
+            if any(word in given for word in HELP):
+                print(help_text(sys.modules[body.__module__].__doc__ or "", options, overrides))
+                return 0
+            return guarded(lambda: body(*_arguments(options, given, overrides, words)))
+
+        return main
+
+    return decorate
+
+
+def guarded(body: Callable[[], int | None]) -> int:
+    """Run `body`; what a user can act on is one line on stderr, anything else a traceback. Returns the exit status."""
+    try:
+        return body() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        status = status_of(error)
+        if status is None:
+            raise
+        # A wrong setting is the same on every rank, so rank 0 alone names it; a failure may be one rank's own.
+        if status != 2 or os.environ.get("RANK", "0") == "0":
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        return status
+
+
+def status_of(error: Exception) -> int | None:
+    """The exit status of an error that a user can act on; None for a fault of the program."""
+    if isinstance(error, Failure):
+        return error.status
+    operators = sys.modules.get("ovq.ops.common")  # operators know nothing of commands, nor may this import torch
+    if operators is not None and isinstance(error, operators.BackendError):
+        return ConfigError.status
+    return 1 if isinstance(error, OSError) else None
+
+
+def _arguments(options: type, argv: list[str], overrides: bool, words: bool) -> list[Any]:
+    names = [item.name for item in dataclasses.fields(options)]
+    own: list[str] = []
+    rest: list[str] = []
+    loose: list[str] = []
+    for arg in argv:
+        key, equals, _ = arg.partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"'{arg}' cannot be read; options are key=value, lists are [a,b]")
+            loose.append(arg)
+        elif key in names:
+            own.append(arg)
+        elif overrides:
+            rest.append(arg)
+        else:
+            raise _unknown(key, names)
+    return [parse(options, own), *([rest] if overrides else []), *([loose] if words else [])]
+
+
+def _unknown(key: str, names: list[str]) -> ConfigError:
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return ConfigError(f"there is no option '{key}'; {hint}legal: {', '.join(names) or 'none'}")
+
+
+def parse(options: type[T], argv: list[str]) -> T:
+    """The options of `key=value` arguments, checked by type and range.
+
+    Raises:
+        ConfigError: no such option, a value that cannot be read or is not legal, or a required one that is missing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    fields = {item.name: item for item in dataclasses.fields(options)}  # type: ignore[arg-type]
+    values = {}
+    for arg in argv:
+        key, _, text = arg.partition("=")
+        if key not in fields:
+            raise _unknown(key, list(fields))
+        values[key] = _read(fields[key], arg, text)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(options), values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_wrong_type(fields, argv, error)) from None
+    for name in sorted(map(str, OmegaConf.missing_keys(merged))):
+        raise ConfigError(f"{name}= is required: {fields[name].metadata['help']}")
+    for problem in problems(options, merged):
+        raise ConfigError(problem)
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list[int]": "a list of whole numbers, like [1,2]",
+    "list[str]": "a list of names, like [a,b]",
+}
+
+
+def _wrong_type(fields: dict[str, Any], argv: list[str], error: Exception) -> str:
+    """'steps=abc must be a whole number', for a value that OmegaConf could not convert."""
+    name = str(getattr(error, "full_key", "")).partition("[")[0]
+    given = [arg for arg in argv if arg.partition("=")[0] == name]
+    kind = str(fields[name].type).removesuffix(" | None") if name in fields else ""
+    return f"{given[-1]} must be {KINDS[kind]}" if given and kind in KINDS else omegaconf_message(error)
+
+
+def _read(item: Any, arg: str, text: str) -> Any:
+    """One value: text as it is typed, a list of paths as `split_paths` has it, anything else in Hydra's syntax."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    kind = str(item.type)
+    if kind.startswith("str"):
+        return None if text == "null" and "None" in kind else text.strip("'\"")
+    if item.metadata.get("paths"):
+        return split_paths(text)
+    try:
+        value = OverridesParser.create().parse_override(arg).value()
+    except HydraException:
+        raise ConfigError(f"'{arg}' cannot be read; an option is key=value, lists are [a,b]") from None
+    return [value] if kind.startswith("list") and value is not None and not isinstance(value, list) else value
+
+
+def split_paths(text: str) -> list[str]:
+    """The paths of 'a' or '[a,b]'.
+
+    Names of run folders hold commas of their own (runs/pg19_150m,model=sw), so the longest one that exists is taken.
+    """
+    pieces = [piece.strip().strip("'\"") for piece in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    found = []
+    while pieces:
+        length = next((n for n in range(len(pieces), 0, -1) if Path(",".join(pieces[:n])).exists()), 1)
+        found.append(",".join(pieces[:length]))
+        pieces = pieces[length:]
+    return [path for path in found if path]
+
+
+def help_text(doc: str, options: type, overrides: bool) -> str:
+    """A module's docstring and its options."""
+    lines = [doc.strip()]
+    if rows := describe(options):
+        lines += ["", "Options (key=value):", *rows]
+    if overrides:
+        lines += [
+            "",
+            "Settings of the config go by their full names, for instance trainer.context=4096 (see train.py).",
+        ]
+    return "\n".join(lines)
+
+
+# --- the `ovq` command -----------------------------------------------------------------------------------------------
+
+# What `ovq a b ...` runs: `main(argv)` of a module.
+COMMANDS = {
+    "train": "train",
+    "data prepare": "data.prepare",
+    "data train_tokenizer": "data.train_tokenizer",
+    "eval per_position": "eval.per_position",
+    "eval perplexity": "eval.perplexity",
+    "eval plot": "eval.plot",
+    "figures recall": "eval.figures.recall",
+    "bench compare": "eval.bench.compare",
+    "bench models": "eval.bench.models",
+    "bench ops": "eval.bench.ops",
+    "bench pipeline": "eval.bench.pipeline",
+    "bench cost": "eval.bench.cost",
+    "bench aot": "eval.bench.aot",
+    "bench gpu": "eval.bench.gpu.bench",
+    "launch sweep": "launch.sweep",
+    "checkpoint": "ovq.train.checkpoint",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `ovq` command: the first words choose the tool, the rest are its arguments. Returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    # This project's `data` and `eval`, whatever folders of that name stand where the command was given.
+    sys.path.insert(0, str(ROOT))
+    for count in (1, 2):
+        if module := COMMANDS.get(" ".join(argv[:count])):
+            return importlib.import_module(module).main(argv[count:])
+    asked = " ".join(argv[:2])
+    if argv and argv[0] not in HELP:
+        close = difflib.get_close_matches(asked, COMMANDS, n=1)
+        hint = f"did you mean 'ovq {close[0]}'? " if close else ""
+        print(f"error: there is no command 'ovq {asked}'; {hint}see: ovq --help", file=sys.stderr)
+        return 2
+    width = max(map(len, COMMANDS))
+    print("ovq: long-context pretraining from the command line\n")
+    print("\n".join(f"  ovq {name:<{width}}  {_summary(module)}" for name, module in COMMANDS.items()))
+    print("\n`ovq COMMAND --help` lists a command's options.")
+    return 0
+
+
+def _summary(module: str) -> str:
+    """The first sentence of a module's docstring, without importing it."""
+    path = ROOT / module.replace(".", "/")
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    doc = ast.get_docstring(ast.parse(source.read_text())) or ""
+    return doc.split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")

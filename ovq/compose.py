@@ -1,0 +1,170 @@
+"""From a command line to a config: Hydra's composition of configs/*.yaml, with messages that name the legal values.
+
+A wrong name or type fails here, before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from ovq.config import FREE_AT_RESUME, RENAMED, Config, check, within
+from ovq.errors import ConfigError, omegaconf_message
+from ovq.schema import describe
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+# Overrides that never name a run folder: they say where and how it runs, not what it is.
+NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
+
+
+def compose(overrides: list[str]) -> Config:
+    """The config of a command line in Hydra's syntax, checked against the schema.
+
+    Raises:
+        ConfigError: an unknown group, option, key or value, in one line with the legal ones.
+    """
+    _check_overrides(overrides)
+    _register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed: Any = hydra_compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_message(error, overrides)) from None
+    cfg: Config = composed  # a DictConfig that behaves as a Config
+    check(cfg)
+    # An experiment may set up mixers that another model does not use: the config of a run names only those it builds.
+    with open_dict(composed):
+        cfg.model.mixers = {name: cfg.model.mixers[name] for name in dict.fromkeys(cfg.model.pattern)}
+    return cfg
+
+
+def _register_schema() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def groups() -> list[str]:
+    """The config groups: folders of configs/ that hold options."""
+    return sorted({str(p.parent.relative_to(CONFIG_DIR)) for p in CONFIG_DIR.rglob("*/*.yaml")})
+
+
+def options(group: str) -> list[str]:
+    """The choices of one config group."""
+    return sorted(p.stem for p in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
+    """The run folder of a command line: `run_dir`, or runs_root/<experiment>[,key=value...].
+
+    A pure function of the command line: no clock and no counter, so every rank and a requeued job find the same one.
+    """
+    if cfg.run_dir:
+        return Path(cfg.run_dir)
+    parser = OverridesParser.create()
+    parts = []
+    for override in parser.parse_overrides([o for o in overrides if o]):
+        key = override.get_key_element().lstrip("+~").split("@")[0]
+        if not within(key, NAMELESS):
+            parts.append(f"{key.replace('/', '.').rpartition('.')[2]}={override.get_value_element_as_str()}")
+    full = ",".join([cfg.name, *sorted(parts)])
+    slug = "".join(c if c.isalnum() or c in "=,._-" else "_" for c in full)
+    if slug != full or len(slug) > 100:
+        slug = f"{slug[:90]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+    return Path(cfg.runs_root) / slug
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Refuse unknown groups, options and keys with the legal ones, which Hydra's own messages leave out."""
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException:
+            raise ConfigError(f"'{override}' cannot be read; an override is key=value, lists are [a,b]") from None
+        key = parsed.key_or_group.partition("@")[0]
+        value = parsed.value()
+        if key in groups():
+            if value is not None and str(value) not in options(key):
+                raise ConfigError(f"{key}={value} does not exist; legal: {', '.join(options(key))}")
+            continue
+        _check_key(key)
+
+
+def _check_key(key: str) -> None:
+    schema: Any = Config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        fields = {item.name: item for item in dataclasses.fields(schema)}
+        if part not in fields:
+            legal = list(dict.fromkeys([*fields, *(groups() if depth == 0 else [])]))
+            close = difflib.get_close_matches(part, legal, n=1)
+            hint = f"did you mean {'.'.join([*parts[:depth], close[0]])}? " if close else ""
+            raise ConfigError(f"there is no setting '{key}'; {hint}legal: {', '.join(legal)}")
+        schema = fields[part].default_factory
+        if not dataclasses.is_dataclass(schema):
+            if depth + 1 < len(parts) and "dict" not in str(fields[part].type):
+                raise ConfigError(f"there is no setting '{key}'; '{'.'.join(parts[: depth + 1])}' is a single value")
+            if parts[:2] == ["model", "mixers"] and len(parts) > 3 and parts[2] in options("model/mixer"):
+                _check_mixer_key(parts[2], parts[3])
+            return  # other dictionaries' keys are checked by what reads them
+
+
+def _check_mixer_key(mixer: str, name: str) -> None:
+    settings: Any = OmegaConf.load(CONFIG_DIR / "model" / "mixer" / f"{mixer}.yaml")
+    if name in settings:
+        return
+    if renamed := RENAMED.get(settings["_target_"], {}).get(name):
+        raise ConfigError(f"model.mixers.{mixer}.{name} is now called model.mixers.{mixer}.{renamed}")
+    legal = ", ".join(map(str, settings))
+    raise ConfigError(f"there is no setting 'model.mixers.{mixer}.{name}'; legal: {legal}")
+
+
+def _message(error: Exception, overrides: list[str]) -> str:
+    """Hydra's or OmegaConf's message cut to one line, with the override it is about in front."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    about = [o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")] or [
+        o for o in overrides if o in str(error) or o.lstrip("+~").partition("=")[0] in str(error)
+    ]
+    shown, _, message = omegaconf_message(cause).partition(": ")
+    return f"{about[0] if about else shown}: {message}"
+
+
+def help_text() -> str:
+    """What `python train.py --help` prints: groups with their options, then every setting with its default."""
+    lines = [
+        "Pretrain a language model at long context.",
+        "",
+        "  python train.py [experiment=NAME] [group=OPTION ...] [key=value ...]",
+        "  torchrun --nproc_per_node 8 train.py experiment=pg19_150m      one process per GPU, sharded with FSDP",
+        "  python train.py experiment=pg19_150m dry_run=true             parameters, state, FLOPs, memory; no training",
+        "",
+        "The same command finds its run folder again and continues it (resume=auto).",
+        "",
+        "Groups (group=OPTION):",
+    ]
+    lines += [f"  {group:<14} {' '.join(options(group))}" for group in groups() if options(group)]
+    lines += ["", "Settings (key=value) and their defaults before a group or an experiment changes them:"]
+    lines += describe(Config)
+    lines += [
+        "",
+        "Mixers' own settings are those of configs/model/mixer/<name>.yaml, for instance "
+        "model.mixers.ovq.num_centroids=4096.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,29 @@
+"""Errors that a user can act on: their message is one line, and the command line prints it without a traceback."""
+
+from __future__ import annotations
+
+
+class Failure(Exception):
+    """Something a user can act on. The message is one line: what failed, and how to mend it.
+
+    `status` is the exit status of a command that ends with it: 1 where work failed, 2 where a setting is wrong.
+    """
+
+    status = 1
+
+
+class ConfigError(Failure, ValueError):
+    """A setting that cannot be used. The message is one line: the key, what is wrong with it, and the legal values."""
+
+    status = 2
+
+
+def omegaconf_message(error: Exception) -> str:
+    """OmegaConf's message on one line, with the key in front."""
+    key = getattr(error, "full_key", None)
+    return f"{key or 'config'}: {' '.join(str(error).split('full_key:')[0].split())}"
+
+
+def one_line(error: BaseException) -> str:
+    """The message of any exception on one line; its type where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__

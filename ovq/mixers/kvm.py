@@ -1,0 +1,78 @@
+"""Key/value pairs merged by cosine similarity, in the style of Key-Value Means (arXiv 2605.09877).
+
+Shapes: B batch, L chunk, M entries held, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovq.mixers.base import MixerShape
+from ovq.mixers.memory_layer import Memory, MemoryLayer
+from ovq.ops.common import work_dtype
+
+
+class KVM(MemoryLayer):
+    """Every pair is kept until the memory is full; then a chunk's pairs merge into the entries most like them.
+
+    In the style of Key-Value Means (arXiv 2605.09877), a peer of OVQ: a pair goes to the entry of highest cosine
+    similarity, and keys are normalised anew whenever they are read, so that an entry's key is a direction and never
+    shrinks by averaging; values are means. That paper's RoPE dimensions, decay and growing state are left out, so that
+    what differs from OVQ is that the memory fills at once and that keys are normalised.
+    """
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        *,
+        capacity: int = 2048,
+        chunk_size: int = 128,
+        beta_init: float = 1.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(shape, capacity=capacity, chunk_size=chunk_size, beta_init=beta_init, backend=backend)
+
+    def empty(self, k_BTGK: Tensor) -> Memory:
+        """Key and value sums in float32 (float64 for float64 inputs), and counts."""
+        none = k_BTGK[:, :0].to(work_dtype(k_BTGK))
+        return Memory(none, none, none[..., 0].transpose(1, 2))
+
+    def read(self, memory: Memory, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        mean = memory.value / memory.note.transpose(1, 2)[..., None]
+        return F.normalize(memory.key, dim=-1), mean, memory.note.log()
+
+    def commit(self, memory: Memory, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> Memory:
+        key, value = key_BLGK.to(memory.key.dtype), value_BLGK.to(memory.key.dtype)
+        B, M, G, K = memory.key.shape
+        if M == 0:  # the first pair has nothing to be like
+            memory = Memory(key[:, :1], value[:, :1], key.new_ones(B, G, 1))
+            key, value, M = key[:, 1:], value[:, 1:], 1
+        with torch.no_grad():
+            likeness_BGLM = torch.einsum("blgk,bmgk->bglm", key, F.normalize(memory.key, dim=-1))
+            best_BGL, entry_BGL = likeness_BGLM.max(-1)
+            room = min(self.capacity - M, key.shape[1])
+            # The pairs least like any entry take the free places, in their order in the text.
+            novel_BGR = best_BGL.argsort(dim=-1, stable=True)[..., :room].sort(-1).values
+            places = torch.arange(M, M + room, device=key.device).expand_as(novel_BGR)
+            entry_BGL = entry_BGL.scatter(2, novel_BGR, places)
+            count = F.pad(memory.note, (0, room)).scatter_add(2, entry_BGL, torch.ones_like(best_BGL))
+        index = entry_BGL.transpose(1, 2)[..., None].expand(-1, -1, -1, K)
+        longer_key, longer_value = (F.pad(x, (0, 0, 0, 0, 0, room)) for x in (memory.key, memory.value))
+        return Memory(longer_key.scatter_add(1, index, key), longer_value.scatter_add(1, index, value), count)
+
+    def state_size(self, context: int) -> int:
+        """As the other rules, with a count a head and entry instead of a position an entry."""
+        held = min(self.capacity, self.entries_after(context // self.chunk_size))
+        return super().state_size(context) + (self.shape.num_kv_heads - 1) * held
+
+    def float32_state(self, context: int) -> int:
+        held = min(self.capacity, self.entries_after(context // self.chunk_size))
+        return self.shape.num_kv_heads * held * (2 * self.shape.head_dim + 1)
+
+    def mixing_flops(self, context: int) -> float:
+        """Attention, and the product of every key with the memory by which it is merged."""
+        attention = super().mixing_flops(context)
+        own = 4 * self.shape.num_heads * self.shape.head_dim * (min(self.chunk_size, context) + 1) / 2
+        return attention + (attention - own) / 2 * self.shape.num_kv_heads / self.shape.num_heads

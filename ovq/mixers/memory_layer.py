@@ -1,0 +1,186 @@
+"""The layer of memories of N key/value pairs kept by simpler rules than OVQ's: what capacity alone is worth.
+
+Same layer (unit-norm keys and queries, learned beta, no positions), same attention within a chunk, same softmax with a
+log weight for each entry, same capacity; only the rule by which a finished chunk enters the memory differs.
+
+The chunks are walked one after the other, and autograd keeps the memory of every chunk: T / L x N x (K + V) numbers a
+head in training. These are baselines for comparing quality, not for speed.
+
+Shapes: B batch, T tokens, L chunk, M entries held, N capacity, G key/value heads, H query heads, K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ovq.mixers.attention_layer import AttentionLayer
+from ovq.mixers.base import MixerShape
+from ovq.mixers.recurrent import inverse_temperature
+from ovq.ops.common import each_document, work_dtype
+from ovq.ops.memory_attention import memory_attention
+
+
+@dataclass
+class Memory:
+    """Entries [B, M, G, K], and what the rule notes of each: positions [M] or token counts [B, G, M]."""
+
+    key: Tensor
+    value: Tensor
+    note: Tensor
+
+
+@dataclass
+class MemoryState:
+    """The memory, the unfinished chunk's keys and values [B, r, G, K], and the number of tokens so far."""
+
+    memory: Memory
+    pending_key: Tensor
+    pending_value: Tensor
+    position: int
+
+
+pytree.register_pytree_node(
+    Memory,
+    lambda m: ([m.key, m.value, m.note], None),
+    lambda leaves, _: Memory(*leaves),
+    serialized_type_name="ovq.Memory",
+)
+pytree.register_pytree_node(
+    MemoryState,
+    lambda s: ([s.memory, s.pending_key, s.pending_value], s.position),
+    lambda leaves, position: MemoryState(*[*leaves, position]),
+    serialized_type_name="ovq.MemoryState",
+)
+
+
+class MemoryLayer(AttentionLayer):
+    """Attends to a memory of at most `capacity` entries made of earlier chunks, and exactly to its chunk.
+
+    The base class keeps entries by their positions. A subclass says what a chunk adds (`entries`), which entries stay
+    (`kept`) and what each stands for (`log_weight`); one that merges entries overrides `commit` and `read`.
+
+    Args:
+        capacity: entries held at most, N.
+        chunk_size: tokens a chunk.
+        beta_init: inverse temperature at the start.
+        backend: auto | reference | torch.
+
+    Raises:
+        ValueError: a capacity or chunk below 1, or an unknown backend.
+    """
+
+    def __init__(self, shape: MixerShape, *, capacity: int, chunk_size: int, beta_init: float, backend: str) -> None:
+        super().__init__(shape, qk_norm=True)
+        name = type(self).__name__
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size} of {name} must be at least 1")
+        if backend not in ("auto", "reference", "torch"):
+            raise ValueError(f"backend={backend} of {name} is not a legal value; legal: auto, reference, torch")
+        self.set_capacity(capacity)
+        self.chunk_size, self.beta_init, self.backend = chunk_size, beta_init, backend
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def set_capacity(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity={capacity} of {type(self).__name__} must be at least 1")
+        self._capacity = capacity
+
+    def empty(self, k_BTGK: Tensor) -> Memory:
+        """The memory before the first chunk."""
+        none = k_BTGK[:, :0]
+        return Memory(none, none, torch.empty(0, dtype=torch.int64, device=k_BTGK.device))
+
+    def read(self, memory: Memory, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values as attention sees them after `position` tokens, and log weights [B, G, M]."""
+        B, M, G, _ = memory.key.shape
+        weight = self.log_weight(M, position)
+        return (
+            memory.key,
+            memory.value,
+            torch.full((B, G, M), weight, dtype=work_dtype(memory.key), device=memory.key.device),
+        )
+
+    def commit(self, memory: Memory, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> Memory:
+        """The memory after the chunk that begins at token `start`."""
+        more_key, more_value, more_position = self.entries(key_BLGK, value_BLGK, start)
+        key, value = torch.cat([memory.key, more_key], dim=1), torch.cat([memory.value, more_value], dim=1)
+        position = torch.cat([memory.note, more_position])
+        if len(position) <= self.capacity:
+            return Memory(key, value, position)
+        keep = self.kept(position)
+        return Memory(key.index_select(1, keep), value.index_select(1, keep), position[keep])
+
+    def entries(self, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of what a chunk adds: its tokens, unless overridden."""
+        return key_BLGK, value_BLGK, torch.arange(start, start + key_BLGK.shape[1], device=key_BLGK.device)
+
+    def kept(self, position_M: Tensor) -> Tensor:
+        """Indices, in ascending order, of the entries that stay when there are more than the capacity: the latest."""
+        return torch.arange(len(position_M) - self.capacity, len(position_M), device=position_M.device)
+
+    def log_weight(self, held: int, position: int) -> float:
+        """Logarithm of the number of tokens that each of `held` entries stands for after `position` tokens."""
+        return 0.0
+
+    def entries_after(self, chunks: int) -> int:
+        """Entries that `chunks` chunks have added, before any is dropped."""
+        return chunks * self.chunk_size
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        nn.init.constant_(self.beta, self.beta_init)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: MemoryState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, MemoryState | None]:
+        q, k, v = self.project(x_BTD)
+        if cu_seqlens is not None:
+            return self.project_out(each_document(lambda *x: self.mix(*x)[0], cu_seqlens, (q, k, v), state)), None
+        o, new_state = self.mix(q, k, v, state)
+        return self.project_out(o), new_state if return_state else None
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+        """Outputs [B, T, H, K] and the state after the last token."""
+        if state is None:
+            state = MemoryState(self.empty(k), k[:, :0], v[:, :0], 0)
+        memory, L, position = state.memory, self.chunk_size, state.position
+        own_k, own_v = torch.cat([state.pending_key, k], dim=1), torch.cat([state.pending_value, v], dim=1)
+        beta = inverse_temperature(self)
+        end, first = position + q.shape[1], position - state.pending_key.shape[1]  # own_k[:, 0] is token `first`
+        rows = []
+        for start in range(first, end, L):
+            stop = min(start + L, end)
+            asked = q[:, max(start, position) - position : stop - position]
+            chunk_k, chunk_v = own_k[:, start - first : stop - first], own_v[:, start - first : stop - first]
+            rows.append(
+                memory_attention(asked, *self.read(memory, start), chunk_k, chunk_v, beta, backend=self.backend)
+            )
+            if stop - start == L:
+                memory = self.commit(memory, chunk_k, chunk_v, start)
+        pending = slice(own_k.shape[1] - end % L, None)
+        held = MemoryState(memory, own_k[:, pending].clone(), own_v[:, pending].clone(), end)
+        return torch.cat(rows, dim=1).to(v.dtype), held
+
+    def state_size(self, context: int) -> int:
+        """Keys, values and positions of the entries held, and the keys and values of an unfinished chunk."""
+        L, shape = self.chunk_size, self.shape
+        held = min(self.capacity, self.entries_after(context // L))
+        return shape.num_kv_heads * 2 * shape.head_dim * (held + context % L) + held
+
+    def mixing_flops(self, context: int) -> float:
+        """Two products of each query with the memory and with its chunk."""
+        L, chunks = self.chunk_size, -(-context // self.chunk_size)
+        held = sum(min(self.capacity, self.entries_after(c)) for c in range(chunks)) / chunks
+        return 4 * self.shape.num_heads * self.shape.head_dim * (held + (min(L, context) + 1) / 2)

@@ -1,0 +1,96 @@
+"""The Mesa layer in chunks: conjugate gradients on all tokens at once.
+
+The systems of all tokens are solved together: a product of every token's Hkk_t with its own vector is simple GLA with
+keys as values, so nothing of size T x K x K is made. The backward pass does not go through the iterations: the gradient
+of x = A^-1 q is one more solve with the same (symmetric) A, by the implicit function theorem.
+
+Shapes: B batch, T tokens, H heads, K key width, V value width, C chunks, L tokens a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovq.ops.common import work_dtype
+from ovq.ops.simple_gla.chunked import Memory, from_chunks, read, to_chunks, write
+
+Product = Callable[[Tensor], Tensor]
+
+
+def forward(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    lamb_HK: Tensor,
+    *,
+    iterations: int,
+    chunk_size: int,
+    state: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """As `reference.forward`, with `iterations` steps of conjugate gradients for the direct solve."""
+    T, L, work = q_BTHK.shape[1], min(chunk_size, q_BTHK.shape[1]), work_dtype(q_BTHK)
+    q, k, v = (to_chunks(x.to(work), L) for x in (q_BTHK, k_BTHK, v_BTHV))
+    g = to_chunks(g_BTH.to(work)[..., None], L)[..., 0]
+    weighted = k * to_chunks(beta_BTH.to(work)[..., None], L)
+    before_kk, before_kv = state or (None, None)
+    kk, kv = write(weighted, k, g, before_kk), write(weighted, v, g, before_kv)
+    ridge = lamb_HK.to(work)[None, :, None, None, :]
+    x = solve(q, kk, ridge, iterations)
+    return from_chunks(read(x, kv), T).to(v_BTHV.dtype), (kk.final_BHKV, kv.final_BHKV)
+
+
+def solve(q_BHCLK: Tensor, kk: Memory, ridge: Tensor, iterations: int) -> Tensor:
+    """x = (Hkk_t + ridge)^-1 q_t of every token, differentiable in q, Hkk and the ridge."""
+    still = Memory(**{name: part.detach() for name, part in vars(kk).items()})
+    ridge_still = ridge.detach()
+
+    def product(p: Tensor) -> Tensor:
+        return read(p, still) + ridge_still * p
+
+    with torch.no_grad():
+        x = conjugate_gradients(product, q_BHCLK.detach(), iterations)
+    if not torch.is_grad_enabled():
+        return x
+    # d x = A^-1 (d q - d A x): the residual holds both terms, and backward applies A^-1 to the gradient.
+    residual = q_BHCLK - (read(x, kk) + ridge * x)
+    return x + _Inverse.apply(residual, product, iterations)
+
+
+class _Inverse(torch.autograd.Function):
+    """Forward 0 (the residual of a solved system), backward A^-1."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, product: Product, iterations: int) -> Tensor:
+        ctx.product, ctx.iterations = product, iterations
+        return torch.zeros_like(residual)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return conjugate_gradients(ctx.product, grads[0], ctx.iterations), None, None
+
+
+def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
+    """A^-1 b for a symmetric positive A, each last-dimension vector a system of its own.
+
+    The number of steps is fixed and a solved system stands still by itself: stopping early for all of them together
+    would let one token's difficulty change another token's result.
+    """
+    x, r = torch.zeros_like(b), b
+    p, rr = r, (r * r).sum(-1, keepdim=True)
+    enough = rr * torch.finfo(b.dtype).eps ** 2
+    zero = torch.zeros_like(rr)
+    for _ in range(iterations):
+        Ap = product(p)
+        active = rr > enough
+        alpha = torch.where(active, rr / (p * Ap).sum(-1, keepdim=True), zero)
+        x, r = x + alpha * p, r - alpha * Ap
+        rr_new = (r * r).sum(-1, keepdim=True)
+        p = torch.where(active, r + rr_new / rr * p, p)
+        rr = torch.where(active, rr_new, rr)
+    return x

@@ -1,0 +1,501 @@
+"""Stage A, assignment and update: the only sequential stage, a walk over the chunks of each document and head.
+
+For chunk i with n_i centroids (means mu = S / c):
+
+    propose   best_t = max_n k_t.mu^k_n, arg_t the lowest such n
+    found     the new_i keys with the lowest best_t (or the lowest hash) become centroids n_i, n_i + 1, ... in their
+              order in the text; all others go to arg_t
+    commit    S_n += sum of its keys / values, c_n += their number
+
+and the dictionary's history is written as *version rows*: when a chunk touches a centroid, its new mean key, mean value
+and count go to the row of the last of the chunk's tokens that went there, so that all versions together are no bigger
+than k and v. Which row is whose before which chunk follows from the assignment alone (tabulate.py).
+
+A head is walked by SPLITS programs. Program p owns the centroids of blocks p, p + SPLITS, ...: it proposes among them,
+and commits to them alone. Between the two lies the only barrier: all programs read all proposals, and decide alike
+where every key goes. (Proposals are double-buffered by chunk parity: the next barrier keeps them from being
+overwritten.) A chunk that fits one tile is decided in registers; a longer one tile by tile, through memory.
+Sums stay in float32 in global memory, which is L2; the scatter of a chunk is a product with a one-hot matrix.
+"""
+
+# mypy: allow-incomplete-defs
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED, load_rows, load_tokens, store_rows, token_at
+from ovq.ops.ovq_attention.kernels.configs import arch_of, constants
+from ovq.ops.ovq_attention.kernels.plan import Plan
+
+NUMBERS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "log2_keep"]
+MAX_SPLITS = 16
+NOTHING = tl.constexpr(2147483647)  # no index
+
+
+def assign(
+    k: Tensor, v: Tensor, plan: Plan, key_sum: Tensor, value_sum: Tensor, count: Tensor, forced: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Commits all whole chunks to the sums [B, G, M, K | V] and counts [B, G, M], in place.
+
+    M is the capacity; with packed documents, whose sums follow each other, the centroids of all.
+
+    Returns:
+        assignment int32 [B, G, S], -1 in an unfinished chunk; and the version rows: keys [B, G, rows, K], values,
+        counts. Those of the dictionary at the start come first, then one a token.
+    """
+    (B, S, G, K), V, spec, M = k.shape, v.shape[3], plan.spec, count.shape[2]
+    L, initial, device = spec.chunk_size, plan.initial, k.device
+    host, empty = plan.tensors(device), k.new_empty
+    row_key, row_value = empty(B, G, initial + S, K), empty(B, G, initial + S, V)
+    row_count = empty(B, G, initial + S, dtype=torch.float32)
+    assignment = torch.full((B, G, S), -1, dtype=torch.int32, device=device)
+    mean_key = empty(B, G, M, K)
+    key_value = spec.assign_on == "key_value" and forced is None
+    mean_value = empty(B, G, M, V) if key_value else mean_key  # not touched then
+    if initial:
+        row_key[:, :, :initial] = key_sum[:, :, :initial] / count[:, :, :initial, None]
+        row_value[:, :, :initial] = value_sum[:, :, :initial] / count[:, :, :initial, None]
+        row_count[:, :, :initial] = count[:, :, :initial]
+        mean_key[:, :, :initial] = row_key[:, :, :initial]
+        if key_value:
+            mean_value[:, :, :initial] = row_value[:, :, :initial]
+    rows = (row_key, row_value, row_count)
+    if not plan.committed:
+        return assignment, rows
+    documents = len(plan.walks)
+    flags = {
+        "SPLITS": splits(B * G * documents, device, packed=len(plan.documents) > 1),
+        "FORCED": forced is not None,
+        "RANDOM": spec.seeding == "random",
+        "NEAREST": spec.first_chunk == "nearest" and initial == 0,
+        "KEY_VALUE": key_value,
+        "RATE": spec.rate is not None,
+    }
+    walks = B * G * documents
+    programs = walks * flags["SPLITS"]
+    best, arg = empty(2, programs, L, dtype=torch.float32), empty(2, programs, L, dtype=torch.int32)
+    chosen, place = empty(programs, L, dtype=torch.float32), empty(programs, 2, L, dtype=torch.int32)
+    arrived = torch.zeros(walks, dtype=torch.int32, device=device)
+    settings = constants("assign", arch_of(device), k.dtype, K, V, L, **flags)
+
+    def launch(skipped: int, most: int, propose: bool, commit: bool) -> None:
+        assign_kernel[(programs,)](
+            k, v, assignment if forced is None else forced.to(torch.int32).contiguous(), host["ranks"],
+            host["starts"], host["sizes"], host["walks"],
+            key_sum, value_sum, count, mean_key, mean_value, *rows, assignment,
+            best, arg, chosen, place, arrived,
+            S, L, G, M, initial + S, initial, documents, skipped, most, log2_keep(spec.rate),
+            PROPOSE=propose, COMMIT=commit, **settings,
+            # Programs that meet must all run: the driver starts them together, whatever other streams hold.
+            launch_cooperative_grid=flags["SPLITS"] > 1,
+        )  # fmt: skip
+
+    longest = max(last - first for first, last, _ in plan.walks)
+    if INTERPRETED and flags["SPLITS"] > 1:
+        # The interpreter runs programs one after another: a barrier would never be passed.
+        for chunk in range(longest):
+            launch(chunk, chunk + 1, True, False)
+            launch(chunk, chunk + 1, False, True)
+    else:
+        launch(0, longest, True, True)
+    return assignment, rows
+
+
+def splits(walks: int, device: torch.device, packed: bool = False) -> int:
+    """Programs a walk: a power of two, and no more than run at the same time, since they wait for each other.
+
+    Every number is a build of its own: of packed documents, whose number changes, only powers of four.
+    """
+    # (On AMD one: there Triton 3.6 does not wait for what all of a program's waves have stored before it releases.)
+    if device.type != "cuda" or torch.version.hip:
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    fitting = min(max(processors // walks, 1), MAX_SPLITS)
+    exponent = fitting.bit_length() - 1
+    return 1 << (exponent - exponent % 2 if packed else exponent)
+
+
+def log2_keep(rate: float | None) -> float:
+    """log2(1 - eta) of a constant rate eta."""
+    return math.log2(1 - rate) if rate is not None and rate < 1 else -math.inf
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def assign_kernel(
+    k_ptr,  # [B, S, G, K]
+    v_ptr,  # [B, S, G, V]
+    forced_ptr,  # [B, G, S] int32: the assignment to use, if FORCED
+    rank_ptr,  # [chunks, L] int32: the keys' ranks in the order of founding, if RANDOM
+    starts_ptr,  # [chunks] int32: the first token of chunk i
+    sizes_ptr,  # [chunks] int32: centroids before chunk i
+    walks_ptr,  # [documents, 3] int32: first chunk, the one that is not committed, the document's place in the sums
+    key_sum_ptr,  # [B, G, M, K] float32 in and out
+    value_sum_ptr,  # [B, G, M, V] float32 in and out
+    count_ptr,  # [B, G, M] float32 in and out
+    mean_key_ptr,  # [B, G, M, K] in and out: means as they are now, in the operands' dtype
+    mean_value_ptr,  # [B, G, M, V] likewise, if KEY_VALUE
+    row_key_ptr,  # [B, G, rows, K] out
+    row_value_ptr,  # [B, G, rows, V] out
+    row_count_ptr,  # [B, G, rows] float32 out
+    assignment_ptr,  # [B, G, S] int32 out
+    best_ptr,  # [2, walks, SPLITS, L] float32, proposals
+    arg_ptr,  # [2, walks, SPLITS, L] int32, proposals
+    chosen_ptr,  # [walks * SPLITS, L] float32, private to a program
+    place_ptr,  # [walks * SPLITS, 2, L] int32, private to a program
+    arrived_ptr,  # [walks] int32, zeros: how many programs have come to the barrier
+    S,
+    L,
+    G,
+    M,
+    rows,
+    initial,  # rows of the dictionary at the start
+    documents,
+    skipped,  # chunks of each document
+    most,  # chunks of each document, the skipped ones too
+    log2_keep,  # log2(1 - eta)
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # keys of a tile that proposes
+    BLOCK_C: tl.constexpr,  # and of one that founds and commits
+    BLOCK_N: tl.constexpr,
+    ONE: tl.constexpr,  # a chunk fits one tile that commits
+    SPLITS: tl.constexpr,
+    PROPOSE: tl.constexpr,
+    COMMIT: tl.constexpr,
+    FORCED: tl.constexpr,
+    RANDOM: tl.constexpr,
+    NEAREST: tl.constexpr,
+    KEY_VALUE: tl.constexpr,
+    RATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    walks = tl.num_programs(0) // SPLITS
+    walk = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    head = walk // documents
+    b = head // G
+    g = head % G
+    walks_ptr += 3 * (walk % documents)
+    first_chunk = tl.load(walks_ptr)
+    last_chunk = tl.minimum(tl.load(walks_ptr + 1), first_chunk + most)
+    dictionary = tl.cast(head, tl.int64) * M + tl.load(walks_ptr + 2)
+    k_ptr += tl.cast(b, tl.int64) * S * G * K
+    v_ptr += tl.cast(b, tl.int64) * S * G * V
+    forced_ptr += tl.cast(head, tl.int64) * S
+    assignment_ptr += tl.cast(head, tl.int64) * S
+    key_sum_ptr += dictionary * K
+    value_sum_ptr += dictionary * V
+    mean_key_ptr += dictionary * K
+    mean_value_ptr += dictionary * V
+    count_ptr += dictionary
+    row_key_ptr += tl.cast(head, tl.int64) * rows * K
+    row_value_ptr += tl.cast(head, tl.int64) * rows * V
+    row_count_ptr += tl.cast(head, tl.int64) * rows
+    chosen_ptr += tl.program_id(0) * L
+    arg_own_ptr = place_ptr + tl.program_id(0) * 2 * L
+    place_ptr = arg_own_ptr + L
+    l = tl.arange(0, BLOCK_C)
+
+    for i in tl.range(first_chunk + skipped, last_chunk, num_stages=1):
+        start = tl.load(starts_ptr + i)
+        chunk_k = token_at(k_ptr, start, G, g, K)
+        chunk_v = token_at(v_ptr, start, G, g, V)
+        size = tl.load(sizes_ptr + i)
+        founded = tl.load(sizes_ptr + i + 1) - size
+        slot = ((i % 2) * walks + walk) * SPLITS
+
+        if PROPOSE and not FORCED:
+            for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
+                key = l0 + tl.arange(0, BLOCK_L)
+                best, arg = _propose(
+                    chunk_k, chunk_v, mean_key_ptr, mean_value_ptr, key, L, G, size, split,
+                    K, V, BLOCK_K, BLOCK_V, BLOCK_L, BLOCK_N, SPLITS, KEY_VALUE, PRECISION, STAGES,
+                )  # fmt: skip
+                tl.store(best_ptr + (slot + split) * L + key, best, mask=key < L)
+                tl.store(arg_ptr + (slot + split) * L + key, arg, mask=key < L)
+            if COMMIT and SPLITS > 1:
+                _barrier(arrived_ptr + walk, SPLITS * (i - first_chunk - skipped + 1))
+            else:
+                tl.debug_barrier()
+
+        if COMMIT:
+            if ONE:
+                if FORCED:
+                    place = tl.load(forced_ptr + start + l, mask=l < L, other=-1)
+                else:
+                    best, arg = _choose(best_ptr + slot * L, arg_ptr + slot * L, l, size, L, SPLITS)
+                    rank = _rank(best, l, chosen_ptr, rank_ptr + i * L, L, BLOCK_C, ONE, RANDOM)
+                    place = _place(
+                        rank, arg, l, place_ptr, chunk_k, size, founded, L, G,
+                        K, BLOCK_K, BLOCK_C, ONE, NEAREST, PRECISION,
+                    )  # fmt: skip
+                    if NEAREST and size == 0:
+                        # (In registers there is nothing to look a place up in.)
+                        tl.store(place_ptr + l, place, mask=l < L)
+                        tl.debug_barrier()
+                        place = tl.load(place_ptr + tl.where(place < 0, -1 - place, l), mask=l < L, other=0)
+                    place = tl.where(l < L, place, -1)
+                _settle(
+                    place, l, place_ptr, chunk_k, chunk_v, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
+                    mean_value_ptr, row_key_ptr, row_value_ptr, row_count_ptr, assignment_ptr + start,
+                    initial + start, split, L, G, log2_keep,
+                    K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
+                )  # fmt: skip
+            else:
+                if FORCED:
+                    for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                        place = tl.load(forced_ptr + start + l0 + l, mask=l0 + l < L)
+                        tl.store(place_ptr + l0 + l, place, mask=l0 + l < L)
+                else:
+                    for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                        best, arg = _choose(best_ptr + slot * L, arg_ptr + slot * L, l0 + l, size, L, SPLITS)
+                        tl.store(chosen_ptr + l0 + l, best, mask=l0 + l < L)
+                        tl.store(arg_own_ptr + l0 + l, arg, mask=l0 + l < L)
+                    tl.debug_barrier()
+                    for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                        best = tl.load(chosen_ptr + l0 + l, mask=l0 + l < L, other=0.0)
+                        rank = _rank(best, l0 + l, chosen_ptr, rank_ptr + i * L, L, BLOCK_C, ONE, RANDOM)
+                        tl.store(place_ptr + l0 + l, rank, mask=l0 + l < L)
+                    tl.debug_barrier()
+                    for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                        rank = tl.load(place_ptr + l0 + l, mask=l0 + l < L, other=NOTHING)
+                        arg = tl.load(arg_own_ptr + l0 + l, mask=l0 + l < L, other=0)
+                        place = _place(
+                            rank, arg, l0 + l, place_ptr, chunk_k, size, founded, L, G,
+                            K, BLOCK_K, BLOCK_C, ONE, NEAREST, PRECISION,
+                        )  # fmt: skip
+                        tl.store(arg_own_ptr + l0 + l, place, mask=l0 + l < L)
+                    tl.debug_barrier()
+                    for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                        place = tl.load(arg_own_ptr + l0 + l, mask=l0 + l < L, other=0)
+                        if NEAREST and size == 0:
+                            place = tl.load(arg_own_ptr + tl.where(place < 0, -1 - place, l0 + l), mask=l0 + l < L)
+                        tl.store(place_ptr + l0 + l, place, mask=l0 + l < L)
+                tl.debug_barrier()
+                for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
+                    place = tl.load(place_ptr + l0 + l, mask=l0 + l < L, other=-1)
+                    _settle(
+                        place, l0 + l, place_ptr, chunk_k, chunk_v, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
+                        mean_value_ptr, row_key_ptr, row_value_ptr, row_count_ptr, assignment_ptr + start,
+                        initial + start, split, L, G, log2_keep,
+                        K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
+                    )  # fmt: skip
+            tl.debug_barrier()
+
+
+@triton.jit
+def _propose(
+    k_ptr, v_ptr, mean_key_ptr, mean_value_ptr, l, L, G, size, split,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Similarity and index of each key's best centroid among this program's; -inf where it owns none.
+
+    A running best is kept for every column of the tile, so that indices are compared across columns once, at the end.
+    """
+    key = load_tokens(k_ptr, l, G, l < L, K, BLOCK_K)
+    column = tl.arange(0, BLOCK_N)
+    best = tl.full([BLOCK_L, BLOCK_N], float("-inf"), tl.float32)
+    arg = tl.zeros([BLOCK_L, BLOCK_N], tl.int32)
+    if KEY_VALUE:
+        value = load_tokens(v_ptr, l, G, l < L, V, BLOCK_V)
+        own = _square(key) + _square(value)
+    if size == 0:
+        # The empty dictionary: the first key is centroid 0, and only the first program proposes it.
+        held = (column == 0) & (split == 0)
+        mean = load_tokens(k_ptr, column * 0, G, held, K, BLOCK_K)
+        likeness = tl.dot(key, tl.trans(mean), input_precision=PRECISION)
+        if KEY_VALUE:
+            mean_v = load_tokens(v_ptr, column * 0, G, held, V, BLOCK_V)
+            likeness = 2 * (likeness + tl.dot(value, tl.trans(mean_v), input_precision=PRECISION))
+            likeness = likeness - (_square(mean) + _square(mean_v))[None, :] - own[:, None]
+        best = tl.where(held[None, :], likeness, float("-inf"))
+    else:
+        for n in tl.range(split * BLOCK_N, size, SPLITS * BLOCK_N, num_stages=STAGES):
+            held = n + column < size
+            mean = load_rows(mean_key_ptr, n + column, held, K, BLOCK_K)
+            likeness = tl.dot(key, tl.trans(mean), input_precision=PRECISION)
+            if KEY_VALUE:
+                mean_v = load_rows(mean_value_ptr, n + column, held, V, BLOCK_V)
+                likeness = 2 * (likeness + tl.dot(value, tl.trans(mean_v), input_precision=PRECISION))
+                likeness = likeness - (_square(mean) + _square(mean_v))[None, :] - own[:, None]
+            better = held[None, :] & (likeness > best)
+            best = tl.where(better, likeness, best)
+            arg = tl.where(better, n, arg)
+    top = tl.max(best, 1)
+    lowest = tl.min(tl.where(best == top[:, None], arg + column[None, :], 2147483647), 1)
+    return top, lowest
+
+
+@triton.jit
+def _square(x):
+    x = x.to(tl.float32)
+    return tl.sum(x * x, 1)
+
+
+@triton.jit
+def _barrier(arrived_ptr, awaited):
+    """Wait until all programs of the walk have come here: what they stored before is visible after."""
+    tl.debug_barrier()
+    tl.atomic_add(arrived_ptr, 1, sem="release")
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < awaited:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _choose(best_ptr, arg_ptr, l, size, L, SPLITS: tl.constexpr):
+    """The best of all programs' proposals for some keys; ties go to the lowest centroid."""
+    # All proposals at once: one trip to memory. (.cg: other processors wrote them, L1 knows nothing of it.)
+    split = tl.arange(0, SPLITS)
+    valid = (split >= 0)[:, None] & (l < L)[None, :]
+    offset = split[:, None] * L + l[None, :]
+    bests = tl.load(best_ptr + offset, mask=valid, other=float("inf"), cache_modifier=".cg")
+    args = tl.load(arg_ptr + offset, mask=valid, other=0, cache_modifier=".cg")
+    best = tl.max(bests, 0)
+    arg = tl.min(tl.where(bests == best[None, :], args, NOTHING), 0)
+    if size == 0:
+        best = tl.where(l == 0, float("-inf"), best)  # the first key founds centroid 0, whatever the order
+        arg = arg * 0  # there is no other; a NaN would have chosen one
+    return best, arg
+
+
+@triton.jit
+def _peer(mine, ptr, m, L, other, ONE: tl.constexpr):
+    """What a tile's keys are compared with: themselves if they are all, else the keys m, from memory."""
+    return mine if ONE else tl.load(ptr + m, mask=m < L, other=other)
+
+
+@triton.jit
+def _rank(best, l, chosen_ptr, rank_ptr, L, BLOCK_C: tl.constexpr, ONE: tl.constexpr, RANDOM: tl.constexpr):
+    """Each key's place in the order of founding: by likeness, then by text; or as given."""
+    if RANDOM:
+        rank = tl.load(rank_ptr + l, mask=l < L, other=NOTHING)
+    else:
+        rank = tl.zeros([BLOCK_C], tl.int32)
+        for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
+            m = m0 + tl.arange(0, BLOCK_C)
+            other = _peer(best, chosen_ptr, m, L, float("inf"), ONE)
+            tie = (other[:, None] == best[None, :]) & (m[:, None] < l[None, :])
+            ahead = (other[:, None] < best[None, :]) | tie
+            rank += tl.sum((ahead & (m < L)[:, None]).to(tl.int32), 0)
+    return rank
+
+
+@triton.jit
+def _place(
+    rank, arg, l, rank_ptr, k_ptr, size, founded, L, G,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ONE: tl.constexpr,
+    NEAREST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Where each key goes: those of the lowest ranks found centroids, numbered in their order in the text, the others
+    go to `arg`; in the first chunk, if NEAREST, to where `-1 - place` goes."""
+    if founded > 0:
+        if NEAREST and size == 0:
+            arg = _nearest(rank, l, rank_ptr, k_ptr, founded, L, G, K, BLOCK_K, BLOCK_C, ONE, PRECISION)
+        number = tl.zeros([BLOCK_C], tl.int32)
+        for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
+            m = m0 + tl.arange(0, BLOCK_C)
+            founds = (_peer(rank, rank_ptr, m, L, NOTHING, ONE) < founded) & (m < L)
+            number += tl.sum((founds[:, None] & (m[:, None] < l[None, :])).to(tl.int32), 0)
+        arg = tl.where(rank < founded, size + number, arg)
+    return arg
+
+
+@triton.jit
+def _nearest(
+    rank, l, rank_ptr, k_ptr, founded, L, G,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """-1 - (place in the chunk of the founding key with the largest product); ties go to the lowest."""
+    key = load_tokens(k_ptr, l, G, l < L, K, BLOCK_K)
+    best = tl.full([BLOCK_C, BLOCK_C], float("-inf"), tl.float32)
+    arg = tl.zeros([BLOCK_C, BLOCK_C], tl.int32)
+    column = tl.arange(0, BLOCK_C)
+    for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
+        m = m0 + column
+        founds = (_peer(rank, rank_ptr, m, L, NOTHING, ONE) < founded) & (m < L)
+        other = load_tokens(k_ptr, m, G, m < L, K, BLOCK_K)
+        likeness = tl.dot(key, tl.trans(other), input_precision=PRECISION)
+        better = founds[None, :] & (likeness > best)
+        best = tl.where(better, likeness, best)
+        arg = tl.where(better, m0, arg)
+    top = tl.max(best, 1)
+    return -1 - tl.min(tl.where(best == top[:, None], arg + column[None, :], NOTHING), 1)
+
+
+@triton.jit
+def _settle(
+    place, l, place_ptr, k_ptr, v_ptr, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr, mean_value_ptr,
+    row_key_ptr, row_value_ptr, row_count_ptr, assignment_ptr, first_row, split, L, G, log2_keep,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, ONE: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr, RATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some keys join their centroids: those of this program are changed, by the last of the keys that went there."""
+    if split == 0:
+        tl.store(assignment_ptr + l, place, mask=l < L)
+    owned = (l < L) & ((place // BLOCK_N) % SPLITS == split)
+    # What is needed of memory is asked for before it is known which key speaks for its centroid.
+    old = tl.load(count_ptr + place, mask=owned, other=0.0)
+    number = tl.zeros([BLOCK_C], tl.int32)
+    later = tl.zeros([BLOCK_C], tl.int32)
+    for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
+        m = m0 + tl.arange(0, BLOCK_C)
+        same = _peer(place, place_ptr, m, L, -2, ONE)[:, None] == place[None, :]
+        number += tl.sum(same.to(tl.int32), 0)
+        later += tl.sum((same & (m[:, None] > l[None, :])).to(tl.int32), 0)
+    speaks = owned & (later == 0)
+    new = old + number
+    row = first_row + l
+    _commit(
+        k_ptr, key_sum_ptr, mean_key_ptr, row_key_ptr, place, row, owned, speaks, old, new, place_ptr,
+        L, G, log2_keep, K, BLOCK_K, BLOCK_C, ONE, RATE, True, PRECISION,
+    )  # fmt: skip
+    _commit(
+        v_ptr, value_sum_ptr, mean_value_ptr, row_value_ptr, place, row, owned, speaks, old, new, place_ptr,
+        L, G, log2_keep, V, BLOCK_V, BLOCK_C, ONE, RATE, KEY_VALUE, PRECISION,
+    )  # fmt: skip
+    tl.debug_barrier()  # several threads may hold a token: all have read its old count
+    tl.store(count_ptr + place, new, mask=speaks)
+    tl.store(row_count_ptr + row, new, mask=speaks)
+
+
+@triton.jit
+def _commit(
+    x_ptr, sum_ptr, mean_ptr, row_ptr, place, row, owned, speaks, old, new, place_ptr, L, G, log2_keep,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, ONE: tl.constexpr, RATE: tl.constexpr,
+    MEAN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums, means and version rows of the centroids for which one of these tokens speaks.
+
+    With a constant rate eta, m keys move the mean to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys), and the sum kept is
+    count x mean.
+    """
+    total = load_rows(sum_ptr, place, owned, WIDTH, BLOCK)
+    more = tl.zeros([BLOCK_C, BLOCK], tl.float32)
+    for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
+        m = m0 + tl.arange(0, BLOCK_C)
+        same = place[:, None] == _peer(place, place_ptr, m, L, -2, ONE)[None, :]
+        x = load_tokens(x_ptr, m, G, m < L, WIDTH, BLOCK)
+        more = tl.dot(same.to(x.dtype), x, more, input_precision=PRECISION)
+    if RATE:
+        number = new - old
+        keep = tl.where(old > 0, tl.exp2(number * log2_keep), 0.0)
+        total = total * (keep * new / tl.maximum(old, 1.0))[:, None]
+        more = more * ((1 - keep) * new / tl.maximum(number, 1.0))[:, None]
+    total += more
+    store_rows(sum_ptr, place, speaks, total, WIDTH, BLOCK)
+    mean = tl.div_rn(total, tl.maximum(new, 1.0)[:, None])
+    store_rows(row_ptr, row, speaks, mean, WIDTH, BLOCK)
+    if MEAN:
+        store_rows(mean_ptr, place, speaks, mean, WIDTH, BLOCK)

@@ -1,0 +1,110 @@
+"""Every kernel as it is launched: configurations, dtypes and argument types, for building them ahead of time.
+
+`python -m eval.bench.aot` walks this list. It must be run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ovq.ops.ovq_attention.kernels.assign import assign_kernel
+from ovq.ops.ovq_attention.kernels.backward import chunk_grad_kernel, dictionary_grad_kernel, query_grad_kernel
+from ovq.ops.ovq_attention.kernels.configs import DTYPES, constants, padded
+from ovq.ops.ovq_attention.kernels.decode import SPLITS, combine_kernel, decode_kernel
+from ovq.ops.ovq_attention.kernels.predict import predict_kernel
+from ovq.ops.ovq_attention.kernels.tabulate import FILL, SCATTER, fill_kernel, scatter_kernel
+
+KERNELS = {
+    "assign": assign_kernel,
+    "scatter": scatter_kernel,
+    "fill": fill_kernel,
+    "predict": predict_kernel,
+    "query_grad": query_grad_kernel,
+    "dictionary_grad": dictionary_grad_kernel,
+    "chunk_grad": chunk_grad_kernel,
+    "decode": decode_kernel,
+    "combine": combine_kernel,
+}
+ATTENTION = ("predict", "query_grad", "dictionary_grad", "chunk_grad")
+TABULATE = {"scatter": SCATTER, "fill": FILL}
+FLAGS: dict[str, dict[str, Any]] = {
+    "assign": {
+        "SPLITS": 4,
+        "PROPOSE": True,
+        "COMMIT": True,
+        "FORCED": False,
+        "RANDOM": False,
+        "NEAREST": False,
+        "KEY_VALUE": False,
+        "RATE": False,
+    },
+    "dictionary_grad": {"RATE": False},
+    "decode": {"SPLITS": SPLITS},
+    "combine": {"SPLITS": SPLITS, "PADDED": padded(SPLITS + 1)},
+}
+# Types of the arguments by name; all other pointers are to the operands' dtype, all other numbers int32.
+TYPES = {
+    **dict.fromkeys(("beta_ptr", "row_count_ptr", "lse_ptr", "delta_ptr", "dbeta_ptr"), "*fp32"),
+    **dict.fromkeys(("key_sum_ptr", "value_sum_ptr", "count_ptr", "best_ptr", "chosen_ptr", "part_ptr"), "*fp32"),
+    **dict.fromkeys(("table_ptr", "sizes_ptr", "starts_ptr", "ends_ptr", "offsets_ptr", "blocks_ptr"), "*i32"),
+    **dict.fromkeys(("documents_ptr", "walks_ptr", "forced_ptr", "rank_ptr", "assignment_ptr"), "*i32"),
+    **dict.fromkeys(("arg_ptr", "place_ptr", "arrived_ptr"), "*i32"),
+    "log2_keep": "fp32",
+}
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class ShippedKernel:
+    """One compilation: `triton.compiler.ASTSource(kernel, signature, constexprs, attrs)` with `options`."""
+
+    stage: str
+    kernel: Any
+    dtype: torch.dtype
+    K: int
+    V: int
+    chunk_size: int
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int], list]
+    options: dict[str, int]
+
+    @property
+    def attention(self) -> bool:
+        """Whether it must be free of spills and take its products on tensor cores."""
+        return self.stage in ATTENTION
+
+
+def shipped_kernels(
+    arch: str, dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = (64, 128), chunk_size: int = 128
+) -> Iterator[ShippedKernel]:
+    """Every kernel for an architecture ("sm_80", "sm_90", "sm_100", "gfx942"), with the default variant's flags.
+
+    Those that make the table know neither dtype nor width: they are there once, under the last dtype.
+    """
+    for stage, kernel in KERNELS.items():
+        for width in widths:
+            for dtype in dtypes:
+                tile = "decode" if stage == "combine" else stage
+                rows = 1 if tile == "decode" else chunk_size
+                if stage not in TABULATE:
+                    settings = constants(tile, arch, dtype, width, width, rows, **FLAGS.get(stage, {}))
+                elif (width, dtype) == (widths[0], dtypes[-1]):
+                    settings = TABULATE[stage]
+                else:
+                    continue
+                options = {name: settings[name] for name in ("num_warps", "num_stages")}
+                settings = {name: value for name, value in settings.items() if name in kernel.arg_names}
+                signature = {name: _type(name, dtype, settings) for name in kernel.arg_names}
+                attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"}
+                yield ShippedKernel(stage, kernel, dtype, width, width, rows, signature, settings, attrs, options)
+
+
+def _type(name: str, dtype: torch.dtype, constexprs: dict[str, Any]) -> str:
+    if name in constexprs:
+        return "constexpr"
+    return TYPES.get(name, f"*{DTYPE_NAMES[dtype]}" if name.endswith("_ptr") else "i32")

@@ -1,0 +1,239 @@
+"""Processes and devices: who this process is, along which axes the processes are arranged, and how they agree.
+
+One process per device, under torchrun or alone; NCCL between GPUs, gloo between CPU processes. Every group also has a
+gloo half, so that Python objects, stop flags and token counts are agreed without touching a GPU's stream.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ovq.config import TrainerConfig
+from ovq.errors import ConfigError
+
+T = TypeVar("T")
+FIRST_STEP_TIMEOUT_S = 1800  # compiling kernels and resolving data may differ by minutes between processes
+GLOO_SETTLES_S = 0.3
+BACKGROUND_TIMEOUT_S = 6 * 3600  # writing a checkpoint: a shared disk may be slow, and training goes on meanwhile
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Processes arranged along one dimension: "data" (each has other rows of the batch) or "context" (each has other
+    tokens of the same rows).
+
+    `group` is None where the axis is all processes, or this one alone.
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the axis in place, in the order of the device's stream (the host does not wait)."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is. `device` is its own; `precision` is "fp32" or "bf16", of compute.
+
+    `data` and `context` are the axes along which the processes are arranged; their sizes multiply to `size`.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"
+    data: Axis = Axis("data")
+    context: Axis = Axis("context")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def local_tokens(self, tokens: int) -> int:
+        """Tokens of a sequence of `tokens` that this process holds."""
+        return tokens // self.context.size
+
+
+def init(trainer: TrainerConfig) -> World:
+    """Join the other processes (torchrun's environment) or run alone, and choose the device.
+
+    Raises:
+        ConfigError: a device that is not there, or more processes on this machine than GPUs.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kind = trainer.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and torch.cuda.device_count() < local_size:
+        raise ConfigError(
+            f"trainer.device=cuda needs {local_size} GPU(s) here and finds {torch.cuda.device_count()}; "
+            "use trainer.device=cpu or fewer processes"
+        )
+    precision = {"cuda": "bf16", "cpu": "fp32"}[kind] if trainer.precision == "auto" else trainer.precision
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 or precision == "bf16":  # FSDP is also what gives a lone device bf16 compute on float32 parameters
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s)),
+            **({} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),  # type: ignore[arg-type]
+        )
+    return World(rank, size, local_rank, device, precision, data=Axis("data", rank, size))
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # A gloo thread that drops the last collective's tensor takes the interpreter's lock for it. If the interpreter
+        # has begun to end, Python ends that thread, and C++ the process with it: "terminate called without an active
+        # exception", status 134, now and then on a busy machine, after all is done.
+        time.sleep(GLOO_SETTLES_S)
+
+
+def lower_timeout(seconds: int) -> None:
+    """From now on a collective that waits longer than this fails: some process is lost.
+
+    Called after the first step of this process, when nothing slow (compiling, finding data) is left.
+    """
+    if distributed():
+        gather_objects(None)  # a process still in its first step must not be given up by one that is not
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group not in _BACKGROUND:
+                dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """A gloo group of all processes for a thread of its own, patient enough for slow disks; None for a lone process."""
+    if not distributed():
+        return None
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=BACKGROUND_TIMEOUT_S))
+    _BACKGROUND.append(group)
+    return group
+
+
+_BACKGROUND: list[dist.ProcessGroup] = []
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch, alike on every rank: what differs by rank comes from the data alone."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of this process's random-number generators, as plain values and tensors."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# --- agreeing across ranks -------------------------------------------------------------------------------------------
+
+
+def distributed() -> bool:
+    """Whether there are other processes."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if distributed() else 1
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """`compute()` of rank 0, its result or its error, on every rank."""
+    if not distributed():
+        return compute()
+    outcome: Any = None
+    if rank() == 0:
+        try:
+            outcome = (True, compute())
+        except Exception as error:  # the others must not wait for a rank that has given up
+            outcome = (False, error)
+    good, value = broadcast_object(outcome)
+    if not good:
+        raise value
+    return value
+
+
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's object, on every rank."""
+    if not distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's object, in the order of ranks, on every rank."""
+    if not distributed():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value, group=group)
+    return box
+
+
+def sum_integers(values: list[int]) -> list[int]:
+    """Sums over ranks of small lists of integers (each below 2^47), on the CPU: no GPU is made to wait."""
+    if not distributed():
+        return values
+    total = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def any_flag(flag: bool) -> bool:
+    """Whether the flag is up on any rank; every rank must ask."""
+    return sum_integers([int(flag)])[0] > 0
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    """Sum over ranks in place, in the order of the device's stream (no host wait)."""
+    if distributed():
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,132 @@
+"""Settings as dataclass fields: default, one sentence of help, and legal range beside the type.
+
+    @dataclass
+    class Options:
+        out: str = setting("runs.png", "file to write")
+        repeats: int = setting(3, "timed repetitions", at_least=1)
+
+The run's config (`ovq.config`) and the options of every tool (`ovq.cli`) are such classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import MISSING, field
+from typing import Any
+
+REQUIRED = "???"  # OmegaConf's missing value: a setting without a default
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    paths: bool = False,
+) -> Any:
+    """A dataclass field with its help and legal values; a list or dictionary as default is copied for each instance.
+
+    Args:
+        default: the default; REQUIRED: there is none.
+        help: one sentence, with the unit, without a full stop.
+        choices: the legal values.
+        at_least, above, at_most: bounds of a number, or of each number of a list. None is always legal for a setting
+            whose type allows it.
+        paths: a list of paths, which on a command line may hold commas.
+    """
+    limits = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most}
+    metadata = {"help": help, **{name: limit for name, limit in limits.items() if limit is not None}}
+    if paths:
+        metadata["paths"] = True
+    if isinstance(default, (list, dict)):
+        kept = default
+        return field(default_factory=lambda: type(kept)(kept), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def one_of(*choices: str, help: str) -> Any:
+    """A string setting with a closed list of legal values; the first is the default."""
+    return setting(choices[0], help, choices=choices)
+
+
+def problems(schema: Any, values: Any, prefix: str = "") -> Iterator[str]:
+    """What is wrong with `values` (attributes by name), one line a setting: 'trainer.steps=0 must be at least 1'."""
+    for item in dataclasses.fields(schema):
+        value = _value(values, item.name)
+        if dataclasses.is_dataclass(item.default_factory):
+            yield from problems(item.default_factory, value, f"{prefix}{item.name}.")
+            continue
+        if value is None or value == REQUIRED:
+            continue
+        if _is_list(value) and not len(value) and _default(item):
+            yield f"{prefix}{item.name}=[] must not be empty"
+        for each in value if _is_list(value) else [value]:
+            if fault := _fault(each, item.metadata):
+                yield f"{prefix}{item.name}={_shown(value)} {fault}"
+                break
+
+
+def describe(schema: Any, prefix: str = "") -> list[str]:
+    """Two columns for `--help`: 'name=default   what it is (its legal values)'."""
+    rows = list(_rows(schema, prefix))
+    width = min(44, max((len(name) for name, _ in rows), default=0))
+    return [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
+
+
+def _rows(schema: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    for item in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(item.default_factory):
+            yield from _rows(item.default_factory, f"{prefix}{item.name}.")
+            continue
+        default = _default(item)
+        shown = "(required)" if default == REQUIRED else _shown(default)
+        yield f"{prefix}{item.name}={shown}", item.metadata.get("help", "") + _legal(item.metadata)
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _legal(limits: Any) -> str:
+    parts = [f"{word} {limits[name]:g}" for name, word in _BOUNDS if name in limits]
+    if "choices" in limits:
+        parts.append("one of: " + ", ".join(map(str, limits["choices"])))
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+_BOUNDS = (("at_least", "at least"), ("above", "above"), ("at_most", "at most"))
+
+
+def _fault(value: Any, limits: Any) -> str | None:
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        return f"is not a legal value; legal: {', '.join(map(str, choices))}"
+    bounds = [(name, word, limits[name]) for name, word in _BOUNDS if name in limits]
+    for name, _, bound in bounds:
+        # Written so that NaN, which compares false with everything, fails every bound.
+        holds = {"at_least": value >= bound, "above": value > bound, "at_most": value <= bound}[name]
+        if not holds:
+            return f"must be {' and '.join(f'{w} {b:g}' for _, w, b in bounds)}"
+    return None
+
+
+def _value(values: Any, name: str) -> Any:
+    """A setting's value, REQUIRED where an OmegaConf node has none yet."""
+    from omegaconf import OmegaConf
+
+    return REQUIRED if OmegaConf.is_config(values) and OmegaConf.is_missing(values, name) else getattr(values, name)
+
+
+def _is_list(value: Any) -> bool:
+    return not isinstance(value, (str, bytes, dict)) and hasattr(value, "__iter__") and not hasattr(value, "items")
+
+
+def _shown(value: Any) -> str:
+    if _is_list(value):
+        return "[" + ",".join(_shown(each) for each in value) + "]"
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,41 @@
+"""A rehearsal of the first step, so that a GPU without enough memory is met before any data is opened."""
+
+from __future__ import annotations
+
+import torch
+
+from ovq.config import Config
+from ovq.model import Transformer
+from ovq.processes import World
+from ovq.train.loop import TrainingError
+from ovq.train.optim import LearnedBuffers
+from ovq.train.parallelize import sync_gradients
+
+
+def rehearse(model: Transformer, cfg: Config, vocab_size: int, world: World) -> None:
+    """One forward and backward pass on made-up tokens, on a GPU: out of memory is met here, before data is opened.
+
+    Raises:
+        TrainingError: it does not fit, with the settings that would help.
+    """
+    if world.device.type != "cuda":
+        return
+    trainer = cfg.trainer
+    generator = torch.Generator().manual_seed(0)
+    shape = (trainer.micro_batch, world.local_tokens(trainer.context))
+    tokens = torch.randint(vocab_size, shape, generator=generator).to(world.device)
+    buffers = LearnedBuffers(model)
+    buffers.snapshot()
+    try:
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW will hold as much
+        sync_gradients(model, True)
+        model(tokens, targets_BT=tokens).loss.backward()
+    except torch.cuda.OutOfMemoryError:
+        raise TrainingError(
+            f"trainer.micro_batch={trainer.micro_batch} x trainer.context={trainer.context} does not fit this GPU; "
+            "lower trainer.micro_batch, or set trainer.activation_checkpointing=full or a smaller "
+            "trainer.loss_chunk_tokens"
+        ) from None
+    del moments
+    model.zero_grad()
+    buffers.restore_if(torch.ones((), dtype=torch.bool, device=world.device))

@@ -1,0 +1,49 @@
+"""What a run came to, as text and as the last file it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ovq.config import Config
+from ovq.files import write_whole
+
+FILE = "summary.json"
+
+
+def finish(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
+    """Print the summary; a finished run also leaves it as summary.json, the last file it writes."""
+    print(summary_text(summary, cfg, run_dir))
+    if summary["stopped_by"] is None:
+        write_whole(run_dir / FILE, json.dumps(summary, indent=1) + "\n")
+
+
+def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:
+    """One screen: what happened, where everything lies, what to run next."""
+    step = summary["step"]
+    if summary["stopped_by"]:
+        lines = [
+            f"stopped by {summary['stopped_by']} at step {step} of {cfg.trainer.steps}; checkpoint "
+            f"{summary['checkpoint']}; resume with the same command"
+        ]
+    else:
+        lines = [f"finished: {step} steps, {summary['tokens']:,} tokens"]
+    if summary["first_loss"] is not None:
+        lines.append(f"  loss          {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} nats a token")
+    if summary["tokens_per_s"]:
+        lines.append(f"  speed         {summary['tokens_per_s']:,.0f} tokens/s (median)")
+    lines.append(f"  peak memory   {summary['memory_gib']:.2f} GiB a process")
+    for key, value in summary["evaluation"].items():
+        if key.startswith("eval/") and value is not None:
+            lines.append(f"  {key[5:]:<13} {value:.5g} (evaluation at step {summary['evaluation']['step']})")
+    names = ["config.yaml", "metrics.jsonl", "checkpoints/latest", "per_position_loss.parquet", "plots"]
+    lines += [f"  {'in ' + str(run_dir)}: {', '.join(name for name in names if (run_dir / name).exists())}"]
+    lines += [f"    {path}" for path in sorted((run_dir / "plots").glob("*.png"))]
+    if not summary["stopped_by"]:
+        lines.append("next:")
+        if cfg.data.kind != "task":  # whose sequences have no loss by position
+            longer = f"run={run_dir} context={4 * cfg.eval.context}"
+            lines.append(f"  python -m eval.per_position {longer}     loss at longer positions")
+        lines.append(f"  python -m eval.plot runs=[{run_dir}]     overlay several runs")
+    return "\n".join(lines)

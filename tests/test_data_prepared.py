@@ -1,0 +1,347 @@
+"""Claims about prepared data: made once, whole or not at all, the same rows as the text's, and never silently wrong."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import data.prepare as preparing
+from data.build import build_tokenizer, describe, heldout_documents
+from data.loader import merge_states
+from data.prepare import main, prepare
+from data.prepared import DOCUMENT, PreparedTokens, load_index
+from data.sources import DataError
+from ovq.config import Config
+from ovq.errors import ConfigError
+from tests.data_helpers import config, loader, steps, texts, tokens_of, tree, write_jsonl, write_parquet
+
+PART_MB = 100 / 2**20  # parts of about 100 bytes of text, so that there are several
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> Config:
+    """Two Parquet shards for training (one with bad UTF-8 and a missing text) and one for validation."""
+    write_parquet(folder / "train-0.parquet", texts()[:7], row_group_size=3)
+    write_parquet(folder / "train-1.parquet", [*texts()[7:], b"bad \xff byte", None], row_group_size=3)
+    write_parquet(folder / "validation.parquet", texts()[5:8])
+    return from_parquet(folder)
+
+
+def from_parquet(folder: Path, *overrides: str) -> Config:
+    files = [f"data.train=[{folder}/train-0.parquet,{folder}/train-1.parquet]", "data.title_field=short_book_title"]
+    return config(
+        "data=parquet", *files, f"data.validation=[{folder}/validation.parquet]", "data.num_workers=0", *overrides
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(folder: Path, source: Config) -> Path:
+    prepare(source, folder / "out", processes=1, part_mb=PART_MB)
+    return folder / "out"
+
+
+def from_memmap(*folders: Path, overrides: tuple[str, ...] = ()) -> Config:
+    return config("data=memmap", f"data.train=[{','.join(map(str, folders))}]", *overrides)
+
+
+def copy(prepared: Path, to: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(prepared, to))
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("data.packing=document",), ("seed=5", "data.isolate_documents=true")], ids=str
+)
+def test_training_from_it_is_training_from_the_text(
+    source: Config, folder: Path, prepared: Path, overrides: Any
+) -> None:
+    text, maps = loader(from_parquet(folder, *overrides)), loader(from_memmap(prepared, overrides=overrides))
+    assert text.fingerprint == maps.fingerprint
+    for one, other in islice(zip(text, maps), 40):
+        assert torch.equal(one.inputs, other.inputs) and torch.equal(one.targets, other.targets)
+        assert (one.lanes, one.counts, one.documents) == (other.lanes, other.counts, other.documents)
+        assert (one.cu_seqlens is None) == (other.cu_seqlens is None)
+        assert one.cu_seqlens is None or torch.equal(one.cu_seqlens, other.cu_seqlens)
+    assert text.counts["bad_utf8"] and text.counts["empty_documents"] and text.state_dict() == maps.state_dict()
+
+
+def test_a_run_begun_on_text_goes_on_from_it(source: Config, prepared: Path) -> None:
+    whole = tokens_of(source, 9)
+    state = list(islice(steps(source), 4))[-1][2]
+    assert torch.equal(tokens_of(from_memmap(prepared), 5, 2, state), whole[4:])
+
+
+def test_resuming_reads_nothing_of_what_was_read_before(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = from_memmap(prepared)
+    state = list(islice(steps(cfg), 11))[-1][2]
+    read: list[int] = []
+    original = PreparedTokens.read
+
+    def watched(self: PreparedTokens, index: int) -> Any:
+        read.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(PreparedTokens, "read", watched)
+    next(steps(cfg, 1, state))
+    begun = [lane for lane in state["lanes"].values() if lane["offset"]]
+    assert begun and len(read) <= 4 + 8, "each lane's own document, and those that its row goes on with"
+
+
+def test_held_out_documents_come_from_the_same_folder(source: Config, prepared: Path) -> None:
+    text, maps = (
+        list(heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=18))
+        for cfg in (source, from_memmap(prepared))
+    )
+    assert len(text) == 2 and text[0].title == "validation book 1" and text[0].tokens.dtype == np.int64
+    for one, other in zip(text, maps, strict=True):
+        assert np.array_equal(one.tokens, other.tokens)
+        assert (one.title, one.num_bytes, one.num_words) == (other.title, other.num_bytes, other.num_words)
+    with pytest.raises(ConfigError, match="has no test split; it has: train, validation"):
+        list(heldout_documents(from_memmap(prepared), build_tokenizer(source), split="test", min_tokens=1))
+
+
+def test_several_folders_follow_each_other(source: Config, prepared: Path) -> None:
+    once, twice = (PreparedTokens([str(prepared)] * n, "train", build_tokenizer(source)) for n in (1, 2))
+    assert len(twice) == 2 * len(once) == 30
+    for i in range(15):
+        assert np.array_equal(once.read(i).ids, twice.read(i).ids)
+        assert np.array_equal(once.read(i).ids, twice.read(15 + i).ids)
+    assert once.fingerprint() != twice.fingerprint()
+
+
+def test_the_index_says_everything(prepared: Path) -> None:
+    index = load_index(prepared)["splits"]["train"]
+    assert index["documents"] == 15 and index["bad_utf8"] == 1 and len(index["parts"]) > 3
+    assert index["tokens"] == index["bytes"] == sum(len(text) for text in texts()) + len("bad \ufffd byte".encode())
+    part = index["parts"][1]
+    rows = np.fromfile(prepared / f"{part['name']}.documents", DOCUMENT)
+    ids = np.memmap(prepared / f"{part['name']}.tokens", np.uint16, "r")
+    row = rows[-1]
+    text = bytes(ids[row["start"] : row["start"] + row["tokens"]].astype(np.uint8)).decode()
+    assert text == texts()[part["first_document"] + part["documents"] - 1]
+
+
+def test_processes_and_pieces_do_not_show_in_the_result(source: Config, prepared: Path, tmp_path: Path) -> None:
+    prepare(source, tmp_path / "out", processes=2, part_mb=PART_MB)
+    assert tree(tmp_path / "out") == tree(prepared)
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of ordinary errors sees it."""
+
+
+def test_a_killed_preparation_goes_on_and_leaves_the_same_bytes(
+    source: Config, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    made: list[str] = []
+    original = preparing.make_part
+
+    def dies_at(count: int) -> Any:
+        def make(job: Any, wanted: Any) -> Any:
+            if len(made) == count:
+                (out / f"{wanted.name}.tokens.123.tmp").write_bytes(b"half")
+                raise Killed
+            made.append(wanted.name)
+            return original(job, wanted)
+
+        return make
+
+    for count in (2, 3):
+        monkeypatch.setattr(preparing, "make_part", dies_at(count))
+        with pytest.raises(Killed):
+            prepare(source, out, processes=1, part_mb=PART_MB)
+        with pytest.raises(ConfigError, match="is not prepared to the end"):
+            loader(from_memmap(out))
+    monkeypatch.setattr(preparing, "make_part", dies_at(-1))
+    prepare(source, out, processes=1, part_mb=PART_MB)
+    assert len(made) == len(set(made)), "no part was made twice"
+    assert tree(out) == tree(prepared)
+    monkeypatch.setattr(preparing, "make_part", dies_at(len(made)))
+    prepare(source, out, processes=1, part_mb=PART_MB)  # done: nothing is made again
+    assert tree(out) == tree(prepared)
+
+
+def test_kill_9_of_the_command_and_its_processes(folder: Path, source: Config, prepared: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data.prepare", "data=parquet", f"part_mb={PART_MB:.12f}", "processes=1"]
+    command += [f"data.train=[{folder}/train-0.parquet,{folder}/train-1.parquet]", "data.title_field=short_book_title"]
+    command += [f"data.validation=[{folder}/validation.parquet]", f"out={tmp_path}/out"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+    while not list((tmp_path / "out").glob("*.done")) and process.poll() is None:
+        os.sched_yield()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "data=memmap 'data.train=[" in again.stdout, again.stderr
+    assert tree(tmp_path / "out").keys() == tree(prepared).keys()
+    assert load_index(tmp_path / "out")["splits"] == load_index(prepared)["splits"]
+
+
+def test_a_full_disk_stops_it_in_one_line_and_it_goes_on_later(
+    source: Config, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))  # prepared.json is larger than this, parts are not
+    try:
+        with pytest.raises(
+            DataError, match=r"File too large; finished parts are kept, the same command goes on"
+        ) as error:
+            prepare(source, out, processes=1, part_mb=PART_MB)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value) and not list(out.glob("*.tmp")) and list(out.glob("*.done"))
+    prepare(source, out, processes=1, part_mb=PART_MB)
+    assert tree(out) == tree(prepared)
+
+
+def test_another_preparation_in_the_same_folder_is_refused(folder: Path, source: Config, prepared: Path) -> None:
+    for cfg, what in (
+        (from_parquet(folder, "data.title_field=url"), "title_field"),
+        (only_train(folder), "data.train"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds another preparation .differs in .*{what}"):
+            prepare(cfg, prepared, part_mb=PART_MB)
+    with pytest.raises(ConfigError, match="differs in part_mb"):
+        prepare(source, prepared)
+
+
+def only_train(folder: Path) -> Config:
+    return from_parquet(folder, f"data.train=[{folder}/train-0.parquet]")
+
+
+def damage(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "documents", "titles"])
+def test_a_changed_byte_is_refused_by_name(prepared: Path, tmp_path: Path, suffix: str) -> None:
+    out = copy(prepared, tmp_path / "out")
+    damage(out / f"train-00002.{suffix}", 3)
+    tokens = PreparedTokens([str(out)], "train", build_tokenizer(config("data=memmap")))
+    with pytest.raises(DataError, match=rf"out/train-00002.{suffix} is damaged"):
+        for i in range(len(tokens)):
+            tokens.read(i)
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "documents", "titles"])
+def test_a_truncated_or_missing_file_is_refused_by_name_at_once(prepared: Path, tmp_path: Path, suffix: str) -> None:
+    out = copy(prepared, tmp_path / "out")
+    path = out / f"train-00002.{suffix}"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=rf"out/train-00002.{suffix} has \d+ bytes instead of \d+"):
+        loader(from_memmap(out))
+    assert "instead of" in describe(from_memmap(out))["train"]["error"]
+    path.unlink()
+    with pytest.raises(ConfigError, match=rf"out/train-00002.{suffix} is missing"):
+        loader(from_memmap(out))
+
+
+def test_a_file_that_vanishes_under_a_run_is_named(prepared: Path, tmp_path: Path) -> None:
+    out = copy(prepared, tmp_path / "out")
+    made = loader(from_memmap(out))
+    (out / "train-00002.tokens").unlink()
+    with pytest.raises(DataError, match="train-00002.tokens cannot be read: No such file"):
+        for _ in islice(made, 60):
+            pass
+
+
+def test_verify_finds_every_damaged_file(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = copy(prepared, tmp_path / "out")
+    assert main(["verify", str(out)]) == 0 and "every file is as it was written" in capsys.readouterr().out
+    damage(out / "train-00003.tokens", 5)
+    damage(out / "validation-00000.titles", 0)
+    (out / "train-00000.documents").unlink()
+    assert main(["verify", str(out)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" is ")[0].rpartition("/")[2] for line in lines] == [
+        "train-00000.documents",
+        "train-00003.tokens",
+        "validation-00000.titles",
+    ]
+
+
+@pytest.mark.parametrize("at", [40, 900])
+def test_a_damaged_index_is_refused(prepared: Path, tmp_path: Path, at: int) -> None:
+    out = copy(prepared, tmp_path / "out")
+    damage(out / "prepared.json", at)
+    with pytest.raises(ConfigError, match="prepared.json (is damaged|cannot be read)"):
+        load_index(out)
+
+
+def test_another_tokenizer_is_refused_with_the_setting_that_mends_it(prepared: Path) -> None:
+    class Other:
+        fingerprint, vocab_size, separator_id = "sentencepiece:abc", 99, 1
+
+    with pytest.raises(ConfigError, match=r"prepared with another tokenizer .* use tokenizer=byte"):
+        PreparedTokens([str(prepared)], "train", Other())  # type: ignore[arg-type]
+
+
+def test_wide_vocabularies_take_four_bytes(source: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data.tokenizer import ByteTokenizer, _TableTokenizer
+
+    class Wide(ByteTokenizer):
+        """Bytes whose ids begin at 70,000."""
+
+        def __init__(self) -> None:
+            pieces = [b""] * 70_000 + [bytes([b]) for b in range(256)] + [b""]
+            _TableTokenizer.__init__(self, pieces, 70_256, "wide:1")
+
+        def encode(self, text: str) -> np.ndarray:
+            return super().encode(text) + np.uint32(70_000)
+
+    monkeypatch.setattr(preparing, "build_tokenizer", lambda cfg: Wide())
+    prepare(source, tmp_path / "out", processes=1)
+    tokens = PreparedTokens([str(tmp_path / "out")], "train", Wide())
+    assert load_index(tmp_path / "out")["plan"]["dtype"] == "uint32"
+    assert Wide().decode(tokens.read(7).ids) == texts()[7] and tokens.read(7).ids.min() >= 70_000
+
+
+def test_bad_shards_and_documents_stay_counted(tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", [*texts()[5:9], {"title": "no text"}, {"text": "\ud800 half"}])
+    cfg = config("data=jsonl", f"data.train=[{good},{tmp_path}/gone.jsonl]", "data.on_bad_shard=skip")
+    cfg.data.num_workers = 0
+    index = prepare(cfg, tmp_path / "out", processes=1)
+    assert index["splits"]["train"]["unreadable_documents"] == 1 and index["splits"]["train"]["bad_utf8"] == 3
+    counts = []
+    for one in (cfg, from_memmap(tmp_path / "out")):
+        made = loader(one)
+        list(islice(made, 40))
+        counts.append(merge_states([{**made.state_dict()}])["counts"])
+    assert counts[0] == counts[1] and counts[0]["bad_shards"] == 1 and counts[0]["unreadable_documents"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["data=builtin"], "out=DIR is required"),
+        (["data=builtin", "out=x", "processes=0"], "processes=0 must be at least 1"),
+        (["data=builtin", "out=x", "splits=[dev]"], "splits=[dev] is not a legal value; legal: train, validation"),
+        (["data=text", "out=x"], "nothing to prepare"),
+        (["data=recall", "out=x", "splits=[train]"], "holds no text"),
+        (["data=builtin", "out=x", "outt=x"], "there is no setting 'outt'"),
+        (["verify", "/nowhere"], "it has no prepared.json"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said and not Path("x").exists()
