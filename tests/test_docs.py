@@ -1,0 +1,149 @@
+"""What the documentation shows is true: its examples run, the paths and commands it names exist."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ovq import cli, compose
+from ovq.mixers.base import SequenceMixer
+from ovq.model import build_mixer
+from ovq.train.metrics import read_rows
+from tests import test_mixers as contract
+from tests.helpers import TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+README = (ROOT / "README.md").read_text()
+QUICK = [
+    *TINY,
+    *("trainer.steps=12", "trainer.context=32", "trainer.global_batch=8", "trainer.micro_batch=8"),
+    *("trainer.device=cpu", "trainer.progress=false", "optim.lr=1e-2", "optim.warmup_steps=1"),
+    *("eval.context=32", "eval.documents=1"),
+]
+
+
+def blocks(text: str, language: str) -> dict[str, str]:
+    """Fenced code of a language: the rest of its opening line -> the code."""
+    found = re.findall(rf"^```{language} ?([^\n]*)\n(.*?)^```$", text, flags=re.M | re.S)
+    return {title or str(i): code for i, (title, code) in enumerate(found)}
+
+
+CODE, COMMANDS = blocks(EXTENDING, "python"), list(blocks(EXTENDING, "sh").values())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the documented files, on the import path."""
+    for name, code in CODE.items():
+        (tmp_path / name).write_text(code)
+    (tmp_path / "books").mkdir()
+    words = np.random.default_rng(0).choice(["one", "two", "three", "four"], (3, 400))
+    for name, row in zip(("train-0", "train-1", "held-out"), words):
+        (tmp_path / "books" / f"{name}.jsonl").write_text(json.dumps({"text": " ".join(row), "title": name}) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in CODE:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def run(line: str, folder: Path) -> list[float]:
+    """Run a documented train.py command in the folder, made small; the losses of its steps."""
+    words = shlex.split(line)
+    settings = words[words.index("train.py") + 1 :]
+    env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *settings, *QUICK, f"run_dir={folder}/run"]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "summary.json").is_file()
+    return [row["loss"] for row in read_rows(folder / "run" / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_documented_extension_trains(line: str, folder: Path) -> None:
+    losses = run(line, folder)
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.05
+
+
+def test_the_documented_mixer_meets_the_contract_of_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    added = ["model=sw", "+model.mixers.leaky={_target_: leaky.Leaky, decay: 0.5}", "model.pattern=[leaky]", *TINY]
+
+    def make(name: str, *, kv_heads: int = 2, seed: int = 0) -> SequenceMixer:
+        mixer = build_mixer(compose.compose(added).model, 0)
+        torch.manual_seed(seed)
+        mixer.init_weights(0.2)
+        return mixer.double().eval()
+
+    monkeypatch.setattr(contract, "make", make)
+    contract.test_output_before_t_ignores_token_t("leaky")
+    contract.test_streamed_in_pieces_equals_one_pass("leaky", [1, 6, 20, 18])
+    contract.test_packed_documents_do_not_see_each_other("leaky")
+    contract.test_state_size_is_what_is_held("leaky")
+
+
+@pytest.mark.parametrize("length", [4, 33, 100])
+def test_the_documented_task_is_answered_by_its_oracle(folder: Path, length: int) -> None:
+    from copying import Copying  # type: ignore[import-not-found]
+
+    task = Copying(symbols=5)
+    for row in range(5):
+        inputs, targets = task.make(length, 0, 0, 0, row)
+        answers = task.describe(length)["answers"]
+        assert inputs.shape == targets.shape == (length,) and inputs.max() < task.vocab_size
+        assert task.score(task.oracle(inputs)[None], targets[None]) == (answers, answers) and answers > 0
+
+
+def test_the_documented_data_set_is_a_legal_config() -> None:
+    (text,) = blocks(EXTENDING, "yaml").values()
+    cfg = compose.compose([f"data={(settings := yaml.safe_load(text))['kind']}"])
+    assert set(settings) <= set(cfg.data) and settings["kind"] in text
+
+
+def test_every_room_of_the_map_exists_and_every_folder_is_on_it() -> None:
+    (house,) = blocks(README, "text").values()
+    named = [line.split()[0] for line in house.splitlines()]
+    assert all((ROOT / path).exists() for path in named), named
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    rooms = {path.split("/")[0] + "/" for path in tracked if "/" in path and not path.startswith(".")}
+    assert not [room for room in rooms if not any(name.startswith(room) for name in named)]
+
+
+DOCUMENTS = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_and_path_that_a_document_names_exists(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for module in set(re.findall(r"python -m ([a-z_0-9.]+[a-z0-9])", text)) - {"venv", "pip"}:
+        assert importlib.util.find_spec(module) is not None, f"{document} names python -m {module}"
+    for words in set(re.findall(r"\bovq ([a-z]+(?: [a-z_]+)?)(?= |$)", "\n".join(blocks(text, "sh").values()), re.M)):
+        assert words in cli.COMMANDS or words.split()[0] in cli.COMMANDS, f"{document} names ovq {words}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for target in set(re.findall(r"\bmake ([a-z-]+)\b", "\n".join(re.findall(r"`[^`\n]+`|^make .*$", text, re.M)))):
+        assert target in targets, f"{document} names make {target}"
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in link:
+            assert (ROOT / document).parent.joinpath(link).exists(), f"{document} links to {link}"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) if command == "launch sweep" else open(os.devnull):
+        assert cli.main([*command.split(), "--help"]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) > 5, said
