@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import pytest
+import yaml
 
+from data.build import build_task
 from ovq import config
 from ovq.compose import compose, groups, help_text, options, run_dir_of
 from ovq.errors import ConfigError
+from ovq.model import build_mixer
 
 WRONG = {
     "trainer.stepz=3": ["trainer.stepz", "did you mean trainer.steps", "global_batch"],
@@ -88,3 +92,28 @@ def test_help_names_every_group_and_setting() -> None:
     text = help_text()
     for part in (*groups(), "trainer.context=2048", "one of: auto, fp32, bf16"):
         assert part in text
+
+
+def test_a_config_stored_under_old_names_is_read_as_todays(tmp_path) -> None:
+    """A run folder made before a renaming resumes after it; a new command is told the new name."""
+    line = ["data=recall", "model=sw_ovq", "model.pattern=[ovq,fifo]", "+model/mixer@model.mixers.fifo=fifo"]
+    today = config.to_dict(compose([*line, "model.mixers.ovq.step_size=0.5", "model.mixers.fifo.capacity=7"]))
+    old = copy.deepcopy(today)
+    mixers = old["model"]["mixers"]
+    mixers["ovq"]["step"] = mixers["ovq"].pop("step_size")
+    mixers["fifo"] |= {"_target_": "ovq.mixers.memory_rules.FIFO", "num_centroids": mixers["fifo"].pop("capacity")}
+    old["data"]["kind"], old["data"]["task"] = "recall", {"key_vocab": 4096} | old["data"]["task"]
+    del old["data"]["task"]["_target_"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    loaded = config.load(tmp_path)
+    assert config.changed_identity(loaded, config.from_dict(today)) == []
+    for override, new in (("ovq.step=0.5", "ovq.step_size"), ("fifo.num_centroids=7", "fifo.capacity")):
+        with pytest.raises(ConfigError, match=f"is now called model.mixers.{new}"):
+            compose([*line, f"model.mixers.{override}"])
+
+
+def test_a_class_of_the_wrong_kind_is_refused_before_it_is_used() -> None:
+    with pytest.raises(ConfigError, match="data.task._target_=pathlib.Path is not a subclass of data.tasks.base.Task"):
+        build_task(compose(["data=task", "+data.task={_target_: pathlib.Path}"]))
+    with pytest.raises(ConfigError, match=r"_target_=os.system is not a subclass of ovq.mixers.base.SequenceMixer"):
+        build_mixer(compose(["model=sw", "model.mixers.sliding_window._target_=os.system"]).model, 0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ovq.compose import compose
 from ovq.errors import ConfigError
 from ovq.model import build_model, count_parameters, flops_per_token, state_size
-from tests.helpers import MODELS, TINY, relative_error, small_config, small_model
+from tests.helpers import MODELS, TINY, Largest, relative_error, small_config, small_model
 
 VOCAB = 61
 
@@ -127,3 +127,14 @@ def test_health_reports_the_dictionary() -> None:
     assert set(health) == {"fill", "used_once", "mean_count", "beta"}
     size = float(health["fill"]) * 12
     assert abs(float(health["mean_count"]) - 64 / size) < 1e-4 and float(health["beta"]) == 1.0
+
+
+@pytest.mark.parametrize("keep", [1, 3, 99])
+def test_logits_of_the_last_positions_are_those_of_all(keep: int) -> None:
+    model = small_model("sw_ovq").eval()
+    tokens = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+    whole, last = model(tokens).logits, model(tokens, logits_to_keep=keep).logits
+    assert last.shape == (2, min(keep, 20), 61) and relative_error(last, whole[:, -keep:]) < 1e-6
+    with Largest() as seen:
+        model(torch.zeros(1, 4096, dtype=torch.int64), logits_to_keep=1)
+    assert seen.elements < 4096 * 61, "logits of all positions were made"
