@@ -206,7 +206,7 @@ def test_bad_settings_fail_in_one_line_that_says_what_is_legal() -> None:
         full_attention(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match="10 queries and 9 keys"):
         full_attention(q, k[:, :9], v[:, :9])
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match="mutually exclusive"):
         full_attention(q[:, 5:], k, v, cu_seqlens=bounds)
     with pytest.raises(ValueError, match="batch of 1"):
         full_attention(*(x.repeat(2, 1, 1, 1) for x in (q, k, v)), cu_seqlens=bounds)

@@ -191,7 +191,7 @@ def test_kernels_that_cannot_run_here_are_refused_in_one_line(monkeypatch: pytes
     monkeypatch.setattr(fla_backend, "installed", lambda: False)
     with pytest.raises(ValueError, match=r"needs fla-core; install it with: pip install '\.\[fla\]'"):
         fla_backend.uses_fla("fla", OnGPU(), "mesa")  # type: ignore[arg-type]
-    fla_backend._note_missing.cache_clear()
+    fla_backend._warn_missing.cache_clear()
     with pytest.warns(UserWarning, match="fla-core is not installed"):
         assert not fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
     with warnings.catch_warnings():

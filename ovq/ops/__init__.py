@@ -1,4 +1,4 @@
-"""The operators that mixers and models are made of; each folder holds its definition and its fast forms."""
+"""The operators that mixers and models are built from; each folder holds a reference and its fast implementations."""
 
 from ovq.ops.cross_entropy import chunked_cross_entropy
 from ovq.ops.ovq_attention import OVQState, ovq_attention

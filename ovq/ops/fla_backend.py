@@ -1,4 +1,4 @@
-"""When an operator runs on flash-linear-attention's kernels (the optional extra `fla`) and when on its torch form."""
+"""Whether an operator uses flash-linear-attention's kernels (the optional extra `fla`) or its torch form."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from ovq.ops.common import BackendError
 
 BACKENDS = ("auto", "reference", "torch", "fla")
-# Below this many tokens (decoding) the torch form is a handful of small products: no kernel is compiled for them.
-FEWEST_TOKENS = 16
+# With fewer tokens (decoding) the torch form is a handful of small matmuls, not worth compiling a kernel for.
+MIN_TOKENS = 16
 
 
 def uses_fla(backend: str, x_BTHK: Tensor, op: str) -> bool:
-    """Whether `op` runs on the kernels for this input.
+    """Whether `op` uses the fla kernels for this input.
 
-    "auto" takes them for bfloat16 and float16 on CUDA where fla-core is installed, and says once where it is not.
+    "auto" uses them for bfloat16 and float16 on CUDA, and warns once if fla-core is not installed.
 
     Raises:
-        BackendError: an unknown backend, or "fla" asked for where it cannot run.
+        BackendError: an unknown backend, or "fla" where it cannot run.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(BACKENDS)}")
@@ -37,9 +37,9 @@ def uses_fla(backend: str, x_BTHK: Tensor, op: str) -> bool:
     if backend != "auto" or not x_BTHK.is_cuda or x_BTHK.dtype not in (torch.bfloat16, torch.float16):
         return False
     if not installed():
-        _note_missing()
+        _warn_missing()
         return False
-    return x_BTHK.shape[1] >= FEWEST_TOKENS
+    return x_BTHK.shape[1] >= MIN_TOKENS
 
 
 @functools.cache
@@ -48,8 +48,8 @@ def installed() -> bool:
 
 
 @functools.cache
-def _note_missing() -> None:
+def _warn_missing() -> None:
     warnings.warn(
-        "fla-core is not installed: linear-attention mixers run in their slower torch form; pip install '.[fla]'",
+        "fla-core is not installed: linear-attention mixers use their slower torch form; pip install '.[fla]'",
         stacklevel=3,
     )

@@ -1,8 +1,8 @@
-"""Whole pieces of work side by side on the cores of a CPU.
+"""Run independent pieces of work in parallel on the cores of a CPU.
 
-An operator that is a long chain of small tensor operations gains little from threads inside each: they meet at the end
-of every operation, and where the machine is busy with anything else, a meeting costs a slice of the scheduler's time.
-Independent pieces (some heads, some rows of a batch), each on one core from beginning to end, meet once.
+An operator that is a long chain of small tensor operations gains little from threads within each operation: they
+synchronise after every one, and on a machine busy with other work each synchronisation costs a scheduler time slice.
+Independent pieces (some heads, some rows of a batch), each on one core from start to finish, synchronise once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Piece = TypeVar("Piece")
 
 
 def run_pieces(run: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
-    """`run` each piece, on as many cores as torch may use; without gradients. An error of any is raised.
+    """Call `run` on each piece, on as many cores as torch may use, without gradients; any piece's exception is raised.
 
-    Where there are fewer pieces than cores, each piece has several.
+    If there are fewer pieces than cores, each piece gets several cores.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(pieces))
@@ -30,7 +30,7 @@ def run_pieces(run: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             run(piece)
         return
-    inference = torch.is_inference_mode_enabled()  # like no_grad, this is a thread's own
+    inference = torch.is_inference_mode_enabled()  # like no_grad, this mode is thread-local
 
     def guarded(piece: Piece) -> None:
         with torch.inference_mode() if inference else torch.no_grad():
@@ -41,15 +41,15 @@ def run_pieces(run: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _pool(workers: int, cores: int, process: int) -> ThreadPoolExecutor:
-    """Threads with so many cores each. They live as long as the process (a fork has to make its own)."""
+    """Worker threads with `cores` cores each. They live as long as the process (a forked child creates its own)."""
     del process
     before, everyone = torch.get_num_threads(), threading.Barrier(workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ovq", initializer=_use_cores, initargs=(cores,))
     list(pool.map(lambda _: everyone.wait(), range(workers)))
-    torch.set_num_threads(before)  # what a thread sets holds for itself, and for threads that torch meets later
+    torch.set_num_threads(before)  # a thread's setting also becomes the default of threads new to torch
     return pool
 
 
 def _use_cores(cores: int) -> None:
-    torch.get_num_threads()  # at its first call in a thread, torch sets its default, which would undo the next line
+    torch.get_num_threads()  # the first call in a thread applies torch's default, which would undo the next line
     torch.set_num_threads(cores)

@@ -1,4 +1,4 @@
-"""Causal softmax attention to every token before (arXiv 1706.03762, eq. 1)."""
+"""Full causal softmax attention (arXiv 1706.03762, eq. 1)."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def full_attention(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q.k / sqrt(K)) applied to the values; query t stands at key position S - T + t and sees none after it.
+    """softmax(q.k / sqrt(K)) applied to the values; query t is at key position S - T + t and attends to no later key.
 
     Args:
         q_BTHK: [B, T, H, K].
-        k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried ones.
-        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without carried keys.
-        backend: auto | reference | torch | flex. auto: torch's scaled_dot_product_attention, and FlexAttention for
+        k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried over.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no carried keys.
+        backend: auto | reference | torch | flex. auto is torch's scaled_dot_product_attention, or FlexAttention for
             packed documents on CUDA.
 
     Returns:
         o [B, T, H, V] in q's dtype.
 
     Raises:
-        ValueError: an illegal backend or shape, or cu_seqlens with carried keys or B > 1.
+        ValueError: an invalid backend or shape, or cu_seqlens with carried keys or B > 1.
     """
     check(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, backend, "full_attention")
     forward = reference.forward if backend == "reference" else chunked.forward
@@ -46,10 +46,10 @@ def full_attention(
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: str, op: str) -> None:
-    """What full and sliding-window attention ask of their inputs.
+    """Check the inputs of full and sliding-window attention.
 
     Raises:
-        ValueError: it is not so.
+        ValueError: an invalid backend, shapes that do not match, or cu_seqlens with carried keys or B > 1.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(BACKENDS)}")
@@ -59,6 +59,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: s
     if S < T:
         raise ValueError(f"{op} needs a key for every query, got {T} queries and {S} keys")
     if cu_seqlens is not None and S != T:
-        raise ValueError("state and cu_seqlens exclude each other: a carried state belongs to one document")
+        raise ValueError("state and cu_seqlens are mutually exclusive: a carried state belongs to one document")
     if cu_seqlens is not None and q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs a batch of 1 with the documents one after the other, got {q.shape[0]}")
+        raise ValueError(f"cu_seqlens needs a batch of 1 with the documents concatenated, got {q.shape[0]}")

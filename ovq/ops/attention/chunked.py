@@ -1,9 +1,9 @@
-"""Causal attention on torch's scaled_dot_product_attention, on any device, never with a T x S matrix on the CPU.
+"""Causal attention by torch's scaled_dot_product_attention, on any device; the CPU never materialises a T x S matrix.
 
-torch aligns `is_causal` to the first key, so carried keys need care. On CUDA the kernels can align it to the last key.
-On the CPU only a materialised mask can, at three times the price; so two unmasked kernels run there, one on the carried
-keys and a causal one on the own keys, joined by their log-sum-exp. Their backward kernels, given the joint output and
-log-sum-exp, return exactly the joint gradients.
+torch aligns `is_causal` with the first key, so carried keys need care. The CUDA kernels can align it with the last key
+instead. On the CPU that takes a materialised mask, at three times the cost, so two calls without a mask run there: one
+over the carried keys and a causal one over the new keys, merged by their log-sum-exp. Their backward kernels, given the
+merged output and log-sum-exp, return exactly the gradients of the whole.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K key, V value width.
 """
@@ -31,7 +31,7 @@ def forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> Tensor:
         k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S)).transpose(1, 2)
-    if k.shape[-1] != v.shape[-1]:  # which the CPU's flash kernel does not take
+    if k.shape[-1] != v.shape[-1]:  # not supported by the CPU's flash kernel
         width = max(k.shape[-1], v.shape[-1])
         scale = k.shape[-1] ** -0.5
         q, k, v_wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
@@ -49,7 +49,7 @@ class _Carried(torch.autograd.Function):
         o_old, lse_old = attend(q, k[:, :, :old], v[:, :, :old], scale=scale)
         o_own, lse_own = attend(q, k[:, :, old:], v[:, :, old:], is_causal=True, scale=scale)
         lse = torch.logaddexp(lse_old, lse_own)
-        # The share of the softmax that each half has, [B, H, T, 1].
+        # Each half's share of the softmax, [B, H, T, 1].
         o = o_old * (lse_old - lse).exp()[..., None] + o_own * (lse_own - lse).exp()[..., None]
         o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head whose logits are never held whole."""
+"""Cross-entropy of a linear head that never materialises all of its logits."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def chunked_cross_entropy(
     Args:
         x_ND: [N, D].
         weight_VD: [V, D], of x's dtype.
-        targets_N: int64 [N]; -100 where there is no label: such a token has no loss.
-        chunk: tokens whose logits [chunk, V] are held at once.
+        targets_N: int64 [N]; tokens with target -100 have no label and contribute no loss.
+        chunk: number of tokens whose logits [chunk, V] are in memory at once.
         z_loss: weight of the second term.
         reduction: "sum" over labelled tokens, or "none" for the loss of each token [N], 0 without a label.
         backend: auto | reference | torch.
@@ -35,7 +35,7 @@ def chunked_cross_entropy(
         Both are differentiable in x and weight.
 
     Raises:
-        ValueError: an illegal setting, or shapes or dtypes that do not match.
+        ValueError: an invalid setting, or shapes or dtypes that do not match.
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction={reduction} of chunked_cross_entropy is not a legal value; legal: sum, none")

@@ -1,8 +1,8 @@
-"""Cross-entropy in chunks of tokens: a chunk's logits are made, used and dropped.
+"""Cross-entropy in chunks of tokens: a chunk's logits are computed, used and freed.
 
-The plain sum has its gradients made in the forward pass, while the logits are at hand (as in Liger, arXiv 2410.10989):
-they are those of x and the weight times one number that backward is told. With a z term, or a loss for each token,
-backward is told more than one number: it makes the logits again.
+For the plain sum, the gradients of x and the weight are computed in the forward pass, while the logits are at hand (as
+in Liger, arXiv 2410.10989): backward only multiplies them by its one incoming scalar. With a z term, or a loss per
+token, the incoming gradient is more than one scalar, so backward recomputes the logits.
 
 Shapes: N tokens, C tokens of a chunk, D width, V vocabulary.
 """
@@ -26,7 +26,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.forward`."""
     if reduction == "sum" and x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Asking which tokens have a label makes nobody wait here, and only they cost anything.
+        # On the CPU, selecting the labelled tokens forces no synchronisation, and the others cost nothing.
         labelled = (targets_N != IGNORE).nonzero()[:, 0]
         if len(labelled) < len(targets_N):
             x_ND, targets_N = x_ND[labelled], targets_N[labelled]
@@ -39,7 +39,7 @@ def forward(
 
 
 class _Sum(torch.autograd.Function):
-    """The summed loss, with its gradients."""
+    """The summed loss; its gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
@@ -65,7 +65,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _PerToken(torch.autograd.Function):
-    """(loss, squared log-partition) of each token, 0 without a label."""
+    """(loss, squared log-partition) of each token, 0 for tokens without a label."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class _PerToken(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of x and the weight, summed up from those of chunks of logits, in at least float32."""
+    """Gradients of x and the weight, accumulated over chunks of logits; the weight's in at least float32."""
 
     def __init__(self, x_ND: Tensor, weight_VD: Tensor, needed: tuple[bool, ...]) -> None:
         self.x, self.weight = x_ND, weight_VD

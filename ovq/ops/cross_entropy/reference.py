@@ -16,7 +16,7 @@ IGNORE = -100
 def forward(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_loss: float, reduction: str
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk` changes nothing here."""
+    """Arguments as for the public function; `chunk` is ignored."""
     logits_NV = F.linear(x_ND, weight_VD).to(work_dtype(x_ND))
     loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction=reduction)
     if not z_loss:

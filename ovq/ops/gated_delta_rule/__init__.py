@@ -24,12 +24,12 @@ def gated_delta_rule(
     """S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K).
 
     Args:
-        q_BTHK, k_BTHK: [B, T, H, K], of unit norm (for |k| > sqrt(2 / beta) the state may grow without bound).
+        q_BTHK, k_BTHK: [B, T, H, K], unit norm (for |k| > sqrt(2 / beta) the state may grow without bound).
         v_BTHV: [B, T, H, V].
         g_BTH: [B, T, H], log of the decay alpha, at most 0.
-        beta_BTH: [B, T, H], writing strength in 0..1.
-        chunk_size: tokens a chunk of the torch form.
-        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state.
+        beta_BTH: [B, T, H], write strength in [0, 1].
+        chunk_size: tokens per chunk of the torch form.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state.
         state: S [B, H, K, V] in float32 (float64 for float64 inputs).
         backend: auto | reference | torch | fla.
 
@@ -37,7 +37,7 @@ def gated_delta_rule(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
     """
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
     if fla_backend.uses_fla(backend, q_BTHK, "gated_delta_rule"):

@@ -1,10 +1,10 @@
 """The gated delta rule in chunks, by the WY form of its products of rank-one updates (arXiv 2412.06464, sec. 3.3).
 
 The corrections u of a chunk's tokens depend on each other linearly: (I + A) u = beta (v - exp(a) S^T k), with
-A_ij = beta_i exp(a_i - a_j) k_i.k_j for j < i and a the running sum of g. One triangular solve of all chunks at once,
-for v and for the factor of the state S, makes the rest matrix products.
+A_ij = beta_i exp(a_i - a_j) k_i.k_j for j < i and a the running sum of g. After one batched triangular solve over all
+chunks, for v and for the factor of the state S, everything else is matrix products.
 
-Shapes: B batch, T tokens, H heads, K key width, V value width, C chunks, L tokens a chunk.
+Shapes: B batch, T tokens, H heads, K key width, V value width, C chunks, L tokens per chunk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def forward(
     # Masked before exp: above the diagonal a_i - a_j > 0 may overflow.
     decay_BHCLL = (a_BHCL1 - a_BHCL1.transpose(-1, -2)).masked_fill(~mask_LL, -torch.inf).exp()
     A_BHCLL = beta_BHCL1 * (k @ k.transpose(-1, -2)) * decay_BHCLL
-    # solve_triangular(unitriangular) reads the strict lower triangle as A and the diagonal as ones.
+    # With unitriangular, solve_triangular takes the diagonal as ones and reads A from the strict lower triangle.
     sides = torch.cat([beta_BHCL1 * v, beta_BHCL1 * a_BHCL1.exp() * k], dim=-1)
     u_BHCLV, w_BHCLK = torch.linalg.solve_triangular(A_BHCLL.tril(-1), sides, upper=False, unitriangular=True).split(
         [V, K], dim=-1

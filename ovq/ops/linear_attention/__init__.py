@@ -1,4 +1,4 @@
-"""Normalised linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eqs. 9-12), features already applied."""
+"""Normalised linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eqs. 9-12), after the feature map."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def linear_attention(
     """o_t = (sum_{s<=t} v_s k_s^T) q_t / (q_t . sum_{s<=t} k_s), for positive features q and k.
 
     Args:
-        q_BTHK, k_BTHK: [B, T, H, K], feature maps applied, positive.
+        q_BTHK, k_BTHK: [B, T, H, K], after the feature map, positive.
         v_BTHV: [B, T, H, V].
-        chunk_size: tokens a chunk of the torch form.
-        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state.
+        chunk_size: tokens per chunk of the torch form.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state.
         state: (sum of k v^T [B, H, K, V], sum of k [B, H, K]) in float32 (float64 for float64 inputs).
         backend: auto | reference | torch | fla.
 
@@ -35,11 +35,11 @@ def linear_attention(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
     """
     kernel = fla_backend.uses_fla(backend, q_BTHK, "linear_attention")
     if cu_seqlens is not None:
-        # Also on the kernels: their own normaliser does not stop at a document's end in every version.
+        # For the kernels too: in some fla versions their own normaliser runs across document boundaries.
         return each_document(
             lambda *x: linear_attention(*x, chunk_size=chunk_size, backend=backend)[0],
             cu_seqlens,

@@ -21,17 +21,17 @@ def forward(
     state: tuple[Tensor, Tensor] | None,
     kernel: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """As `reference.forward`; with `kernel`, the numerator comes from flash-linear-attention."""
+    """As `reference.forward`; with `kernel`, flash-linear-attention computes the numerator."""
     S_BHKV, z_BHK = state or (None, None)
     if kernel:
         from fla.ops.simple_gla import chunk_simple_gla
 
-        top, S = chunk_simple_gla(q_BTHK, k_BTHK, v_BTHV, scale=1.0, initial_state=S_BHKV, output_final_state=True)
+        o, S = chunk_simple_gla(q_BTHK, k_BTHK, v_BTHV, scale=1.0, initial_state=S_BHKV, output_final_state=True)
     else:
-        top, S = gla.forward(q_BTHK, k_BTHK, v_BTHV, None, chunk_size=chunk_size, state=S_BHKV)
+        o, S = gla.forward(q_BTHK, k_BTHK, v_BTHV, None, chunk_size=chunk_size, state=S_BHKV)
     work = work_dtype(q_BTHK)
     z_BTHK = k_BTHK.to(work).cumsum(1)
     if z_BHK is not None:
         z_BTHK = z_BTHK + z_BHK[:, None]
     norm = (q_BTHK.to(work) * z_BTHK).sum(-1, keepdim=True) + EPS
-    return (top.to(work) / norm).to(v_BTHV.dtype), (S, z_BTHK[:, -1])
+    return (o.to(work) / norm).to(v_BTHV.dtype), (S, z_BTHK[:, -1])

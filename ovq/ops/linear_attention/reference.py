@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ovq.ops.common import work_dtype
 
-EPS = 1e-6  # under the normaliser, as in the authors' code
+EPS = 1e-6  # added to the normaliser, as in the authors' code
 
 
 def forward(

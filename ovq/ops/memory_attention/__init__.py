@@ -1,6 +1,6 @@
-"""One softmax over a weighted memory and, causally, over the tokens at hand.
+"""One softmax over a weighted memory and, causally, over the current tokens.
 
-OVQ's prediction (arXiv 2602.03922, eq. 15) for memories made by any other rule.
+OVQ's prediction step (arXiv 2602.03922, eq. 15) for a memory built by any rule.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def memory_attention(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(beta q.[memory keys, own keys] + [log weight, 0]) applied to the values; own keys causally.
+    """softmax(beta q.[memory keys, own keys] + [log weight, 0]) applied to the values; causal in the own keys.
 
     Args:
-        q_BTHK: [B, T, H, K]; query t stands at own position S - T + t.
-        key_BMGK, value_BMGV: M entries of memory, each standing for exp(log weight) tokens; M may be 0.
-        log_weight_BGM: [B, G, M], -inf for an entry that does not count.
-        own_key_BSGK, own_value_BSGV: S >= T tokens.
+        q_BTHK: [B, T, H, K]; query t is at position S - T + t of the own keys.
+        key_BMGK, value_BMGV: [B, M, G, K or V], M memory entries, each weighted as exp(log weight) tokens; M may be 0.
+        log_weight_BGM: [B, G, M], -inf to mask out an entry.
+        own_key_BSGK, own_value_BSGV: [B, S, G, K or V], S >= T current tokens.
         beta_H: [H], inverse temperature.
         backend: auto | reference | torch.
 

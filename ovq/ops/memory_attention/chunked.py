@@ -1,4 +1,4 @@
-"""Attention to a weighted memory and to the tokens at hand, all queries at once; logits and softmax in float32.
+"""Attention to a weighted memory and to the current tokens, all queries at once; logits and softmax in float32.
 
 Shapes: B batch, T queries, S own tokens, M memory entries, H query heads, G key/value heads, R = H / G, K, V widths.
 """

@@ -1,4 +1,4 @@
-"""Attention to a weighted memory and to the tokens at hand, one query at a time: the definition.
+"""Attention to a weighted memory and to the current tokens, one query at a time: the definition.
 
 Shapes: B batch, T queries, S own tokens, M memory entries, H query heads, G key/value heads, K key, V value width.
 """

@@ -1,4 +1,4 @@
-"""The Mesa layer: ridge regression on all key/value pairs so far, solved anew at every token (arXiv 2506.05233)."""
+"""The Mesa layer: ridge regression on all key/value pairs so far, re-solved at every token (arXiv 2506.05233)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def mesa(
     """o_t = Hkv_t^T (Hkk_t + diag lambda)^-1 q_t, with Hkk and Hkv the decayed sums of beta k k^T and beta k v^T.
 
     Args:
-        q_BTHK, k_BTHK: [B, T, H, K], k of unit norm.
-        v_BTHV: [B, T, H, V] (the kernels want V = K).
+        q_BTHK, k_BTHK: [B, T, H, K], k with unit norm.
+        v_BTHV: [B, T, H, V] (the fla kernels require V = K).
         g_BTH: [B, T, H], log of the decay, at most 0.
-        beta_BTH: [B, T, H], weight of a pair, 0..1.
-        lamb_HK: [H, K], positive ridge, at least 0.25 for the solve to converge well.
-        iterations: steps of conjugate gradients; K or more are exact up to rounding. The reference solves directly.
-        chunk_size: tokens a chunk of the torch form.
-        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state.
+        beta_BTH: [B, T, H], weight of each pair, in [0, 1].
+        lamb_HK: [H, K], positive ridge; at least 0.25 for the solve to converge well.
+        iterations: conjugate-gradient steps; K or more are exact up to rounding. The reference solves directly.
+        chunk_size: tokens per chunk of the torch form.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state.
         state: (Hkk [B, H, K, K], Hkv [B, H, K, V]) in float32 (float64 for float64 inputs).
         backend: auto | reference | torch | fla.
 
@@ -43,7 +43,7 @@ def mesa(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
     """
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
     if fla_backend.uses_fla(backend, q_BTHK, "mesa"):

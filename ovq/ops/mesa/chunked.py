@@ -1,10 +1,10 @@
 """The Mesa layer in chunks: conjugate gradients on all tokens at once.
 
-The systems of all tokens are solved together: a product of every token's Hkk_t with its own vector is simple GLA with
-keys as values, so nothing of size T x K x K is made. The backward pass does not go through the iterations: the gradient
-of x = A^-1 q is one more solve with the same (symmetric) A, by the implicit function theorem.
+All tokens' systems are solved together: multiplying every token's Hkk_t by that token's vector is simple GLA with keys
+as values, so no T x K x K tensor is materialised. The backward pass does not differentiate the iterations: by the
+implicit function theorem, the gradient of x = A^-1 q is one more solve with the same (symmetric) A.
 
-Shapes: B batch, T tokens, H heads, K key width, V value width, C chunks, L tokens a chunk.
+Shapes: B batch, T tokens, H heads, K key width, V value width, C chunks, L tokens per chunk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def forward(
     chunk_size: int,
     state: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """As `reference.forward`, with `iterations` steps of conjugate gradients for the direct solve."""
+    """As `reference.forward`, with `iterations` conjugate-gradient steps instead of the direct solve."""
     T, L, work = q_BTHK.shape[1], min(chunk_size, q_BTHK.shape[1]), work_dtype(q_BTHK)
     q, k, v = (to_chunks(x.to(work), L) for x in (q_BTHK, k_BTHK, v_BTHV))
     g = to_chunks(g_BTH.to(work)[..., None], L)[..., 0]
@@ -46,18 +46,18 @@ def forward(
 
 
 def solve(q_BHCLK: Tensor, kk: Memory, ridge: Tensor, iterations: int) -> Tensor:
-    """x = (Hkk_t + ridge)^-1 q_t of every token, differentiable in q, Hkk and the ridge."""
-    still = Memory(**{name: part.detach() for name, part in vars(kk).items()})
-    ridge_still = ridge.detach()
+    """x = (Hkk_t + ridge)^-1 q_t for every token, differentiable in q, Hkk and the ridge."""
+    frozen = Memory(**{name: part.detach() for name, part in vars(kk).items()})
+    frozen_ridge = ridge.detach()
 
     def product(p: Tensor) -> Tensor:
-        return read(p, still) + ridge_still * p
+        return read(p, frozen) + frozen_ridge * p
 
     with torch.no_grad():
         x = conjugate_gradients(product, q_BHCLK.detach(), iterations)
     if not torch.is_grad_enabled():
         return x
-    # d x = A^-1 (d q - d A x): the residual holds both terms, and backward applies A^-1 to the gradient.
+    # d x = A^-1 (d q - d A x): the residual carries both terms, and backward applies A^-1 to the gradient.
     residual = q_BHCLK - (read(x, kk) + ridge * x)
     return x + _Inverse.apply(residual, product, iterations)
 
@@ -76,18 +76,18 @@ class _Inverse(torch.autograd.Function):
 
 
 def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
-    """A^-1 b for a symmetric positive A, each last-dimension vector a system of its own.
+    """A^-1 b for a symmetric positive definite A, with a separate system for each vector along the last dimension.
 
-    The number of steps is fixed and a solved system stands still by itself: stopping early for all of them together
-    would let one token's difficulty change another token's result.
+    The number of steps is fixed, and a system that has converged stops changing: one early-stopping decision for all
+    systems would let one token's difficulty change another token's result.
     """
     x, r = torch.zeros_like(b), b
     p, rr = r, (r * r).sum(-1, keepdim=True)
-    enough = rr * torch.finfo(b.dtype).eps ** 2
+    tolerance = rr * torch.finfo(b.dtype).eps ** 2
     zero = torch.zeros_like(rr)
     for _ in range(iterations):
         Ap = product(p)
-        active = rr > enough
+        active = rr > tolerance
         alpha = torch.where(active, rr / (p * Ap).sum(-1, keepdim=True), zero)
         x, r = x + alpha * p, r - alpha * Ap
         rr_new = (r * r).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Linear attention with one decay a head and token: Mamba2's SSD (arXiv 2405.21060, sec. 6), fla's "simple GLA"."""
+"""Linear attention with one decay per head and token: Mamba2's SSD (arXiv 2405.21060, sec. 6), fla's "simple GLA"."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def simple_gla(
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t.
 
     Args:
-        q_BTGK, k_BTGK: [B, T, G, K]; G divides H, and a group's heads share queries and keys.
+        q_BTGK, k_BTGK: [B, T, G, K]; G divides H, and the heads of a group share queries and keys.
         v_BTHV: [B, T, H, V].
         g_BTH: [B, T, H], log of the decay, at most 0.
-        chunk_size: tokens a chunk of the torch form.
-        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state.
+        chunk_size: tokens per chunk of the torch form.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state.
         state: S [B, H, K, V] in float32 (float64 for float64 inputs).
         backend: auto | reference | torch | fla.
 
@@ -35,7 +35,7 @@ def simple_gla(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
     """
     if fla_backend.uses_fla(backend, q_BTGK, "simple_gla"):
         return _kernel(q_BTGK, k_BTGK, v_BTHV, g_BTH, cu_seqlens, state)

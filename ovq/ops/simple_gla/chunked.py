@@ -1,9 +1,9 @@
-"""Simple GLA in chunks: products within a chunk are quadratic, between chunks they go through the state.
+"""Simple GLA in chunks: quadratic within a chunk, through the state between chunks (arXiv 2405.21060, sec. 6).
 
 Within a chunk, o_i = sum_{j<=i} exp(a_i - a_j) (q_i.k_j) v_j + exp(a_i) S^T q_i with a the running sum of g: two masked
-products a chunk, for all chunks at once; only the T / L state updates follow each other. (arXiv 2405.21060, sec. 6.)
+matrix products per chunk, batched over all chunks; only the T / L state updates are sequential.
 
-Shapes: B batch, T tokens, H heads, G groups of heads, K key width, V value width, C chunks, L tokens a chunk.
+Shapes: B batch, T tokens, H heads, G groups of heads, K key width, V value width, C chunks, L tokens per chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ovq.ops.common import work_dtype
 
 @dataclass
 class Memory:
-    """What a sequence of (k, v, g) has written, ready to be read by any queries."""
+    """What a sequence of (k, v, g) has written, ready to be read by queries."""
 
     key_BGCLK: Tensor
     value_BHCLV: Tensor
@@ -32,7 +32,7 @@ class Memory:
 def forward(
     q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, g_BTH: Tensor | None, *, chunk_size: int, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`; g None is no decay."""
+    """As `reference.forward`; g = None means no decay."""
     B, T, H, V = v_BTHV.shape
     L = min(chunk_size, T)
     q, k, v = (to_chunks(x.to(work_dtype(x)), L) for x in (q_BTGK, k_BTGK, v_BTHV))
@@ -48,18 +48,18 @@ def to_chunks(x_BTHK: Tensor, L: int) -> Tensor:
 
 
 def from_chunks(x_BHCLV: Tensor, T: int) -> Tensor:
-    """The inverse of `to_chunks`, cut to T tokens."""
+    """The inverse of `to_chunks`, without the padding: [B, T, H, V]."""
     return x_BHCLV.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T]
 
 
 def spread(x_BGCLK: Tensor, H: int) -> Tensor:
-    """Groups to heads; one group is left to broadcasting, as its products with itself are then made once."""
+    """Expand groups to heads. A single group is left to broadcasting, so that its products are computed only once."""
     G = x_BGCLK.shape[1]
     return x_BGCLK if G in (1, H) else x_BGCLK.repeat_interleave(H // G, dim=1)
 
 
 def write(k_BGCLK: Tensor, v_BHCLV: Tensor, g_BHCL: Tensor | None, state_BHKV: Tensor | None) -> Memory:
-    """Run the states over all chunks. Padding writes nothing: its k, v and g are 0."""
+    """Compute the state before every chunk. Padding writes nothing: its k, v and g are 0."""
     B, H, C, L, V = v_BHCLV.shape
     mask_LL = torch.ones(L, L, dtype=torch.bool, device=v_BHCLV.device).tril()
     if g_BHCL is None:
@@ -81,7 +81,7 @@ def write(k_BGCLK: Tensor, v_BHCLV: Tensor, g_BHCL: Tensor | None, state_BHKV: T
 
 
 def read(q_BGCLK: Tensor, memory: Memory) -> Tensor:
-    """o [B, H, C, L, V] of queries in chunks."""
+    """o [B, H, C, L, V] for queries in chunks."""
     own = (q_BGCLK @ memory.key_BGCLK.transpose(-1, -2) * memory.decay_BHCLL) @ memory.value_BHCLV
     carried = q_BGCLK @ memory.states_BHCKV
     return own + (carried if memory.from_start_BHCL1 is None else carried * memory.from_start_BHCL1)

@@ -22,22 +22,22 @@ def sliding_window_attention(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q.k / sqrt(K)) applied to the values; query t stands at key position S - T + t and sees itself and the
+    """softmax(q.k / sqrt(K)) applied to the values; query t is at key position S - T + t and attends to itself and the
     window - 1 keys before it.
 
     Args:
         q_BTHK: [B, T, H, K].
-        k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried ones, of which
+        k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried over, of which
             window - 1 are enough.
         window: number of keys attended to, at least 1.
-        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without carried keys.
-        backend: auto | reference | torch | flex. auto: FlexAttention on CUDA where it can run, else torch.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no carried keys.
+        backend: auto | reference | torch | flex. auto is FlexAttention on CUDA where it can run, else torch.
 
     Returns:
         o [B, T, H, V] in q's dtype.
 
     Raises:
-        ValueError: an illegal backend, window or shape, or cu_seqlens with carried keys or B > 1.
+        ValueError: an invalid backend, window or shape, or cu_seqlens with carried keys or B > 1.
     """
     check(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, backend, "sliding_window_attention")
     if window < 1:

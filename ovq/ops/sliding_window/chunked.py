@@ -1,11 +1,11 @@
 """Sliding-window attention in bands, on any device: time and memory linear in T, no T x T matrix.
 
-A block of C queries meets one strip of C + W keys, W the window rounded up to whole blocks. Strips overlap; they are
-views of one padded tensor. Several blocks at a time are one batched product, few enough for their logits to stay in
-the cache, and the backward pass makes the logits again: what is kept is q, k and v.
+A block of C queries attends to one strip of C + W keys, where W is the window rounded up to whole blocks. Strips
+overlap; they are views of one padded tensor. Several blocks at a time form one batched matmul, few enough for their
+logits to stay in the cache. The backward pass recomputes the logits, so only q, k and v are saved.
 
-Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = B G, I blocks, C queries a block,
-K key, V value width, P = C + W keys a strip.
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = B G, I blocks, C queries per block,
+K key, V value width, P = C + W keys per strip.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ovq.ops.attention import chunked as sdpa
 from ovq.ops.common import work_dtype
 
-LOGITS_AT_ONCE = 2**20  # numbers, on a CPU: four megabytes
+LOGITS_AT_ONCE = 2**20  # elements, on a CPU: 4 MiB of float32
 LOGITS_AT_ONCE_GPU = 2**26
 
 
@@ -30,13 +30,13 @@ def forward(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int) -> Tens
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     reach = slice(max(0, S - T - window + 1), None)
     k, v = k_BSGK[:, reach], v_BSGV[:, reach]
-    if k.shape[1] <= window:  # every query sees all keys before it
+    if k.shape[1] <= window:  # every query attends to all keys before it
         return sdpa.forward(q_BTHK, k, v)
     return banded_attention(q_BTHK, k, v, window)
 
 
 class _Bands:
-    """How T queries and S keys are cut into blocks and strips, and the padded tensors between."""
+    """How T queries and S keys are cut into blocks and strips, with conversions to and from the padded layout."""
 
     def __init__(self, q_BTHK: Tensor, k_BSGK: Tensor, window: int) -> None:
         self.B, self.T, H, K = q_BTHK.shape
@@ -53,7 +53,7 @@ class _Bands:
         self.at_once = max(1, at_once // (self.R * self.C * self.P))
 
     def blocks(self, x_BTHK: Tensor) -> Tensor:
-        """[N, I, R C, K]: queries, or what has their shape, padded to whole blocks."""
+        """[N, I, R C, K]: queries, or a tensor of their shape, padded to whole blocks."""
         x = F.pad(x_BTHK, (0, 0, 0, 0, 0, self.I * self.C - self.T)) if self.T % self.C else x_BTHK
         x = x.view(self.B, self.I, self.C, self.G, self.R, -1).permute(0, 3, 1, 4, 2, 5)
         return x.to(self.dtype).reshape(self.B * self.G, self.I, self.R * self.C, -1)
@@ -64,7 +64,7 @@ class _Bands:
         return x.reshape(self.B, self.I * self.C, self.G * self.R, -1)[:, : self.T]
 
     def padded(self, x_BSGK: Tensor) -> Tensor:
-        """[N, W + I C, K]: keys or values with zeros where a strip reaches beyond them."""
+        """[N, W + I C, K]: keys or values, zero-padded where a strip reaches beyond them."""
         B, S, G, K = x_BSGK.shape
         out = x_BSGK.new_zeros(B, G, self.W + self.I * self.C, K, dtype=self.dtype)
         out[:, :, self.missing : self.missing + S] = x_BSGK.transpose(1, 2)
@@ -78,7 +78,7 @@ class _Bands:
         return x.unfold(1, self.P, self.C)
 
     def groups(self) -> Iterator[tuple[slice, slice]]:
-        """Which heads and blocks are computed together."""
+        """Slices of heads and blocks that are computed together."""
         N = self.B * self.G
         heads = max(1, self.at_once // self.I)
         step = min(self.I, self.at_once)
@@ -87,7 +87,7 @@ class _Bands:
                 yield slice(head, min(head + heads, N)), slice(block, min(block + step, self.I))
 
     def band(self, like: Tensor) -> Tensor:
-        """[R C, P]: 0 where query j of a block sees strip position p, -inf elsewhere."""
+        """[R C, P]: 0 where query j of a block attends to strip position p, -inf elsewhere."""
         query = torch.arange(self.C, device=like.device)[:, None]
         ahead = torch.arange(self.P, device=like.device) - self.W - query  # 0 at the query's own key
         seen = (ahead <= 0) & (ahead > -self.window)
@@ -103,12 +103,12 @@ class _Bands:
         return logits.softmax(-1, dtype=work_dtype(q)).to(q.dtype)
 
 
-# Operators of torch's own kind, so that a compiled model takes each as one node and not as all its blocks.
+# Custom operators, so that a compiled model has one node for each and not one for every block.
 
 
 @torch.library.custom_op("ovq::banded_attention", mutates_args=())
 def banded_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int) -> Tensor:
-    """Attention [B, T, H, V] to the last `window` of S keys; at most `window` - 1 are carried ones."""
+    """Attention [B, T, H, V] to the last `window` of S keys, of which at most `window` - 1 are carried."""
     bands = _Bands(q_BTHK, k_BSGK, window)
     q = bands.blocks(q_BTHK) * bands.scale
     keys, values = (bands.strips(bands.padded(x)) for x in (k_BSGK, v_BSGV))
@@ -168,10 +168,10 @@ banded_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _overlap_add(rows: Tensor, strips_MPK: Tensor, at: tuple[slice, slice], C: int) -> None:
-    """Add each strip to the rows it came from; the j-th blocks of all strips do not overlap, so they go together."""
+    """Add each strip to the rows it came from; the j-th blocks of all strips are disjoint, so add them together."""
     heads, blocks = at
-    number = blocks.stop - blocks.start
-    strips = strips_MPK.unflatten(0, (-1, number)).unflatten(2, (-1, C))
+    num_blocks = blocks.stop - blocks.start
+    strips = strips_MPK.unflatten(0, (-1, num_blocks)).unflatten(2, (-1, C))
     by_block = rows.unflatten(1, (-1, C))
     for j in range(strips.shape[2]):
         by_block[heads, blocks.start + j : blocks.stop + j] += strips[:, :, j]

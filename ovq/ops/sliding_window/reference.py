@@ -1,4 +1,4 @@
-"""The definition is that of full attention with a bound on how far back a query sees."""
+"""The definition is that of full attention, with a limit on how far back a query attends."""
 
 from ovq.ops.attention.reference import forward
 

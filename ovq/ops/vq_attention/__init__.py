@@ -24,31 +24,31 @@ def vq_attention(
     state: VQState | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, VQState | None]:
-    """Token t attends exactly to its own and the previous block, and to the codes of everything before.
+    """Token t attends exactly to its own and the previous block, and to the codes of all earlier tokens.
 
         logits = [ beta q.c_n + log count_n ] ++ [ beta q.k_s for s of the two blocks, s <= t ]
         o      = softmax(logits) @ [ mean value of the tokens with code n ; v_s ]
 
-    which is attention to all tokens with the keys of older blocks replaced by their nearest code. The codebook gets no
-    gradient (its owner learns it by moving averages); by the straight-through estimator each older key gets that of its
-    code, divided by the code's count.
+    which is attention to all tokens with the keys of older blocks replaced by their nearest codes. The codebook gets no
+    gradient (its owner learns it by moving averages); by the straight-through estimator, each older key gets the
+    gradient of its code, divided by the code's count.
 
     Args:
         q_BTHK: [B, T, H, K].
         k_BTGK, v_BTGV: [B, T, G, K or V], G divides H.
         codebook_GNK: [G, N, K].
         beta_H: [H], inverse temperature.
-        block_size: tokens a block.
-        quantize_recent: also the keys of the two recent blocks are replaced by their codes, as in Transformer-VQ.
-        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state.
-        state: of an earlier call with the same codebook.
+        block_size: tokens per block.
+        quantize_recent: also replace the keys of the two recent blocks by their codes, as in Transformer-VQ.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state.
+        state: returned by an earlier call with the same codebook.
         backend: auto | reference | torch.
 
     Returns:
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an illegal backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
     """
     if backend not in ("auto", "reference", "torch"):
         raise ValueError(f"backend={backend} of vq_attention is not a legal value; legal: auto, reference, torch")

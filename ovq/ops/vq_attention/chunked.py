@@ -1,6 +1,6 @@
-"""VQ-attention block by block: running value sums and counts for each code, exact attention in two blocks.
+"""VQ-attention block by block: running value sums and counts per code, exact attention within two blocks.
 
-Shapes: B batch, T tokens, S all tokens in reach, H query heads, G key/value heads, N codes, K key, V value width.
+Shapes: B batch, T tokens, S recent + new tokens, H query heads, G key/value heads, N codes, K key, V value width.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def forward(
     codes = codebook_GNK.detach().to(work)
     count = state.count if state else k.new_zeros(B, G, N, dtype=work)
     value_sum = state.value_sum if state else k.new_zeros(B, G, N, V, dtype=work)
-    key_sum = k.new_zeros(B, G, N, K, dtype=work)  # carries the straight-through gradient, never the value
+    key_sum = k.new_zeros(B, G, N, K, dtype=work)  # carries only the straight-through gradient, not a value
 
     def absorb(block: slice) -> None:
         nonlocal count, value_sum, key_sum
@@ -61,7 +61,7 @@ def forward(
                 q_BTHK[:, max(start, position) - position : stop - position],
                 (codes + (mean - mean.detach())).transpose(1, 2),
                 (value_sum / scale).transpose(1, 2).to(v.dtype),
-                count.log(),  # -inf where a code has no token
+                count.log(),  # -inf for codes without tokens
                 recent[:, own],
                 v[:, own],
                 beta_H,
@@ -71,19 +71,19 @@ def forward(
     if done < held:
         absorb(slice(done - first, held - first))
     kept = slice(held - first, None)
-    # Cloned: a view would keep the whole piece's keys alive.
+    # Cloned, because a view would keep the whole piece's keys alive.
     new_state = VQState(value_sum, count, k[:, kept].clone(), v[:, kept].clone(), end)
     return torch.cat(rows, dim=1), new_state
 
 
 def scatter_rows(sums_BGNK: Tensor, index_BGS: Tensor, rows_BSGK: Tensor) -> Tensor:
-    """sums with each row added to the code it belongs to."""
+    """The sums with each row added to that of its code."""
     rows = rows_BSGK.transpose(1, 2).to(sums_BGNK.dtype)
     return sums_BGNK.scatter_add(2, index_BGS[..., None].expand_as(rows), rows)
 
 
 def straight_through(k_BSGK: Tensor, codebook_GNK: Tensor, code_BSG: Tensor) -> Tensor:
-    """The keys' codes in value, the keys themselves in gradient (arXiv 2309.16354, eq. 3)."""
+    """The codes in the forward pass, with gradients passed through to the keys (arXiv 2309.16354, eq. 3)."""
     G = codebook_GNK.shape[0]
     quantised = codebook_GNK.detach()[torch.arange(G, device=k_BSGK.device), code_BSG].to(k_BSGK.dtype)
     return k_BSGK + (quantised - k_BSGK).detach()

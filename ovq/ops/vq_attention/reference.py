@@ -1,6 +1,6 @@
 """VQ-attention, one query at a time: the definition.
 
-Shapes: B batch, T tokens, S all tokens in reach, H query heads, G key/value heads, N codes, K key, V value width.
+Shapes: B batch, T tokens, S recent + new tokens, H query heads, G key/value heads, N codes, K key, V value width.
 """
 
 from __future__ import annotations

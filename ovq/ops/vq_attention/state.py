@@ -1,4 +1,4 @@
-"""What VQ-attention carries from piece to piece, and which code a key has.
+"""The state that VQ-attention carries from piece to piece, and the assignment of keys to codes.
 
 Shapes: B batch, T tokens, S recent tokens, G key/value heads, N codes, K key width, V value width.
 """
@@ -16,8 +16,8 @@ from ovq.ops.common import work_dtype
 
 @dataclass
 class VQState:
-    """value_sum [B, G, N, V] and count [B, G, N] (float32; float64 for float64 inputs) of the tokens in blocks before
-    the recent ones; the recent keys and values [B, S, G, ...], not quantised; and the number of tokens so far."""
+    """value_sum [B, G, N, V] and count [B, G, N] (float32; float64 for float64 inputs) over the tokens before the
+    recent blocks; the recent keys and values [B, S, G, K or V], not quantised; and the number of tokens so far."""
 
     value_sum: Tensor
     count: Tensor
@@ -35,13 +35,13 @@ pytree.register_pytree_node(
 
 
 def recent_start(position: int, block_size: int) -> int:
-    """First token that is still held as it is when the next token has this position: that of the previous block."""
+    """The first token still held exactly when the next token has this position: the start of the previous block."""
     return max(0, position // block_size - 1) * block_size
 
 
 @torch.no_grad()
 def assign(k_BTGK: Tensor, codebook_GNK: Tensor) -> Tensor:
-    """int64 [B, T, G]: the code nearest to each key (Euclidean), ties to the lowest."""
+    """int64 [B, T, G]: the nearest code to each key (Euclidean); ties go to the lowest index."""
     work = work_dtype(k_BTGK)
     code = codebook_GNK.to(work)
     score_BGTN = k_BTGK.to(work).transpose(1, 2) @ code.transpose(-1, -2) - code.square().sum(-1)[:, None] / 2
