@@ -475,14 +475,14 @@ def test_kvm_fills_its_places_then_merges_by_cosine() -> None:
         if not entries:
             entries.append([chunk.pop(0)])
         centres = F.normalize(torch.stack([k[0, members, 0].sum(0) for members in entries]), dim=-1)
-        likeness = k[0, chunk, 0] @ centres.T
-        order = likeness.max(-1).values.argsort().tolist()
+        similarity = k[0, chunk, 0] @ centres.T
+        order = similarity.max(-1).values.argsort().tolist()
         novel = {chunk[i] for i in order[: 9 - len(entries)]}
         for i, token in enumerate(chunk):
             if token in novel:
                 entries.append([token])
             else:
-                entries[int(likeness[i].argmax())].append(token)
+                entries[int(similarity[i].argmax())].append(token)
     state = mixer(x, return_state=True)[1].memory
     assert state.note[0, 0].tolist() == [len(members) for members in entries]
     want = torch.stack([v[0, members, 0].sum(0) for members in entries])

@@ -120,7 +120,7 @@ def by_formula(
     count: list[int] = []
     outputs, assigned = [], []
 
-    def likeness(t: int, key: np.ndarray, value: np.ndarray) -> float:
+    def similarity(t: int, key: np.ndarray, value: np.ndarray) -> float:
         if options.get("assign_on", "key") == "key":
             return float(k[t] @ key)
         return -float(((k[t] - key) ** 2).sum() + ((v[t] - value) ** 2).sum())
@@ -141,7 +141,7 @@ def by_formula(
         new = min(max(size, 1), end) - len(count)
         first = not count
         seen = [(k[0], v[0])] if first else list(zip(mu_k, mu_v))
-        score = {t: [likeness(t, key, value) for key, value in seen] for t in tokens}
+        score = {t: [similarity(t, key, value) for key, value in seen] for t in tokens}
         home = {t: int(np.argmax(score[t])) for t in tokens}  # argmax takes the first of equals
         rank = {t: max(score[t]) for t in tokens}
         if options.get("seeding") == "random":
@@ -558,7 +558,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         ((q, k, v[:, :, :1], beta), "k and v in heads"),
         ((q[..., :4], k, v, beta), "q and k in width"),
         ((q[:, :, :3], k, v, beta[:3]), "3 query heads must be a multiple of the 2 key/value heads"),
-        ((q, k, v, beta[:3]), r"beta must be one number a query head, \[4\], got \[3\]"),
+        ((q, k, v, beta[:3]), r"beta must be one number per query head, \[4\], got \[3\]"),
         ((q, k.float(), v, beta), "one floating-point dtype"),
         ((q[0], k, v, beta), r"must be \[B, T, heads, width\]"),
         ((q[:, :0], k[:, :0], v[:, :0], beta), "at least one token"),

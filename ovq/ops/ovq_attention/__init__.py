@@ -1,7 +1,7 @@
-"""OVQ-attention (arXiv 2602.03922): attention to a dictionary learned while reading, and exactly to the own chunk.
+"""OVQ-attention (arXiv 2602.03922): attention to a dictionary learned online, and exactly to the current chunk.
 
-`interface` is the call, `spec` the settings and the state; the backends are `reference` (the definition), `chunked`
-("torch", fast on any device) and `kernels` ("triton", GPU).
+`interface` holds the entry points, `spec` the settings and the state; the backends are `reference` (the definition),
+`chunked` ("torch", fast on any device) and `kernels` ("triton", GPU).
 """
 
 from ovq.ops.ovq_attention.interface import attend, ovq_attention

@@ -2,14 +2,14 @@
 
 What makes it fast:
 - The chunk's tokens and the centroids lie side by side as rows [value | key | log count] of one table. Prediction is a
-  product (a column of ones in the queries adds the log counts), a fused softmax, a product. Only the rows that a chunk
-  touches are written anew, and products run over the centroids in use, not over the capacity.
-- The backward pass walks the chunks in reverse and undoes their updates, so that nothing is saved but q, k, v and one
-  integer a token. Sums are undone in float64, where the rounding of long sums does not show. A constant step cannot be
-  undone by division: the rows it overwrites, at most one a token, are kept instead.
-- The gradient of a centroid's mean is summed by the matmul itself (`baddbmm_`) for as long as its count stays the same,
-  and divided by the count only when the walk meets a chunk that touched it.
-- Each core walks through some of the heads and rows of the batch alone (`ovq.ops.parallel` says why).
+  matmul (a column of ones in the queries adds the log counts), a fused softmax and another matmul. Only the rows that a
+  chunk touches are rewritten, and the matmuls run over the centroids in use, not over the capacity.
+- The backward pass walks the chunks in reverse and undoes their updates, so that only q, k, v and one integer per token
+  are saved. Sums are undone in float64, where the rounding errors of long sums are negligible. A constant step cannot
+  be undone by division, so the rows that it overwrites, at most one per token, are saved instead.
+- The gradient of a centroid's mean is accumulated by the matmul itself (`baddbmm_`) as long as its count does not
+  change, and divided by the count only when the walk reaches a chunk that touched it.
+- Each core walks some of the heads and rows of the batch on its own (see `ovq.ops.parallel` for why).
 
 Shapes: B batch, T queries, S tokens, L chunk, l tokens and t queries of one chunk, H query heads, G key/value heads,
 R = H / G, P = B G, N capacity, n centroids in use, K key width, V value width, W = V + K + 1 (width of a row).
@@ -29,8 +29,8 @@ from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 from ovq.ops.ovq_attention.table import Chunk, Table, chunks_of
 from ovq.ops.parallel import run_pieces
 
-# On a CPU, in numbers of probabilities: a call that one core does faster alone, and the chunk of a piece, which should
-# stay in a core's caches from product to softmax to product.
+# Thresholds on a CPU, counted in attention probabilities: the size of a call up to which one core alone is faster, and
+# the size of a chunk of one piece, which should stay in a core's caches from matmul to softmax to matmul.
 SMALL_CALL = 2**18
 PIECE = 2**19
 
@@ -112,11 +112,11 @@ class _Outputs:
     o_BTHV: Tensor
     a_BGS: Tensor
     new: Dictionary
-    overwritten: Tensor | None = None  # [B, whole chunks, G, L, W]: rows of sums before each chunk, for a constant step
+    overwritten: Tensor | None = None  # [B, whole chunks, G, L, W]: sums before each chunk, for a constant step
 
 
 class _Piece(NamedTuple):
-    """Some rows of the batch and some key/value heads, with their R query heads: what one core does alone."""
+    """Some rows of the batch and some key/value heads, with their R query heads each: the work of one core."""
 
     batch: slice
     groups: slice
@@ -146,13 +146,13 @@ class _Piece(NamedTuple):
 
 
 def _pieces(q: Tensor, G: int, chunks: list[Chunk]) -> list[_Piece]:
-    """At least one piece a core where there is that much to do, and small enough for a core's own cache."""
+    """At least one piece per core if there is enough work, each small enough for a core's own cache."""
     B, H = q.shape[0], q.shape[2]
     rows, R = B * G, H // G
-    numbers = max(c.length * R * (c.length + c.before) for c in chunks)  # of the probabilities of one row
-    if q.device.type == "cpu" and len(chunks) * rows * numbers > SMALL_CALL:
+    probabilities = max(c.length * R * (c.length + c.before) for c in chunks)  # attention probabilities of one row
+    if q.device.type == "cpu" and len(chunks) * rows * probabilities > SMALL_CALL:
         cores = min(rows, torch.get_num_threads())
-        rounds = -(-rows * numbers // (PIECE * cores))  # pieces of each core
+        rounds = -(-rows * probabilities // (PIECE * cores))  # pieces per core
         rows = -(-rows // (rounds * cores))
     heads, entries = (rows, 1) if rows < G else (G, rows // G)
     return [
@@ -173,7 +173,7 @@ def _walk_forward(
     out: _Outputs,
     chunks: list[Chunk],
 ) -> None:
-    """Predict and update, chunk by chunk; everything is written into `out`."""
+    """Predict and update, chunk by chunk; all results are written into `out`."""
     (B, H), G, V, L = q.shape[::2], k.shape[2], v.shape[3], spec.chunk_size
     work = work_dtype(q)
     table = Table(dictionary, L, q.dtype, work)
@@ -182,9 +182,9 @@ def _walk_forward(
     scratch = _scratch(chunks, q, B * G)
     for number, chunk in enumerate(chunks):
         table.load(k[:, chunk.tokens], v[:, chunk.tokens])
-        if chunk.asked.stop > chunk.asked.start:
-            p, span = _attention(_queries(q[:, chunk.asked], beta_H, G, work), table, chunk, scratch)
-            out.o_BTHV[:, chunk.asked] = _from_rows(p @ span[..., :V], B, H)
+        if chunk.queries.stop > chunk.queries.start:
+            p, span = _attention(_queries(q[:, chunk.queries], beta_H, G, work), table, chunk, scratch)
+            out.o_BTHV[:, chunk.queries] = _from_rows(p @ span[..., :V], B, H)
         if chunk.whole:
             if forced is None:
                 a_PL = _assign(table, chunk, dictionary.position + chunk.tokens.start, spec, scratch)
@@ -210,16 +210,17 @@ def _walk_backward(
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     chunks: list[Chunk],
 ) -> None:
-    """Gradients of q, k, v and (a sum for each row of the batch) beta, from the last chunk to the first, into `grads`.
+    """Write the gradients of q, k, v and beta (a sum per row of the batch) into `grads`, last chunk first.
 
-    With dS the gradient of the sums and A what the matmuls have summed for each mean since its count last changed,
-    dS + A / c is what reaches the tokens of a chunk; then the chunk's update is undone, and its prediction follows.
+    Let dS be the gradient of the sums and A what the matmuls have accumulated for each mean since its count last
+    changed. The tokens of a chunk receive dS + A / c; then the chunk's update is undone, and its prediction is
+    differentiated.
     """
     (B, H), (G, K), V, L = q.shape[::2], k.shape[2:], v.shape[3], spec.chunk_size
     work = work_dtype(q)
     table = _final_table(k, v, spec, dictionary, a_BGS, last, chunks, work)
     p_scratch, s_scratch = _scratch(chunks, q, B * G), _scratch(chunks, q, B * G)
-    dmean = torch.zeros_like(table.rows[..., :-1])  # A; the rows of tokens are their own gradient
+    dmean = torch.zeros_like(table.rows[..., :-1])  # A; the rows of tokens hold the tokens' own gradients
     dsum = torch.zeros_like(dmean)
     flat_dmean, flat_dsum = dmean.view(-1, V + K), dsum.view(-1, V + K)
     dq, dk, dv, dbeta_BH = grads
@@ -236,16 +237,16 @@ def _walk_backward(
             )
             flat_dsum.index_copy_(0, index, before)
             flat_dmean.index_fill_(0, index, 0)
-        if chunk.asked.stop > chunk.asked.start:
-            x = _queries(q[:, chunk.asked], beta_H, G, work)
+        if chunk.queries.stop > chunk.queries.start:
+            x = _queries(q[:, chunk.queries], beta_H, G, work)
             p, span = _attention(x, table, chunk, p_scratch)
-            g = _to_rows(do[:, chunk.asked].to(work), G)
+            g = _to_rows(do[:, chunk.queries].to(work), G)
             ds = _view(s_scratch, p.shape)
             torch.bmm(g, span[..., :V].transpose(1, 2), out=ds)
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, work, grad_input=ds)
-            dx_BtHK = _from_rows(ds @ span[..., V:-1], B, H)  # of beta q
-            dbeta_BH += (dx_BtHK * q[:, chunk.asked]).sum((1, 3))
-            dq[:, chunk.asked] = dx_BtHK * beta_H.to(work)[:, None]
+            dx_BtHK = _from_rows(ds @ span[..., V:-1], B, H)  # gradient of beta q
+            dbeta_BH += (dx_BtHK * q[:, chunk.queries]).sum((1, 3))
+            dq[:, chunk.queries] = dx_BtHK * beta_H.to(work)[:, None]
             into = dmean[:, L - chunk.length : L + chunk.before]
             into[..., :V].baddbmm_(p.transpose(1, 2), g)
             into[..., V:].baddbmm_(ds.transpose(1, 2), x[..., :-1])
@@ -256,26 +257,26 @@ def _walk_backward(
 
 
 def _attention(x_PrX: Tensor, table: Table, chunk: Chunk, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax([beta q.k_s for s <= t, beta q.mu^k + log c]), as [P, R t, l + n], and the rows that it weighs."""
+    """softmax([beta q.k_s for s <= t, beta q.mu^k + log c]), as [P, R t, l + n], and the table rows that it weights."""
     span = table.rows[:, table.L - chunk.length : table.L + chunk.before]
     logits = _view(scratch, (*x_PrX.shape[:2], span.shape[1]))
     torch.bmm(x_PrX, span[..., table.V :].transpose(1, 2), out=logits)
-    asked = chunk.asked.stop - chunk.asked.start
-    future_tl = table.future_LL[chunk.length - asked : chunk.length, : chunk.length]
-    logits.unflatten(1, (-1, asked))[..., : chunk.length].masked_fill_(future_tl, -torch.inf)
+    t = chunk.queries.stop - chunk.queries.start
+    future_tl = table.future_LL[chunk.length - t : chunk.length, : chunk.length]
+    logits.unflatten(1, (-1, t))[..., : chunk.length].masked_fill_(future_tl, -torch.inf)
     return torch.softmax(logits, -1, out=logits), span
 
 
 def _assign(table: Table, chunk: Chunk, start: int, spec: OVQSpec, scratch: Tensor) -> Tensor:
-    """int64 [P, L]: the centroid of each token of a whole chunk, as `reference.assign`."""
+    """int64 [P, L]: the centroid of each token of a whole chunk, as in `reference.assign`."""
     L, n, V = table.L, chunk.before, table.V
     own = table.rows[:, :L, V:-1] if spec.assign_on == "key" else table.rows[:, :L, :-1]
-    held = table.rows[:, L : L + n] if n else table.rows[:, :1]  # an empty dictionary: the first token is centroid 0
+    held = table.rows[:, L : L + n] if n else table.rows[:, :1]  # empty: the first token is centroid 0
     held = held[..., V:-1] if spec.assign_on == "key" else held[..., :-1]
-    likeness = torch.bmm(own, held.transpose(1, 2), out=_view(scratch, (len(own), L, held.shape[1])))
+    similarity = torch.bmm(own, held.transpose(1, 2), out=_view(scratch, (len(own), L, held.shape[1])))
     if spec.assign_on == "key_value":
-        likeness -= held.square().sum(-1)[:, None, :] / 2
-    best_PL, a_PL = likeness.max(-1)
+        similarity -= held.square().sum(-1)[:, None, :] / 2
+    best_PL, a_PL = similarity.max(-1)
     founded = chunk.after - n
     if founded == 0:
         return a_PL
@@ -285,7 +286,7 @@ def _assign(table: Table, chunk: Chunk, start: int, spec: OVQSpec, scratch: Tens
         if spec.assign_on == "key_value":
             best_PL = best_PL - own.square().sum(-1) / 2  # half the negative squared distance
         order = best_PL.argsort(dim=-1, stable=True)
-    if n == 0:  # the first token founds centroid 0, whatever the order
+    if n == 0:  # the first token always founds centroid 0
         order = torch.cat([torch.zeros_like(order[:, :1]), order[order != 0].view(len(order), -1)], dim=1)
     founders = order[:, :founded].sort(-1).values
     if n == 0 and spec.first_chunk == "nearest":
@@ -295,7 +296,7 @@ def _assign(table: Table, chunk: Chunk, start: int, spec: OVQSpec, scratch: Tens
 
 
 def _commit(table: Table, a_PL: Tensor, spec: OVQSpec, keep: Tensor | None) -> None:
-    """Add a whole chunk to the sums and write its centroids' means; the rows that change go into `keep` before."""
+    """Add a whole chunk to the sums and update its centroids' means; `keep` first gets the old sums."""
     index, tokens = table.index(a_PL), table.tokens()
     if spec.rate is not None:
         sums = table.sums.view(-1, tokens.shape[1])
@@ -313,7 +314,7 @@ def _commit(table: Table, a_PL: Tensor, spec: OVQSpec, keep: Tensor | None) -> N
 def _undo(
     table: Table, index: Tensor, reached: Tensor, spec: OVQSpec, overwritten: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Take a chunk out of the dictionary; the gradients of the sums as they were before it, and of its tokens."""
+    """Remove a chunk from the dictionary; returns the gradients of the sums before the chunk, and of its tokens."""
     before, tokens = reached, table.tokens()
     if spec.rate is None:
         table.add(index, tokens, sign=-1)
@@ -328,9 +329,9 @@ def _undo(
 
 
 def _step_weights(table: Table, index: Tensor, count: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """By what a constant step multiplies a centroid's sum and each of its m new tokens, [P L, 1] each.
+    """The factors of a constant step for a centroid's old sum and for each of its m new tokens, [P L, 1] each.
 
-    mu <- (1-rate)^m mu + (1 - (1-rate)^m) mean(tokens), and a sum is count x mean; a new centroid takes the mean.
+    mu <- (1-rate)^m mu + (1 - (1-rate)^m) mean(tokens), and a sum is count x mean; a new centroid starts as the mean.
     """
     ones = torch.ones_like(index, dtype=count.dtype)
     m = count.new_zeros(table.rows.shape[0] * table.rows.shape[1]).index_add_(0, index, ones)[index][:, None]
@@ -348,7 +349,7 @@ def _final_table(
     chunks: list[Chunk],
     work: torch.dtype,
 ) -> Table:
-    """The table after the last whole chunk: from what was kept, or by summing again, in float64."""
+    """The table after the last whole chunk: from the saved sums, or by summing again in float64."""
     if last is not None:
         table = Table(last, spec.chunk_size, k.dtype, work)
         table.hold_sums(last, work)
@@ -365,7 +366,7 @@ def _final_table(
 
 
 def _scratch(chunks: list[Chunk], q: Tensor, P: int) -> Tensor:
-    """Room for the largest [P, R t, l + n] or [P, L, n] of this call, used again for every chunk."""
+    """A buffer for the largest [P, R t, l + n] or [P, L, n] of this call, reused for every chunk."""
     R = q.shape[0] * q.shape[2] // P
     largest = max(c.length * R * (c.length + c.before) for c in chunks)
     return q.new_empty(P * largest, dtype=work_dtype(q))
@@ -376,7 +377,7 @@ def _view(scratch: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 def _queries(q_BtHK: Tensor, beta_H: Tensor, G: int, work: torch.dtype) -> Tensor:
-    """[P, R t, K + 1]: beta q, and a one that picks up the log count."""
+    """[P, R t, K + 1]: beta q, and a 1 that adds the log count to each logit."""
     B, t, H, K = q_BtHK.shape
     x = q_BtHK.new_ones(B, G, H // G, t, K + 1, dtype=work)
     torch.mul(

@@ -1,14 +1,14 @@
-"""The call `ovq_attention`: checks arguments, chooses the backend, joins pending and new tokens, builds the next state.
+"""`ovq_attention`: checks the arguments, picks a backend, joins pending and new tokens, builds the next state.
 
 A backend is a module beside this one with
 
     forward(q_BTHK, k_BSGK, v_BSGV, beta_H, spec, dictionary, assignment=None) -> (o_BTHV, dictionary, assignment_BGS)
 
-for S >= T tokens that begin at `dictionary.position`, the queries being of the last T; assignment int32, -1 in an
-unfinished last chunk. Passing `assignment` forces it, which is how backends are compared. It may also have
+for S >= T tokens that start at `dictionary.position`, with queries for the last T; assignment is int32, and -1 in an
+unfinished last chunk. Passing `assignment` forces it, which is how backends are compared. A backend may also have
 
     forward_packed(q_1THK, k_1TGK, v_1TGV, beta_H, spec, cu_seqlens) -> o_1THV
-    unsupported(q_BTHK, k_BSGK, v_BSGV, spec) -> str | None      one line that says what it cannot do, and why
+    unsupported(q_BTHK, k_BSGK, v_BSGV, spec) -> str | None      None, or one line on what it cannot do, and why
 
 Shapes: B batch, T tokens, S pending + new tokens, H query heads, G key/value heads, N centroids, K and V widths.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from ovq.ops.common import BackendError, each_document, work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState, check_step_size, document_bounds
 
-MODULES = {"reference": "reference", "torch": "chunked", "triton": "kernels"}  # by backend, beside this one
+MODULES = {"reference": "reference", "torch": "chunked", "triton": "kernels"}  # sibling module of each backend
 BACKENDS = ("auto", *MODULES)
 
 
@@ -51,19 +51,19 @@ def ovq_attention(
     return_state: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, OVQState | None]:
-    """softmax(beta q.[mu^k, k_chunk] + [log count, 0]) [mu^v, v_chunk], the dictionary mu being that before the chunk.
+    """softmax(beta q.[mu^k, k_chunk] + [log count, 0]) [mu^v, v_chunk], with mu the dictionary before the chunk.
 
     Differentiable in q, k, v and beta. Assignments and counts carry no gradient, and none flows through a carried state
-    (a piece learns from its own tokens: truncated backpropagation).
+    (truncated backpropagation: a piece learns only from its own tokens).
 
     Args:
-        q: [B, T, H, K], used as given: the layer normalises queries and keys.
-        k, v: [B, T, G, K] and [B, T, G, V]; H is a multiple of G, heads of a group share one dictionary.
-        beta: [H], multiplies q.k; there is no other scale.
+        q: [B, T, H, K], used as given: it is the layer that normalises queries and keys.
+        k, v: [B, T, G, K] and [B, T, G, V]; H is a multiple of G, and the query heads of a group share one dictionary.
+        beta: [H], multiplies q.k; there is no other scaling.
         num_centroids ... assign_on: see `OVQSpec`; `step` is its step_size.
-        cu_seqlens: int32 [documents + 1], bounds of packed documents; only with B = 1 and without a state. The
-            dictionary begins anew, and chunks are counted anew, at each.
-        state: what an earlier call with the same settings returned; None at the start. Not modified.
+        cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state. The
+            dictionary and the chunking restart at each document.
+        state: returned by an earlier call with the same settings; None at the start. Not modified.
         return_state: also return the state after the last token.
         backend: reference (the definition, slow) | torch (any device) | triton (GPU) | auto (triton where it can run).
 
@@ -71,7 +71,7 @@ def ovq_attention(
         o [B, T, H, V] in q's dtype, and the state (None unless return_state).
 
     Raises:
-        ValueError: a setting or shape that does not fit, or a backend that cannot do what is asked.
+        ValueError: an invalid setting or shape, or a backend that does not support this call.
     """
     check_step_size("step", step)
     spec = OVQSpec(
@@ -100,7 +100,7 @@ def attend(
     return_state: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, OVQState | None]:
-    """`ovq_attention` with its settings as a spec, which a layer makes and checks once."""
+    """`ovq_attention` with its settings as a spec, which a layer builds and validates only once."""
     _check_shapes(q, k, v, beta)
     chosen = _choose(backend, q, k, v, spec)
     if cu_seqlens is not None:
@@ -108,7 +108,7 @@ def attend(
         if hasattr(chosen, "forward_packed"):
             return chosen.forward_packed(q, k, v, beta, spec, cu_seqlens), None
         alone = functools.partial(_run, chosen, beta=beta, spec=spec)
-        document_bounds(cu_seqlens, q.shape[1])  # refuses what are none
+        document_bounds(cu_seqlens, q.shape[1])  # raises unless these are valid bounds
         return each_document(lambda *qkv: alone(*qkv)[0], cu_seqlens, (q, k, v)), None
     if state is not None:
         _check_state(state, q, k, v, spec)
@@ -119,7 +119,7 @@ def attend(
 def _run(
     backend: Any, q: Tensor, k: Tensor, v: Tensor, *, beta: Tensor, spec: OVQSpec, state: OVQState | None = None
 ) -> tuple[Tensor, OVQState]:
-    """One document, or a piece of one: outputs, and the state after the last token."""
+    """Outputs of one document, or a piece of one, and the state after the last token."""
     if state is None:
         dictionary = _empty(k, v, spec)
     else:
@@ -129,7 +129,7 @@ def _run(
     o, new, _ = backend.forward(q, k, v, beta, spec, dictionary)
     end = dictionary.position + k.shape[1]
     pending = slice(k.shape[1] - end % spec.chunk_size, None)
-    # Cloned: a view would keep the whole piece's keys alive.
+    # Cloned, because a view would keep the whole piece's keys alive.
     kept_k, kept_v = k.detach()[:, pending].clone(), v.detach()[:, pending].clone()
     return o, OVQState(new.key_sum.detach(), new.value_sum.detach(), new.count.detach(), kept_k, kept_v, new.size, end)
 
@@ -142,7 +142,7 @@ def _empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
 
 
 def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any:
-    """The module that does the work."""
+    """The backend module to use."""
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend} of ovq_attention is not a legal value; legal: {', '.join(BACKENDS)}")
     if backend == "auto":
@@ -150,7 +150,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any
         return _MODULES["triton" if fits else "torch"]
     if backend not in _MODULES:
         raise BackendError(
-            f"backend={backend} of ovq_attention needs the triton package and a build of torch for a GPU (or "
+            f"backend={backend} of ovq_attention needs the triton package and a GPU build of torch (or "
             "TRITON_INTERPRET=1, which runs the kernels on the CPU, slowly); use backend=torch"
         )
     chosen = _MODULES[backend]
@@ -160,7 +160,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any
 
 
 def _load_backends() -> dict[str, Any]:
-    """Backends by name, imported with this file: torch.compile cannot trace an import. Triton only where it can run."""
+    """Backends by name, imported eagerly since torch.compile cannot trace an import; Triton only where it can run."""
     runs = torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"
     return {
         name: importlib.import_module(f"{__package__}.{module}")
@@ -189,7 +189,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> None:
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads")
     if beta.shape != q.shape[2:3]:
-        raise ValueError(f"beta must be one number a query head, [{q.shape[2]}], got {_shape(beta)}")
+        raise ValueError(f"beta must be one number per query head, [{q.shape[2]}], got {_shape(beta)}")
     if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype):
         raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not (q.device == k.device == v.device == beta.device):
@@ -202,25 +202,25 @@ def _check_packed(q: Tensor, cu_seqlens: Tensor, state: OVQState | None, return_
     if state is not None or return_state:
         raise ValueError("cu_seqlens excludes state and return_state: a carried state belongs to one document")
     if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs a batch of 1 with the documents one after the other, got {q.shape[0]}")
+        raise ValueError(f"cu_seqlens needs a batch of 1 with the documents concatenated, got {q.shape[0]}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 [documents + 1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}")
 
 
 def _check_state(state: OVQState, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> None:
-    """A state is of this batch, these heads and these settings, or it is refused."""
+    """Raise ValueError unless the state fits this batch, these heads and these settings."""
     B, _, G, K = k.shape
     want, got = [B, G, spec.num_centroids, K, v.shape[3]], [*state.key_sum.shape, state.value_sum.shape[-1]]
     if want != got:
-        raise ValueError(f"state is of [batch, heads, num_centroids, K, V] = {got}, this call of {want}")
+        raise ValueError(f"state is of [batch, heads, num_centroids, K, V] = {got}, but this call needs {want}")
     if state.size != spec.size_at(state.position) or state.pending_key.shape[1] != state.position % spec.chunk_size:
         raise ValueError(
             f"state holds {state.size} centroids and {state.pending_key.shape[1]} pending tokens after "
-            f"{state.position}, these settings {spec.size_at(state.position)} and "
+            f"{state.position}, but these settings give {spec.size_at(state.position)} and "
             f"{state.position % spec.chunk_size}: it was made with another chunk_size or growth"
         )
     if state.pending_key.dtype != q.dtype:
-        raise ValueError(f"state was made with {state.pending_key.dtype}, this call has {q.dtype}")
+        raise ValueError(f"state was made with {state.pending_key.dtype}, but this call has {q.dtype}")
 
 
 def _shape(x: Tensor) -> str:

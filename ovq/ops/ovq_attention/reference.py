@@ -1,8 +1,8 @@
 """OVQ-attention, chunk by chunk in plain tensors: the definition, differentiated by autograd.
 
-Slow, and it keeps a dictionary a chunk for the backward pass; equation numbers are those of arXiv 2602.03922.
+Slow, and it keeps one dictionary per chunk for the backward pass. Equation numbers refer to arXiv 2602.03922.
 
-Shapes: B batch, T queries, S tokens, L tokens of a chunk, H query heads, G key/value heads, R = H / G, N capacity,
+Shapes: B batch, T queries, S tokens, L tokens per chunk, H query heads, G key/value heads, R = H / G, N capacity,
 n centroids in use, K key width, V value width.
 """
 
@@ -25,9 +25,12 @@ def forward(
     dictionary: Dictionary,
     assignment: Tensor | None = None,
 ) -> tuple[Tensor, Dictionary, Tensor]:
-    """Outputs of the last T tokens, the dictionary after the last whole chunk, and each token's centroid [B, G, S]."""
+    """Outputs of the last T tokens, the dictionary after the last whole chunk, and each token's centroid [B, G, S].
+
+    The centroids are int32, -1 in an unfinished last chunk; `assignment` forces them.
+    """
     work = work_dtype(q_BTHK)
-    S, L, first = k_BSGK.shape[1], spec.chunk_size, k_BSGK.shape[1] - q_BTHK.shape[1]  # first token with a query
+    S, L, first = k_BSGK.shape[1], spec.chunk_size, k_BSGK.shape[1] - q_BTHK.shape[1]  # first token that has a query
     k_BGSK, v_BGSV = k_BSGK.to(work).transpose(1, 2), v_BSGV.to(work).transpose(1, 2)
     q_BHTK = (beta_H.to(work)[:, None] * q_BTHK.to(work)).transpose(1, 2)
     S_k, S_v, c = dictionary.key_sum.detach(), dictionary.value_sum.detach(), dictionary.count.detach()
@@ -36,8 +39,8 @@ def forward(
         chunk = slice(start, min(start + L, S))
         k, v = k_BGSK[:, :, chunk], v_BGSV[:, :, chunk]
         mu_k, mu_v = S_k[:, :, :n] / c[:, :, :n, None], S_v[:, :, :n] / c[:, :, :n, None]
-        asked = slice(max(start, first) - first, max(chunk.stop - first, 0))
-        outputs.append(predict(q_BHTK[:, :, asked], mu_k, mu_v, c[:, :, :n], k, v))
+        queries = slice(max(start, first) - first, max(chunk.stop - first, 0))
+        outputs.append(predict(q_BHTK[:, :, queries], mu_k, mu_v, c[:, :, :n], k, v))
         if k.shape[2] < L:  # an unfinished chunk is not committed
             assignments.append(torch.full(k.shape[:3], -1, device=k.device))
             break
@@ -55,7 +58,7 @@ def forward(
 
 
 def predict(q_BHTK: Tensor, mu_k: Tensor, mu_v: Tensor, c_BGn: Tensor, k_BGLK: Tensor, v_BGLV: Tensor) -> Tensor:
-    """o = softmax([beta q.mu^k + log c, beta q.k_s for s <= t]) [mu^v, v_s] (eq. 15); q is of the chunk's last T."""
+    """o = softmax([beta q.mu^k + log c, beta q.k_s for s <= t]) [mu^v, v_s] (eq. 15), for the chunk's last T tokens."""
     T, L = q_BHTK.shape[2], k_BGLK.shape[2]
     q_BGRTK = q_BHTK.unflatten(1, (k_BGLK.shape[1], -1))
     old = torch.einsum("bgrtk,bgnk->bgrtn", q_BGRTK, mu_k) + c_BGn.log()[:, :, None, None, :]
@@ -71,27 +74,27 @@ def assign(
 ) -> Tensor:
     """int64 [B, G, L]: the centroid of each key of the chunk at token `start`; `after` centroids are in use afterwards.
 
-    Similarities are of means rounded to the inputs' dtype, as every backend has them.
+    Similarities are taken with means rounded to the inputs' dtype `dtype`, as in every backend.
     """
     n = mu_k.shape[2]
     if n == 0:
         mu_k, mu_v = k[:, :, :1], v[:, :, :1]  # the first key is centroid 0
     mu_k, mu_v = mu_k.to(dtype).to(k.dtype), mu_v.to(dtype).to(v.dtype)
-    likeness = torch.einsum("bglk,bgnk->bgln", k, mu_k)
+    similarity = torch.einsum("bglk,bgnk->bgln", k, mu_k)
     if spec.assign_on == "key_value":
         # -(|k - mu^k|^2 + |v - mu^v|^2)
-        likeness = 2 * (likeness + torch.einsum("bglv,bgnv->bgln", v, mu_v))
-        likeness = likeness - (mu_k.square().sum(-1) + mu_v.square().sum(-1))[:, :, None, :]
-        likeness = likeness - (k.square().sum(-1) + v.square().sum(-1))[:, :, :, None]
-    best, a = likeness.max(-1)  # eq. 18; ties go to the lowest index
+        similarity = 2 * (similarity + torch.einsum("bglv,bgnv->bgln", v, mu_v))
+        similarity = similarity - (mu_k.square().sum(-1) + mu_v.square().sum(-1))[:, :, None, :]
+        similarity = similarity - (k.square().sum(-1) + v.square().sum(-1))[:, :, :, None]
+    best, a = similarity.max(-1)  # eq. 18; ties go to the lowest index
     order = best.argsort(dim=-1, stable=True)
     if spec.seeding == "random":
         order = spec.hash_order(start, k.device).expand_as(order)
     founded = after - n
-    if n == 0:  # the first key founds centroid 0, whatever the order
+    if n == 0:  # the first key always founds centroid 0
         others = order[order != 0].view(*order.shape[:2], -1)
         order = torch.cat([torch.zeros_like(order[..., :1]), others], dim=-1)
-    founders = order[..., :founded].sort(-1).values  # numbered in their order in the text
+    founders = order[..., :founded].sort(-1).values  # numbered in text order
     if n == 0 and spec.first_chunk == "nearest":
         seeds = k.gather(2, founders[..., None].expand(-1, -1, -1, k.shape[3]))
         a = torch.einsum("bglk,bgnk->bgln", k, seeds).argmax(-1)
@@ -107,7 +110,7 @@ def commit(
     more_k, more_v = member_BGNL @ k, member_BGNL @ v
     if spec.rate is None:
         return S_k + more_k, S_v + more_v, c + m
-    # A sum is count x mean. A new centroid starts as the mean of its keys, one without keys stays as it is.
+    # A sum is count x mean. A new centroid starts as the mean of its keys; one that gets no keys is left unchanged.
     kept = torch.where(c > 0, (1 - spec.rate) ** m, (m == 0).to(m.dtype))
     old, new = kept * (c + m) / c.clamp_min(1), (1 - kept) * (c + m) / m.clamp_min(1)
     return old[..., None] * S_k + new[..., None] * more_k, old[..., None] * S_v + new[..., None] * more_v, c + m

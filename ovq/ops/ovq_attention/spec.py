@@ -1,4 +1,4 @@
-"""What an OVQ dictionary is: its settings, its size after t tokens, and what is carried from piece to piece.
+"""The OVQ dictionary: its settings, its size after t tokens, and the state carried from piece to piece.
 
 Shapes: B batch, G key/value heads, N capacity in centroids, L chunk, K key width, V value width, r pending tokens.
 """
@@ -27,24 +27,24 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class OVQSpec:
-    """The settings of a dictionary (arXiv 2602.03922, eqs. 15-19; "similarity" below is k.mu^k unless said otherwise).
+    """The settings of a dictionary (arXiv 2602.03922, eqs. 15-19). "Similarity" is k.mu^k unless stated otherwise.
 
     Args:
         num_centroids: capacity N.
-        chunk_size: tokens L a chunk. The dictionary changes once a chunk, after its last token.
+        chunk_size: tokens L per chunk. The dictionary changes once per chunk, after its last token.
         growth: "plateau": n(t) = t N / (t + N) centroids after t tokens; "linear": n(t) = N min(1, t / growth_tokens).
-        growth_tokens: where linear growth ends; only linear growth reads it.
+        growth_tokens: tokens after which linear growth ends; used by linear growth only.
         seeding: which keys of a chunk found new centroids. "spread": those whose best similarity is lowest; "random":
-            those with the lowest hash of (seed, position). They are numbered in their order in the text.
-        seed: of random seeding.
-        step_size: of a centroid towards a key. "count": 1/count, so centroids are running means; a constant eta in
-            (0, 1]: the m keys of a chunk that go to one centroid move it to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys).
-            Counts go on counting either way.
-        first_chunk: the empty dictionary: the first key is centroid 0 and similarity is that to it. Keys of this chunk
-            that found no centroid go to centroid 0 ("merge") or to the founding key with the largest product
-            ("nearest").
-        assign_on: "key": to the centroid of highest k.mu^k; "key_value": of lowest |k - mu^k|^2 + |v - mu^v|^2, which
-            negated is then the similarity of spread seeding.
+            those with the lowest hash of (seed, position). They are numbered in text order.
+        seed: seed of random seeding.
+        step_size: step of a centroid towards a key. "count": 1/count, so that centroids are running means; a constant
+            eta in (0, 1]: the m keys of a chunk that are assigned to one centroid move it to
+            (1-eta)^m mu + (1 - (1-eta)^m) mean(keys). Counts are kept either way.
+        first_chunk: how an empty dictionary starts. The first key becomes centroid 0, and similarities are taken to it.
+            The keys of this chunk that do not found a centroid are assigned to centroid 0 ("merge") or to the founding
+            key with the largest dot product ("nearest").
+        assign_on: "key": assign to the centroid with the highest k.mu^k; "key_value": to the one with the lowest
+            |k - mu^k|^2 + |v - mu^v|^2, whose negative is then also the similarity used by spread seeding.
 
     Raises:
         ValueError: a setting outside its legal values.
@@ -59,7 +59,7 @@ class OVQSpec:
     step_size: str | float = "count"
     first_chunk: str = "merge"
     assign_on: str = "key"
-    # The settings as one literal, for operators registered with torch, which take no objects; `parse_spec` reads it.
+    # The settings as one literal, for custom operators, which take no objects; `parse_spec` reads it.
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -80,13 +80,13 @@ class OVQSpec:
 
     @property
     def rate(self) -> float | None:
-        """The constant learning rate, None for running means."""
+        """The constant step size, or None for running means."""
         return None if self.step_size == "count" else float(self.step_size)
 
     def size_at(self, tokens: int) -> int:
-        """Centroids held once all whole chunks of the first `tokens` tokens are committed (eq. 17).
+        """Centroids in use once all whole chunks of the first `tokens` tokens are committed (eq. 17).
 
-        At least 1, at most one a token, whatever the growth: a chunk has no more keys than may found centroids.
+        At least 1 and at most one per token, whatever the growth, since each new centroid is founded by a key.
         """
         t, N = tokens - tokens % self.chunk_size, self.num_centroids
         if t == 0:
@@ -95,16 +95,16 @@ class OVQSpec:
         return min(max(allowed, 1), t)
 
     def hash_order(self, start: int, device: torch.device) -> Tensor:
-        """int64 [L]: the places in the chunk that begins at token `start`, in the order of random seeding."""
+        """int64 [L]: indices into the chunk that starts at token `start`, in the order of random seeding."""
         return self.hash_order_at(torch.arange(start, start + self.chunk_size, device=device))
 
     def hash_order_at(self, position: Tensor) -> Tensor:
-        """The same of several chunks, int64 [.., L]; `position` is where their tokens stand in their document."""
+        """The same for several chunks, int64 [..., L]; `position` is that of each token in its document."""
         return position_hash(self.seed, position).argsort(dim=-1, stable=True)
 
 
 def check_step_size(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a legal `step_size`, which the caller knows as `name`."""
+    """Raise ValueError unless `value` is a legal `step_size`; the message calls it `name`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value != "count" and not (number and 0 < value <= 1):  # type: ignore[operator]
         raise ValueError(f"{name}={value} is not a legal value; legal: count, or a number in (0, 1]")
@@ -121,10 +121,10 @@ def parse_spec(text: str) -> OVQSpec:
 
 @dataclass(frozen=True)
 class Dictionary:
-    """What backends read and return: the dictionary after `position` tokens, a multiple of the chunk size.
+    """The dictionary after `position` tokens, a multiple of the chunk size: what backends take and return.
 
     key_sum [B, G, N, K], value_sum [B, G, N, V] and count [B, G, N] in float32 (float64 for float64 inputs); centroid n
-    is key_sum / count and value_sum / count. The first `size` centroids are in use, in every head; the rest are zeros.
+    is key_sum / count and value_sum / count. The first `size` centroids are in use, in every head; the rest are zero.
     """
 
     key_sum: Tensor
@@ -134,7 +134,7 @@ class Dictionary:
     position: int
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Dictionary:
-        """The same with each tensor replaced."""
+        """A copy with `function` applied to each tensor."""
         return Dictionary(
             function(self.key_sum), function(self.value_sum), function(self.count), self.size, self.position
         )
@@ -142,9 +142,9 @@ class Dictionary:
 
 @dataclass
 class OVQState:
-    """The dictionary, the keys and values [B, r, G, ...] of the unfinished chunk, and the number of tokens so far.
+    """The dictionary, the keys and values [B, r, G, K or V] of the unfinished chunk, and the number of tokens so far.
 
-    Constant in size but for the pending tokens, r = position % chunk_size. No gradient flows through it.
+    Constant in size except for the pending tokens, r = position % chunk_size. No gradient flows through it.
     """
 
     key_sum: Tensor
@@ -173,13 +173,13 @@ _last_bounds: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
 
 
 def document_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
-    """The bounds of packed documents as numbers. All layers of a model are given one tensor: it is read back once.
+    """The bounds of packed documents as Python integers. All layers of a model share one tensor: it is read back once.
 
     Raises:
-        ValueError: they do not rise from 0 to the number of tokens.
+        ValueError: the bounds do not rise from 0 to the number of tokens.
     """
     global _last_bounds
-    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version  # inference tensors do not count their changes
+    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version  # inference tensors have no version counter
     last = _last_bounds
     if last is None or last[0]() is not cu_seqlens or last[1] != version or version < 0:
         last = _last_bounds = weakref.ref(cu_seqlens), version, tuple(cu_seqlens.tolist())

@@ -1,4 +1,4 @@
-"""What the torch backend computes on: a chunk's tokens and the centroids side by side, as rows of one table.
+"""The torch backend's working storage: a chunk's tokens and the centroids side by side, as rows of one table.
 
 Shapes: B batch, S tokens, T queries, L chunk, l tokens of one chunk, G key/value heads, P = B G, N capacity,
 n centroids in use, K key width, V value width, W = V + K + 1 (width of a row).
@@ -15,11 +15,11 @@ from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
 
 class Chunk(NamedTuple):
-    """Tokens of a chunk (as a slice of S), those of its tokens that ask (of T), whether it is whole, and the centroids
-    in use before and after it."""
+    """A chunk's tokens (a slice of S), its queries (a slice of T), whether it is whole, and the number of centroids in
+    use before and after it."""
 
     tokens: slice
-    asked: slice
+    queries: slice
     whole: bool
     before: int
     after: int
@@ -30,14 +30,14 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(S: int, T: int, spec: OVQSpec, dictionary: Dictionary) -> list[Chunk]:
-    """The chunks of S tokens that begin where the dictionary stands, of which the last T ask."""
+    """The chunks of S tokens that start at the dictionary's position, of which the last T have queries."""
     L, first, n, chunks = spec.chunk_size, S - T, dictionary.size, []
     for start in range(0, S, L):
         stop = min(start + L, S)
         whole = stop - start == L
         after = spec.size_at(dictionary.position + stop) if whole else n
-        asked = slice(max(start - first, 0), max(stop - first, 0))
-        chunks.append(Chunk(slice(start, stop), asked, whole, n, after))
+        queries = slice(max(start - first, 0), max(stop - first, 0))
+        chunks.append(Chunk(slice(start, stop), queries, whole, n, after))
         n = after
     return chunks
 
@@ -45,9 +45,9 @@ def chunks_of(S: int, T: int, spec: OVQSpec, dictionary: Dictionary) -> list[Chu
 class Table:
     """Rows [value | key | log count] of the current chunk's tokens, then of the centroids, and the sums behind them.
 
-    A chunk of l tokens lies in rows L - l .. L - 1, centroid j in row L + j, so that tokens and centroids in use are
-    always one slice. `sums` has rows [value sum | key sum | count] in the same places. Rows of one batch entry and head
-    follow those of another: index tensors count rows of all of them.
+    A chunk of l tokens lies in rows L - l .. L - 1 and centroid j in row L + j, so that the tokens and the centroids in
+    use always form one slice. `sums` has rows [value sum | key sum | count] in the same layout. Index tensors address
+    the flattened rows of all batch entries and heads.
     """
 
     def __init__(self, dictionary: Dictionary, L: int, dtype: torch.dtype, work: torch.dtype) -> None:
@@ -66,7 +66,7 @@ class Table:
         self.base_P1 = torch.arange(B * G, device=held.device)[:, None] * (L + N) + L
 
     def hold_sums(self, dictionary: Dictionary, dtype: torch.dtype) -> None:
-        """Copy the dictionary's sums: they are going to change."""
+        """Copy the dictionary's sums, which this table will update."""
         self.sums = torch.zeros_like(self.rows, dtype=dtype)
         held = self.sums[:, self.L :].unflatten(0, (self.B, self.G))
         held[..., : self.V], held[..., self.V : -1] = dictionary.value_sum, dictionary.key_sum
@@ -80,23 +80,23 @@ class Table:
         into.count.copy_(count[..., 0])
 
     def load(self, k_BlGK: Tensor, v_BlGV: Tensor) -> None:
-        """Put the tokens of a chunk into the table."""
+        """Write the tokens of a chunk into the table."""
         own = self.rows[:, self.L - k_BlGK.shape[1] : self.L].unflatten(0, (self.B, self.G))
         own[..., : self.V], own[..., self.V : -1] = v_BlGV.transpose(1, 2), k_BlGK.transpose(1, 2)
-        own[..., -1] = 0  # the logarithm of one token
+        own[..., -1] = 0  # log of a count of 1
 
     def index(self, a_PL: Tensor) -> Tensor:
-        """Rows, among those of all batch entries and heads, of each token's centroid."""
+        """The flat row index of each token's centroid, over all batch entries and heads."""
         return (a_PL + self.base_P1).flatten()
 
     def tokens(self) -> Tensor:
-        """[P L, W]: what a whole chunk adds to the sums."""
+        """[P L, W]: the rows that a whole chunk adds to the sums."""
         rows = self.rows[:, : self.L].clone().view(-1, self.rows.shape[2])
         rows[:, -1] = 1
         return rows
 
     def refresh(self, index: Tensor) -> None:
-        """Write the means of these centroids anew."""
+        """Recompute the means of these centroids."""
         rows = self.sums.view(-1, self.sums.shape[-1]).index_select(0, index)
         means, count = rows[:, :-1], rows[:, -1:]
         means /= count
@@ -109,5 +109,5 @@ class Table:
         self.sums.view(-1, tokens.shape[1]).index_add_(0, index, tokens.to(self.sums.dtype), alpha=sign)
 
     def _rounded(self, means: Tensor) -> Tensor:
-        """Means as the inputs' dtype has them: what a low-precision matmul would read."""
+        """Means rounded to the inputs' dtype, as a low-precision matmul would read them."""
         return means if self.dtype == self.work else means.to(self.dtype).to(means.dtype)
