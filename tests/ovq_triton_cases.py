@@ -329,7 +329,7 @@ def test_small_tables_change_no_bit(bounds: tuple[int, ...] | None, monkeypatch:
     whole = run()
     assert len(made) == 2  # forward and backward
     monkeypatch.setattr(plans, "TABLE_SHARE", 1e-3)
-    monkeypatch.setattr(plans, "FEWEST_CHUNKS", 0)
+    monkeypatch.setattr(plans, "MIN_CHUNKS", 0)
     assert all(torch.equal(x, y) for x, y in zip(run(), whole))
     assert len(set(made)) > 10
 

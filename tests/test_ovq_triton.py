@@ -41,7 +41,7 @@ def test_kernels_are_the_definition() -> None:
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        ({"dtype": torch.bfloat16}, "interpreter computes bfloat16 wrongly"),
+        ({"dtype": torch.bfloat16}, "interpreter silently computes bfloat16 incorrectly"),
         ({"dtype": torch.float64}, "needs float32, float16 or bfloat16, got torch.float64"),
         ({"K": 136}, "widths of at most 128, got 136 and 32"),
         ({"V": 256}, "widths of at most 128, got 16 and 256"),

@@ -1,9 +1,9 @@
-"""OVQ-attention in Triton: what `backend="triton"` runs on a GPU.
+"""OVQ-attention in Triton: the GPU kernels behind `backend="triton"`.
 
 Only the assignment is sequential. Stage A (assign.py) walks the chunks and writes the dictionary's history as version
-rows; a table of which row is whose (tabulate.py) follows from the assignment; prediction (predict.py) and the backward
-pass (backward.py) read those and run in parallel over chunks. Decoding one token (decode.py) reads the sums alone. All
-stages are deterministic.
+rows; a table of each centroid's current row (tabulate.py) follows from the assignment; prediction (predict.py) and the
+backward pass (backward.py) read both and run in parallel over chunks. Decoding one token (decode.py) reads only the
+sums. All stages are deterministic.
 
 The stages are two custom operators, forward and backward, so that torch.compile keeps a model whole around them.
 
@@ -37,28 +37,28 @@ from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds, par
 
 LATEST_NVIDIA = 9  # compute capability; query_grad in half precision does not build for sm_100 with Triton 3.6
 
-MOST_HEADS = 65535  # of a batch: the second axis of a grid
-# A first call copies its plan to the device, and plans are given up in time: not for a CUDA graph to hold.
+MAX_HEADS = 65535  # batch x heads: the limit on a grid's second axis
+# A first call copies its plan to the device, and plans are evicted eventually: a CUDA graph must not capture either.
 NO_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 _announced: set[tuple] = set()
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
-    """What of this call the kernels cannot do, in a line; None if they can."""
+    """Why the kernels do not support this call, in one line; None if they do."""
     K, V, L = q.shape[3], v.shape[3], spec.chunk_size
     if not q.is_cuda and not INTERPRETED:
         return f"needs a GPU, got a tensor on {q.device.type} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] > LATEST_NVIDIA:
-        return f"has no tiles for chips after sm_{LATEST_NVIDIA}0 that compile (docs/kernels.md)"
+        return f"has no tiles that compile for chips newer than sm_{LATEST_NVIDIA}0 (docs/kernels.md)"
     if q.dtype not in DTYPES:
         return f"needs float32, float16 or bfloat16, got {q.dtype}"
     if INTERPRETED and q.dtype == torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 wrongly in silence; give it float32 or float16"
+        return "Triton's interpreter silently computes bfloat16 incorrectly; give it float32 or float16"
     if max(K, V) > MAX_WIDTH:
         return f"needs key and value widths of at most {MAX_WIDTH}, got {K} and {V}"
-    if q.shape[0] * q.shape[2] > MOST_HEADS:
-        return f"needs at most {MOST_HEADS} heads in a batch, got {q.shape[0]} x {q.shape[2]}"
+    if q.shape[0] * q.shape[2] > MAX_HEADS:
+        return f"needs at most {MAX_HEADS} heads in a batch, got {q.shape[0]} x {q.shape[2]}"
     if not 16 <= L <= 512:
         return f"needs a chunk_size in 16 .. 512, got {L}"
     return None
@@ -102,10 +102,10 @@ def forward(
 def forward_packed(
     q_1THK: Tensor, k_1TGK: Tensor, v_1TGV: Tensor, beta_H: Tensor, spec: OVQSpec, cu_seqlens: Tensor
 ) -> Tensor:
-    """Outputs of documents that follow each other, with a dictionary each, in the same few launches as one document.
+    """Outputs of packed documents, each with its own dictionary, in as few launches as one document takes.
 
     Raises:
-        ValueError: `cu_seqlens` are not bounds of these tokens.
+        ValueError: `cu_seqlens` are not valid bounds of these tokens.
     """
     (_, _, G, K), V = k_1TGK.shape, v_1TGV.shape[3]
     nothing = functools.partial(k_1TGK.new_zeros, dtype=torch.float32)
@@ -128,8 +128,8 @@ def _forward(
     position: int,
     spec_text: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the new sums and counts (as they were, for packed documents), the assignment; then what the backward pass
-    needs: log-sum-exp and version rows."""
+    """o, the new sums and counts (unchanged for packed documents), the assignment; then what only the backward pass
+    reads: log-sum-exp and version rows."""
     spec = parse_spec(spec_text)
     plan = _plan(spec, size, position, cu_seqlens, k.shape[1])
     q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.float().contiguous()
@@ -143,7 +143,7 @@ def _forward(
         del work
         o, lse = q.new_empty(B, T, H, V), q.new_empty(B, H, T, dtype=torch.float32)
         for chunks in plan.chunk_ranges(_most_entries(q, v, spec)):
-            table = None  # its memory is the next one's
+            table = None  # free its memory before the next table is allocated
             table = tabulate(placed, plan, chunks, plan.all_centroids)
             predict(q, k, v, beta, plan, rows, table, o, lse)
     return o, *sums, placed, lse, *rows
@@ -155,7 +155,7 @@ def _plan(spec: OVQSpec, size: int, position: int, cu_seqlens: Tensor | None, to
 
 
 def _empty_sums(k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros for the dictionaries of all documents, no larger than they get."""
+    """Zero sums and counts for the dictionaries of all documents, at the size that each will reach."""
     (B, _, G, K), V, M = k.shape, v.shape[3], max(plan.sums, 1)
     zeros = functools.partial(k.new_zeros, dtype=torch.float32)
     return zeros(B, G, M, K), zeros(B, G, M, V), zeros(B, G, M)
@@ -211,7 +211,7 @@ def _backward(
         dbeta = lse.new_empty(B, H, query_tiles(plan, q, V))
         most, table = _most_entries(q, v, spec), None
         for chunks in plan.chunk_ranges(most):
-            table = None  # its memory is the next one's
+            table = None  # free its memory before the next table is allocated
             table = tabulate(assignment, plan, chunks, plan.all_centroids)
             query_grad(q, k, v, beta_float, plan, rows, table, o, do, lse, delta, dq, dbeta)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
@@ -233,18 +233,18 @@ def _(do, q, k, v, beta, *_):
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, beta, *_ = inputs
     o, key_sum, value_sum, count, *saved = output
-    # No gradient flows through the state, and none into what only the backward pass reads.
+    # No gradient flows through the state or the outputs that only the backward pass reads.
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, beta, o, *saved, inputs[8])
-    ctx.numbers = inputs[9:]
+    ctx.settings = inputs[9:]
 
 
 def _differentiate(ctx, do, *_):
-    nothing = (None,) * (5 + len(ctx.numbers))
+    nothing = (None,) * (5 + len(ctx.settings))
     if do is None:
         return None, None, None, None, *nothing
-    return *torch.ops.ovq.ovq_attention_backward(do, *ctx.saved_tensors, *ctx.numbers), *nothing
+    return *torch.ops.ovq.ovq_attention_backward(do, *ctx.saved_tensors, *ctx.settings), *nothing
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -254,7 +254,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, key_sum: Tensor, value_sum: Tensor, count: Tensor, size: int
 ) -> Tensor:
-    """o of one query a head; no gradient."""
+    """o for one query per head; not differentiable."""
     beta = beta.float().contiguous()
     _announce(q, v, 1)
     sums = (key_sum.contiguous(), value_sum.contiguous(), count.contiguous())
@@ -268,10 +268,10 @@ def _(q, k, v, beta, *_):
 
 
 def _announce(q: Tensor, v: Tensor, rows: int) -> None:
-    """One line where kernels are about to be compiled: a first call takes seconds, and nobody should wonder why."""
+    """Print one line before kernels are compiled, to explain why a first call takes seconds."""
     key = (q.device.type, q.dtype, q.shape[3], v.shape[3], min(padded(rows), 128))
     if INTERPRETED or key in _announced:
         return
     _announced.add(key)
     what = f"{str(q.dtype).removeprefix('torch.')}, widths {q.shape[3]} and {v.shape[3]}"
-    print(f"ovq: compiling the OVQ-attention kernels ({what}); some seconds, once a machine", file=sys.stderr)
+    print(f"ovq: compiling the OVQ-attention kernels ({what}); takes some seconds, once per machine", file=sys.stderr)

@@ -3,19 +3,19 @@
 For chunk i with n_i centroids (means mu = S / c):
 
     propose   best_t = max_n k_t.mu^k_n, arg_t the lowest such n
-    found     the new_i keys with the lowest best_t (or the lowest hash) become centroids n_i, n_i + 1, ... in their
-              order in the text; all others go to arg_t
+    found     the new_i keys with the lowest best_t (or the lowest hash) become centroids n_i, n_i + 1, ... in text
+              order; all others are assigned to arg_t
     commit    S_n += sum of its keys / values, c_n += their number
 
 and the dictionary's history is written as *version rows*: when a chunk touches a centroid, its new mean key, mean value
-and count go to the row of the last of the chunk's tokens that went there, so that all versions together are no bigger
-than k and v. Which row is whose before which chunk follows from the assignment alone (tabulate.py).
+and count are written to the row of the chunk's last token assigned to it, so that all versions together are no larger
+than k and v. Which row each centroid has before each chunk follows from the assignment alone (tabulate.py).
 
-A head is walked by SPLITS programs. Program p owns the centroids of blocks p, p + SPLITS, ...: it proposes among them,
-and commits to them alone. Between the two lies the only barrier: all programs read all proposals, and decide alike
-where every key goes. (Proposals are double-buffered by chunk parity: the next barrier keeps them from being
-overwritten.) A chunk that fits one tile is decided in registers; a longer one tile by tile, through memory.
-Sums stay in float32 in global memory, which is L2; the scatter of a chunk is a product with a one-hot matrix.
+A head is walked by SPLITS programs. Program p owns the centroids of blocks p, p + SPLITS, ...: it proposes only among
+them, and commits only to them. The only barrier lies between the two: after it, every program reads all proposals and
+makes the same assignment. (Proposals are double-buffered by chunk parity; the next barrier keeps them from being
+overwritten.) A chunk that fits one tile is assigned in registers; a longer one tile by tile, through memory. Sums stay
+in float32 in global memory, that is, in L2; a chunk is scattered by a product with a one-hot matrix.
 """
 
 # mypy: allow-incomplete-defs
@@ -33,21 +33,21 @@ from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED, load_rows, load_to
 from ovq.ops.ovq_attention.kernels.configs import arch_of, constants
 from ovq.ops.ovq_attention.kernels.plan import Plan
 
-NUMBERS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "log2_keep"]
+SCALARS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "log2_keep"]
 MAX_SPLITS = 16
-NOTHING = tl.constexpr(2147483647)  # no index
+NOTHING = tl.constexpr(2147483647)  # larger than every index and rank
 
 
 def assign(
     k: Tensor, v: Tensor, plan: Plan, key_sum: Tensor, value_sum: Tensor, count: Tensor, forced: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Commits all whole chunks to the sums [B, G, M, K | V] and counts [B, G, M], in place.
+    """Commit all whole chunks to the sums [B, G, M, K or V] and counts [B, G, M], in place.
 
-    M is the capacity; with packed documents, whose sums follow each other, the centroids of all.
+    M is the capacity; for packed documents, whose sums are concatenated, the number of centroids of all documents.
 
     Returns:
-        assignment int32 [B, G, S], -1 in an unfinished chunk; and the version rows: keys [B, G, rows, K], values,
-        counts. Those of the dictionary at the start come first, then one a token.
+        The assignment, int32 [B, G, S], -1 in an unfinished chunk; and the version rows: keys [B, G, rows, K], values
+        [B, G, rows, V] and counts [B, G, rows]. The rows of the initial dictionary come first, then one per token.
     """
     (B, S, G, K), V, spec, M = k.shape, v.shape[3], plan.spec, count.shape[2]
     L, initial, device = spec.chunk_size, plan.initial, k.device
@@ -57,7 +57,7 @@ def assign(
     assignment = torch.full((B, G, S), -1, dtype=torch.int32, device=device)
     mean_key = empty(B, G, M, K)
     key_value = spec.assign_on == "key_value" and forced is None
-    mean_value = empty(B, G, M, V) if key_value else mean_key  # not touched then
+    mean_value = empty(B, G, M, V) if key_value else mean_key  # unused then
     if initial:
         row_key[:, :, :initial] = key_sum[:, :, :initial] / count[:, :, :initial, None]
         row_value[:, :, :initial] = value_sum[:, :, :initial] / count[:, :, :initial, None]
@@ -92,13 +92,14 @@ def assign(
             best, arg, chosen, place, arrived,
             S, L, G, M, initial + S, initial, documents, skipped, most, log2_keep(spec.rate),
             PROPOSE=propose, COMMIT=commit, **settings,
-            # Programs that meet must all run: the driver starts them together, whatever other streams hold.
+            # Programs that share a barrier must all be resident: a cooperative launch guarantees it, whatever other
+            # streams occupy.
             launch_cooperative_grid=flags["SPLITS"] > 1,
         )  # fmt: skip
 
     longest = max(last - first for first, last, _ in plan.walks)
     if INTERPRETED and flags["SPLITS"] > 1:
-        # The interpreter runs programs one after another: a barrier would never be passed.
+        # The interpreter runs programs one after another, so a barrier would never be passed.
         for chunk in range(longest):
             launch(chunk, chunk + 1, True, False)
             launch(chunk, chunk + 1, False, True)
@@ -108,11 +109,11 @@ def assign(
 
 
 def splits(walks: int, device: torch.device, packed: bool = False) -> int:
-    """Programs a walk: a power of two, and no more than run at the same time, since they wait for each other.
+    """Programs per walk: a power of two, and no more than can run at the same time, since they wait for each other.
 
-    Every number is a build of its own: of packed documents, whose number changes, only powers of four.
+    Each value needs its own build, so packed documents, whose number varies, use only powers of four.
     """
-    # (On AMD one: there Triton 3.6 does not wait for what all of a program's waves have stored before it releases.)
+    # (On AMD always 1: there Triton 3.6 does not wait for the stores of all of a program's waves before it releases.)
     if device.type != "cuda" or torch.version.hip:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -122,51 +123,51 @@ def splits(walks: int, device: torch.device, packed: bool = False) -> int:
 
 
 def log2_keep(rate: float | None) -> float:
-    """log2(1 - eta) of a constant rate eta."""
+    """log2(1 - eta) for a constant rate eta; -inf for eta = 1 and for running means."""
     return math.log2(1 - rate) if rate is not None and rate < 1 else -math.inf
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=SCALARS)
 def assign_kernel(
     k_ptr,  # [B, S, G, K]
     v_ptr,  # [B, S, G, V]
     forced_ptr,  # [B, G, S] int32: the assignment to use, if FORCED
-    rank_ptr,  # [chunks, L] int32: the keys' ranks in the order of founding, if RANDOM
+    rank_ptr,  # [chunks, L] int32: the keys' ranks in the founding order, if RANDOM
     starts_ptr,  # [chunks] int32: the first token of chunk i
     sizes_ptr,  # [chunks] int32: centroids before chunk i
-    walks_ptr,  # [documents, 3] int32: first chunk, the one that is not committed, the document's place in the sums
+    walks_ptr,  # [documents, 3] int32: first chunk, the chunk that is not committed, offset in the sums
     key_sum_ptr,  # [B, G, M, K] float32 in and out
     value_sum_ptr,  # [B, G, M, V] float32 in and out
     count_ptr,  # [B, G, M] float32 in and out
-    mean_key_ptr,  # [B, G, M, K] in and out: means as they are now, in the operands' dtype
+    mean_key_ptr,  # [B, G, M, K] in and out: the current means, in the operands' dtype
     mean_value_ptr,  # [B, G, M, V] likewise, if KEY_VALUE
     row_key_ptr,  # [B, G, rows, K] out
     row_value_ptr,  # [B, G, rows, V] out
     row_count_ptr,  # [B, G, rows] float32 out
     assignment_ptr,  # [B, G, S] int32 out
-    best_ptr,  # [2, walks, SPLITS, L] float32, proposals
-    arg_ptr,  # [2, walks, SPLITS, L] int32, proposals
+    best_ptr,  # [2, walks, SPLITS, L] float32: similarities of the proposals
+    arg_ptr,  # [2, walks, SPLITS, L] int32: centroids of the proposals
     chosen_ptr,  # [walks * SPLITS, L] float32, private to a program
     place_ptr,  # [walks * SPLITS, 2, L] int32, private to a program
-    arrived_ptr,  # [walks] int32, zeros: how many programs have come to the barrier
+    arrived_ptr,  # [walks] int32, initially 0: arrivals at the barrier
     S,
     L,
     G,
     M,
     rows,
-    initial,  # rows of the dictionary at the start
+    initial,  # rows of the initial dictionary
     documents,
-    skipped,  # chunks of each document
-    most,  # chunks of each document, the skipped ones too
+    skipped,  # chunks of each document to skip
+    most,  # end of the chunks of each document to walk, counting the skipped ones
     log2_keep,  # log2(1 - eta)
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_L: tl.constexpr,  # keys of a tile that proposes
-    BLOCK_C: tl.constexpr,  # and of one that founds and commits
+    BLOCK_L: tl.constexpr,  # keys per tile when proposing
+    BLOCK_C: tl.constexpr,  # keys per tile when founding and committing
     BLOCK_N: tl.constexpr,
-    ONE: tl.constexpr,  # a chunk fits one tile that commits
+    ONE: tl.constexpr,  # a chunk fits one commit tile
     SPLITS: tl.constexpr,
     PROPOSE: tl.constexpr,
     COMMIT: tl.constexpr,
@@ -239,7 +240,7 @@ def assign_kernel(
                         K, BLOCK_K, BLOCK_C, ONE, NEAREST, PRECISION,
                     )  # fmt: skip
                     if NEAREST and size == 0:
-                        # (In registers there is nothing to look a place up in.)
+                        # (Registers cannot be indexed, so places are looked up through memory.)
                         tl.store(place_ptr + l, place, mask=l < L)
                         tl.debug_barrier()
                         place = tl.load(place_ptr + tl.where(place < 0, -1 - place, l), mask=l < L, other=0)
@@ -298,9 +299,10 @@ def _propose(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Similarity and index of each key's best centroid among this program's; -inf where it owns none.
+    """Similarity and index of each key's best centroid among this program's; -inf if it owns none.
 
-    A running best is kept for every column of the tile, so that indices are compared across columns once, at the end.
+    A running best is kept for every column of the tile, so that indices are compared across columns only once, at the
+    end.
     """
     key = load_tokens(k_ptr, l, G, l < L, K, BLOCK_K)
     column = tl.arange(0, BLOCK_N)
@@ -310,26 +312,26 @@ def _propose(
         value = load_tokens(v_ptr, l, G, l < L, V, BLOCK_V)
         own = _square(key) + _square(value)
     if size == 0:
-        # The empty dictionary: the first key is centroid 0, and only the first program proposes it.
+        # Empty dictionary: the first key is centroid 0, and only the first program proposes it.
         held = (column == 0) & (split == 0)
         mean = load_tokens(k_ptr, column * 0, G, held, K, BLOCK_K)
-        likeness = tl.dot(key, tl.trans(mean), input_precision=PRECISION)
+        similarity = tl.dot(key, tl.trans(mean), input_precision=PRECISION)
         if KEY_VALUE:
             mean_v = load_tokens(v_ptr, column * 0, G, held, V, BLOCK_V)
-            likeness = 2 * (likeness + tl.dot(value, tl.trans(mean_v), input_precision=PRECISION))
-            likeness = likeness - (_square(mean) + _square(mean_v))[None, :] - own[:, None]
-        best = tl.where(held[None, :], likeness, float("-inf"))
+            similarity = 2 * (similarity + tl.dot(value, tl.trans(mean_v), input_precision=PRECISION))
+            similarity = similarity - (_square(mean) + _square(mean_v))[None, :] - own[:, None]
+        best = tl.where(held[None, :], similarity, float("-inf"))
     else:
         for n in tl.range(split * BLOCK_N, size, SPLITS * BLOCK_N, num_stages=STAGES):
             held = n + column < size
             mean = load_rows(mean_key_ptr, n + column, held, K, BLOCK_K)
-            likeness = tl.dot(key, tl.trans(mean), input_precision=PRECISION)
+            similarity = tl.dot(key, tl.trans(mean), input_precision=PRECISION)
             if KEY_VALUE:
                 mean_v = load_rows(mean_value_ptr, n + column, held, V, BLOCK_V)
-                likeness = 2 * (likeness + tl.dot(value, tl.trans(mean_v), input_precision=PRECISION))
-                likeness = likeness - (_square(mean) + _square(mean_v))[None, :] - own[:, None]
-            better = held[None, :] & (likeness > best)
-            best = tl.where(better, likeness, best)
+                similarity = 2 * (similarity + tl.dot(value, tl.trans(mean_v), input_precision=PRECISION))
+                similarity = similarity - (_square(mean) + _square(mean_v))[None, :] - own[:, None]
+            better = held[None, :] & (similarity > best)
+            best = tl.where(better, similarity, best)
             arg = tl.where(better, n, arg)
     top = tl.max(best, 1)
     lowest = tl.min(tl.where(best == top[:, None], arg + column[None, :], 2147483647), 1)
@@ -344,7 +346,7 @@ def _square(x):
 
 @triton.jit
 def _barrier(arrived_ptr, awaited):
-    """Wait until all programs of the walk have come here: what they stored before is visible after."""
+    """Wait for all programs of the walk; what they stored before the barrier is visible after it."""
     tl.debug_barrier()
     tl.atomic_add(arrived_ptr, 1, sem="release")
     while tl.atomic_add(arrived_ptr, 0, sem="acquire") < awaited:
@@ -355,7 +357,7 @@ def _barrier(arrived_ptr, awaited):
 @triton.jit
 def _choose(best_ptr, arg_ptr, l, size, L, SPLITS: tl.constexpr):
     """The best of all programs' proposals for some keys; ties go to the lowest centroid."""
-    # All proposals at once: one trip to memory. (.cg: other processors wrote them, L1 knows nothing of it.)
+    # All proposals in one load, for one trip to memory. (.cg: other SMs wrote them, so L1 may be stale.)
     split = tl.arange(0, SPLITS)
     valid = (split >= 0)[:, None] & (l < L)[None, :]
     offset = split[:, None] * L + l[None, :]
@@ -364,20 +366,20 @@ def _choose(best_ptr, arg_ptr, l, size, L, SPLITS: tl.constexpr):
     best = tl.max(bests, 0)
     arg = tl.min(tl.where(bests == best[None, :], args, NOTHING), 0)
     if size == 0:
-        best = tl.where(l == 0, float("-inf"), best)  # the first key founds centroid 0, whatever the order
-        arg = arg * 0  # there is no other; a NaN would have chosen one
+        best = tl.where(l == 0, float("-inf"), best)  # the first key always founds centroid 0
+        arg = arg * 0  # the only centroid; a NaN would have chosen another
     return best, arg
 
 
 @triton.jit
 def _peer(mine, ptr, m, L, other, ONE: tl.constexpr):
-    """What a tile's keys are compared with: themselves if they are all, else the keys m, from memory."""
+    """The values a tile is compared with: its own if it holds the whole chunk, else those of keys m, from memory."""
     return mine if ONE else tl.load(ptr + m, mask=m < L, other=other)
 
 
 @triton.jit
 def _rank(best, l, chosen_ptr, rank_ptr, L, BLOCK_C: tl.constexpr, ONE: tl.constexpr, RANDOM: tl.constexpr):
-    """Each key's place in the order of founding: by likeness, then by text; or as given."""
+    """Each key's rank in the founding order: by similarity, ties by text order; or as given, if RANDOM."""
     if RANDOM:
         rank = tl.load(rank_ptr + l, mask=l < L, other=NOTHING)
     else:
@@ -397,17 +399,17 @@ def _place(
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ONE: tl.constexpr,
     NEAREST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Where each key goes: those of the lowest ranks found centroids, numbered in their order in the text, the others
-    go to `arg`; in the first chunk, if NEAREST, to where `-1 - place` goes."""
+    """Each key's centroid: the keys of lowest rank found new ones, numbered in text order, the others go to `arg`. In
+    the first chunk, if NEAREST, a negative place refers to the centroid of the chunk's key `-1 - place`."""
     if founded > 0:
         if NEAREST and size == 0:
             arg = _nearest(rank, l, rank_ptr, k_ptr, founded, L, G, K, BLOCK_K, BLOCK_C, ONE, PRECISION)
-        number = tl.zeros([BLOCK_C], tl.int32)
+        ordinal = tl.zeros([BLOCK_C], tl.int32)
         for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
             m = m0 + tl.arange(0, BLOCK_C)
             founds = (_peer(rank, rank_ptr, m, L, NOTHING, ONE) < founded) & (m < L)
-            number += tl.sum((founds[:, None] & (m[:, None] < l[None, :])).to(tl.int32), 0)
-        arg = tl.where(rank < founded, size + number, arg)
+            ordinal += tl.sum((founds[:, None] & (m[:, None] < l[None, :])).to(tl.int32), 0)
+        arg = tl.where(rank < founded, size + ordinal, arg)
     return arg
 
 
@@ -416,7 +418,7 @@ def _nearest(
     rank, l, rank_ptr, k_ptr, founded, L, G,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """-1 - (place in the chunk of the founding key with the largest product); ties go to the lowest."""
+    """-1 - (index in the chunk of the founding key with the largest dot product); ties go to the lowest index."""
     key = load_tokens(k_ptr, l, G, l < L, K, BLOCK_K)
     best = tl.full([BLOCK_C, BLOCK_C], float("-inf"), tl.float32)
     arg = tl.zeros([BLOCK_C, BLOCK_C], tl.int32)
@@ -425,9 +427,9 @@ def _nearest(
         m = m0 + column
         founds = (_peer(rank, rank_ptr, m, L, NOTHING, ONE) < founded) & (m < L)
         other = load_tokens(k_ptr, m, G, m < L, K, BLOCK_K)
-        likeness = tl.dot(key, tl.trans(other), input_precision=PRECISION)
-        better = founds[None, :] & (likeness > best)
-        best = tl.where(better, likeness, best)
+        similarity = tl.dot(key, tl.trans(other), input_precision=PRECISION)
+        better = founds[None, :] & (similarity > best)
+        best = tl.where(better, similarity, best)
         arg = tl.where(better, m0, arg)
     top = tl.max(best, 1)
     return -1 - tl.min(tl.where(best == top[:, None], arg + column[None, :], NOTHING), 1)
@@ -441,44 +443,44 @@ def _settle(
     BLOCK_N: tl.constexpr, ONE: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr, RATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some keys join their centroids: those of this program are changed, by the last of the keys that went there."""
+    """Commit some keys to their centroids; each centroid of this program is written by its last key in the chunk."""
     if split == 0:
         tl.store(assignment_ptr + l, place, mask=l < L)
     owned = (l < L) & ((place // BLOCK_N) % SPLITS == split)
-    # What is needed of memory is asked for before it is known which key speaks for its centroid.
+    # Issue the load before computing which key writes its centroid.
     old = tl.load(count_ptr + place, mask=owned, other=0.0)
-    number = tl.zeros([BLOCK_C], tl.int32)
+    added = tl.zeros([BLOCK_C], tl.int32)
     later = tl.zeros([BLOCK_C], tl.int32)
     for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
         m = m0 + tl.arange(0, BLOCK_C)
         same = _peer(place, place_ptr, m, L, -2, ONE)[:, None] == place[None, :]
-        number += tl.sum(same.to(tl.int32), 0)
+        added += tl.sum(same.to(tl.int32), 0)
         later += tl.sum((same & (m[:, None] > l[None, :])).to(tl.int32), 0)
-    speaks = owned & (later == 0)
-    new = old + number
+    writes = owned & (later == 0)
+    new = old + added
     row = first_row + l
     _commit(
-        k_ptr, key_sum_ptr, mean_key_ptr, row_key_ptr, place, row, owned, speaks, old, new, place_ptr,
+        k_ptr, key_sum_ptr, mean_key_ptr, row_key_ptr, place, row, owned, writes, old, new, place_ptr,
         L, G, log2_keep, K, BLOCK_K, BLOCK_C, ONE, RATE, True, PRECISION,
     )  # fmt: skip
     _commit(
-        v_ptr, value_sum_ptr, mean_value_ptr, row_value_ptr, place, row, owned, speaks, old, new, place_ptr,
+        v_ptr, value_sum_ptr, mean_value_ptr, row_value_ptr, place, row, owned, writes, old, new, place_ptr,
         L, G, log2_keep, V, BLOCK_V, BLOCK_C, ONE, RATE, KEY_VALUE, PRECISION,
     )  # fmt: skip
-    tl.debug_barrier()  # several threads may hold a token: all have read its old count
-    tl.store(count_ptr + place, new, mask=speaks)
-    tl.store(row_count_ptr + row, new, mask=speaks)
+    tl.debug_barrier()  # a token may be held by several threads: all must have read its old count
+    tl.store(count_ptr + place, new, mask=writes)
+    tl.store(row_count_ptr + row, new, mask=writes)
 
 
 @triton.jit
 def _commit(
-    x_ptr, sum_ptr, mean_ptr, row_ptr, place, row, owned, speaks, old, new, place_ptr, L, G, log2_keep,
+    x_ptr, sum_ptr, mean_ptr, row_ptr, place, row, owned, writes, old, new, place_ptr, L, G, log2_keep,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, ONE: tl.constexpr, RATE: tl.constexpr,
     MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums, means and version rows of the centroids for which one of these tokens speaks.
+    """Update the sums, means and version rows of the centroids that one of these tokens writes.
 
-    With a constant rate eta, m keys move the mean to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys), and the sum kept is
+    With a constant rate eta, m keys move the mean to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys), and the stored sum is
     count x mean.
     """
     total = load_rows(sum_ptr, place, owned, WIDTH, BLOCK)
@@ -489,13 +491,13 @@ def _commit(
         x = load_tokens(x_ptr, m, G, m < L, WIDTH, BLOCK)
         more = tl.dot(same.to(x.dtype), x, more, input_precision=PRECISION)
     if RATE:
-        number = new - old
-        keep = tl.where(old > 0, tl.exp2(number * log2_keep), 0.0)
+        added = new - old
+        keep = tl.where(old > 0, tl.exp2(added * log2_keep), 0.0)
         total = total * (keep * new / tl.maximum(old, 1.0))[:, None]
-        more = more * ((1 - keep) * new / tl.maximum(number, 1.0))[:, None]
+        more = more * ((1 - keep) * new / tl.maximum(added, 1.0))[:, None]
     total += more
-    store_rows(sum_ptr, place, speaks, total, WIDTH, BLOCK)
+    store_rows(sum_ptr, place, writes, total, WIDTH, BLOCK)
     mean = tl.div_rn(total, tl.maximum(new, 1.0)[:, None])
-    store_rows(row_ptr, row, speaks, mean, WIDTH, BLOCK)
+    store_rows(row_ptr, row, writes, mean, WIDTH, BLOCK)
     if MEAN:
-        store_rows(mean_ptr, place, speaks, mean, WIDTH, BLOCK)
+        store_rows(mean_ptr, place, writes, mean, WIDTH, BLOCK)

@@ -1,23 +1,23 @@
-"""Stage C, backward, in three kernels without atomics: same inputs, same bits.
+"""Stage C, the backward pass, in three kernels without atomics: bitwise deterministic.
 
 With p the softmax of the forward pass (recomputed from the stored log-sum-exp) and
 
     delta_t = do_t . o_t          dp = do . value          ds = p (dp - delta)
 
-1. `query_grad_kernel`, one program a tile of queries:      dq = beta sum ds key,   dbeta = sum q . (sum ds key)
-2. `dictionary_grad_kernel`, one program a block of centroids, which walks the chunks in reverse with its gradients in
+1. `query_grad_kernel`, one program per tile of queries:      dq = beta sum ds key,   dbeta = sum q . (sum ds key)
+2. `dictionary_grad_kernel`, one program per block of centroids, which walks the chunks in reverse with its gradients in
    registers. For running means it holds those of the sums, dS^k = sum beta ds q / c and dS^v = sum p do / c over all
-   chunks that come later, where p / c = exp(beta q.k - lse): the count in the softmax and the count in the mean cancel.
-   Where it comes to the chunk that made a centroid's version, dS is what each of that chunk's keys gets from it. It is
-   left in dk and dv at the last of them, whose token is the version's row. Past the chunk where a centroid was born its
-   registers hold numbers without meaning, which nothing reads. With a constant rate,
+   later chunks, where p / c = exp(beta q.k - lse): the count in the softmax and the count in the mean cancel. When it
+   reaches the chunk that made a centroid's version, dS is the gradient that each of that chunk's keys gets from it. It
+   is stored in dk and dv at the last of these keys, whose token is the version's row. Past the chunk that founded a
+   centroid, its registers hold meaningless values that nothing reads. With a constant rate,
 
        mu_new = decay mu_old + gain sum of the chunk's keys,     decay = (1-eta)^m, gain = (1 - decay) / m
 
-   and it holds the gradients of the means: each key gets gain dmu, and dmu goes on multiplied by decay.
-3. `chunk_grad_kernel`, one program a chunk: dk and dv of the causal part, plus what the dictionary left for each token.
+   and it holds the gradients of the means: each key gets gain dmu, and dmu is multiplied by decay as the walk goes on.
+3. `chunk_grad_kernel`, one program per chunk: dk and dv of the causal part, plus the dictionary's part for each token.
 
-A launch takes the chunks, or the centroids, that a table is of.
+A launch covers the chunks, or the centroids, of one table.
 """
 
 # mypy: allow-incomplete-defs
@@ -35,13 +35,13 @@ from ovq.ops.ovq_attention.kernels.plan import Plan
 from ovq.ops.ovq_attention.kernels.predict import LOG2E, Rows
 from ovq.ops.ovq_attention.kernels.tabulate import Table
 
-QUERY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk", "all_tiles"]
-DICTIONARY_NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "low", "initial", "log2_keep"]
-CHUNK_NUMBERS = ["T", "S", "L", "H", "G"]
+QUERY_SCALARS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk", "all_tiles"]
+DICTIONARY_SCALARS = ["T", "S", "L", "H", "G", "rows", "table_size", "low", "initial", "log2_keep"]
+CHUNK_SCALARS = ["T", "S", "L", "H", "G"]
 
 
 def query_tiles(plan: Plan, q: Tensor, V: int) -> int:
-    """Tiles of queries, of all chunks: so many parts of dbeta there are."""
+    """Number of query tiles over all chunks, which is the number of partial sums of dbeta."""
     L = plan.spec.chunk_size
     settings = constants("query_grad", arch_of(q.device), q.dtype, q.shape[3], V, L)
     return plan.chunks * triton.cdiv(L, settings["BLOCK_M"])
@@ -51,7 +51,7 @@ def query_grad(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: Rows, table: Table,
     o: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dbeta: Tensor,
 ) -> None:  # fmt: skip
-    """dq, delta [B, H, T] and parts of dbeta [B, H, query_tiles], of the queries in the table's chunks."""
+    """dq, delta [B, H, T] and partial sums of dbeta [B, H, query_tiles] for the queries in the table's chunks."""
     (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
     host, L, (first, last) = plan.tensors(q.device), plan.spec.chunk_size, table.chunks
     settings = constants("query_grad", arch_of(q.device), q.dtype, K, V, L)
@@ -63,7 +63,7 @@ def query_grad(
 
 
 def centroid_block(q: Tensor, V: int, L: int) -> int:
-    """Centroids that a program of `dictionary_grad` owns."""
+    """Number of centroids that one program of `dictionary_grad` owns."""
     return constants("dictionary_grad", arch_of(q.device), q.dtype, q.shape[3], V, L)["BLOCK_N"]
 
 
@@ -71,8 +71,8 @@ def dictionary_grad(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: Rows, table: Table,
     do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """dk and dv at the tokens of the version rows of the table's centroids: what each key and value of that version's
-    chunk gets. The table is of all chunks."""
+    """dk and dv at the token of each version row of the table's centroids: the gradient of each key and value that went
+    into that version. The table covers all chunks."""
     (B, T, H, K), (S, G, V), spec = q.shape, v.shape[1:], plan.spec
     host, flags = plan.tensors(q.device), {"RATE": spec.rate is not None}
     settings = constants("dictionary_grad", arch_of(q.device), q.dtype, K, V, spec.chunk_size, **flags)
@@ -90,7 +90,7 @@ def chunk_grad(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, assignment: Tensor,
     do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """Completes what `dictionary_grad` began."""
+    """Complete the dk and dv that `dictionary_grad` began."""
     (B, T, H, K), (S, G, V), L = q.shape, v.shape[1:], plan.spec.chunk_size
     host = plan.tensors(q.device)
     chunk_grad_kernel[plan.chunks, B * G](
@@ -99,7 +99,7 @@ def chunk_grad(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=QUERY_NUMBERS)
+@triton.jit(do_not_specialize=QUERY_SCALARS)
 def query_grad_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, S, G, K]
@@ -137,7 +137,7 @@ def query_grad_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dq, dbeta and delta; the walk of `predict_kernel` with ds in place of p."""
+    """dq, dbeta and delta; the same loops as `predict_kernel`, with ds in place of p."""
     tiles = tl.cdiv(L, BLOCK_M)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     b = tl.program_id(1) // H
@@ -154,21 +154,21 @@ def query_grad_kernel(
 
     k_ptr = token_at(k_ptr, tl.cast(b, tl.int64) * S + start, G, g, K)
     v_ptr = token_at(v_ptr, tl.cast(b, tl.int64) * S + start, G, g, V)
-    number = tl.cast(tl.program_id(1), tl.int64) * T + first - (S - T)
+    lse_offset = tl.cast(tl.program_id(1), tl.int64) * T + first - (S - T)
     row_base = tl.cast(b * G + g, tl.int64) * rows
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
     row_count_ptr += row_base
     table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + tile // tiles)
-    asked = (first < end) & (first + BLOCK_M > S - T)
-    size = tl.load(sizes_ptr + chunk, mask=asked, other=0)
+    has_queries = (first < end) & (first + BLOCK_M > S - T)
+    size = tl.load(sizes_ptr + chunk, mask=has_queries, other=0)
 
     q = load_tokens(token_at(q_ptr, query, H, h, K), m, H, live, K, BLOCK_K)
     do = load_tokens(token_at(do_ptr, query, H, h, V), m, H, live, V, BLOCK_V)
     o = load_tokens(token_at(o_ptr, query, H, h, V), m, H, live, V, BLOCK_V)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + number + m, delta, mask=live)
-    lse = tl.load(lse_ptr + number + m, mask=live, other=float("inf"))
+    tl.store(delta_ptr + lse_offset + m, delta, mask=live)
+    lse = tl.load(lse_ptr + lse_offset + m, mask=live, other=float("inf"))
     beta = tl.load(beta_ptr + h)
     scale = beta * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -206,7 +206,7 @@ def query_grad_kernel(
     store_tokens(token_at(dq_ptr, query, H, h, K), m, H, live, acc * beta, K, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=DICTIONARY_NUMBERS)
+@triton.jit(do_not_specialize=DICTIONARY_SCALARS)
 def dictionary_grad_kernel(
     q_ptr,  # [B, T, H, K]
     beta_ptr,  # [H] float32
@@ -214,7 +214,7 @@ def dictionary_grad_kernel(
     row_value_ptr,  # [B, G, rows, V]
     row_count_ptr,  # [B, G, rows] float32
     table_ptr,  # [B, G, table_size] int32
-    blocks_ptr,  # [blocks, 5] int32: the first centroid, the chunk that founds it, its document's last, bounds of that
+    blocks_ptr,  # [blocks, 5] int32: first centroid, chunk that founds it, its document's last chunk, that one's bounds
     sizes_ptr,  # [chunks] int32
     offsets_ptr,  # [chunks] int32
     do_ptr,  # [B, T, H, V]
@@ -229,7 +229,7 @@ def dictionary_grad_kernel(
     G,
     rows,
     table_size,
-    low,  # the table's first centroid; it has whole blocks
+    low,  # the table's first centroid; the table covers whole blocks
     initial,
     log2_keep,
     K: tl.constexpr,
@@ -242,7 +242,7 @@ def dictionary_grad_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The centroids' gradients. One loop over (chunk, query head, query tile), so that all loads can be pipelined."""
+    """The centroids' gradients, in one loop over (chunk, query head, query tile) so that all loads can be pipelined."""
     blocks_ptr += 5 * tl.program_id(0)
     n = tl.load(blocks_ptr)
     first = tl.load(blocks_ptr + 1)
@@ -280,14 +280,14 @@ def dictionary_grad_kernel(
         value = load_rows(row_value_ptr, before, held, V, BLOCK_V)
         beta = tl.load(beta_ptr + h)
 
-        # Where a centroid's version changes, its chunk's keys get their share. (Later steps of a chunk see no change.)
+        # Where a centroid's version changes, its chunk's keys get their gradient (at a chunk's first step).
         made = before != row
         if RATE:
             old = tl.load(row_count_ptr + before, mask=held, other=1.0)
             bias = tl.where(held, tl.log2(old), float("-inf"))
-            number = tl.maximum(count - tl.where(held, old, 0.0), 1.0)
-            decay = tl.where(held, tl.exp2(number * log2_keep), 0.0)
-            gain = (1 - decay) / number
+            added = tl.maximum(count - tl.where(held, old, 0.0), 1.0)
+            decay = tl.where(held, tl.exp2(added * log2_keep), 0.0)
+            gain = (1 - decay) / added
             count = old
         if step % steps == 0:
             token = row - initial - start
@@ -301,8 +301,8 @@ def dictionary_grad_kernel(
             else:
                 store_tokens(dk, token, G, made, dkey, K, BLOCK_K)
                 store_tokens(dv, token, G, made, dvalue, V, BLOCK_V)
-                # (Also keeps this block where it stands: Triton moves one that changes nothing to the loop's end, and
-                # then needs a copy of both accumulators.)
+                # (This also keeps the block in place: Triton moves a block without effect on the accumulators to the
+                # end of the loop, and then needs a copy of both.)
                 dkey = tl.where(held[:, None], dkey, 0.0)
                 dvalue = tl.where(held[:, None], dvalue, 0.0)
         row = before
@@ -317,14 +317,14 @@ def dictionary_grad_kernel(
         logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E)
         if RATE:
             logit += bias[:, None]
-        p = tl.exp2(logit - lse[None, :])  # p / count for a running mean
+        p = tl.exp2(logit - lse[None, :])  # p / count for running means
         dvalue = tl.dot(p.to(do.dtype), do, dvalue, input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :]) * beta).to(q.dtype)
         dkey = tl.dot(ds, q, dkey, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=CHUNK_NUMBERS)
+@triton.jit(do_not_specialize=CHUNK_SCALARS)
 def chunk_grad_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, S, G, K]
@@ -354,8 +354,8 @@ def chunk_grad_kernel(
 ):
     """dk and dv of the chunk's own keys and values.
 
-    What the dictionary left for a token lies in dk and dv at the last token of its centroid in the chunk. Tiles of keys
-    are taken in the order of the text, and each is read before it is written, so nothing is overwritten too soon.
+    The dictionary's gradient for a token lies in dk and dv at the chunk's last token with the same centroid. Tiles of
+    keys are processed in text order, and each is read before it is written, so nothing is overwritten too early.
     """
     chunk = tl.program_id(0)
     batch = tl.cast(tl.program_id(1) // G, tl.int64)
@@ -375,7 +375,7 @@ def chunk_grad_kernel(
         held = own < length
         key = load_tokens(k_ptr, own, G, held, K, BLOCK_K)
         value = load_tokens(v_ptr, own, G, held, V, BLOCK_V)
-        # The last of the chunk's tokens that went where these went.
+        # The chunk's last token with the same centroid as each of these.
         place = tl.load(assignment_ptr + own, mask=held & committed, other=-1)
         last = tl.zeros([BLOCK_N], tl.int32)
         for m in tl.range(s, length, BLOCK_N, num_stages=1):
@@ -388,14 +388,14 @@ def chunk_grad_kernel(
             beta = tl.load(beta_ptr + h)
             q_head = token_at(q_ptr, batch * T + t, H, h, K)
             do_head = token_at(do_ptr, batch * T + t, H, h, V)
-            number = (batch * H + h) * T + t
+            lse_offset = (batch * H + h) * T + t
             for m in tl.range(s, length, BLOCK_M, num_stages=STAGES):
                 query = m + tl.arange(0, BLOCK_M)
                 live = (query < length) & (query >= -t)
                 q = load_tokens(q_head, query, H, live, K, BLOCK_K)
                 do = load_tokens(do_head, query, H, live, V, BLOCK_V)
-                lse = tl.load(lse_ptr + number + query, mask=live, other=float("inf"))
-                delta = tl.load(delta_ptr + number + query, mask=live, other=0.0)
+                lse = tl.load(lse_ptr + lse_offset + query, mask=live, other=float("inf"))
+                delta = tl.load(delta_ptr + lse_offset + query, mask=live, other=0.0)
                 logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E)
                 p = tl.exp2(logit - lse[None, :])
                 p = tl.where(own[:, None] <= query[None, :], p, 0.0)

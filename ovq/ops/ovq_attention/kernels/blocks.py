@@ -1,7 +1,7 @@
-"""What the kernels share: how a tile of tokens, or of version rows, is loaded and stored.
+"""Shared by the kernels: loads and stores of tiles of tokens and of version rows.
 
-Every tensor is contiguous; widths that are no power of two are padded by masks (WIDTH is real, BLOCK padded). Offsets
-that grow with tokens x heads are 64-bit, offsets inside one head's rows 32-bit.
+Every tensor is contiguous; widths that are not a power of two are padded by masks (WIDTH is the real width, BLOCK the
+padded one). Offsets that grow with tokens x heads are 64-bit, offsets within one head's rows 32-bit.
 """
 
 # mypy: allow-incomplete-defs
@@ -12,13 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def token_at(ptr, token, heads, head, WIDTH: tl.constexpr):
-    """Where x[token, head, :] of a [.., heads, WIDTH] tensor begins; `token` is one number."""
+    """Pointer to x[token, head, :] of a [..., heads, WIDTH] tensor, for a scalar `token`."""
     return ptr + (tl.cast(token, tl.int64) * heads + head) * WIDTH
 
 
 @triton.jit
 def load_tokens(ptr, token, heads, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Vectors of some tokens, counted from the one at `ptr`, as a [len(token), BLOCK] tile; zeros where not valid."""
+    """Vectors of tokens, indexed relative to the one at `ptr`, as a [len(token), BLOCK] tile; zero where not valid."""
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
     return tl.load(ptr + (token * heads)[:, None] * WIDTH + d[None, :], mask=mask, other=0.0)
@@ -26,7 +26,7 @@ def load_tokens(ptr, token, heads, valid, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def store_tokens(ptr, token, heads, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Vectors of some tokens, counted from the one at `ptr`, = x, rounded to the tensor's dtype, where valid."""
+    """Store x, rounded to the tensor's dtype, at tokens indexed relative to the one at `ptr`, where valid."""
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
     tl.store(ptr + (token * heads)[:, None] * WIDTH + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
@@ -34,7 +34,7 @@ def store_tokens(ptr, token, heads, valid, x, WIDTH: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def load_rows(ptr, row, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of one head's [rows, WIDTH] matrix as a [len(row), BLOCK] tile; zeros where not valid."""
+    """Rows of one head's [rows, WIDTH] matrix as a [len(row), BLOCK] tile; zero where not valid."""
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
     return tl.load(ptr + row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0)
@@ -42,7 +42,7 @@ def load_rows(ptr, row, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_rows(ptr, row, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of one head's [rows, WIDTH] matrix = x, rounded to the matrix's dtype, where valid."""
+    """Store x, rounded to the matrix's dtype, in rows of one head's [rows, WIDTH] matrix, where valid."""
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
     tl.store(ptr + row[:, None] * WIDTH + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)

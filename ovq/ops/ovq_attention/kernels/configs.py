@@ -1,8 +1,8 @@
-"""Which tiles every kernel runs with: one small table, no autotuning.
+"""The tile sizes of every kernel: one small table, no autotuning.
 
 Tiles depend on the stage, the chip, the width and the dtype, never on the number of tokens, centroids or heads: a new
-sequence length compiles and tunes nothing. (`assign` alone is built for each number of programs that share a walk.)
-The figures behind the choice: `python -m eval.bench.aot`.
+sequence length compiles and tunes nothing. (Only `assign` has a build for each number of programs that share a walk.)
+The figures behind these choices: `python -m eval.bench.aot`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program works: rows (tokens) and columns (centroids, or keys) of a tile, warps, and stages of the load
-    pipeline; of `assign`, the rows of a tile that commits."""
+    """The work of one program: rows (tokens) and columns (centroids or keys) of a tile, warps, and stages of the load
+    pipeline; for `assign` also the rows of a commit tile."""
 
     rows: int
     columns: int
@@ -29,8 +29,8 @@ class Tile:
     commit: int = 0
 
 
-# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. No attention kernel spills, in
-# the default variant.
+# Chip family -> operands ("half": bfloat16 and float16) and padded width -> stage. No attention kernel spills in the
+# default variant.
 TILES = {
     "sm_90": {
         ("half", 64): {
@@ -139,7 +139,7 @@ TILES = {
 
 @functools.cache
 def arch_of(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "interpreter" where there is no GPU."""
+    """The architecture, such as "sm_90" or "gfx942"; "interpreter" for a device that is not a GPU."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -149,12 +149,12 @@ def arch_of(device: torch.device) -> str:
 
 
 def padded(width: int) -> int:
-    """The power of two that a width is padded to; tensor cores take no less than 16."""
+    """The power of two that a width is padded to; tensor cores need at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int) -> Tile:
-    if arch == "interpreter":  # its time goes by the number of tiles: the largest
+    if arch == "interpreter":  # its time depends on the number of tiles: use the largest
         return TILES["sm_90"]["half", 64][stage]
     wgmma = arch in ("sm_90", "sm_100", "sm_103")
     family = "gfx" if arch.startswith("gfx") else "sm_90" if wgmma else "sm_80"
@@ -163,19 +163,19 @@ def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int) -> Tile:
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
-    """How float32 products are taken: to float32's accuracy, on the tensor cores where the chip can."""
+    """How float32 products are computed: to float32 accuracy, on the tensor cores if the chip can."""
     if dtype != torch.float32 or arch == "interpreter":
         return "ieee"
     return "tf32x3" if arch.startswith("sm_") else "bf16x6"
 
 
 def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: int, **flags: Any) -> dict:
-    """The compile-time arguments of a stage's kernel, and how it is launched (num_warps, num_stages).
+    """The compile-time arguments of a stage's kernel, and its launch options (num_warps, num_stages).
 
-    `rows` is the chunk size; of decode, the query heads of a group.
+    `rows` is the chunk size or, for decode, the number of query heads per group.
     """
     tile, longest = tile_of(stage, arch, dtype, K, V), padded(rows)
-    rows = min(tile.rows, longest)  # a chunk shorter than the tile has a tile of its own size
+    rows = min(tile.rows, longest)  # a chunk shorter than the tile gets a tile of its own size
     settings = {
         "K": K,
         "V": V,

@@ -1,10 +1,10 @@
-"""Stage D, one token: its query against the dictionary and the unfinished chunk, in time that does not grow.
+"""Stage D, one token: its query against the dictionary and the unfinished chunk, in time independent of the position.
 
     o = softmax([ beta q.S^k_n / c_n + log c_n ] ++ [ beta q.k_s ]) @ [ S^v_n / c_n ; v_s ]
 
-The sums are read as they are carried, with no version rows: means are taken on the fly, rounded as everywhere to the
-operands' dtype. The query heads of a group are the rows of one tile. A head's centroids are dealt to SPLITS programs
-and the pending keys to one more, each leaves its part of the softmax, and `combine_kernel` joins the parts.
+The carried sums are read directly, without version rows: means are computed on the fly and, as everywhere, rounded to
+the operands' dtype. The query heads of a group are the rows of one tile. A head's centroids are distributed over SPLITS
+programs and its pending keys go to one more; each writes its partial softmax, and `combine_kernel` merges the parts.
 """
 
 # mypy: allow-incomplete-defs
@@ -20,14 +20,14 @@ from ovq.ops.ovq_attention.kernels.blocks import load_rows, load_tokens, token_a
 from ovq.ops.ovq_attention.kernels.configs import arch_of, constants, padded
 from ovq.ops.ovq_attention.kernels.predict import LOG2E, absorb
 
-NUMBERS = ["S", "H", "G", "N", "size"]
+SCALARS = ["S", "H", "G", "N", "size"]
 SPLITS = 16
 
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, key_sum: Tensor, value_sum: Tensor, count: Tensor, size: int
 ) -> Tensor:
-    """o [B, 1, H, V] for one query a head, the last of k's and v's tokens being its own."""
+    """o [B, 1, H, V] for one query per head; the last token of k and v is the query's own."""
     (B, _, H, K), (S, G, V), N = q.shape, v.shape[1:], count.shape[2]
     settings = constants("decode", arch_of(q.device), q.dtype, K, V, rows=H // G, SPLITS=SPLITS)
     parts = q.new_empty(B, H, SPLITS + 1, V + 2, dtype=torch.float32)
@@ -45,7 +45,7 @@ def decode(
     return o
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=SCALARS)
 def decode_kernel(
     q_ptr,  # [B, 1, H, K]
     k_ptr,  # [B, S, G, K]
@@ -123,7 +123,7 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """One query head's parts, joined. The pending keys always have a finite part: the token's own key is among them."""
+    """Merge the parts of one query head. That of the pending keys is finite, since they include the token's own key."""
     head = tl.cast(tl.program_id(0), tl.int64)
     part_ptr += head * (SPLITS + 1) * (V + 2)
     p = tl.arange(0, PADDED)

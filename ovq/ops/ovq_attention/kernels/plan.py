@@ -1,7 +1,7 @@
-"""How a call is cut into chunks: what the host knows before any kernel runs.
+"""How a call is cut into chunks: everything that the host knows before any kernel runs.
 
-The number of centroids before every chunk depends on the settings and the position alone, so nothing is ever read back
-from the device but the bounds of packed documents.
+The number of centroids before every chunk depends only on the settings and the position, so nothing is ever read back
+from the device except the bounds of packed documents.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from torch import Tensor
 
 from ovq.ops.ovq_attention.spec import OVQSpec
 
-ALIGNMENT = 16  # entries of a table between starts of its rows: 64 bytes
-FEWEST_CHUNKS = 16  # that a table has room for
-TABLE_SHARE = 1 / 6  # of the bytes of q, k and v that a table may have (docs/kernels.md, "Memory")
+ALIGNMENT = 16  # entries to which the start of a table row is aligned: 64 bytes
+MIN_CHUNKS = 16  # that a table always has room for
+TABLE_SHARE = 1 / 6  # of the bytes of q, k and v: the limit on a table (docs/kernels.md, "Memory")
 
 
 def most_entries(tokens: int, group: int, K: int, V: int, itemsize: int, num_centroids: int) -> int:
-    """Entries that a table may have for each key/value head, of `group` query heads: a share of their q, k and v, and
-    in a short piece, whose sums are larger than its tokens, a few chunks' worth."""
-    return max(int(TABLE_SHARE * tokens * (group * K + K + V) * itemsize / 4), FEWEST_CHUNKS * num_centroids)
+    """The limit on a table's entries per key/value head, with `group` query heads: a share of the size of their q, k
+    and v or, in a short piece, whose sums are larger than its tokens, a few chunks' worth."""
+    return max(int(TABLE_SHARE * tokens * (group * K + K + V) * itemsize / 4), MIN_CHUNKS * num_centroids)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The chunks of all documents, one after the other in the text's order.
+    """The chunks of all documents, in text order.
 
-    Every document ends with one chunk more than are committed, of 0 to L - 1 tokens: it has the dictionary at the end.
-    Only a single document may have a dictionary at the start, of `initial` centroids.
+    Every document ends with one chunk that is not committed, of 0 to L - 1 tokens: it sees the final dictionary. Only a
+    single document may start with a dictionary, of `initial` centroids.
 
     Attributes:
-        starts, ends: token bounds of chunk c in the packed text (in a row of the batch).
+        starts, ends: token bounds of chunk c in a row of the batch, which holds the packed documents.
         sizes: centroids before chunk c.
-        documents: (first, last) chunk of each document, the last one being the one that is not committed.
-        walks: (first chunk, last chunk, place in the sums) of each document that commits any.
-        sums: centroids of all documents together.
+        documents: (first, last) chunk of each document; the last one is not committed.
+        walks: (first chunk, last chunk, offset in the sums) of each document that commits any chunk.
+        sums: total centroids of all documents.
     """
 
     spec: OVQSpec
@@ -58,12 +58,12 @@ class Plan:
 
     @property
     def committed(self) -> int:
-        """Chunks that change a dictionary."""
+        """Number of chunks that change a dictionary."""
         return self.chunks - len(self.documents)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        """starts, ends and sizes, int32 [chunks]; walks, int32 [walks, 3]; ranks, int32 [chunks, L]: the keys' places
-        in the order of random seeding (else [1, 1])."""
+        """starts, ends and sizes, int32 [chunks]; walks, int32 [walks, 3]; ranks, int32 [chunks, L]: the keys' ranks in
+        the order of random seeding ([1, 1] without it)."""
         if device not in self._tensors:
             arrays = {"starts": self.starts, "ends": self.ends, "sizes": self.sizes, "walks": np.array(self.walks)}
             made = {name: _on(device, x) for name, x in arrays.items()}
@@ -76,23 +76,23 @@ class Plan:
             return np.zeros((1, 1))
         begin = np.concatenate([np.full(last + 1 - first, self.starts[first]) for first, last in self.documents])
         position = torch.from_numpy(self.position + self.starts - begin)[:, None] + torch.arange(L)
-        # A key's rank is its place in the order: the inverse permutation.
+        # A key's rank is its position in the order: the inverse permutation.
         ranks = spec.hash_order_at(position).argsort()
         for first, _ in self.documents:
-            if self.sizes[first] == 0:  # the first key of all founds centroid 0
+            if self.sizes[first] == 0:  # the document's first key founds centroid 0
                 ranks[first] += ranks[first] < ranks[first, 0].clone()
                 ranks[first, 0] = 0
         return ranks.numpy()
 
     def layout(self, chunks: tuple[int, int], centroids: tuple[int, int]) -> tuple[np.ndarray, int]:
-        """Where the rows of a table of these chunks and centroids start, and its size."""
+        """The row starts of a table of these chunks and centroids, and its size, both in entries."""
         low, high = centroids
         widths = np.clip(self.sizes[chunks[0] : chunks[1]] - low, 0, high - low)
         ends = np.cumsum(-(-widths // ALIGNMENT) * ALIGNMENT)
         return np.concatenate([[0], ends[:-1]]), max(int(ends[-1]), 1)
 
     def offsets(self, chunks: tuple[int, int], centroids: tuple[int, int], device: torch.device) -> tuple[Tensor, int]:
-        """The same on a device: int32 [chunks of the table]."""
+        """`layout` with the row starts on a device, int32 [chunks of the table]."""
         key = (device, chunks, centroids)
         if key not in self._tensors:
             starts, size = self.layout(chunks, centroids)
@@ -100,7 +100,7 @@ class Plan:
         return self._tensors[key]
 
     def document_ranges(self, chunks: tuple[int, int], device: torch.device) -> Tensor:
-        """int32 [documents of these chunks, 2]: first and last of these chunks that are a document's."""
+        """int32 [documents of these chunks, 2]: the first and last of these chunks in each document."""
         key = (device, chunks, "documents")
         if key not in self._tensors:
             parts = ((max(first, chunks[0]), min(last, chunks[1] - 1)) for first, last in self.documents)
@@ -116,7 +116,7 @@ class Plan:
         return 0, int(self.sizes.max())
 
     def chunk_ranges(self, entries: int) -> list[tuple[int, int]]:
-        """All chunks, cut so that a table has at most so many entries a head (or one chunk)."""
+        """All chunks, cut into ranges whose tables have at most `entries` entries per head (or one chunk)."""
         ends = np.cumsum(-(-self.sizes // ALIGNMENT) * ALIGNMENT)
         ranges, first, before = [], 0, 0
         while first < self.chunks:
@@ -126,7 +126,7 @@ class Plan:
         return ranges
 
     def centroid_ranges(self, entries: int, block: int) -> list[tuple[int, int]]:
-        """All centroids, cut likewise into whole blocks."""
+        """All centroids, cut likewise into ranges of whole blocks."""
         most = self.all_centroids[1]
         width = most
         while width > block and self.layout(self.all_chunks, (0, width))[1] > entries:
@@ -134,8 +134,8 @@ class Plan:
         return [(n, min(n + width, most)) for n in range(0, most, max(width, 1))]
 
     def blocks(self, block: int, centroids: tuple[int, int], device: torch.device) -> Tensor:
-        """int32 [blocks, 5]: the first centroid of a block, the chunk that founds it, the last of its document and
-        that one's token bounds; the longest walks first."""
+        """int32 [blocks, 5]: the first centroid of a block, the chunk that founds it, its document's last chunk and the
+        token bounds of that chunk; the longest walks come first."""
         key = (device, block, centroids)
         if key not in self._tensors:
             made = []
@@ -151,8 +151,8 @@ class Plan:
 
 @functools.lru_cache(maxsize=64)
 def make_plan(spec: OVQSpec, size: int, position: int, bounds: tuple[int, ...]) -> Plan:
-    """The plan for documents with these bounds in tokens, (0, S) for one, the first after a dictionary of `size`
-    centroids at `position`."""
+    """The plan for documents with these token bounds, (0, S) for a single one, the first of which starts with a
+    dictionary of `size` centroids at `position`."""
     L = spec.chunk_size
     starts: list[int] = []
     ends: list[int] = []
@@ -175,6 +175,6 @@ def make_plan(spec: OVQSpec, size: int, position: int, bounds: tuple[int, ...]) 
 
 
 def _on(device: torch.device, array: np.ndarray) -> Tensor:
-    """An int32 copy on the device, which nothing waits for."""
+    """An int32 copy on the device, made without synchronising."""
     host = torch.from_numpy(array.astype(np.int32))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

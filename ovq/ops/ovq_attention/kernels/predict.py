@@ -5,10 +5,10 @@ For query t of chunk i, with n_i centroids whose current version rows are table[
     logits = [ beta q.mu^k[table[i, n]] + log count[table[i, n]] ] ++ [ beta q.k_s  for s of the chunk, s <= t ]
     o      = softmax(logits) @ [ mu^v[table[i, n]] ; v_s ]
 
-One program holds a tile of queries and streams both parts through one online softmax (exponents in base 2, so that
-log-sum-exp is stored in base 2 too). It is paged attention with pages of one row: rows are gathered through the table.
-Programs of one head follow each other, so that its dictionary stays in L2; the last chunks, which have the largest
-dictionary, start first. A launch takes the chunks that a table is of.
+One program holds a tile of queries and streams both parts through one online softmax (exponents in base 2, so the
+log-sum-exp is stored in base 2 too). This is paged attention with pages of one row: rows are gathered through the
+table. Programs of one head are adjacent, so that its dictionary stays in L2; the last chunks, which have the largest
+dictionary, start first. A launch covers the chunks of one table.
 """
 
 # mypy: allow-incomplete-defs
@@ -26,7 +26,7 @@ from ovq.ops.ovq_attention.kernels.tabulate import Table
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-NUMBERS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk"]
+SCALARS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk"]
 Rows = tuple[Tensor, Tensor, Tensor]  # keys, values and counts of the version rows
 
 
@@ -43,7 +43,7 @@ def predict(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=SCALARS)
 def predict_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, S, G, K]
@@ -97,8 +97,8 @@ def predict_kernel(
     row_value_ptr += row_base * V
     row_count_ptr += row_base
     table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + tile // tiles)
-    asked = (first < end) & (first + BLOCK_M > S - T)  # a tile that no query is in walks no dictionary
-    size = tl.load(sizes_ptr + chunk, mask=asked, other=0)
+    has_queries = (first < end) & (first + BLOCK_M > S - T)  # a tile without queries skips the dictionary
+    size = tl.load(sizes_ptr + chunk, mask=has_queries, other=0)
 
     q = load_tokens(token_at(q_ptr, query, H, h, K), m, H, live, K, BLOCK_K)
     scale = tl.load(beta_ptr + h) * LOG2E
@@ -133,7 +133,7 @@ def predict_kernel(
 
 @triton.jit
 def absorb(top, total, acc, logit, value, PRECISION: tl.constexpr):
-    """One step of the online softmax; every row of `logit` or of what came before has a finite entry."""
+    """One step of the online softmax; every row must have a finite logit, in `logit` or in an earlier step."""
     new_top = tl.maximum(top, tl.max(logit, 1))
     p = tl.exp2(logit - new_top[:, None])
     shrink = tl.exp2(top - new_top)

@@ -1,6 +1,6 @@
-"""Every kernel as it is launched: configurations, dtypes and argument types, for building them ahead of time.
+"""Every kernel as it is launched: configurations, dtypes and argument types, for ahead-of-time builds.
 
-`python -m eval.bench.aot` walks this list. It must be run without TRITON_INTERPRET.
+`python -m eval.bench.aot` builds this list. It must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "decode": {"SPLITS": SPLITS},
     "combine": {"SPLITS": SPLITS, "PADDED": padded(SPLITS + 1)},
 }
-# Types of the arguments by name; all other pointers are to the operands' dtype, all other numbers int32.
+# Types of the arguments by name; all other pointers are to the operands' dtype, all other scalars int32.
 TYPES = {
     **dict.fromkeys(("beta_ptr", "row_count_ptr", "lse_ptr", "delta_ptr", "dbeta_ptr"), "*fp32"),
     **dict.fromkeys(("key_sum_ptr", "value_sum_ptr", "count_ptr", "best_ptr", "chosen_ptr", "part_ptr"), "*fp32"),
@@ -75,7 +75,7 @@ class ShippedKernel:
 
     @property
     def attention(self) -> bool:
-        """Whether it must be free of spills and take its products on tensor cores."""
+        """Whether it must be free of spills and use the tensor cores for its products."""
         return self.stage in ATTENTION
 
 
@@ -84,7 +84,7 @@ def shipped_kernels(
 ) -> Iterator[ShippedKernel]:
     """Every kernel for an architecture ("sm_80", "sm_90", "sm_100", "gfx942"), with the default variant's flags.
 
-    Those that make the table know neither dtype nor width: they are there once, under the last dtype.
+    The kernels that build the table depend on neither dtype nor width: they are listed once, under the last dtype.
     """
     for stage, kernel in KERNELS.items():
         for width in widths:

@@ -1,15 +1,15 @@
-"""The table of version rows: table[c, n] is the row of centroid n before chunk c, made anew from the assignment.
+"""The table of version rows: table[c, n] is the row of centroid n before chunk c, rebuilt from the assignment.
 
-A token changes one centroid, the one it went to, and a version's row is the last token of the chunk that went there
-(after the rows of the dictionary at the start). So table[c, n] is the largest row that any earlier chunk of the
+A token changes one centroid, the one it is assigned to, and a version's row is that of the chunk's last token assigned
+to it (after the rows of the initial dictionary). So table[c, n] is the largest row that any earlier chunk of the
 document gave to n:
 
     scatter   table[c + 1, a_t] = max of the rows of the tokens t of chunk c
     fill      a running maximum down the chunks of each document
 
-Making it takes no part in the sequential walk, and it need not be kept from the forward to the backward pass. It may be
-made for some chunks, or some centroids, at a time, so that its size is bounded however long the text and however large
-the dictionary. Its rows are ragged: chunk c has as many entries as centroids.
+Building it is not part of the sequential walk, and it need not be kept from the forward to the backward pass. It can be
+built for some chunks, or some centroids, at a time, so that its size is bounded however long the text and however large
+the dictionary. Its rows are ragged: chunk c has as many entries as there are centroids before it.
 """
 
 # mypy: allow-incomplete-defs
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from ovq.ops.ovq_attention.kernels.plan import Plan
 
-# How the kernels are launched, on every chip: they take no products and wait for memory.
+# Launch settings on every chip: these kernels do no matmuls and are memory-bound.
 SCATTER = {"BLOCK_L": 128, "num_warps": 4, "num_stages": 1}
 FILL = {"BLOCK_N": 128, "BLOCK_C": 8, "num_warps": 4, "num_stages": 1}
-SCATTER_NUMBERS = ["S", "L", "first_chunk", "begin", "low", "high", "initial", "size"]
-FILL_NUMBERS = ["first_chunk", "low", "high", "initial", "size"]
+SCATTER_SCALARS = ["S", "L", "first_chunk", "begin", "low", "high", "initial", "size"]
+FILL_SCALARS = ["first_chunk", "low", "high", "initial", "size"]
 
 
 class Table(NamedTuple):
-    """`rows` int32 [B, G, size]: chunk c of `chunks` from offsets[c - chunks[0]] on, with the first of `centroids`."""
+    """`rows` int32 [B, G, size]: chunk c of `chunks` starts at offsets[c - chunks[0]], with centroid centroids[0]."""
 
     rows: Tensor
     offsets: Tensor
@@ -54,7 +54,7 @@ def tabulate(assignment: Tensor, plan: Plan, chunks: tuple[int, int], centroids:
     table, host = Table(rows, offsets, chunks, centroids), plan.tensors(device)
     if low == high:
         return table
-    # Chunks before the first one count if they are of its document: their rows come to its own.
+    # Earlier chunks of the first chunk's document count too: their rows are scattered into its entries.
     begin = max(start for start, _ in plan.documents if start <= first)
     if last - 1 > begin:
         scatter_kernel[last - 1 - begin, B * G](
@@ -68,7 +68,7 @@ def tabulate(assignment: Tensor, plan: Plan, chunks: tuple[int, int], centroids:
     return table
 
 
-@triton.jit(do_not_specialize=SCATTER_NUMBERS)
+@triton.jit(do_not_specialize=SCATTER_SCALARS)
 def scatter_kernel(
     assignment_ptr,  # [B, G, S] int32
     starts_ptr,  # [chunks] int32
@@ -78,14 +78,14 @@ def scatter_kernel(
     S,
     L,
     first_chunk,  # of the table
-    begin,  # the first chunk that counts
+    begin,  # the first chunk that contributes
     low,  # the table's centroids
     high,
-    initial,  # rows of the dictionary at the start
+    initial,  # rows of the initial dictionary
     size,
     BLOCK_L: tl.constexpr,
 ):
-    """One program a chunk."""
+    """One program per chunk."""
     chunk = begin + tl.program_id(0)
     start = tl.load(starts_ptr + chunk)
     if tl.load(ends_ptr + chunk) - start == L:  # committed
@@ -100,7 +100,7 @@ def scatter_kernel(
             )
 
 
-@triton.jit(do_not_specialize=FILL_NUMBERS)
+@triton.jit(do_not_specialize=FILL_SCALARS)
 def fill_kernel(
     documents_ptr,  # [documents of the table, 2] int32: first and last chunk
     sizes_ptr,  # [chunks] int32
@@ -114,7 +114,7 @@ def fill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program for some centroids of a document, down its chunks."""
+    """One program per block of centroids of a document, over its chunks."""
     table_ptr += tl.cast(tl.program_id(2), tl.int64) * size
     first = tl.load(documents_ptr + 2 * tl.program_id(1))
     last = tl.load(documents_ptr + 2 * tl.program_id(1) + 1)
@@ -129,7 +129,7 @@ def fill_kernel(
         held = (n[None, :] < held[:, None]) & (n < high)[None, :]
         entry = table_ptr + offset[:, None] + (n - low)[None, :]
         rows = tl.load(entry, mask=held, other=-1)
-        # The running maximum of a few chunks, by comparing all pairs of them.
+        # The running maximum over a few chunks, by comparing all pairs of them.
         earlier = (c[None, :] <= c[:, None])[:, :, None]
         rows = tl.maximum(tl.max(tl.where(earlier, rows[None, :, :], -1), 1), row[None, :])
         tl.store(entry, rows, mask=held)
