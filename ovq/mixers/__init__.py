@@ -1,7 +1,7 @@
 """Sequence mixers: one file each, all with the interface of `base.SequenceMixer`.
 
-A mixer is named in a config by its class path (`_target_`), so nothing is registered here and one from outside the
-package works the same way.
+A config names a mixer by its class path (`_target_`), so there is no registry, and a mixer from outside the package
+works the same way.
 """
 
 from ovq.mixers.base import MixerShape, SequenceMixer

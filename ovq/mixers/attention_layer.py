@@ -1,4 +1,4 @@
-"""What softmax-attention layers share: projections, optional unit-norm keys and queries, and the key/value cache.
+"""Shared by the softmax-attention layers: projections, optional unit-norm keys and queries, and the key/value cache.
 
 Shapes: B batch, T tokens, S cached + new tokens, D model width, H query heads, G key/value heads, K head width.
 """
@@ -36,7 +36,7 @@ class AttentionLayer(SequenceMixer):
     """Query, key, value and output projections around a softmax attention.
 
     With `qk_norm`, queries and keys have unit norm and the logits are beta_h sqrt(K) cos(q, k), with beta_h learned and
-    1 at the start, which is OVQ's parameterisation: models then differ by what they remember and by nothing else.
+    initialised to 1. This is OVQ's parameterisation, so that models differ only in what they remember.
     """
 
     def __init__(self, shape: MixerShape, *, qk_norm: bool = False) -> None:
@@ -55,7 +55,7 @@ class AttentionLayer(SequenceMixer):
             nn.init.ones_(self.beta)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, K], k and v [B, T, G, K]; q and k of unit norm with `qk_norm`."""
+        """q [B, T, H, K], k and v [B, T, G, K]; q and k have unit norm with `qk_norm`."""
         B, T, _ = x_BTD.shape
         K = self.shape.head_dim
         q = self.q_proj(x_BTD).view(B, T, self.shape.num_heads, K)
@@ -65,8 +65,8 @@ class AttentionLayer(SequenceMixer):
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         return q, k, v
 
-    def temper(self, q_BTHK: Tensor) -> Tensor:
-        """Queries scaled so that the logits are q.k / sqrt(K), also where they are beta sqrt(K) cos(q, k)."""
+    def scale_queries(self, q_BTHK: Tensor) -> Tensor:
+        """Queries scaled so that q.k / sqrt(K) gives the logits, beta sqrt(K) cos(q, k) with `qk_norm`."""
         if self.beta is None:
             return q_BTHK
         return q_BTHK * (self.beta * self.shape.head_dim).to(q_BTHK.dtype)[:, None]

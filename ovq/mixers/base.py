@@ -1,4 +1,4 @@
-"""The one interface of every sequence mixer: training, carried state (streaming) and one-token decoding.
+"""The interface of every sequence mixer: training, carried state (streaming) and one-token decoding.
 
 Shapes: B batch, T tokens, D model width, H query heads, G key/value heads, K key width, V value width.
 """
@@ -18,7 +18,7 @@ from ovq.processes import Axis
 
 @dataclass(frozen=True)
 class MixerShape:
-    """What the model gives every mixer; a mixer's own settings come from its config and nowhere else."""
+    """What the model passes to every mixer; a mixer's own settings come only from its config."""
 
     dim: int
     num_heads: int
@@ -38,14 +38,14 @@ class MixerShape:
 class SequenceMixer(nn.Module):
     """Maps x [B, T, D] to y [B, T, D]; y at position t depends on x at positions <= t only.
 
-    `forward` is the only way in, so that FSDP's hooks always run. A subclass takes `shape: MixerShape` first and its
-    own settings as keyword arguments, which are exactly the keys of its `configs/model/mixer/<name>.yaml`.
+    `forward` is the only entry point, so that FSDP's hooks always run. A subclass takes `shape: MixerShape` first, then
+    its own settings as keyword arguments, which are exactly the keys of its `configs/model/mixer/<name>.yaml`.
     """
 
-    # Set for one forward pass by the training loop; a mixer that has something to report then fills `health`.
+    # Set by the training loop for one forward pass, in which a mixer that has something to report fills `health`.
     collect_health: bool = False
-    # The processes that see other tokens of the batch; set where the model is parallelised. Statistics over tokens
-    # that are no gradients (VQ's codebook) are summed over it.
+    # The processes that see other tokens of the batch; set when the model is parallelised. Statistics over tokens that
+    # are not gradients (VQ's codebook) are summed over this axis.
     data_axis: Axis = Axis("data")
 
     def __init__(self, shape: MixerShape) -> None:
@@ -60,39 +60,42 @@ class SequenceMixer(nn.Module):
 
         Args:
             x_BTD: float tensor [B, T, D]. T = 1 with a state is decoding.
-            cu_seqlens: int32 [documents + 1], starts and end of packed documents; only with B = 1 and without a state.
-                Nothing may flow from one document to the next.
-            state: what an earlier call returned (None: start of the sequence). Not modified in place.
-            return_state: also return the state after the last token, else None.
+            cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state. No information
+                may flow from one document to the next.
+            state: returned by an earlier call, or None at the start of the sequence. Not modified in place.
+            return_state: also return the state after the last token.
+
+        Returns:
+            y [B, T, D], and the state (None unless return_state).
         """
         raise NotImplementedError
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Loss term of the last training forward pass, mean over tokens, already weighted (VQ's commitment)."""
+        """Weighted loss term of the last training forward pass, averaged over tokens (VQ's commitment), or None."""
         return None
 
     def state_size(self, context: int) -> int:
-        """Numbers held for one sequence after `context` tokens (KV cache, dictionary, recurrent state)."""
+        """Elements of the state of one sequence after `context` tokens (KV cache, dictionary, recurrent state)."""
         raise NotImplementedError
 
     def float32_state(self, context: int) -> int:
-        """Of `state_size`, the numbers kept in float32 whatever the precision of compute (sums, recurrences)."""
+        """How many elements of `state_size` are float32 whatever the compute precision (sums, recurrences)."""
         return 0
 
     def mixing_flops(self, context: int) -> float:
-        """Forward FLOPs a token of the mixing itself (no projections), mean over a sequence of `context` tokens."""
+        """Forward FLOPs per token of mixing (without projections), averaged over a sequence of `context` tokens."""
         raise NotImplementedError
 
     @property
     def capacity(self) -> int | None:
-        """Entries its dictionary holds at most, if no parameter depends on that number; None without such a one."""
+        """Maximum number of dictionary entries if no parameter depends on it; None without such a dictionary."""
         return None
 
     def set_capacity(self, capacity: int) -> None:
-        """Another capacity, for sequences that begin after the call.
+        """Change the capacity, for sequences that start after the call.
 
         Raises:
-            ValueError: a capacity that cannot be, or a mixer whose `capacity` is None.
+            ValueError: an invalid capacity, or a mixer whose `capacity` is None.
         """
         raise ValueError(f"{type(self).__name__} has no dictionary whose capacity could be changed")
 
@@ -108,10 +111,10 @@ class SequenceMixer(nn.Module):
 
 @contextmanager
 def other_capacity(mixers: Sequence[SequenceMixer], capacity: int | None) -> Iterator[None]:
-    """The dictionaries of all `mixers` at another capacity, within the `with` only. None: as they are.
+    """Within the `with` block, set the dictionaries of all `mixers` to `capacity`; None leaves them unchanged.
 
     Raises:
-        ValueError: none of the mixers has a dictionary, or the capacity cannot be.
+        ValueError: none of the mixers has a dictionary, or the capacity is invalid.
     """
     if capacity is None:
         yield
@@ -130,7 +133,7 @@ def other_capacity(mixers: Sequence[SequenceMixer], capacity: int | None) -> Ite
 
 
 def detach_state(state: Any) -> Any:
-    """The same state cut off from the graph, for truncated backpropagation and evaluation."""
+    """The state detached from the graph, for truncated backpropagation and evaluation."""
     from torch.utils._pytree import tree_map
 
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, state)

@@ -1,4 +1,4 @@
-"""Full causal softmax attention (arXiv 1706.03762, eq. 1), with rotary positions or without any (NoPE)."""
+"""Full causal softmax attention (arXiv 1706.03762, eq. 1), with rotary positions or none (NoPE)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ovq.ops.attention import full_attention
 
 
 class FullAttention(AttentionLayer):
-    """Every token attends to itself and to all before it. State: all keys and values so far.
+    """Every token attends to itself and to all earlier tokens. State: all keys and values so far.
 
     Args:
         position: "rope" or "none" (the paper's sw-nope alternates sliding windows with attention without positions).
         rope_base: base of the rotary frequencies.
-        qk_norm: unit-norm queries and keys with a learned inverse temperature a head.
+        qk_norm: unit-norm queries and keys with a learned inverse temperature per head.
 
     Raises:
-        ValueError: a position other than those two, or RoPE with an odd head width.
+        ValueError: any other position, or RoPE with an odd head width.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class FullAttention(AttentionLayer):
         if self.rope_base is not None:
             q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
         k, v = self.extend(state, k, v)
-        o = full_attention(self.temper(q), k, v, cu_seqlens=cu_seqlens)
+        o = full_attention(self.scale_queries(q), k, v, cu_seqlens=cu_seqlens)
         return self.project_out(o), KVCache(k, v, start + x_BTD.shape[1]) if return_state else None
 
     def state_size(self, context: int) -> int:
         return 2 * self.shape.num_kv_heads * self.shape.head_dim * context
 
     def mixing_flops(self, context: int) -> float:
-        # Two products of a query with (context + 1) / 2 keys and values on average.
+        # Two products of each query, with (context + 1) / 2 keys and values on average.
         return 4 * self.shape.num_heads * self.shape.head_dim * (context + 1) / 2

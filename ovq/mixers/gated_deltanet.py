@@ -10,29 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.mixers.base import MixerShape, SequenceMixer
-from ovq.mixers.recurrent import DecayGate, RecurrentState, positive, width
+from ovq.mixers.recurrent import DecayGate, RecurrentState, require_positive, width
 from ovq.mixers.short_conv import ShortConv
 from ovq.ops.gated_delta_rule import gated_delta_rule
 
 
 class GatedDeltaNet(SequenceMixer):
-    """Figure 1 of the paper: short convolutions on q, k and v, unit-norm q and k, gates alpha and beta from the token,
-    and a head-wise RMSNorm gated by SiLU before the output projection.
+    """Figure 1 of the paper: short convolutions on q, k and v, unit-norm q and k, gates alpha and beta computed from
+    the token, and a head-wise RMSNorm gated by SiLU before the output projection.
 
-    Values are twice as wide as keys, as in the paper. With half of attention's heads (the default), keys as wide as
-    attention's heads, the projections hold (1 + 2 + 1) dim x width weights: attention's number, so that models
-    compare; the paper's own layer is half as large again.
+    Values are twice as wide as keys, as in the paper. With half of attention's heads (the default), and keys as wide as
+    attention's heads, the projections have (1 + 2 + 1) dim x width weights, as many as attention, so that models are
+    comparable; the paper's own layer is half as large again.
 
     Args:
-        num_heads: heads of the memory; null for half of model.num_heads, at least 1.
-        expand_k: total key width in multiples of attention's inner width.
+        num_heads: heads of the memory; null for half of model.num_heads, but at least 1.
+        expand_k: total key width as a multiple of attention's inner width.
         expand_v: the same for values.
-        conv_size: taps of the short convolutions.
-        chunk_size: tokens a chunk of the torch form; changes the speed only.
-        backend: auto (kernels on a GPU in bf16 where fla-core is installed) | reference | torch | fla.
+        conv_size: number of taps of the short convolutions.
+        chunk_size: tokens per chunk of the torch form; affects speed only.
+        backend: auto (fla's kernels on a GPU in half precision, if fla-core is installed) | reference | torch | fla.
 
     Raises:
-        ValueError: a size that is not positive, or widths that the heads do not divide.
+        ValueError: a size that is not require_positive, or widths not divisible by the number of heads.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class GatedDeltaNet(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__(shape)
-        positive("gated_deltanet", expand_k=expand_k, expand_v=expand_v, conv_size=conv_size, chunk_size=chunk_size)
+        require_positive(
+            "gated_deltanet", expand_k=expand_k, expand_v=expand_v, conv_size=conv_size, chunk_size=chunk_size
+        )
         self.num_heads = H = max(1, shape.num_heads // 2) if num_heads is None else num_heads
-        positive("gated_deltanet", num_heads=H)
+        require_positive("gated_deltanet", num_heads=H)
         self.key_width, self.value_width = (round(expand * width(shape)) for expand in (expand_k, expand_v))
         if self.key_width % H or self.value_width % H:
             raise ValueError(
@@ -101,7 +103,7 @@ class GatedDeltaNet(SequenceMixer):
         return y, RecurrentState(memory, tail) if return_state else None
 
     def state_size(self, context: int) -> int:
-        """A K x V memory a head, and the convolution's last inputs."""
+        """A K x V memory per head, and the convolution's last inputs."""
         taps = self.conv.weight.shape[1] - 1
         return self.key_width * self.value_width // self.num_heads + taps * (2 * self.key_width + self.value_width)
 
@@ -109,6 +111,6 @@ class GatedDeltaNet(SequenceMixer):
         return self.key_width * self.value_width // self.num_heads
 
     def mixing_flops(self, context: int) -> float:
-        """The recurrence: recall, write and read a K x V memory a head, and the convolutions."""
+        """The recurrence (recall, write and read a K x V memory per head) and the convolutions."""
         memory = 6 * self.key_width * self.value_width / self.num_heads
         return memory + 2 * self.conv.weight.numel()

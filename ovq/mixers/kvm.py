@@ -15,12 +15,12 @@ from ovq.ops.common import work_dtype
 
 
 class KVM(MemoryLayer):
-    """Every pair is kept until the memory is full; then a chunk's pairs merge into the entries most like them.
+    """Keeps every pair until the memory is full; then a chunk's pairs merge into the entries most similar to them.
 
-    In the style of Key-Value Means (arXiv 2605.09877), a peer of OVQ: a pair goes to the entry of highest cosine
-    similarity, and keys are normalised anew whenever they are read, so that an entry's key is a direction and never
+    In the style of Key-Value Means (arXiv 2605.09877), a peer of OVQ: a pair joins the entry with the highest cosine
+    similarity, and keys are renormalised whenever they are read, so that an entry's key is a direction and never
     shrinks by averaging; values are means. That paper's RoPE dimensions, decay and growing state are left out, so that
-    what differs from OVQ is that the memory fills at once and that keys are normalised.
+    the only differences from OVQ are that the memory fills up immediately and that keys are normalised.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class KVM(MemoryLayer):
     def commit(self, memory: Memory, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> Memory:
         key, value = key_BLGK.to(memory.key.dtype), value_BLGK.to(memory.key.dtype)
         B, M, G, K = memory.key.shape
-        if M == 0:  # the first pair has nothing to be like
+        if M == 0:  # no entries to compare with yet: the first pair becomes one
             memory = Memory(key[:, :1], value[:, :1], key.new_ones(B, G, 1))
             key, value, M = key[:, 1:], value[:, 1:], 1
         with torch.no_grad():
-            likeness_BGLM = torch.einsum("blgk,bmgk->bglm", key, F.normalize(memory.key, dim=-1))
-            best_BGL, entry_BGL = likeness_BGLM.max(-1)
+            similarity_BGLM = torch.einsum("blgk,bmgk->bglm", key, F.normalize(memory.key, dim=-1))
+            best_BGL, entry_BGL = similarity_BGLM.max(-1)
             room = min(self.capacity - M, key.shape[1])
-            # The pairs least like any entry take the free places, in their order in the text.
+            # The pairs least similar to any entry take the free places, in text order.
             novel_BGR = best_BGL.argsort(dim=-1, stable=True)[..., :room].sort(-1).values
             places = torch.arange(M, M + room, device=key.device).expand_as(novel_BGR)
             entry_BGL = entry_BGL.scatter(2, novel_BGR, places)
@@ -63,7 +63,7 @@ class KVM(MemoryLayer):
         return Memory(longer_key.scatter_add(1, index, key), longer_value.scatter_add(1, index, value), count)
 
     def state_size(self, context: int) -> int:
-        """As the other rules, with a count a head and entry instead of a position an entry."""
+        """As for the other rules, but with a count per head and entry instead of a position per entry."""
         held = min(self.capacity, self.entries_after(context // self.chunk_size))
         return super().state_size(context) + (self.shape.num_kv_heads - 1) * held
 
@@ -72,7 +72,7 @@ class KVM(MemoryLayer):
         return self.shape.num_kv_heads * held * (2 * self.shape.head_dim + 1)
 
     def mixing_flops(self, context: int) -> float:
-        """Attention, and the product of every key with the memory by which it is merged."""
+        """Attention, and the product of every key with the memory to find the entry that it merges into."""
         attention = super().mixing_flops(context)
         own = 4 * self.shape.num_heads * self.shape.head_dim * (min(self.chunk_size, context) + 1) / 2
         return attention + (attention - own) / 2 * self.shape.num_kv_heads / self.shape.num_heads

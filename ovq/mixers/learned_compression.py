@@ -18,13 +18,13 @@ class LearnedCompression(MemoryLayer):
     """The last N slots, each a learned average of `tokens_per_slot` neighbouring pairs.
 
     The Compressive Transformer's memory (arXiv 1911.05507) with attentive pooling: within a group of neighbours,
-    weights = softmax(w_h . k + b_h,i), i the place in the group; w and b start at 0, that is, as a mean.
+    weights = softmax(w_h . k + b_h,i) with i the place in the group; w and b start at 0, which gives a plain mean.
 
     Args:
-        tokens_per_slot: the compression rate; it must divide chunk_size.
+        tokens_per_slot: the compression rate; must divide chunk_size.
 
     Raises:
-        ValueError: a chunk that is no multiple of tokens_per_slot.
+        ValueError: a chunk_size that is not a multiple of tokens_per_slot.
     """
 
     def __init__(

@@ -13,13 +13,13 @@ State = tuple[Tensor, Tensor]
 
 
 class LinearAttention(AttentionLayer):
-    """Softmax attention's exp(q.k) replaced by phi(q).phi(k), phi = elu + 1 (eq. 7): a K x V state a head.
+    """Softmax attention's exp(q.k) replaced by phi(q).phi(k), phi = elu + 1 (eq. 7): a K x V state per head.
 
-    Projections are those of attention; grouped key/value heads are repeated. No positions.
+    The projections are those of attention; grouped key/value heads are repeated. No positions.
 
     Args:
-        chunk_size: tokens a chunk of the torch form; changes the speed only.
-        backend: auto (kernels on a GPU in bf16 where fla-core is installed) | reference | torch | fla.
+        chunk_size: tokens per chunk of the torch form; affects speed only.
+        backend: auto (fla's kernels on a GPU in half precision, if fla-core is installed) | reference | torch | fla.
 
     Raises:
         ValueError: chunk_size below 1.
@@ -54,12 +54,12 @@ class LinearAttention(AttentionLayer):
         return self.project_out(o), state if return_state else None
 
     def state_size(self, context: int) -> int:
-        """The K x V sum of key-value products and the sum of keys, a head."""
+        """Per head, the K x V sum of key-value products and the sum of keys."""
         return self.shape.num_heads * self.shape.head_dim * (self.shape.head_dim + 1)
 
     def float32_state(self, context: int) -> int:
         return self.state_size(context)
 
     def mixing_flops(self, context: int) -> float:
-        """The recurrence: write and read a K x V state (the chunked form does about as much, in larger products)."""
+        """The recurrence: write and read a K x V state (the chunked form does about as much, in larger matmuls)."""
         return 4 * self.shape.num_heads * self.shape.head_dim * (self.shape.head_dim + 1)

@@ -1,4 +1,4 @@
-"""Mamba-2 (arXiv 2405.21060): a selective state space with one decay a head, run by its dual, attention-like form.
+"""Mamba-2 (arXiv 2405.21060): a selective state space with one decay per head, in its dual, attention-like form.
 
 Shapes: B batch, T tokens, D model width, H heads, P head width, N state width, E inner width = H x P.
 """
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.mixers.base import MixerShape, SequenceMixer
-from ovq.mixers.recurrent import DecayGate, RecurrentState, positive, width
+from ovq.mixers.recurrent import DecayGate, RecurrentState, require_positive, width
 from ovq.mixers.short_conv import ShortConv
 from ovq.ops.simple_gla import simple_gla
 
@@ -19,20 +19,20 @@ class Mamba2(SequenceMixer):
     """Figure 6 of the paper: one parallel projection to (gate z, x, B, C, dt), a short convolution over (x, B, C), the
     SSD recurrence h_t = exp(dt A) h_{t-1} + dt B x, y = C h + D x, a gated RMSNorm, and the output projection.
 
-    B and C are shared by all heads. Run as simple GLA with q = C, k = B, v = dt x, g = dt A.
+    B and C are shared by all heads. Computed as simple GLA with q = C, k = B, v = dt x, g = dt A.
 
-    The paper's block (expansion 2) stands for attention and MLP together; here it takes attention's place, and the
-    number of heads is chosen so that the layer has attention's number of weights.
+    The paper's block (expansion 2) replaces attention and MLP together; here it replaces only attention, and the number
+    of heads is chosen so that the layer has as many weights as attention.
 
     Args:
-        num_heads: heads of width model.head_dim; null for the number that matches attention's weights.
-        state_dim: N, the width of B and C; null for 128 as in the paper, in models narrower than 256 half the width.
-        conv_size: taps of the short convolution.
-        chunk_size: tokens a chunk of the torch form; changes the speed only.
-        backend: auto (kernels on a GPU in bf16 where fla-core is installed) | reference | torch | fla.
+        num_heads: heads of width model.head_dim; null for as many as match attention's number of weights.
+        state_dim: N, the width of B and C; null for 128 as in the paper, or half the width in models narrower than 256.
+        conv_size: number of taps of the short convolution.
+        chunk_size: tokens per chunk of the torch form; affects speed only.
+        backend: auto (fla's kernels on a GPU in half precision, if fla-core is installed) | reference | torch | fla.
 
     Raises:
-        ValueError: a size that is not positive.
+        ValueError: a size that is not require_positive.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Mamba2(SequenceMixer):
         super().__init__(shape)
         N = min(128, max(1, width(shape) // 2)) if state_dim is None else state_dim
         if num_heads is None:
-            # Attention has 4 x width columns of weights; this layer 3 E (z, x, out) + 2 N.
+            # Attention has 4 x width columns of weights; this layer has 3 E (z, x, out) + 2 N.
             num_heads = max(1, round((4 * width(shape) - 2 * N) / (3 * shape.head_dim)))
-        positive("mamba2", num_heads=num_heads, state_dim=N, conv_size=conv_size, chunk_size=chunk_size)
+        require_positive("mamba2", num_heads=num_heads, state_dim=N, conv_size=conv_size, chunk_size=chunk_size)
         self.num_heads, self.state_dim, self.inner = num_heads, N, num_heads * shape.head_dim
         self.chunk_size, self.backend = chunk_size, backend
         self.in_proj = nn.Linear(shape.dim, 2 * self.inner + 2 * N + num_heads, bias=False)
@@ -96,12 +96,12 @@ class Mamba2(SequenceMixer):
         return y, RecurrentState(memory, tail) if return_state else None
 
     def state_size(self, context: int) -> int:
-        """An N x P state a head, and the convolution's last inputs."""
+        """An N x P state per head, and the convolution's last inputs."""
         return self.inner * self.state_dim + (self.conv.weight.shape[1] - 1) * (self.inner + 2 * self.state_dim)
 
     def float32_state(self, context: int) -> int:
         return self.inner * self.state_dim
 
     def mixing_flops(self, context: int) -> float:
-        """The recurrence: write and read an N x P state a head, and the convolution."""
+        """The recurrence (write and read an N x P state per head) and the convolution."""
         return 4 * self.inner * self.state_dim + 2 * self.conv.weight.numel()

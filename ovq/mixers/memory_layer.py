@@ -1,10 +1,10 @@
-"""The layer of memories of N key/value pairs kept by simpler rules than OVQ's: what capacity alone is worth.
+"""A layer whose memory of N key/value pairs is kept by a simpler rule than OVQ's, to show what capacity alone is worth.
 
 Same layer (unit-norm keys and queries, learned beta, no positions), same attention within a chunk, same softmax with a
-log weight for each entry, same capacity; only the rule by which a finished chunk enters the memory differs.
+log weight per entry, same capacity; only the rule by which a finished chunk enters the memory differs.
 
-The chunks are walked one after the other, and autograd keeps the memory of every chunk: T / L x N x (K + V) numbers a
-head in training. These are baselines for comparing quality, not for speed.
+The chunks are processed sequentially, and autograd keeps the memory of every chunk: T / L x N x (K + V) elements per
+head in training. These baselines are for comparing quality, not speed.
 
 Shapes: B batch, T tokens, L chunk, M entries held, N capacity, G key/value heads, H query heads, K head width.
 """
@@ -26,7 +26,7 @@ from ovq.ops.memory_attention import memory_attention
 
 @dataclass
 class Memory:
-    """Entries [B, M, G, K], and what the rule notes of each: positions [M] or token counts [B, G, M]."""
+    """Entries' keys and values [B, M, G, K], and the rule's notes on them: positions [M] or token counts [B, G, M]."""
 
     key: Tensor
     value: Tensor
@@ -58,19 +58,19 @@ pytree.register_pytree_node(
 
 
 class MemoryLayer(AttentionLayer):
-    """Attends to a memory of at most `capacity` entries made of earlier chunks, and exactly to its chunk.
+    """Attends to a memory of at most `capacity` entries built from earlier chunks, and exactly to the current chunk.
 
-    The base class keeps entries by their positions. A subclass says what a chunk adds (`entries`), which entries stay
-    (`kept`) and what each stands for (`log_weight`); one that merges entries overrides `commit` and `read`.
+    The base class selects entries by position. A subclass defines what a chunk adds (`entries`), which entries stay
+    (`kept`) and how many tokens each stands for (`log_weight`); one that merges entries overrides `commit` and `read`.
 
     Args:
-        capacity: entries held at most, N.
-        chunk_size: tokens a chunk.
-        beta_init: inverse temperature at the start.
+        capacity: maximum number of entries, N.
+        chunk_size: tokens per chunk.
+        beta_init: initial inverse temperature.
         backend: auto | reference | torch.
 
     Raises:
-        ValueError: a capacity or chunk below 1, or an unknown backend.
+        ValueError: a capacity or chunk_size below 1, or an unknown backend.
     """
 
     def __init__(self, shape: MixerShape, *, capacity: int, chunk_size: int, beta_init: float, backend: str) -> None:
@@ -98,7 +98,7 @@ class MemoryLayer(AttentionLayer):
         return Memory(none, none, torch.empty(0, dtype=torch.int64, device=k_BTGK.device))
 
     def read(self, memory: Memory, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values as attention sees them after `position` tokens, and log weights [B, G, M]."""
+        """Keys and values as attention uses them after `position` tokens, and log weights [B, G, M]."""
         B, M, G, _ = memory.key.shape
         weight = self.log_weight(M, position)
         return (
@@ -108,7 +108,7 @@ class MemoryLayer(AttentionLayer):
         )
 
     def commit(self, memory: Memory, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> Memory:
-        """The memory after the chunk that begins at token `start`."""
+        """The memory after the chunk that starts at token `start`."""
         more_key, more_value, more_position = self.entries(key_BLGK, value_BLGK, start)
         key, value = torch.cat([memory.key, more_key], dim=1), torch.cat([memory.value, more_value], dim=1)
         position = torch.cat([memory.note, more_position])
@@ -118,11 +118,11 @@ class MemoryLayer(AttentionLayer):
         return Memory(key.index_select(1, keep), value.index_select(1, keep), position[keep])
 
     def entries(self, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions of what a chunk adds: its tokens, unless overridden."""
+        """Keys, values and positions of the entries that a chunk adds; its tokens, unless overridden."""
         return key_BLGK, value_BLGK, torch.arange(start, start + key_BLGK.shape[1], device=key_BLGK.device)
 
     def kept(self, position_M: Tensor) -> Tensor:
-        """Indices, in ascending order, of the entries that stay when there are more than the capacity: the latest."""
+        """Ascending indices of the entries to keep when there are too many: the latest, unless overridden."""
         return torch.arange(len(position_M) - self.capacity, len(position_M), device=position_M.device)
 
     def log_weight(self, held: int, position: int) -> float:
@@ -130,7 +130,7 @@ class MemoryLayer(AttentionLayer):
         return 0.0
 
     def entries_after(self, chunks: int) -> int:
-        """Entries that `chunks` chunks have added, before any is dropped."""
+        """Number of entries that `chunks` chunks add, before any are dropped."""
         return chunks * self.chunk_size
 
     def init_weights(self, std: float) -> None:
@@ -162,10 +162,10 @@ class MemoryLayer(AttentionLayer):
         rows = []
         for start in range(first, end, L):
             stop = min(start + L, end)
-            asked = q[:, max(start, position) - position : stop - position]
+            chunk_q = q[:, max(start, position) - position : stop - position]
             chunk_k, chunk_v = own_k[:, start - first : stop - first], own_v[:, start - first : stop - first]
             rows.append(
-                memory_attention(asked, *self.read(memory, start), chunk_k, chunk_v, beta, backend=self.backend)
+                memory_attention(chunk_q, *self.read(memory, start), chunk_k, chunk_v, beta, backend=self.backend)
             )
             if stop - start == L:
                 memory = self.commit(memory, chunk_k, chunk_v, start)
@@ -174,7 +174,7 @@ class MemoryLayer(AttentionLayer):
         return torch.cat(rows, dim=1).to(v.dtype), held
 
     def state_size(self, context: int) -> int:
-        """Keys, values and positions of the entries held, and the keys and values of an unfinished chunk."""
+        """Keys, values and positions of the entries, and the keys and values of an unfinished chunk."""
         L, shape = self.chunk_size, self.shape
         held = min(self.capacity, self.entries_after(context // L))
         return shape.num_kv_heads * 2 * shape.head_dim * (held + context % L) + held

@@ -1,4 +1,4 @@
-"""Mesa-Net (arXiv 2506.05233): at every token, the ridge regression of all values so far on their keys.
+"""Mesa-Net (arXiv 2506.05233): at every token, a ridge regression of all values so far on their keys.
 
 Shapes: B batch, T tokens, D model width, H heads, K head width.
 """
@@ -12,26 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.mixers.base import MixerShape, SequenceMixer
-from ovq.mixers.recurrent import DecayGate, RecurrentState, positive, width
+from ovq.mixers.recurrent import DecayGate, RecurrentState, require_positive, width
 from ovq.mixers.short_conv import ShortConv
 from ovq.ops.common import work_dtype
 from ovq.ops.mesa import mesa
 
 
 class MesaNet(SequenceMixer):
-    """Short convolutions on q and k, both of unit norm, decay and input gates from the token, the Mesa layer with a
-    learned ridge, a head-wise RMSNorm, and the output projection. Weights: attention's, and two gates.
+    """Short convolutions on q and k, both with unit norm, decay and input gates computed from the token, the Mesa layer
+    with a learned ridge, a head-wise RMSNorm, and the output projection. Its weights are attention's and two gates.
 
     Args:
-        conv_size: taps of the short convolutions.
-        iterations: steps of conjugate gradients for each token's regression; the paper trains with 30.
-        lambda_init: ridge at the start.
-        lambda_min: lower bound of the ridge, below which the solve converges badly.
-        chunk_size: tokens a chunk of the torch form; changes the speed only.
-        backend: auto (kernels on a GPU in bf16 where fla-core is installed) | reference (direct solve) | torch | fla.
+        conv_size: number of taps of the short convolutions.
+        iterations: conjugate-gradient steps for each token's regression; the paper trains with 30.
+        lambda_init: initial ridge.
+        lambda_min: lower bound of the ridge, below which the solve converges poorly.
+        chunk_size: tokens per chunk of the torch form; affects speed only.
+        backend: auto (fla's kernels on a GPU in half precision, if fla-core is installed) | reference (direct solve) |
+            torch | fla.
 
     Raises:
-        ValueError: a size that is not positive, or lambda_init not above lambda_min.
+        ValueError: a size that is not require_positive, or lambda_init not above lambda_min.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class MesaNet(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__(shape)
-        positive("mesa_net", conv_size=conv_size, iterations=iterations, lambda_min=lambda_min, chunk_size=chunk_size)
+        require_positive(
+            "mesa_net", conv_size=conv_size, iterations=iterations, lambda_min=lambda_min, chunk_size=chunk_size
+        )
         if lambda_init <= lambda_min:
             raise ValueError(f"lambda_init={lambda_init} of mesa_net must be above lambda_min={lambda_min}")
         self.iterations, self.chunk_size, self.backend = iterations, chunk_size, backend
@@ -100,7 +103,7 @@ class MesaNet(SequenceMixer):
         return y, RecurrentState(memory, tail) if return_state else None
 
     def state_size(self, context: int) -> int:
-        """Hkk and Hkv, K x K a head each, and the convolution's last inputs."""
+        """Hkk and Hkv, each K x K per head, and the convolution's last inputs."""
         E = width(self.shape)
         return 2 * E * self.shape.head_dim + (self.conv.weight.shape[1] - 1) * 2 * E
 
@@ -108,6 +111,6 @@ class MesaNet(SequenceMixer):
         return 2 * width(self.shape) * self.shape.head_dim
 
     def mixing_flops(self, context: int) -> float:
-        """Two K x K states a head written, one read, and a product with the other for every step of the solve."""
+        """Per head, two K x K states written, one read, and a product with the other for every step of the solve."""
         E, K = width(self.shape), self.shape.head_dim
         return (4 + 2 + 2 * self.iterations) * E * K + 2 * self.conv.weight.numel()

@@ -14,11 +14,12 @@ from ovq.ops.ovq_attention import OVQSpec, OVQState, attend
 
 
 class OVQ(AttentionLayer):
-    """Attends to a dictionary of at most `num_centroids` running means of keys and values, and exactly to its chunk.
+    """Attends to a dictionary of at most `num_centroids` running means of keys and values, and exactly to the current
+    chunk.
 
-    logits = beta_h sqrt(K) cos(q, k) (+ log count for a centroid), beta_h learned, `beta_init` at the start. All
-    other arguments are those of `ovq.ops.ovq_attention`. State: the dictionary, and the keys and values of the chunk
-    that is not finished.
+    logits = beta_h sqrt(K) cos(q, k) (+ log count for a centroid), with beta_h learned and initialised to `beta_init`.
+    All other arguments are those of `ovq.ops.ovq_attention`, whose `step` is `step_size` here. State: the dictionary,
+    and the keys and values of the unfinished chunk.
 
     Raises:
         ValueError: a setting outside its legal values (see `ovq.ops.ovq_attention.spec.OVQSpec`).
@@ -60,7 +61,7 @@ class OVQ(AttentionLayer):
         return self.spec.num_centroids
 
     def set_capacity(self, capacity: int) -> None:
-        self.spec = dataclasses.replace(self.spec, num_centroids=capacity)  # refuses what cannot be
+        self.spec = dataclasses.replace(self.spec, num_centroids=capacity)  # validates the capacity
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
@@ -92,7 +93,7 @@ class OVQ(AttentionLayer):
 
     @torch.no_grad()
     def _report_longest_document(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor) -> None:
-        """Packed documents have a dictionary each: that at the end of the longest one is reported."""
+        """Each packed document has its own dictionary: report that at the end of the longest one."""
         bounds = cu_seqlens.tolist()
         start, end = max(zip(bounds, bounds[1:]), key=lambda pair: pair[1] - pair[0])
         part = slice(start, end)
@@ -120,7 +121,7 @@ class OVQ(AttentionLayer):
         return self.shape.num_kv_heads * self.spec.num_centroids * (2 * self.shape.head_dim + 1)
 
     def mixing_flops(self, context: int) -> float:
-        """Assignment (a product of each key with the centroids), prediction (two of each query), and the own chunk."""
+        """Assignment (a product of each key with the centroids), prediction (two per query), and the current chunk."""
         shape, L = self.shape, self.spec.chunk_size
         starts = range(0, context, L)
         mean_size = sum(self.spec.size_at(start) for start in starts) / len(starts)

@@ -1,4 +1,4 @@
-"""What the baselines share: the decay gate, the carried state of recurrent mixers, and checks of their sizes."""
+"""Shared by the baselines: the decay gate, the carried state of recurrent mixers, and size checks."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ pytree.register_pytree_node(
 
 
 class DecayGate(nn.Module):
-    """log decay = -exp(A_log) softplus(raw + dt_bias), one a head and token (Mamba, arXiv 2312.00752, sec. 3.6)."""
+    """log decay = -exp(A_log) softplus(raw + dt_bias), one per head and token (Mamba, arXiv 2312.00752, sec. 3.6)."""
 
-    # Initial step sizes are log-uniform in this range, and A in 1..16: memories of a fraction of a token to 1,000.
+    # Initial step sizes are log-uniform in this range and A is in 1..16: memories from a fraction of a token to 1,000.
     STEP_RANGE = (1e-3, 0.1)
     A_RANGE = (1.0, 16.0)
 
@@ -50,7 +50,7 @@ class DecayGate(nn.Module):
         nn.init.uniform_(self.dt_bias, low, high)
         with torch.no_grad():
             self.A_log.log_()
-            # The inverse of softplus, so that a raw input of 0 gives the step drawn.
+            # The inverse of softplus, so that a raw input of 0 gives the sampled step.
             step = self.dt_bias.exp()
             self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
@@ -62,7 +62,7 @@ class DecayGate(nn.Module):
 
 
 def width(shape: MixerShape) -> int:
-    """The inner width of attention in this model: what the recurrent mixers are sized against."""
+    """The inner width of attention in this model, to which the recurrent mixers are sized."""
     return shape.num_heads * shape.head_dim
 
 
@@ -72,7 +72,7 @@ def inverse_temperature(layer: AttentionLayer) -> Tensor:
     return layer.beta.to(work_dtype(layer.beta)) * layer.shape.head_dim**0.5
 
 
-def positive(name: str, **settings: float) -> None:
+def require_positive(name: str, **settings: float) -> None:
     """Raise ValueError naming the first setting that is not above 0."""
     for key, value in settings.items():
         if value <= 0:

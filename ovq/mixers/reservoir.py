@@ -15,10 +15,11 @@ from ovq.ops.position_hash import position_hash
 
 
 class Reservoir(MemoryLayer):
-    """A uniform sample of N of all pairs before the chunk, each standing for t / N tokens.
+    """A uniform sample of N of the pairs before the chunk, each standing for t / N tokens.
 
-    The sample is that of the N lowest hashes of (seed, position): at every moment uniform without replacement, and a
-    pure function of the position, so the same for all heads, batches, devices and streamed pieces.
+    The sample consists of the positions with the N lowest hashes of (seed, position): at any time uniform without
+    replacement, and a pure function of the position, hence the same for all heads, batches, devices and streamed
+    pieces.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import Tensor
 def rotate(x_BTHK: Tensor, start: int, base: float = 10000.0) -> Tensor:
     """Rotate each head of x [B, T, H, K] by the angles of positions start .. start + T - 1; same shape and dtype.
 
-    Angles are made in float64: in float32 one at position 500,000 is off by 0.03 radians.
+    Angles are computed in float64: in float32 they are off by 0.03 radians at position 500,000.
     """
     T, K = x_BTHK.shape[1], x_BTHK.shape[3]
     position_T = torch.arange(start, start + T, device=x_BTHK.device, dtype=torch.float64)

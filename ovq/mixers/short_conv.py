@@ -1,4 +1,4 @@
-"""The short causal convolution of recurrent mixers: one small filter a channel, then SiLU.
+"""The short causal convolution of recurrent mixers: one small filter per channel, then SiLU.
 
 Shapes: B batch, T tokens, D channels, W taps.
 """
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class ShortConv(nn.Module):
-    """y_t = silu(sum_j w_j x_{t-j} + b), j = 0 .. W - 1; nothing before a document's start.
+    """y_t = silu(sum_j w_j x_{t-j} + b), j = 0 .. W - 1, with zeros before a document's start.
 
-    Written as W shifted products: documents packed in one row then cost nothing extra, and W is 4.
+    Written as W shifted products, since W is only 4 and packed documents then cost nothing extra.
 
     Raises:
         ValueError: width below 1.
@@ -27,7 +27,7 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def init_weights(self) -> None:
-        """As nn.Conv1d: uniform in +-1/sqrt(taps)."""
+        """As in nn.Conv1d: uniform in +-1/sqrt(taps)."""
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -36,7 +36,7 @@ class ShortConv(nn.Module):
     def forward(
         self, x_BTD: Tensor, cu_seqlens: Tensor | None = None, tail_BSD: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(y [B, T, D], the last W - 1 inputs [B, W - 1, D]), which are the `tail` of the call that goes on."""
+        """(y [B, T, D], the last W - 1 inputs [B, W - 1, D], to pass as the next call's `tail_BSD`)."""
         B, T, D = x_BTD.shape
         W = self.weight.shape[1]
         if tail_BSD is None:

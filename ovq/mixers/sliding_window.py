@@ -16,7 +16,7 @@ class SlidingWindow(AttentionLayer):
     Args:
         window: number of tokens attended to, at least 1.
         rope_base: base of the rotary frequencies.
-        qk_norm: unit-norm queries and keys with a learned inverse temperature a head.
+        qk_norm: unit-norm queries and keys with a learned inverse temperature per head.
 
     Raises:
         ValueError: window below 1.
@@ -43,12 +43,12 @@ class SlidingWindow(AttentionLayer):
         start = state.position if state else 0
         q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
         k, v = self.extend(state, k, v)
-        o = sliding_window_attention(self.temper(q), k, v, window=self.window, cu_seqlens=cu_seqlens)
+        o = sliding_window_attention(self.scale_queries(q), k, v, window=self.window, cu_seqlens=cu_seqlens)
         return self.project_out(o), self._cache(k, v, start + x_BTD.shape[1]) if return_state else None
 
     def _cache(self, k: Tensor, v: Tensor, position: int) -> KVCache:
         kept = slice(max(0, k.shape[1] - self.window + 1), None)
-        # Cloned: a view would keep the whole piece's keys alive.
+        # Cloned, because a view would keep the whole piece's keys alive.
         return KVCache(k[:, kept].clone(), v[:, kept].clone(), position)
 
     def state_size(self, context: int) -> int:

@@ -15,32 +15,32 @@ from ovq.mixers.recurrent import inverse_temperature
 from ovq.ops.common import work_dtype
 from ovq.ops.vq_attention import VQState, assign, vq_attention
 
-REVIVED = 0.1  # weight of a code that replaces a dead one, in multiples of the mean code's
+REVIVED = 0.1  # count of a code that replaces a dead one, as a multiple of the mean code's
 
 
 class VQ(AttentionLayer):
-    """Exact attention to the current and the previous block, and to the codes of all keys before.
+    """Exact attention to the current and the previous block, and to the codes of all earlier keys.
 
-    As in OVQ, keys and queries have unit norm, logits are beta_h sqrt(K) cos(q, k), and there are no positions: what
-    differs is that the dictionary of keys is made in training and not by the sequence (per sequence there are only the
-    codes' mean values and log-counts).
+    As in OVQ, keys and queries have unit norm, logits are beta_h sqrt(K) cos(q, k), and there are no positions. The
+    difference is that the dictionary of keys is learned in training and not from the sequence (per sequence there are
+    only the codes' mean values and log-counts).
 
-    The codebook is not trained by gradient: each code is a moving average of the keys assigned to it, Laplace-smoothed,
-    over the tokens of all ranks; a code that no key comes to is given one of the batch; a commitment loss draws keys to
-    their codes, and keys get their code's gradient (straight through). The averages are buffers, so they are saved and
-    resumed with the weights. They move once for every training forward pass: what a pass learns becomes the codebook at
-    the start of the next one, so that a pass repeated in the backward pass by activation checkpointing sees the same
-    codebook, and learns nothing.
+    The codebook is not trained by gradient descent: each code is a Laplace-smoothed moving average of the keys assigned
+    to it, over the tokens of all ranks. A dead code, one that too few keys are assigned to, is replaced by a key of the
+    batch. A commitment loss pulls keys towards their codes, and keys get the gradients of their codes (straight
+    through). The averages are buffers, so they are saved and resumed with the weights. They are updated once per
+    training forward pass, and take effect in the codebook at the start of the next one; a forward pass that activation
+    checkpointing repeats during the backward pass therefore sees the same codebook, and updates nothing.
 
     Args:
-        num_codes: codes a head.
-        block_size: tokens a block.
-        quantize_recent: quantise the keys of the two recent blocks also, as Transformer-VQ does.
-        ema_decay: of the moving averages, for each forward pass.
+        num_codes: codes per head.
+        block_size: tokens per block.
+        quantize_recent: also quantise the keys of the two recent blocks, as Transformer-VQ does.
+        ema_decay: decay of the moving averages per forward pass.
         laplace: smoothing of the moving counts.
-        dead_below: a code is dead when its moving count is below this share of the mean code's.
+        dead_below: a code is dead if its moving count is at most this share of the mean code's.
         commitment: weight of the commitment loss.
-        beta_init: inverse temperature at the start.
+        beta_init: initial inverse temperature.
         backend: auto | reference | torch.
 
     Raises:
@@ -77,7 +77,7 @@ class VQ(AttentionLayer):
         self.ema_decay, self.laplace, self.dead_below = ema_decay, laplace, dead_below
         self.commitment, self.beta_init, self.backend = commitment, beta_init, backend
         G, K = shape.num_kv_heads, shape.head_dim
-        # The codebook in use, and the averages from which the next one is made.
+        # The codebook in use, and the averages that the next one is computed from.
         self.register_buffer("codebook", torch.zeros(G, num_codes, K))
         self.register_buffer("ema_count", torch.zeros(G, num_codes))
         self.register_buffer("ema_sum", torch.zeros(G, num_codes, K))
@@ -87,7 +87,7 @@ class VQ(AttentionLayer):
         super().init_weights(std)
         nn.init.constant_(self.beta, self.beta_init)  # type: ignore[arg-type]
         with torch.no_grad():
-            # Random directions for the first pass; the keys of that pass take their place.
+            # Random directions for the first pass, whose keys then replace them.
             nn.init.normal_(self.codebook)
             self.codebook.copy_(F.normalize(self.codebook, dim=-1))
             self.ema_count.zero_()
@@ -104,14 +104,14 @@ class VQ(AttentionLayer):
         q, k, v = self.project(x_BTD)
         learns = self.training and state is None
         if learns:
-            self._use_what_was_learned()
-            # Made in a repeated pass too, whose graph must be that of the first.
+            self._update_codebook()
+            # Computed in a repeated pass too, whose graph must match the first one's.
             self._keep_commitment(self._distance(k))
         o, new_state = vq_attention(
             q,
             k,
             v,
-            # The averages move after this pass, and the backward pass may still need the codes as they were.
+            # The averages are updated after this pass, and the backward pass may still need the old codes.
             self.codebook.clone() if learns else self.codebook,
             inverse_temperature(self),
             block_size=self.block_size,
@@ -121,13 +121,13 @@ class VQ(AttentionLayer):
             backend=self.backend,
         )
         if learns:
-            self._learn(k)
+            self._update_averages(k)
         if self.collect_health:
             self._report()
         return self.project_out(o), new_state if return_state else None
 
     def auxiliary_loss(self) -> Tensor | None:
-        """commitment x mean over tokens and heads of |k - code|^2, of the last training forward pass."""
+        """commitment x mean over tokens and heads of |k - code|^2, for the last training forward pass."""
         loss, self._commitment_loss = self._commitment_loss, None
         return loss
 
@@ -142,8 +142,8 @@ class VQ(AttentionLayer):
             self._commitment_loss = loss
 
     @torch.no_grad()
-    def _use_what_was_learned(self) -> None:
-        """The codebook from the moving averages; codes that have none yet stay."""
+    def _update_codebook(self) -> None:
+        """Set the codebook to the moving averages; codes without any are left unchanged."""
         if in_backward():
             return
         total = self.ema_count.sum(-1, keepdim=True)
@@ -152,8 +152,8 @@ class VQ(AttentionLayer):
         self.codebook.copy_(torch.where(self.ema_count[..., None] > 0, learned, self.codebook))
 
     @torch.no_grad()
-    def _learn(self, k_BTGK: Tensor) -> None:
-        """Move the averages by the keys of all ranks, and replace dead codes."""
+    def _update_averages(self, k_BTGK: Tensor) -> None:
+        """Update the averages with the keys of all ranks, and replace dead codes."""
         if in_backward():
             return
         G, N, K = self.codebook.shape
@@ -163,7 +163,7 @@ class VQ(AttentionLayer):
             1, index_GS[..., None], torch.ones_like(keys_GSK[..., :1])
         )
         total = self.ema_sum.new_zeros(G, N, K).scatter_add(1, index_GS[..., None].expand_as(keys_GSK), keys_GSK)
-        # A key for each code, in case it is dead: evenly spaced over the batch of all ranks.
+        # A replacement key for each code in case it is dead, evenly spaced over the batch of all ranks.
         axis, S = self.data_axis, keys_GSK.shape[1]
         spaced = torch.arange(N, device=keys_GSK.device) * (S * axis.size) // N
         own = (spaced // S == axis.rank)[:, None]
@@ -196,15 +196,15 @@ class VQ(AttentionLayer):
         return self.shape.num_kv_heads * self.num_codes * (self.shape.head_dim + 1)
 
     def mixing_flops(self, context: int) -> float:
-        """The nearest code of each key, two products of each query with the codes, and its one and a half blocks."""
+        """The nearest code of each key, and two products of each query with the codes and with about 1.5 blocks."""
         shape, L = self.shape, self.block_size
         blocks, rest = divmod(context, L)
-        # Keys seen in the own block, summed over all queries, and the previous block from the second block on.
+        # Keys in the query's own block and, from the second block on, in the previous one, summed over all queries.
         near = (blocks * L * (L + 1) / 2 + rest * (rest + 1) / 2 + L * max(0, context - L)) / context
         assigned = 2 * shape.num_kv_heads * shape.head_dim * self.num_codes
         return assigned + 4 * shape.num_heads * shape.head_dim * (self.num_codes + near)
 
 
 def in_backward() -> bool:
-    """Whether this runs inside a backward pass, that is, repeated by activation checkpointing."""
+    """Whether this forward pass is a repetition by activation checkpointing, inside a backward pass."""
     return torch._C._current_graph_task_id() != -1
