@@ -145,8 +145,8 @@ def visible_blocks(
     """(first key of each query [T]; for each query block the count [1, 1, Q] and the indices [1, 1, Q, M] of the key
     blocks that it sees partially, then of those that it sees fully).
 
-    A custom operator, so that a compiled model treats its results as given: traced into the graph, flex finds no kernel
-    for a mask that is not yet in memory.
+    A custom operator, so that a compiled model treats its results as given: if it were traced into the graph, flex
+    would find no kernel for a mask that is not yet in memory.
     """
     offset = S - T
     first_T = _first_key(T, offset, window, cu_seqlens, device)

@@ -74,7 +74,7 @@ def assign(
 ) -> Tensor:
     """int64 [B, G, L]: the centroid of each key of the chunk at token `start`; `after` centroids are in use afterwards.
 
-    Similarities are taken with means rounded to the inputs' dtype `dtype`, as in every backend.
+    Similarities are taken with means rounded to `dtype`, that of the inputs, as in every backend.
     """
     n = mu_k.shape[2]
     if n == 0:
