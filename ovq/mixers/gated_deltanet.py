@@ -32,7 +32,7 @@ class GatedDeltaNet(SequenceMixer):
         backend: auto (fla's kernels on a GPU in half precision, if fla-core is installed) | reference | torch | fla.
 
     Raises:
-        ValueError: a size that is not require_positive, or widths not divisible by the number of heads.
+        ValueError: a size that is not positive, or widths not divisible by the number of heads.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class Mamba2(SequenceMixer):
         backend: auto (fla's kernels on a GPU in half precision, if fla-core is installed) | reference | torch | fla.
 
     Raises:
-        ValueError: a size that is not require_positive.
+        ValueError: a size that is not positive.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class MesaNet(SequenceMixer):
             torch | fla.
 
     Raises:
-        ValueError: a size that is not require_positive, or lambda_init not above lambda_min.
+        ValueError: a size that is not positive, or lambda_init not above lambda_min.
     """
 
     def __init__(
