@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ T = 45  # odd: several chunks of 8, a partial one, several windows of 7
 
 
 def make(name: str, *, kv_heads: int = 2, seed: int = 0) -> SequenceMixer:
-    base = "std_att" if name != "full_attention" else "sw"  # one that does not have it yet
+    base = "std_att" if name != "full_attention" else "sw"  # a model without this mixer
     cfg = small_config(base, f"+model/mixer@model.mixers.{name}={name}", f"model.pattern=[{name}]")
     cfg.model.num_kv_heads = kv_heads
     mixer = build_mixer(cfg.model, 0)
@@ -88,17 +90,24 @@ def test_every_parameter_and_the_input_get_a_finite_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_state_size_is_what_is_held(name: str) -> None:
+    """Exactly, at every fill of chunk, window and memory, whether the tokens came in one piece or in two."""
     mixer, x = make(name), random_input(7, batch=1)
     with torch.no_grad():
-        for length in (5, 16, T):
+        for length in (1, 5, 6, 7, 8, 9, 16, 17, 24, T):
             state = mixer(x[:, :length], return_state=True)[1]
-            held = sum(
-                leaf.numel() for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)
-            )
-            claimed = mixer.state_size(length)
-            assert held <= claimed * 1.1 + 8, f"holds {held} numbers after {length} tokens, claims {claimed}"
-        assert claimed <= held * 1.6 + 300, f"claims {claimed} numbers, holds {held}"
+            assert held(state) == mixer.state_size(length), f"after {length} tokens"
+            if length > 5:
+                state = mixer(x[:, :5], return_state=True)[1]
+                state = mixer(x[:, 5:length], state=state, return_state=True)[1]
+                assert held(state) == mixer.state_size(length), f"after 5 and {length - 5} tokens"
     assert mixer.mixing_flops(T) > 0
+
+
+def held(state: Any) -> int:
+    """Elements of all storages that the state keeps alive: a view of a piece's keys holds all of them."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    storages = {leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in leaves}
+    return sum(storages.values())
 
 
 @pytest.mark.parametrize("name", ["full_attention", "sliding_window", "ovq"])

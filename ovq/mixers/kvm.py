@@ -36,7 +36,7 @@ class KVM(MemoryLayer):
 
     def empty(self, k_BTGK: Tensor) -> Memory:
         """Key and value sums in float32 (float64 for float64 inputs), and counts."""
-        none = k_BTGK[:, :0].to(work_dtype(k_BTGK))
+        none = torch.empty_like(k_BTGK[:, :0], dtype=work_dtype(k_BTGK))  # a view would keep the piece's keys alive
         return Memory(none, none, none[..., 0].transpose(1, 2))
 
     def read(self, memory: Memory, position: int) -> tuple[Tensor, Tensor, Tensor]:

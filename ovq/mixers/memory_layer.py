@@ -94,7 +94,7 @@ class MemoryLayer(AttentionLayer):
 
     def empty(self, k_BTGK: Tensor) -> Memory:
         """The memory before the first chunk."""
-        none = k_BTGK[:, :0]
+        none = torch.empty_like(k_BTGK[:, :0])  # a view would keep the piece's keys alive
         return Memory(none, none, torch.empty(0, dtype=torch.int64, device=k_BTGK.device))
 
     def read(self, memory: Memory, position: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,4 +34,4 @@ def forward(
     if z_BHK is not None:
         z_BTHK = z_BTHK + z_BHK[:, None]
     norm = (q_BTHK.to(work) * z_BTHK).sum(-1, keepdim=True) + EPS
-    return (o.to(work) / norm).to(v_BTHV.dtype), (S, z_BTHK[:, -1])
+    return (o.to(work) / norm).to(v_BTHV.dtype), (S, z_BTHK[:, -1].clone())  # a view would keep all T alive
