@@ -6,6 +6,7 @@ import copy
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -73,7 +74,7 @@ def spec_of(num_centroids: int, chunk_size: int, *, step: str | float = "count",
 
 
 class Largest(TorchDispatchMode):
-    """Notes how many numbers the largest storage holds that any operator returned, forward or backward."""
+    """Records the number of elements of the largest storage that any operator returned, forward or backward."""
 
     elements = 0
 
@@ -82,3 +83,13 @@ class Largest(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.elements = max([self.elements, *(leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in made)])
         return out
+
+
+class InsideOperators(TorchDispatchMode):
+    """Shows enclosing modes what our own operators do on the CPU: to torch, each is one call without an inside."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace != "ovq":
+            return func(*args, **(kwargs or {}))
+        with self:
+            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
