@@ -16,6 +16,7 @@ from eval.bench import compare as compare_models
 from eval.bench import models as bench_models
 from ovq.compose import CONFIG_DIR
 from ovq.errors import ConfigError
+from ovq.train.loop import Trainer
 from tests.helpers import MIXERS, MODELS, TINY
 from tests.test_mixers import make
 
@@ -176,11 +177,43 @@ def test_a_child_that_dies_says_why(outcome: Any, error: str, monkeypatch: pytes
     assert error in bench_models.run_child({}, 7)["error"]
 
 
-def test_an_error_in_the_child_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"model": "sw", "size": "tiny", "context": 64, "batch": 1, "vocab_size": 16, "steps": 1}
-    settings |= {"peak_tflops": 1.0, "overrides": [*TINY, "trainer.device=cpu", "model.mixers.sliding_window.window=0"]}
-    assert bench_models.child(settings) == 0
-    assert "window=0 of sliding_window must be at least 1" in json.loads(capsys.readouterr().out)["error"]
+def settings_of(*overrides: str) -> dict[str, Any]:
+    """What a child process is given."""
+    settings = {"model": "sw", "size": "tiny", "context": 64, "batch": 2, "vocab_size": 16, "steps": 2}
+    return settings | {"peak_tflops": 1.0, "overrides": [*TINY, "trainer.device=cpu", *overrides]}
+
+
+@pytest.mark.parametrize(
+    "override,error",
+    [
+        ("model.mixers.sliding_window.window=0", "window=0 of sliding_window must be at least 1"),
+        ("optim.lr=1e30", "TrainingError: step 2: loss "),
+    ],
+)
+def test_an_error_in_the_child_is_one_line_of_json(
+    override: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench_models.child(settings_of(override)) == 0
+    assert error in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_the_step_that_is_timed_is_the_training_loops_with_all_its_micro_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, train_step = [0.0], Trainer.train_step
+    monkeypatch.setattr(bench_models.time, "perf_counter", lambda: clock[0])
+    labels = []
+
+    def half_a_second(self: Trainer, batches: Any) -> None:
+        train_step(self, batches)
+        labels.append(self.pending[-1].valid)
+        clock[0] += 0.5
+
+    monkeypatch.setattr(Trainer, "train_step", half_a_second)
+    measured = bench_models.measure(settings_of("trainer.micro_batch=1"))
+    assert labels == [2 * 64] * 3
+    assert measured["step_s"] == [0.5, 0.5] and measured["first_step_s"] == 0.5
+    assert measured["tokens_per_s"] == 2 * 64 / 0.5
 
 
 def test_every_model_has_a_comment_that_describes_it() -> None:

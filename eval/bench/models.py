@@ -12,29 +12,42 @@ to `out`: bench_models.json, after every measurement, and bench_models.png. A ke
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from data.lanes import first_state
+from data.loader import Batch, merge_states
 from eval import style
 from eval.bench.compare import named_models
-from ovq import machine
+from ovq import machine, processes
 from ovq.cli import command
 from ovq.compose import CONFIG_DIR, compose, options
+from ovq.config import Config
 from ovq.files import write_whole
+from ovq.model import build_model, flops_per_token
+from ovq.processes import World
 from ovq.schema import setting
+from ovq.train.checkpoint import Checkpointer
+from ovq.train.loop import Trainer
+from ovq.train.metrics import Metrics
+from ovq.train.optim import build_optimizer
+from ovq.train.parallelize import parallelize
 
 Measured = dict[str, Any]
 OUT_OF_MEMORY = "out of memory"
 SIGKILL = -9  # what the kernel sends to a process when memory is short
 
 
-def config_of(settings: dict[str, Any]) -> Any:
+def config_of(settings: dict[str, Any]) -> Config:
     """The config of one measurement, checked before any process starts."""
     return compose(
         [
@@ -51,59 +64,83 @@ def config_of(settings: dict[str, Any]) -> Any:
 # --- in the child ----------------------------------------------------------------------------------------------------
 
 
-def measure(settings: dict[str, Any]) -> Measured:
-    """Train one model at one context, in this process."""
-    import psutil
-    import torch
+class RandomTokens:
+    """The loader of a training that reads nothing: every micro-batch is random tokens [micro_batch, context]."""
 
-    from ovq import processes
-    from ovq.model import build_model, flops_per_token
-    from ovq.train import optim
-    from ovq.train.parallelize import parallelize
+    def __init__(self, cfg: Config, vocab_size: int) -> None:
+        self.micro_batches_per_step = cfg.trainer.global_batch // cfg.trainer.micro_batch
+        self.shape = (cfg.trainer.micro_batch, cfg.trainer.context)
+        self.vocab_size = vocab_size
+        self.generator = torch.Generator().manual_seed(cfg.seed)
 
-    cfg = config_of(settings)
-    world = processes.init(cfg.trainer)
-    processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
-    before = psutil.Process().memory_info().rss
-    model = build_model(cfg.model, settings["vocab_size"])
+    def __iter__(self) -> Generator[Batch]:
+        lanes = {row: first_state(row) for row in range(self.shape[0])}
+        while True:
+            tokens = torch.randint(self.vocab_size, self.shape, generator=self.generator)
+            yield Batch(tokens, tokens.roll(-1, 1), lanes=lanes)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def build_trainer(cfg: Config, vocab_size: int, world: World, folder: str) -> Trainer:
+    """What train.py composes, on random tokens and with no log. Nothing is saved unless asked for, then in `folder`."""
+    model = build_model(cfg.model, vocab_size)
     model.init_weights(cfg.seed)
     flops = flops_per_token(model, cfg.trainer.context)
     model = parallelize(model, cfg.trainer, world).train()
-    optimizer = optim.build_optimizer(model, cfg.optim)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    shape = (cfg.trainer.micro_batch, cfg.trainer.context)
+    return Trainer(
+        cfg,
+        model,
+        build_optimizer(model, cfg.optim),
+        RandomTokens(cfg, vocab_size),
+        Checkpointer(folder),
+        Metrics(folder, cfg, main=False),
+        world,
+        run_dir=folder,
+        merge_states=merge_states,
+        flops_per_token=flops,
+    )
 
-    def step() -> float:
-        """Seconds of one optimizer step; the loss is waited for at its end."""
-        tokens = torch.randint(settings["vocab_size"], shape, generator=generator).to(world.device)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        out = model(tokens, targets_BT=tokens.roll(-1, 1))
-        loss = out.loss if out.aux_loss is None else out.loss + out.aux_loss
-        (loss / tokens.numel()).backward()
-        norm = optim.clip_gradients(model, cfg.trainer.grad_clip)
-        optim.step_unless(optimizer, ~torch.isfinite(norm), cfg.optim.lr)
-        if not math.isfinite(float(loss.detach())):
-            raise FloatingPointError("the loss is not finite")
-        return time.perf_counter() - start
 
-    first = step()
-    seconds = [step() for _ in range(settings["steps"])]
+def measure(settings: dict[str, Any]) -> Measured:
+    """Train one model at one context, in this process.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite.
+    """
+    cfg = config_of(settings)
+    world = processes.init(cfg.trainer)
+    processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
+    before = machine.current_rss()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(cfg, settings["vocab_size"], world, folder)
+        batches = iter(trainer.loader)
+
+        def step() -> float:
+            """Seconds of one optimizer step; `flush` waits for the device and fails if the loss is not finite."""
+            start = time.perf_counter()
+            trainer.train_step(batches)
+            trainer.flush()
+            return time.perf_counter() - start
+
+        first = step()
+        seconds = [step() for _ in range(settings["steps"])]
     if world.device.type == "cuda":
         memory, name = torch.cuda.max_memory_allocated(world.device), torch.cuda.get_device_name(world.device)
     else:
         memory, name = machine.peak_rss() - before, machine.processor_name()
     # After the memory is read: measuring the peak allocates.
     peak, origin = machine.peak_flops(world.device, world.precision, settings["peak_tflops"])
-    tokens_per_s = shape[0] * shape[1] / statistics.median(seconds)
+    tokens_per_s = cfg.trainer.global_batch * cfg.trainer.context / statistics.median(seconds)
     processes.shutdown()
     return {
         "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s * flops / peak,
+        "mfu": tokens_per_s * trainer.flops_per_token / peak,
         "peak_memory_bytes": memory,
         "step_s": seconds,
         "first_step_s": first,
-        "flops_per_token": flops,
+        "flops_per_token": trainer.flops_per_token,
         "peak_tflops": peak / 1e12,
         "peak_is_from": origin,
         "device": name,
@@ -113,8 +150,6 @@ def measure(settings: dict[str, Any]) -> Measured:
 
 def child(settings: dict[str, Any]) -> int:
     """Measure and print one line of JSON: the numbers, or the error."""
-    import torch
-
     try:
         result = measure(settings)
     except (torch.OutOfMemoryError, MemoryError):
