@@ -6,9 +6,9 @@
 
 Forward is timed as in training (with what the backward pass needs), forward + backward includes the gradients of q, k,
 v and beta. Operators take turns within each repeat, so that whatever else the machine does meets all of them; medians
-are shown, all times are in the JSON. Every operator first runs once at its shortest length, untimed. Peak extra memory
-is what forward + backward takes beyond its inputs (outputs and gradients are counted): on a CPU the high-water mark of
-a fresh process, on a GPU that of torch's allocator.
+are shown, all times are in the JSON. Every operator first runs once at each length, untimed. Peak extra memory is what
+forward + backward takes beyond its inputs (outputs and gradients are counted): on a CPU the high-water mark of a fresh
+process, on a GPU that of torch's allocator. An operator that fails at a length is named, and the exit status is 1.
 
 Beyond `peer_limit` tokens SDPA is left out, beyond `reference_limit` the reference: their time grows with the square of
 the length, and the reference keeps a dictionary a chunk.
@@ -20,22 +20,19 @@ import json
 import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from eval.bench.rivals import RIVALS, Case, forward_backward, make_inputs, missing
+from eval.bench.stopwatch import Marked, Stopwatch, Timing
 from ovq.cli import command
 from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.machine import current_rss, describe_machine, peak_rss
-from ovq.ops import ovq_attention
-from ovq.ops.sliding_window import sliding_window_attention
 from ovq.schema import one_of, setting
 
 
@@ -60,7 +57,7 @@ class Options:
 
 
 PEER = "sdpa"
-Inputs = list[Tensor]  # q, k, v [B, T, H, K] and beta [H], or q, k, v [B, H, T, K] for SDPA, which likes them so
+OPERATORS = ("ovq_torch", "ovq_triton", "ovq_reference", "sliding_window", PEER)  # of eval.bench.rivals
 
 
 @dataclass(frozen=True)
@@ -82,114 +79,76 @@ class Measurement:
         return statistics.median(self.total_ms)
 
 
-def _ovq(backend: str) -> Callable[[Inputs, dict[str, Any]], Tensor]:
-    def call(inputs: Inputs, settings: dict[str, Any]) -> Tensor:
-        q, k, v, beta = inputs
-        shape = {key: settings[key] for key in ("num_centroids", "chunk_size")}
-        return ovq_attention(q, k, v, beta, backend=backend, **shape)[0]
-
-    return call
-
-
-def _sliding_window(inputs: Inputs, settings: dict[str, Any]) -> Tensor:
-    q, k, v, _ = inputs
-    return sliding_window_attention(q, k, v, window=settings["window"])
-
-
-def _sdpa(inputs: Inputs, settings: dict[str, Any]) -> Tensor:
-    q, k, v, _ = inputs
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def call_of(op: str, tokens: int, settings: dict[str, Any]) -> Marked:
+    """A forward and backward pass of an operator on inputs of its own, marked between them."""
+    case = Case(
+        settings["batch"],
+        tokens,
+        settings["heads"],
+        settings["head_dim"],
+        settings["num_centroids"],
+        settings["chunk_size"],
+        settings["window"],
+    )
+    device, dtype = torch.device(settings["device"]), getattr(torch, settings["dtype"])
+    return forward_backward(RIVALS[op], make_inputs(case, device, dtype, heads_first=op == PEER), case)
 
 
-OPERATORS: dict[str, Callable[[Inputs, dict[str, Any]], Tensor]] = {
-    "ovq_torch": _ovq("torch"),
-    "ovq_triton": _ovq("triton"),
-    "ovq_reference": _ovq("reference"),
-    "sliding_window": _sliding_window,
-    PEER: _sdpa,
-}
+def peak_in_fresh_process(op: str, tokens: int, settings: dict[str, Any]) -> int:
+    """Bytes that one forward + backward on the CPU takes at its peak, beyond what is held before it.
 
-
-def make_inputs(op: str, tokens: int, settings: dict[str, Any]) -> Inputs:
-    """Random inputs as the layer gives them: queries and keys of unit norm, beta = sqrt(K)."""
-    B, H, K = settings["batch"], settings["heads"], settings["head_dim"]
-    like = {"dtype": getattr(torch, settings["dtype"]), "device": settings["device"]}
-    shape = (B, H, tokens, K) if op == PEER else (B, tokens, H, K)
-    q, k, v = (torch.randn(shape, **like) for _ in range(3))
-    beta = torch.full((H,), K**0.5, device=settings["device"])
-    return [x.requires_grad_() for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta)]
-
-
-def run_once(op: str, inputs: Inputs, settings: dict[str, Any]) -> tuple[float, float]:
-    """Milliseconds of one forward, and of it and its backward."""
-    for x in inputs:
-        x.grad = None
-    _wait(settings["device"])
-    start = time.perf_counter()
-    o = OPERATORS[op](inputs, settings)
-    _wait(settings["device"])
-    middle = time.perf_counter()
-    o.backward(torch.ones_like(o))
-    _wait(settings["device"])
-    return (middle - start) * 1e3, (time.perf_counter() - start) * 1e3
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def extra_memory(op: str, tokens: int, settings: dict[str, Any]) -> int:
-    """Bytes that one forward + backward takes beyond its inputs, at its peak."""
-    if settings["device"] == "cuda":
-        inputs = make_inputs(op, tokens, settings)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_once(op, inputs, settings)
-        return torch.cuda.max_memory_allocated() - before
-    # The high-water mark of a process never falls, so each measurement has a process of its own.
+    A process's high-water mark never falls, so each measurement has a process of its own.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_extra_memory_here, (op, tokens, settings))
+        return pool.apply(_peak_here, (op, tokens, settings))
 
 
-def _extra_memory_here(op: str, tokens: int, settings: dict[str, Any]) -> int:
+def _peak_here(op: str, tokens: int, settings: dict[str, Any]) -> int:
     torch.set_num_threads(settings["threads"])
-    run_once(op, make_inputs(op, 256, settings), settings)  # what libraries set up once is not counted
-    inputs = make_inputs(op, tokens, settings)
+    call_of(op, 256, settings)(lambda: None)  # what libraries allocate once is not counted
+    call = call_of(op, tokens, settings)
     before = current_rss()
-    run_once(op, inputs, settings)
+    call(lambda: None)
     return max(0, peak_rss() - before)
 
 
-def measure(settings: dict[str, Any], say: Callable[[str], None] = print) -> list[Measurement]:
-    """All operators at all lengths; a line of the table is said as soon as it is known."""
-    results = []
+def extra_memory(timing: Timing, op: str, tokens: int, settings: dict[str, Any]) -> int:
+    """Bytes of a forward + backward beyond q, k and v at its peak; the output's gradient, made beforehand, counts."""
+    peak = timing.peak_bytes if timing.peak_bytes is not None else peak_in_fresh_process(op, tokens, settings)
+    itemsize = getattr(torch, settings["dtype"]).itemsize
+    return peak + settings["batch"] * tokens * settings["heads"] * settings["head_dim"] * itemsize
+
+
+def measure(settings: dict[str, Any], say: Callable[[str], None] = print) -> tuple[list[Measurement], int]:
+    """All operators at all lengths, and how many of them failed; `say` gets each row of the table once it is known."""
+    results, failed = [], 0
     say(HEADER)
-    for op in settings["ops"]:
-        run_once(op, make_inputs(op, min(settings["lengths"]), settings), settings)
+    stopwatch = Stopwatch(torch.device(settings["device"]))
+    repeats = settings["repeats"]
     for tokens in sorted(settings["lengths"]):
-        ops = [op for op in settings["ops"] if tokens <= _limit(op, settings)]
-        inputs = {op: make_inputs(op, tokens, settings) for op in ops}
-        times: dict[str, list[tuple[float, float]]] = {op: [] for op in ops}
-        for _ in range(settings["repeats"]):
-            for op in ops:
-                times[op].append(run_once(op, inputs[op], settings))
-        del inputs
+        calls = {op: call_of(op, tokens, settings) for op in settings["ops"] if tokens <= _limit(op, settings)}
+        timings = stopwatch.turns(calls, seconds=0, least=repeats, most=repeats)
+        del calls  # and the inputs with them
+        for op, timing in timings.items():
+            if timing.error is not None:
+                failed += 1
+                say(f"{tokens:>8,} {op:<16} {timing.error}")
         here = [
             Measurement(
                 op,
                 tokens,
-                [forward for forward, _ in times[op]],
-                [total for _, total in times[op]],
-                extra_memory(op, tokens, settings) if settings["memory"] else None,
+                timing.first_ms,
+                timing.whole_ms,
+                extra_memory(timing, op, tokens, settings) if settings["memory"] else None,
             )
-            for op in ops
+            for op, timing in timings.items()
+            if timing.error is None
         ]
         peer = next((m for m in here if m.op == PEER), None)
         for measured in here:
             say(_row(measured, peer))
         results += here
-    return results
+    return results, failed
 
 
 def _limit(op: str, settings: dict[str, Any]) -> float:
@@ -230,7 +189,7 @@ def fill_in(options: Options) -> dict[str, Any]:
     settings = asdict(options)
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    can_run = [op for op in OPERATORS if op != "ovq_triton" or settings["device"] == "cuda"]
+    can_run = [op for op in OPERATORS if missing(op, torch.device(settings["device"])) is None]
     settings["ops"] = settings["ops"] or can_run
     for op in settings["ops"]:
         if op not in can_run:
@@ -247,7 +206,7 @@ def main(options: Options) -> int:
     torch.manual_seed(0)
     machine = describe_machine()
     print(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {settings['device']}")
-    results = measure(settings)
+    results, failed = measure(settings)
     report: dict[str, Any] = {
         "machine": machine,
         "settings": settings,
@@ -259,7 +218,9 @@ def main(options: Options) -> int:
     for op, growth in report["summary"]["growth"].items():
         print(f"{op}: time by length " + (", ".join(f"{k} {v}x" for k, v in growth.items()) or "-"))
     print(f"written: {out}")
-    return 0
+    if failed:
+        print(f"error: {failed} of {failed + len(results)} measurements failed, see above", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

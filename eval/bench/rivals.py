@@ -21,11 +21,12 @@ from ovq.ops import fla_backend, ovq_attention
 from ovq.ops.attention import full_attention
 from ovq.ops.gated_delta_rule import gated_delta_rule
 from ovq.ops.simple_gla import simple_gla
+from ovq.ops.sliding_window import sliding_window_attention
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed: the shape of q, k and v, and OVQ's settings."""
+    """What is computed: the shape of q, k and v, OVQ's settings, and the tokens a sliding window holds."""
 
     batch: int
     tokens: int
@@ -33,6 +34,7 @@ class Case:
     width: int
     num_centroids: int
     chunk_size: int = 128
+    window: int = 256
 
 
 @dataclass
@@ -48,10 +50,16 @@ class Inputs:
     do: Tensor
 
 
-def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Fresh random ones: zeros hide mistakes and run faster than data."""
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, *, heads_first: bool = False) -> Inputs:
+    """Fresh random inputs: zeros hide mistakes and run faster than data.
+
+    `heads_first`: q, k, v and do are stored as [B, H, T, K], which SDPA prefers; their shape stays [B, T, H, K].
+    """
     shape = (case.batch, case.tokens, case.heads, case.width)
-    q, k, v, do = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+    stored = (case.batch, case.heads, case.tokens, case.width) if heads_first else shape
+    q, k, v, do = (torch.randn(stored, device=device, dtype=dtype) for _ in range(4))
+    if heads_first:
+        q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     beta = torch.full((case.heads,), case.width**0.5, device=device)
     strength = torch.rand(shape[:3], device=device, dtype=dtype)
@@ -69,10 +77,18 @@ def _ovq(x: Inputs, case: Case, backend: str) -> Tensor:
     return ovq_attention(x.q, x.k, x.v, x.beta, backend=backend, **settings)[0]
 
 
-def _sdpa(x: Inputs, case: Case, backend: SDPBackend) -> Tensor:
+def _sliding_window(x: Inputs, case: Case) -> Tensor:
+    return sliding_window_attention(x.q, x.k, x.v, window=case.window)
+
+
+def _sdpa(x: Inputs, case: Case) -> Tensor:
     q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _sdpa_kernel(x: Inputs, case: Case, backend: SDPBackend) -> Tensor:
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return _sdpa(x, case)
 
 
 def _flash_attention_3(x: Inputs, case: Case) -> Tensor:
@@ -95,13 +111,16 @@ def _mamba2(x: Inputs, case: Case) -> Tensor:
 
 
 SDPA: dict[str, Rival] = {
-    "sdpa_flash": functools.partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION),
-    "sdpa_cudnn": functools.partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION),
-    "sdpa_efficient": functools.partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa_flash": functools.partial(_sdpa_kernel, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": functools.partial(_sdpa_kernel, backend=SDPBackend.CUDNN_ATTENTION),
+    "sdpa_efficient": functools.partial(_sdpa_kernel, backend=SDPBackend.EFFICIENT_ATTENTION),
 }
 RIVALS: dict[str, Rival] = {
-    "ovq": functools.partial(_ovq, backend="triton"),
     "ovq_torch": functools.partial(_ovq, backend="torch"),
+    "ovq_triton": functools.partial(_ovq, backend="triton"),
+    "ovq_reference": functools.partial(_ovq, backend="reference"),
+    "sliding_window": _sliding_window,
+    "sdpa": _sdpa,  # torch chooses the kernel
     **SDPA,
     "flash_attention_3": _flash_attention_3,
     "flex": _flex,
@@ -110,8 +129,10 @@ RIVALS: dict[str, Rival] = {
 }
 
 
-def missing(name: str) -> str | None:
-    """What a rival needs that is not installed."""
+def missing(name: str, device: torch.device) -> str | None:
+    """What a rival needs and does not have here, or None."""
+    if name == "ovq_triton" and device.type != "cuda":
+        return "the Triton kernels need a GPU"
     if name == "flash_attention_3" and importlib.util.find_spec("flash_attn_interface") is None:
         return "flash_attn_interface is not installed"
     if name in ("gated_deltanet", "mamba2") and not fla_backend.installed():

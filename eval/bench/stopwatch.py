@@ -65,7 +65,6 @@ class Stopwatch:
     def peak(self, call: Marked) -> int | None:
         """Bytes that a call takes at its peak, beyond what is held before it; None on a CPU."""
         if not self.cuda:
-            call(lambda: None)
             return None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -54,7 +54,7 @@ class Setting:
     sizes: tuple[Sizes, ...] = (Sizes(), Sizes(K=128, V=128), Sizes(K=64, V=128, tokens=3001, heads=3, kv_heads=1))
     scale: int = 1  # lengths and positions are divided by it
     case: Case = Case(batch=4, tokens=64 * K, heads=8, width=64, num_centroids=2048)
-    rivals: tuple[str, ...] = tuple(RIVALS)
+    rivals: tuple[str, ...] = ("ovq", *RIVALS)
     matmul_size: int = 8192
     copy_bytes: int = 4 << 30
 
@@ -199,7 +199,7 @@ class Bench:
     def measure(self, case: Case, ops: list[str], seconds: float) -> None:
         chosen = [op for name in ops if (op := self.best_sdpa if name == "best_sdpa" else name) in self.setting.rivals]
         for op in list(chosen):
-            if op and (why := missing(op)):
+            if op and (why := missing(op, self.device)):
                 chosen.remove(op)
                 note = {"task": op, "why": why}
                 self.results["skipped"] += [note] if note not in self.results["skipped"] else []
@@ -227,8 +227,8 @@ class Bench:
             self.best_sdpa = min(done, key=lambda row: row["total_median_ms"])["op"] if done else None
 
     def rival(self, op: str) -> Any:
-        """A rival; where the card is only stood in for, OVQ on the backend that runs there."""
-        return RIVALS["ovq_torch"] if op == "ovq" and self.setting.backend == "torch" else RIVALS[op]
+        """A rival of the table; "ovq" is the one on this setting's backend."""
+        return RIVALS[f"ovq_{self.setting.backend}" if op == "ovq" else op]
 
     def stages(self, case: Case) -> None:
         """Every stage alone, against its floor at this card's own rates."""
