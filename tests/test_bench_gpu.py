@@ -184,6 +184,8 @@ def test_without_a_gpu_it_says_so_in_one_line(
     assert "no GPU" in said.err and len(said.err.splitlines()) == 1
     assert bench_gpu.main(["secnds=3"]) == 2
     assert "seconds" in capsys.readouterr().err
+    assert bench_gpu.main(["--help"]) == 0
+    assert "seconds=540" in capsys.readouterr().out
 
 
 def test_a_card_has_a_folder() -> None:

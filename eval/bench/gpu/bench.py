@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from eval.bench.gpu.checks import CHECKS, Sizes, Wrong
 from eval.bench.gpu.stages import shape_of, stage_calls
 from eval.bench.rivals import RIVALS, SDPA, Case, decode_attention, decode_ovq, forward_backward, make_inputs, missing
 from eval.bench.stopwatch import Stopwatch, copy_rate, matmul_rate
-from ovq.cli import guarded, parse
+from ovq.cli import command, guarded
 from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.machine import describe_machine
@@ -321,7 +322,13 @@ class Options:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line in the module's docstring."""
-    return guarded(lambda: measure(parse(Options, argv) if argv else Options()))  # no Hydra needed without options
+    argv = sys.argv[1:] if argv is None else argv
+    return command_line(argv) if argv else guarded(lambda: measure(Options()))  # no Hydra needed without options
+
+
+@command(Options)
+def command_line(options: Options) -> int:
+    return measure(options)
 
 
 def measure(options: Options) -> int:
