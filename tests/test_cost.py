@@ -94,14 +94,14 @@ def test_twice_the_tokens_take_at_most_2_1_times_the_work_and_memory_at_64k() ->
     assert sum(cost.memory(double).values()) < 2.1 * sum(cost.memory(BAR).values())
 
 
-def test_no_stage_is_predicted_faster_than_its_floor() -> None:
+@pytest.mark.parametrize("batch,heads", [(1, 1), (1, 8), (4, 8), (4, 16)])
+def test_the_assignment_waits_longer_than_its_arithmetic_and_bytes_take(batch: int, heads: int) -> None:
+    """So its prediction is the chain of waits and not its floor, up to about a head per multiprocessor."""
     for chip in CHIPS.values():
-        for batch, heads in ((4, 8), (1, 8), (1, 1)):
-            for N in (1024, 2048, 8192):
-                shape = dataclasses.replace(BAR, batch=batch, heads=heads, kv_heads=heads, spec=OVQSpec(N))
-                for work in cost.stages(shape, chip).values():
-                    low, high = work.predicted_ms(chip)
-                    assert 0 < work.floor_ms(chip) <= low * (1 + 1e-9) <= high * (1 + 1e-9)
+        for N in (1024, 2048, 8192):
+            shape = dataclasses.replace(BAR, batch=batch, heads=heads, kv_heads=heads, spec=OVQSpec(N))
+            work = cost.stages(shape, chip)["assign"]
+            assert 1e-3 * cost.UNSURE[0] * work.waiting > work.floor_ms(chip)
 
 
 def test_the_assignment_waits_as_long_with_one_sequence_as_with_a_full_chip() -> None:
@@ -109,13 +109,6 @@ def test_the_assignment_waits_as_long_with_one_sequence_as_with_a_full_chip() ->
     small = dataclasses.replace(BAR, batch=1)
     full, one = (cost.stages(s)["assign"].predicted_ms(CHIPS["h200"])[0] for s in (BAR, small))
     assert one > full / 2
-
-
-def test_decoding_does_not_grow_with_position() -> None:
-    one = dataclasses.replace(BAR, tokens=1)
-    at_64k, at_1m = (cost.decode(one, position) for position in (65536, 1 << 20))
-    assert at_1m.bytes < 1.05 * at_64k.bytes
-    assert at_1m.flops < 1.05 * at_64k.flops
 
 
 def test_memory_is_what_the_operators_allocate() -> None:

@@ -49,6 +49,11 @@ class Shape:
         L = self.spec.chunk_size
         return tuple((self.spec.size_at(at), min(L, self.tokens - at)) for at in range(0, self.tokens, L))
 
+    @property
+    def before_whole_chunks(self) -> list[int]:
+        """Centroids before each whole chunk; only those are assigned."""
+        return [n for n, tokens in self.chunks if tokens == self.spec.chunk_size]
+
     @functools.cached_property
     def dictionary_pairs(self) -> int:
         """Pairs of a token and a centroid that it attends to, of one head."""
@@ -173,9 +178,9 @@ def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
 
     return {
         "assign": Work(
-            flops=kv_heads * (2 * _proposals(shape) * K + shape.tokens * (K + V)),
+            flops=_assign_flops(shape),
             bytes=2 * (key + value) + row_counts + kv_heads * shape.tokens * 4,
-            waiting=sum(step_us(shape, n, chip) for n, tokens in shape.chunks if tokens == shape.spec.chunk_size),
+            waiting=sum(sum(step_parts_us(shape, n, chip).values()) for n in shape.before_whole_chunks),
         ),
         # Cleared, then read and written by the running maximum; every token's row is an atomic in L2, a sector each.
         "tabulate": Work(
@@ -220,31 +225,18 @@ def needed_flops(shape: Shape, *, backward: bool) -> int:
     The convention of FlashAttention: the backward pass takes logits, dp, dq, dk and dv, each once. (The kernels take
     logits and dp twice, for queries and for keys, and are given no credit for that.)
     """
-    pairs = shape.batch * shape.heads * (shape.dictionary_pairs + shape.own_pairs)
-    assign = shape.batch * shape.kv_heads * (2 * _proposals(shape) * shape.K + shape.tokens * (shape.K + shape.V))
-    forward = assign + pairs * 2 * (shape.K + shape.V)
-    return forward + (pairs * (6 * shape.K + 4 * shape.V) if backward else 0)
+    return _assign_flops(shape) + _softmax_flops(shape, shape.dictionary_pairs + shape.own_pairs, backward)
 
 
 def attention_flops(shape: Shape, *, backward: bool) -> int:
     """The same of causal softmax attention over all tokens."""
-    pairs = shape.batch * shape.heads * shape.tokens * (shape.tokens + 1) // 2
-    return pairs * (2 * (shape.K + shape.V) + (6 * shape.K + 4 * shape.V if backward else 0))
+    return _softmax_flops(shape, shape.tokens * (shape.tokens + 1) // 2, backward)
 
 
-def decode(shape: Shape, position: int) -> Work:
-    """One token at a position, chunk by chunk on average: attention to the dictionary's sums and half a chunk, and a
-    chunk's share of its assignment."""
-    n, L, K, V = shape.spec.size_at(position), shape.spec.chunk_size, shape.K, shape.V
-    heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
-    pairs = n + (L + 1) // 2
-    dictionary = kv_heads * n * (K + V + 1) * 4
-    return Work(
-        flops=heads * 2 * (K + V) * pairs + kv_heads * 2 * n * K,
-        bytes=dictionary + dictionary // L + kv_heads * L // 2 * (K + V) * shape.itemsize,
-        exps=heads * pairs,
-        alu=heads * 6 * pairs,
-    )
+def _softmax_flops(shape: Shape, pairs: int, backward: bool) -> int:
+    """Softmax attention over `pairs` of a query and a key in each head."""
+    a_pair = 2 * (shape.K + shape.V) + (6 * shape.K + 4 * shape.V if backward else 0)
+    return shape.batch * shape.heads * pairs * a_pair
 
 
 def memory(shape: Shape) -> dict[str, int]:
@@ -291,13 +283,8 @@ def splits(heads: int, processors: int) -> int:
     return 1 << min(max(processors // heads, 1).bit_length() - 1, 4)
 
 
-def step_us(shape: Shape, n: int, chip: Chip) -> float:
-    """The least time between two chunks of one head with n centroids: the chain of what waits for each other."""
-    return sum(step_parts_us(shape, n, chip).values())
-
-
 def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
-    """The parts of that chain, as assign_kernel has them.
+    """The least time between two chunks of one head with n centroids, by the parts of assign_kernel.
 
     What is counted is what cannot overlap: trips, meetings and products that need each other's results.
     """
@@ -325,10 +312,11 @@ def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
     }
 
 
-def _proposals(shape: Shape) -> int:
-    """Pairs of a key and a centroid whose similarity is taken, of one head; an empty dictionary stands for one key."""
-    L = shape.spec.chunk_size
-    return sum(max(n, 1) * L for n, tokens in shape.chunks if tokens == L)
+def _assign_flops(shape: Shape) -> int:
+    """Similarities of every key of a whole chunk with every centroid before it, and a sum of every key and value."""
+    # An empty dictionary stands for one key.
+    similarities = sum(max(n, 1) * shape.spec.chunk_size for n in shape.before_whole_chunks)
+    return shape.batch * shape.kv_heads * (2 * similarities * shape.K + shape.tokens * (shape.K + shape.V))
 
 
 def _tile(shape: Shape, chip: Chip, stage: str) -> dict[str, Any]:
