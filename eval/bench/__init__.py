@@ -1,1 +1,1 @@
-"""Measurements: speed, memory and cost of operators, models, kernels and the data pipeline."""
+"""Benchmarks: speed, memory and cost of operators, models, kernels and the data pipeline."""

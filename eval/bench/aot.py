@@ -1,18 +1,18 @@
-"""Builds every shipped kernel with no GPU, and says what the compilers made of it.
+"""Compile every shipped kernel, without a GPU, and check what the compilers made of it.
 
     python -m eval.bench.aot                                     every kernel, width and dtype for every target
     python -m eval.bench.aot targets=[sm_90] quick=true          the main path only: bfloat16
     python -m eval.bench.aot out=docs/results/aot jobs=8
 
-Writes aot.json and aot.md (the same as a table) to `out`. The bars, and why the compilers do not see to them:
+Writes aot.json and aot.md (the same as a table) to `out`. The requirements, none of which the compilers enforce:
 
-- no spills in the attention kernels: a spilled register is a trip to memory in the innermost loop;
-- shared memory within the chip's limit: the compiler happily builds a kernel that no chip can launch;
-- products on tensor cores: an operand in the wrong layout silently takes a slower path;
-- no "wgmma serialized" (C7511, C7514, ..): ptxas then waits after every product, which the machine code does not show.
+- no spills in the attention kernels: a spilled register costs a memory access in the innermost loop;
+- shared memory within the chip's limit: the compiler accepts kernels that cannot be launched;
+- matrix products on tensor cores: an operand in the wrong layout silently takes a slower path;
+- no "wgmma serialized" (C7511, C7514, ...): ptxas then waits after every product, which the machine code does not show.
 
-Exit status 1 with the offenders named if one is broken, 2 if it cannot run at all. On sm_100, a bonus, a broken bar is
-named and no more.
+Exit status 1, naming the kernels, if a requirement is broken; 2 if nothing could be compiled. sm_100 is best effort:
+broken requirements are reported but do not count.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ from ovq.schema import setting
 
 @dataclass(frozen=True)
 class Chip:
-    """backend, arch, warp: as Triton names the target; shared memory a program may have; names of its matrix
-    instructions, in 16-bit floats, and in float32 (on NVIDIA, products of TF32 parts) and decoding (16 rows), where the
-    older kind will do; whether its bars are."""
+    """A compilation target.
+
+    `backend`, `arch`, `warp`: as Triton names it. `shared_kib`: most shared memory of a program. `matmul`: its matrix
+    instructions in 16-bit floats; `matmul_older`: those accepted in float32 (on NVIDIA, products of TF32 parts) and in
+    decoding (16 rows). `binding`: whether a broken requirement fails the command.
+    """
 
     backend: str
     arch: int | str
@@ -62,16 +65,19 @@ CHIPS = {
     "sm_100": Chip("cuda", 100, 32, 227, ("UTCHMMA",), ("UTCHMMA", "HMMA"), binding=False),
     "gfx942": Chip("hip", "gfx942", 64, 64, ("v_mfma",), ("v_mfma",)),
 }
-SERIALIZED = ("C7511", "serializ")  # numbers differ by cause
+SERIALIZED = ("C7511", "serializ")  # the warning's number depends on the cause
 COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "STL", "LDL")
-# What TRITON_* a build needs; read by Triton at each use.
+# The TRITON_* variables that a build needs; Triton reads them at each use.
 ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
 
 
 @dataclass
 class Build:
-    """A kernel, built: `matmuls` counts matrix instructions by name, `spills` loads and stores of spilled registers;
-    `serialized` is what ptxas said of products that wait for each other."""
+    """A compiled kernel.
+
+    `matmuls` counts matrix instructions by name, `spills` the loads and stores of spilled registers; `shared` and
+    `stack` are bytes; `serialized` is ptxas's warning about serialized products, `error` why compilation failed.
+    """
 
     target: str
     stage: str
@@ -99,7 +105,7 @@ class Build:
 
 
 def offences(build: Build) -> list[str]:
-    """The bars that a build breaks, a line each."""
+    """The requirements that a build breaks, one line each."""
     chip = CHIPS[build.target]
     if build.error:
         return [f"{build.name}: does not build: {build.error}"]
@@ -120,7 +126,10 @@ def offences(build: Build) -> list[str]:
 
 
 def build(kernel: Any, target: str, **changes: Any) -> Build:
-    """Compile a `ShippedKernel` for a target. `changes` replace compile-time arguments, num_warps or num_stages."""
+    """Compile a `ShippedKernel` for a target; `changes` override compile-time arguments, num_warps or num_stages.
+
+    A failed compilation is recorded in the result's `error`.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -144,10 +153,10 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
     began, log = time.monotonic(), io.StringIO()
     complaints: list[str] = []
     try:
-        # Triton prints ptxas' log, and MLIR writes its errors straight to the process' stderr.
+        # Triton prints ptxas's log, but MLIR writes its errors directly to file descriptor 2.
         with contextlib.redirect_stdout(log), _stderr_lines(complaints):
             compiled = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options=options)
-    except Exception as error:  # whatever the compilers raise is a finding about this kernel
+    except Exception as error:  # anything the compilers raise is a result about this kernel
         why = [str(error), *(line for line in complaints if "error:" in line or "failed" in line)]
         made.error = " ".join(" ".join(why).split())[:160] or repr(error)
         return made
@@ -164,7 +173,7 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
 
 @contextlib.contextmanager
 def _stderr_lines(lines: list[str]) -> Iterator[None]:
-    """What is written to file descriptor 2 meanwhile goes to `lines`."""
+    """Append to `lines` what is written to file descriptor 2 inside the block."""
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as scratch:
@@ -198,9 +207,9 @@ def _cuobjdump(option: str, path: Path) -> str:
 
 
 def _read_amdgcn(made: Build, assembly: str) -> None:
-    made.registers = int(_find(r"\.vgpr_count:\s+(\d+)", assembly))  # of 512, accumulators among them
-    # What goes to memory. (Spilled scalars go to lanes of vector registers, spilled vectors to accumulator registers
-    # first, and the compiler's own count has those, too.)
+    made.registers = int(_find(r"\.vgpr_count:\s+(\d+)", assembly))  # of 512, including accumulators
+    # Only spills to memory. The compiler's own count includes scalars spilled to lanes of vector registers, and vectors
+    # spilled to accumulator registers, which are cheap.
     made.spills = len(re.findall(r"^\s+scratch_(?:load|store)", assembly, re.MULTILINE))
     made.stack = int(_find(r"\.private_segment_fixed_size:\s+(\d+)", assembly))
     made.matmuls = {"v_mfma": len(re.findall(r"^\s+v_mfma", assembly, re.MULTILINE))}
@@ -209,7 +218,7 @@ def _read_amdgcn(made: Build, assembly: str) -> None:
 def _find(pattern: str, text: str) -> str:
     found = re.search(pattern, text)
     if found is None:
-        raise RuntimeError(f"the compiler's report has no {pattern}")
+        raise RuntimeError(f"{pattern} not found in the compiler's report")
     return found[1]
 
 
@@ -217,8 +226,10 @@ def _find(pattern: str, text: str) -> str:
 
 
 def report(targets: Iterable[str], *, quick: bool = False, jobs: int = 2) -> Iterator[Build]:
-    """Every shipped kernel for the targets, built by `jobs` processes; `quick`: in bfloat16 all of them for sm_90, and
-    the attention kernels at 64 for the others."""
+    """Compile every shipped kernel for the targets in `jobs` processes.
+
+    `quick`: only bfloat16, and for other targets than sm_90 only the attention kernels of width 64.
+    """
     wanted = [(target, index) for target in targets for index in _indices(target, quick)]
     with tempfile.TemporaryDirectory() as cache, _environment({**ENVIRONMENT, "TRITON_CACHE_DIR": cache}):
         if jobs == 1:
@@ -267,7 +278,7 @@ WIDTHS = (6, 15, 8, 5, 6, 5, 6, 9, 6, 14, 16)
 
 
 def cells(build: Build) -> list[str]:
-    """A build as a row of `COLUMNS`."""
+    """A build as a table row, see `COLUMNS`."""
     names = ("BLOCK_L", "BLOCK_M", "BLOCK_R", "BLOCK_N")
     tile = "x".join(str(build.tile[name]) for name in names if name in build.tile)
     products = " ".join(f"{count} {name}" for name, count in build.matmuls.items())
@@ -287,7 +298,7 @@ def markdown(builds: list[Build]) -> str:
 
 
 def write(builds: list[Build], broken: list[str], out: Path, command: str) -> None:
-    """aot.json and aot.md."""
+    """Write aot.json and aot.md to `out`."""
     import torch
     import triton
 
@@ -308,17 +319,17 @@ def write(builds: list[Build], broken: list[str], out: Path, command: str) -> No
 
 @dataclass
 class Options:
-    out: str = setting("runs/aot", "folder for aot.json and aot.md")
-    targets: list[str] = setting([*CHIPS], "architectures to build for", choices=tuple(CHIPS))
-    quick: bool = setting(False, "only what training uses most")
-    jobs: int = setting(2, "processes that build", at_least=1)
+    out: str = setting("runs/aot", "output folder")
+    targets: list[str] = setting([*CHIPS], "architectures to compile for", choices=tuple(CHIPS))
+    quick: bool = setting(False, "only the kernels that training uses most")
+    jobs: int = setting(2, "parallel compilation processes", at_least=1)
 
 
 @command(Options)
 def main(options: Options) -> int:
-    """The command line in the module's docstring. Exit status 1 if a bar is broken."""
+    """The command line described in the module's docstring."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise ConfigError("TRITON_INTERPRET=1 replaces the kernels by Python; unset it")
+        raise ConfigError("TRITON_INTERPRET=1 interprets the kernels instead of compiling them; unset it")
     began = time.monotonic()
     builds = []
     print(_line(COLUMNS))
@@ -328,9 +339,9 @@ def main(options: Options) -> int:
     broken = [line for build in builds if CHIPS[build.target].binding for line in offences(build)]
     noted = [line for build in builds if not CHIPS[build.target].binding for line in offences(build)]
     write(builds, broken + noted, Path(options.out), command_line())
-    print(f"{len(builds)} kernels built in {time.monotonic() - began:.0f} s; written to {options.out}/aot.json")
+    print(f"{len(builds)} kernels compiled in {time.monotonic() - began:.0f} s; written to {options.out}/aot.json")
     for line in noted:
-        print(f"noted   {line}", file=sys.stderr)
+        print(f"NOTE    {line}", file=sys.stderr)
     for line in broken:
         print(f"BROKEN  {line}", file=sys.stderr)
     return 1 if broken else 0

@@ -1,13 +1,14 @@
-"""One table of all named models: parameters, FLOPs a token, and what they hold for a sequence as it grows.
+"""A table of all named models: parameters, FLOPs per token, and the size of their state by context.
 
     python -m eval.bench.compare size=70m context=65536
     python -m eval.bench.compare size=150m models=[std_att,sw_nope,sw_ovq] vocab_size=32768 out=runs/compare_150m
     python -m eval.bench.compare readme=true        rewrite the table of models in README.md
 
-Models are built on the meta device: nothing is allocated, a table takes seconds. Compared models must have the same
-number of parameters outside the embedding and the head, within `tolerance` of the first one's: where they do not, the
-exit status is 1 and a line names them. State is counted for one sequence over all layers, in bytes with activations in
-bf16 and sums in float32. Written to `out`: compare_models.json, and state_size.png (arXiv 2602.03922, figure 4, right).
+Models are built on the meta device, so nothing is allocated and the table takes seconds. Compared models must have the
+same number of parameters without embedding and head as the first one, within `tolerance`; if they do not, one line
+names those that differ and the exit status is 1. State is that of one sequence over all layers; its bytes assume
+activations in bf16 and sums in float32. compare_models.json and state_size.png (as in arXiv 2602.03922, figure 4,
+right) are written to `out`.
 """
 
 from __future__ import annotations
@@ -38,23 +39,23 @@ BEGIN, END = "<!-- models: begin -->\n", "<!-- models: end -->\n"
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """What one model costs; FLOPs a token are a mean over a sequence of the table's context."""
+    """The costs of one model; FLOPs per token are averaged over a sequence of the table's context."""
 
     name: str
     layers: str
     parameters: int
-    parameters_body: int  # without the embedding and the head
+    parameters_body: int  # without embedding and head
     flops_forward: float
     flops_training: float
-    state_numbers: dict[int, int]  # by context
+    state_numbers: dict[int, int]  # elements, by context
     state_bytes: dict[int, int]
 
 
 def named_models(chosen: list[str]) -> list[str]:
-    """The chosen options of configs/model, or all: full attention, which the others are measured against, first.
+    """The chosen options of configs/model, or all of them with full attention, the baseline, first.
 
     Raises:
-        ConfigError: one that does not exist.
+        ConfigError: an option does not exist.
     """
     legal = options("model")
     for name in chosen:
@@ -64,7 +65,7 @@ def named_models(chosen: list[str]) -> list[str]:
 
 
 def costs(name: str, size: str, vocab_size: int, context: int, contexts: list[int]) -> ModelCosts:
-    """The costs of a named model, with its state at each of `contexts`."""
+    """The costs of a named model: FLOPs at `context`, state at each of `contexts`."""
     cfg = compose([f"model={name}", f"model/size={size}"])
     with torch.device("meta"):
         model = build_model(cfg.model, vocab_size)
@@ -83,17 +84,17 @@ def costs(name: str, size: str, vocab_size: int, context: int, contexts: list[in
 
 
 def unmatched(models: list[ModelCosts], tolerance: float) -> list[str]:
-    """Models whose parameters differ from the first one's by more than `tolerance`, as 'name +3.1%'."""
+    """Models whose parameter count differs from the first one's by more than `tolerance`, as 'name +3.1%'."""
     first = models[0].parameters_body
     off = [(model.name, model.parameters_body / first - 1) for model in models]
     return [f"{name} {share:+.1%}" for name, share in off if abs(share) > tolerance]
 
 
 def table(models: list[ModelCosts], context: int) -> str:
-    """The table on one screen: a row a model, its state first in numbers, then in bytes."""
+    """The results as text, a row per model: counts with the state in elements, then the state in bytes."""
     contexts = list(models[0].state_numbers)
     first = models[0].parameters_body
-    head = ["model", "parameters", "without tables", "", "forward", "training"]
+    head = ["model", "parameters", "without embedding/head", "", "forward", "training"]
     rows = [head + [style.short(c) for c in contexts]]
     for m in models:
         counts = [f"{m.parameters:,}", f"{m.parameters_body:,}", f"{m.parameters_body / first - 1:+.2%}"]
@@ -103,11 +104,11 @@ def table(models: list[ModelCosts], context: int) -> str:
     sizes += [[m.name, *(format_bytes(m.state_bytes[c]) for c in contexts)] for m in models]
     return "\n".join(
         [
-            f"parameters (and difference from {models[0].name}), FLOPs a token at context {context:,}, "
-            "and the numbers held for one sequence by context",
+            f"parameters (and difference from {models[0].name}), FLOPs per token at context {context:,}, "
+            "and elements of one sequence's state by context",
             *_aligned(rows),
             "",
-            "bytes held for one sequence, activations in bf16",
+            "bytes of one sequence's state by context, activations in bf16",
             *_aligned(sizes),
         ]
     )
@@ -119,13 +120,13 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """1190000000 -> '1.19G', in thousands."""
+    """1190000000 -> '1.19G', by powers of 1000."""
     power = min(4, int(math.log10(max(1.0, number))) // 3)
     return f"{number / 1000**power:.4g}{('', 'k', 'M', 'G', 'T')[power]}"
 
 
 def plot(models: list[ModelCosts], size: str, out: Path) -> Path:
-    """State by context. Models that hold the same at every context share a curve."""
+    """Plot state against context. Models with the same state at every context share a curve."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     curves: dict[tuple, list[str]] = {}
@@ -148,7 +149,7 @@ def plot(models: list[ModelCosts], size: str, out: Path) -> Path:
 
 
 def readme_table() -> str:
-    """The table of models in Markdown: a row for every option of configs/model, described by its first comment."""
+    """The README's table of models in Markdown: a row per option of configs/model, described by its first comment."""
     lines = [
         f"| `model=` | layers | state of one sequence, 2k to 64k tokens ({README_SIZE}) | source |",
         "| --- | --- | --- | --- |",
@@ -166,7 +167,7 @@ def readme_table() -> str:
 
 
 def write_readme(path: Path = README) -> None:
-    """Replace what is between the two markers.
+    """Rewrite the table of models in `path`, between its two markers.
 
     Raises:
         ConfigError: a marker is missing.
@@ -175,7 +176,7 @@ def write_readme(path: Path = README) -> None:
     before, found, rest = text.partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not (found and ended):
-        raise ConfigError(f"{path} has no lines '{BEGIN.strip()}' and '{END.strip()}' to write the table between")
+        raise ConfigError(f"{path} lacks the lines '{BEGIN.strip()}' and '{END.strip()}' around the table")
     write_whole(path, before + found + readme_table() + ended + after)
 
 
@@ -184,20 +185,18 @@ def write_readme(path: Path = README) -> None:
 
 @dataclass
 class Options:
-    size: str = setting(
-        README_SIZE, "size of the models, an option of configs/model/size", choices=tuple(options("model/size"))
-    )
-    context: int = setting(65536, "tokens a sequence, for FLOPs a token", at_least=1)
-    models: list[str] = setting([], "options of configs/model; empty: all")
-    vocab_size: int = setting(16384, "pieces of the tokenizer", at_least=1)
-    tolerance: float = setting(0.02, "share by which parameters may differ from the first model's", at_least=0)
-    out: str = setting("runs/compare_models", "folder for compare_models.json and state_size.png")
-    readme: bool = setting(False, "rewrite the table of models in README.md, and do nothing else")
+    size: str = setting(README_SIZE, "model size, from configs/model/size", choices=tuple(options("model/size")))
+    context: int = setting(65536, "sequence length in tokens, for FLOPs per token", at_least=1)
+    models: list[str] = setting([], "models to compare, from configs/model; empty: all")
+    vocab_size: int = setting(16384, "vocabulary size", at_least=1)
+    tolerance: float = setting(0.02, "largest relative difference from the first model's parameter count", at_least=0)
+    out: str = setting("runs/compare_models", "output folder")
+    readme: bool = setting(False, "only rewrite the table of models in README.md")
 
 
 @command(Options)
 def main(args: Options) -> int:
-    """The command line in the module's docstring."""
+    """The command line described in the module's docstring."""
     if args.readme:
         write_readme()
         print(README)

@@ -1,16 +1,16 @@
-"""What OVQ-attention must cost: operations, bytes and waiting of every stage, and the least time they take on a chip.
+"""A cost model of OVQ-attention: operations, bytes and latency of every stage, and the time they take on a chip.
 
     python -m eval.bench.cost chip=h200 tokens=65536 num_centroids=2048
 
-Two times are given for a stage. Its *floor* is the larger of arithmetic at the chip's matmul rate and bytes at its copy
-rate (each input read once, each output written once): nothing runs faster. Its *prediction* is a range: from the
-largest of its terms (all else hidden behind it) to their sum (nothing hidden). The terms are products, exponentials,
-other arithmetic of a pair, device memory, and L2 (tiles that are read again and again).
+Two times are given for a stage. Its *floor*, which nothing can beat, is the larger of its arithmetic at the chip's
+matmul rate and its bytes (every input read once, every output written once) at the chip's copy rate. Its *prediction*
+is a range, from the largest of its terms (all others hidden behind it) to their sum (nothing hidden). The terms are
+matrix products, exponentials, other arithmetic per pair, device memory, and L2 (tiles that are read repeatedly).
 
-The assignment, the only sequential stage, is bound by waiting instead: T / L steps one after the other, each a chain of
-dependent trips to L2, barriers and small products. `Waits` has what one of each takes: estimates of the order
-commonly reported for this kind of chip, not taken from these kernels, which nobody has timed yet (`make
-bench-gpu` will); so its prediction is the chain of waits times `UNSURE`.
+The assignment, the only sequential stage, is bound by latency instead: T / L steps one after another, each a chain of
+dependent L2 loads, barriers and small products. `Waits` holds the latency of each kind. Those are estimates of the
+order commonly reported for such chips, not measurements of these kernels, which have not run on a GPU yet (`make
+bench-gpu` will time them), so the prediction is the length of the chain times `UNSURE`.
 
 Shapes: B batch, T tokens, L chunk, n_i centroids before chunk i, H query heads, G key/value heads, K and V widths.
 """
@@ -32,7 +32,7 @@ from ovq.schema import setting
 
 @dataclass(frozen=True)
 class Shape:
-    """One call from an empty dictionary. `itemsize`: bytes of a number of q, k and v."""
+    """One call that starts from an empty dictionary. `itemsize`: bytes per element of q, k and v."""
 
     batch: int
     tokens: int
@@ -45,39 +45,40 @@ class Shape:
 
     @functools.cached_property
     def chunks(self) -> tuple[tuple[int, int], ...]:
-        """(centroids before it, tokens) of every chunk, an unfinished one too."""
+        """(centroids before it, tokens) of every chunk, including an incomplete last one."""
         L = self.spec.chunk_size
         return tuple((self.spec.size_at(at), min(L, self.tokens - at)) for at in range(0, self.tokens, L))
 
     @property
     def before_whole_chunks(self) -> list[int]:
-        """Centroids before each whole chunk; only those are assigned."""
+        """Centroids before each complete chunk (only complete chunks are assigned)."""
         return [n for n, tokens in self.chunks if tokens == self.spec.chunk_size]
 
     @functools.cached_property
     def dictionary_pairs(self) -> int:
-        """Pairs of a token and a centroid that it attends to, of one head."""
+        """Pairs of a token and a centroid that it attends to, per head."""
         return sum(n * tokens for n, tokens in self.chunks)
 
     @functools.cached_property
     def own_pairs(self) -> int:
-        """Pairs of a token and a key of its own chunk, itself among them, of one head."""
+        """Pairs of a token and a key of its own chunk that it attends to (its own key included), per head."""
         return sum(tokens * (tokens + 1) // 2 for _, tokens in self.chunks)
 
     @property
     def table(self) -> int:
-        """Entries of the table of version rows, of one head."""
+        """Entries of the table of version rows, per head."""
         L = self.spec.chunk_size
         return sum(self.spec.size_at(at) for at in range(0, self.tokens + 1, L))
 
 
 @dataclass(frozen=True)
 class Waits:
-    """Microseconds, on a Hopper chip at about 1.75 GHz: estimates, nothing measured here.
+    """Latencies in microseconds on a Hopper chip at about 1.75 GHz: estimates, not measurements.
 
-    trip: a dependent load from L2 (some 270 cycles near, 500 far). barrier: programs of a head meet: a fence, an atomic
-    add, polling until the slowest has come. sync: the warps of a program meet. product: a small product whose operands
-    pass through shared memory, until its result is there. reduce: a sum or maximum across a tile's threads.
+    trip: a dependent load from L2 (about 270 cycles for the near partition, 500 for the far one). barrier: all programs
+    of a head synchronize: a fence, an atomic add, and polling until the slowest has arrived. sync: the warps of a
+    program synchronize. product: a small matrix product with operands in shared memory, until its result is available.
+    reduce: a sum or maximum across a tile's threads.
     """
 
     trip: float = 0.22
@@ -87,13 +88,13 @@ class Waits:
     reduce: float = 0.12
 
 
-UNSURE = (0.7, 1.5)
+UNSURE = (0.7, 1.5)  # the chain of waits is multiplied by these for a range
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates a second: bf16 products of dense matrices (FLOP), device memory and L2 (bytes), exponentials, and other
-    float32 instructions (lanes). `processors` are its multiprocessors."""
+    """Rates per second: FLOPs of dense bf16 matrix products, bytes of device memory and of L2, exponentials, and other
+    float32 operations. `processors`: number of multiprocessors."""
 
     name: str
     arch: str
@@ -109,12 +110,12 @@ class Chip:
 def _chip(
     name: str, arch: str, matmul: float, copy: float, l2: float, processors: int, clock: float, lanes: int
 ) -> Chip:
-    # 16 exponentials a clock and multiprocessor: CUDA's programming guide, compute capability 8.0 and 9.0.
+    # 16 exponentials per clock and multiprocessor: CUDA programming guide, compute capability 8.0 and 9.0.
     return Chip(name, arch, matmul, copy, l2, processors * 16 * clock, processors * lanes * clock, processors)
 
 
-# Matmul and copy rates of H200 and H100 measured on random data by others; the A100's are 85% of its data sheet's.
-# L2 rates are estimates of the order commonly reported.
+# Matmul and copy rates of H200 and H100 are published measurements on random data, those of the A100 85% of its data
+# sheet. L2 rates are estimates of the order commonly reported.
 CHIPS = {
     "h200": _chip("NVIDIA H200", "sm_90", 790e12, 4.3e12, 5.5e12, 132, 1.75e9, 128),
     "h100": _chip("NVIDIA H100 SXM", "sm_90", 790e12, 3.0e12, 5.5e12, 132, 1.75e9, 128),
@@ -124,7 +125,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does. `flops` are products of pairs that count (not a tile's masked half); `waiting` in us."""
+    """The work of a stage. `flops`: of matrix products, without a tile's masked half. `waiting`: microseconds."""
 
     flops: int = 0
     bytes: int = 0
@@ -134,9 +135,11 @@ class Work:
     waiting: float = 0.0
 
     def floor_ms(self, chip: Chip) -> float:
+        """Lower bound on the stage's time."""
         return 1e3 * max(self.flops / chip.matmul, self.bytes / chip.copy)
 
     def terms_ms(self, chip: Chip) -> dict[str, float]:
+        """Time of each term alone; a sequential stage has waiting only."""
         if self.waiting:
             return {"waiting": 1e-3 * self.waiting}
         return {
@@ -148,32 +151,32 @@ class Work:
         }
 
     def predicted_ms(self, chip: Chip) -> tuple[float, float]:
-        """With everything hidden behind the largest term, and with nothing hidden."""
+        """Range of the stage's time, see the module's docstring."""
         terms = self.terms_ms(chip).values()
         if self.waiting:
             return max(UNSURE[0] * sum(terms), self.floor_ms(chip)), UNSURE[1] * sum(terms)
         return max(terms), sum(terms)
 
 
-# What shares one read of a key and a value: a tile of queries; or, where a program owns centroids or keys, those.
+# The tile that shares one read of the other side: queries, or the centroids or keys that a program owns.
 SHARED = {"predict": "BLOCK_M", "query_grad": "BLOCK_M", "dictionary_grad": "BLOCK_N", "chunk_grad": "BLOCK_N"}
 FORWARD = ("assign", "tabulate", "predict")
 BACKWARD = ("tabulate", "query_grad", "dictionary_grad", "chunk_grad")
 
 
 def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
-    """The work of every stage of a forward and backward pass, as the kernels share it out."""
+    """The work of every stage of a forward and backward pass, as the kernels divide it."""
     own, old, all_pairs = shape.own_pairs, shape.dictionary_pairs, shape.own_pairs + shape.dictionary_pairs
     K, V, size = shape.K, shape.V, shape.itemsize
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
     query, output = heads * shape.tokens * K * size, heads * shape.tokens * V * size
     key, value = kv_heads * shape.tokens * K * size, kv_heads * shape.tokens * V * size
     row_counts, table, per_query = kv_heads * shape.tokens * 4, kv_heads * shape.table * 4, heads * shape.tokens * 4
-    rows = key + value + row_counts  # at most one a token
+    rows = key + value + row_counts  # at most one per token
     tiles = {stage: _tile(shape, chip, stage)[row] for stage, row in SHARED.items()}
 
     def again(pairs: int, block: int) -> int:
-        """Bytes read from L2 when each tile of `block` tokens, or centroids, reads all of the other side."""
+        """Bytes read from L2 if every tile of `block` tokens or centroids reads all of the other side."""
         return heads * pairs // block * (K + V) * size
 
     return {
@@ -182,7 +185,8 @@ def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
             bytes=2 * (key + value) + row_counts + kv_heads * shape.tokens * 4,
             waiting=sum(sum(step_parts_us(shape, n, chip).values()) for n in shape.before_whole_chunks),
         ),
-        # Cleared, then read and written by the running maximum; every token's row is an atomic in L2, a sector each.
+        # The table is cleared, then read and written by the running maximum; every token's row is one atomic operation
+        # on one L2 sector.
         "tabulate": Work(
             bytes=3 * table + kv_heads * shape.tokens * 4,
             alu=kv_heads * shape.table * 10,
@@ -220,27 +224,27 @@ def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
 
 
 def needed_flops(shape: Shape, *, backward: bool) -> int:
-    """The fewest operations of a forward, or forward and backward pass: the count that speed is held against.
+    """FLOPs that a forward (or forward and backward) pass needs at least: the count that utilization refers to.
 
-    The convention of FlashAttention: the backward pass takes logits, dp, dq, dk and dv, each once. (The kernels take
-    logits and dp twice, for queries and for keys, and are given no credit for that.)
+    As in FlashAttention, the backward pass computes logits, dp, dq, dk and dv once each. (The kernels compute logits
+    and dp twice, for queries and for keys; the repetition does not count.)
     """
     return _assign_flops(shape) + _softmax_flops(shape, shape.dictionary_pairs + shape.own_pairs, backward)
 
 
 def attention_flops(shape: Shape, *, backward: bool) -> int:
-    """The same of causal softmax attention over all tokens."""
+    """The same count for causal softmax attention over all tokens."""
     return _softmax_flops(shape, shape.tokens * (shape.tokens + 1) // 2, backward)
 
 
 def _softmax_flops(shape: Shape, pairs: int, backward: bool) -> int:
-    """Softmax attention over `pairs` of a query and a key in each head."""
-    a_pair = 2 * (shape.K + shape.V) + (6 * shape.K + 4 * shape.V if backward else 0)
-    return shape.batch * shape.heads * pairs * a_pair
+    """FLOPs of softmax attention over `pairs` of a query and a key per head."""
+    per_pair = 2 * (shape.K + shape.V) + (6 * shape.K + 4 * shape.V if backward else 0)
+    return shape.batch * shape.heads * pairs * per_pair
 
 
 def memory(shape: Shape) -> dict[str, int]:
-    """Bytes beside q, k and v at the peak of a forward and backward pass, by what they are for."""
+    """Peak bytes of a forward and backward pass beyond q, k and v, by purpose."""
     N, K, V, size, T = shape.spec.num_centroids, shape.K, shape.V, shape.itemsize, shape.tokens
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
     output, sums = heads * T * V * size, kv_heads * N * (K + V + 1) * 4
@@ -259,7 +263,7 @@ def memory(shape: Shape) -> dict[str, int]:
 
 
 def table_entries(shape: Shape) -> int:
-    """Entries a head of the table of version rows; a larger one is made in parts."""
+    """Entries per head of the table of version rows that exist at once; a larger table is built in parts."""
     from ovq.ops.ovq_attention.kernels.plan import make_plan, most_entries
 
     plan = make_plan(shape.spec, 0, 0, (0, shape.tokens))
@@ -269,7 +273,7 @@ def table_entries(shape: Shape) -> int:
 
 
 def memory_ratio(shape: Shape) -> float:
-    """Peak memory beside q, k and v over their size; the bar is 3 at 64k tokens."""
+    """Peak memory beyond q, k and v, relative to their size; required to be at most 3 at 64k tokens."""
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
     qkv = shape.tokens * (heads * shape.K + kv_heads * (shape.K + shape.V)) * shape.itemsize
     return sum(memory(shape).values()) / qkv
@@ -279,24 +283,24 @@ def memory_ratio(shape: Shape) -> float:
 
 
 def splits(heads: int, processors: int) -> int:
-    """Programs a head is walked by: as `triton.assign.splits`, for a chip that is not here."""
+    """Programs that share a head: as `kernels.assign.splits`, but for a chip that need not be present."""
     return 1 << min(max(processors // heads, 1).bit_length() - 1, 4)
 
 
 def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
-    """The least time between two chunks of one head with n centroids, by the parts of assign_kernel.
+    """Latency of one chunk of one head at n centroids, by the phases of assign_kernel.
 
-    What is counted is what cannot overlap: trips, meetings and products that need each other's results.
+    Counts only what cannot overlap: loads, barriers and products that depend on each other's results.
     """
     waits, programs = chip.waits, splits(shape.batch * shape.kv_heads, chip.processors)
     L, block = shape.spec.chunk_size, _tile(shape, chip, "assign")
     tiles, columns = math.ceil(L / block["BLOCK_C"]), math.ceil(n / (block["BLOCK_N"] * programs))
-    # A tile of similarities on one multiprocessor: the product, then compare and select, two instructions each.
+    # A tile of similarities on one multiprocessor: the product, then a compare and a select of two instructions each.
     pairs = L * block["BLOCK_N"]
     one = 1e6 * chip.processors * (2 * pairs * shape.K / chip.matmul + 4 * pairs / chip.alu)
-    compare = waits.sync + waits.reduce  # all keys of a tile with all of another
+    compare = waits.sync + waits.reduce  # all keys of one tile with all of another
     if not block["ONE"]:
-        compare += waits.trip  # which lies in memory
+        compare += waits.trip  # the other tile is in memory
     return {
         "propose": 2 * waits.trip + max(one, waits.trip / 3) * columns + waits.product + 2 * waits.reduce,
         "meet": waits.barrier if programs > 1 else waits.sync,
@@ -305,7 +309,7 @@ def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
         "commit": tiles
         * (
             waits.trip  # counts
-            + tiles * compare  # how many went to the same centroid
+            + tiles * compare  # how many keys share a centroid
             + 2 * (waits.trip + tiles * waits.product)  # keys, then values: sums and the one-hot products
         )
         + 2 * waits.sync,
@@ -313,14 +317,14 @@ def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
 
 
 def _assign_flops(shape: Shape) -> int:
-    """Similarities of every key of a whole chunk with every centroid before it, and a sum of every key and value."""
-    # An empty dictionary stands for one key.
+    """FLOPs to compare the keys of every complete chunk with the centroids before it, and to sum keys and values."""
+    # An empty dictionary counts as one centroid.
     similarities = sum(max(n, 1) * shape.spec.chunk_size for n in shape.before_whole_chunks)
     return shape.batch * shape.kv_heads * (2 * similarities * shape.K + shape.tokens * (shape.K + shape.V))
 
 
 def _tile(shape: Shape, chip: Chip, stage: str) -> dict[str, Any]:
-    """The shipped configuration of a stage's kernel (which needs the triton package)."""
+    """The shipped configuration of a stage's kernel; needs the triton package."""
     from ovq.ops.ovq_attention.kernels.configs import constants
 
     dtype = {2: torch.bfloat16, 4: torch.float32}[shape.itemsize]
@@ -332,18 +336,18 @@ def _tile(shape: Shape, chip: Chip, stage: str) -> dict[str, Any]:
 
 @dataclass
 class Options:
-    chip: str = setting("h200", "chip to predict for", choices=tuple(CHIPS))
-    batch: int = setting(4, "sequences", at_least=1)
-    tokens: int = setting(65536, "tokens a sequence", at_least=1)
+    chip: str = setting("h200", "chip to model", choices=tuple(CHIPS))
+    batch: int = setting(4, "sequences in a batch", at_least=1)
+    tokens: int = setting(65536, "sequence length in tokens", at_least=1)
     heads: int = setting(8, "query heads", at_least=1)
     kv_heads: int = setting(8, "key/value heads", at_least=1)
-    width: int = setting(64, "width of a head", at_least=1)
+    width: int = setting(64, "head dimension", at_least=1)
     num_centroids: int = setting(2048, "dictionary capacity", at_least=1)
-    chunk_size: int = setting(128, "tokens a chunk", at_least=1)
+    chunk_size: int = setting(128, "tokens in a chunk", at_least=1)
 
 
 def table(shape: Shape, chip: Chip) -> str:
-    """Every stage's work and times, and their sums, as text."""
+    """Work and times of every stage and of whole passes, as text."""
     work = stages(shape, chip)
     lines = [f"{'':16}{'TFLOP':>8}{'GB':>8}{'floor ms':>10}{'predicted ms':>16}   largest terms, ms"]
     for name, stage in work.items():
@@ -366,7 +370,7 @@ def table(shape: Shape, chip: Chip) -> str:
 
 
 def total_ms(shape: Shape, chip: Chip, names: tuple[str, ...]) -> tuple[float, float]:
-    """The prediction of stages that run one after the other."""
+    """Predicted range for the named stages run one after another."""
     work = stages(shape, chip)
     lows, highs = zip(*(work[name].predicted_ms(chip) for name in names))
     return sum(lows), sum(highs)
@@ -374,7 +378,7 @@ def total_ms(shape: Shape, chip: Chip, names: tuple[str, ...]) -> tuple[float, f
 
 @command(Options)
 def main(o: Options) -> int:
-    """The command line in the module's docstring."""
+    """The command line described in the module's docstring."""
     chip, spec = CHIPS[o.chip], OVQSpec(o.num_centroids, o.chunk_size)
     shape = Shape(o.batch, o.tokens, o.heads, o.kv_heads, o.width, o.width, spec)
     print(f"{chip.name}: predicted, not measured")
@@ -382,8 +386,8 @@ def main(o: Options) -> int:
     step = step_parts_us(shape, spec.size_at(shape.tokens), chip)
     parts = ", ".join(f"{name} {us:.1f}" for name, us in step.items())
     programs = splits(shape.batch * shape.kv_heads, chip.processors)
-    print(f"a chunk of the assignment at the end: {sum(step.values()):.1f} us ({programs} programs a head): {parts}")
-    print(f"memory beside q, k and v: {memory_ratio(shape):.2f} times their size")
+    print(f"the last chunk's assignment: {sum(step.values()):.1f} us ({programs} programs per head): {parts}")
+    print(f"memory beyond q, k and v: {memory_ratio(shape):.2f} times their size")
     return 0
 
 

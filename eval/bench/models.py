@@ -1,12 +1,13 @@
-"""Speed and memory of training, model by model and context by context: tokens/s, MFU and peak memory.
+"""Speed and memory of training for each model and context: tokens/s, MFU and peak memory.
 
     python -m eval.bench.models models=[sw,sw_ovq] size=tiny contexts=[2048,4096] steps=3
     python -m eval.bench.models size=150m contexts=[4096,16384,65536] trainer.activation_checkpointing=full
 
-Each model and context is trained in a fresh process on made-up tokens: its peak memory is its own, and one that runs
-out of memory ends itself and not the rest. The first step compiles and is timed apart; tokens/s is that of the median
-of `steps` later ones. Memory is what a GPU allocated, or on a CPU what the process grew by after its imports. Written
-to `out`: bench_models.json, after every measurement, and bench_models.png. A key with a dot is a setting of the run.
+The steps timed are those of `ovq.train.loop.Trainer`, on random tokens. Every model and context runs in a process of
+its own, so that peak memory is its own and running out of it ends only that measurement. The first step compiles and is
+timed separately; tokens/s is computed from the median of `steps` later ones. Memory is the peak allocated on a GPU; on
+a CPU, the growth of the process's resident set after its imports. bench_models.json (rewritten after every measurement)
+and bench_models.png are written to `out`. A key with a dot is a setting of the run.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ from ovq.train.parallelize import parallelize
 
 Measured = dict[str, Any]
 OUT_OF_MEMORY = "out of memory"
-SIGKILL = -9  # what the kernel sends to a process when memory is short
+SIGKILL = -9  # the return code of a process that Linux killed for lack of memory
 
 
 def config_of(settings: dict[str, Any]) -> Config:
-    """The config of one measurement, checked before any process starts."""
+    """The config of one measurement.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
     return compose(
         [
             f"model={settings['model']}",
@@ -65,7 +70,7 @@ def config_of(settings: dict[str, Any]) -> Config:
 
 
 class RandomTokens:
-    """The loader of a training that reads nothing: every micro-batch is random tokens [micro_batch, context]."""
+    """A `Loader` without data behind it: endless micro-batches of random tokens [micro_batch, context]."""
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         self.micro_batches_per_step = cfg.trainer.global_batch // cfg.trainer.micro_batch
@@ -84,7 +89,10 @@ class RandomTokens:
 
 
 def build_trainer(cfg: Config, vocab_size: int, world: World, folder: str) -> Trainer:
-    """What train.py composes, on random tokens and with no log. Nothing is saved unless asked for, then in `folder`."""
+    """The trainer that train.py would build, but on random tokens and without a log.
+
+    `train_step` and `flush` write nothing; `folder` is where `save` would.
+    """
     model = build_model(cfg.model, vocab_size)
     model.init_weights(cfg.seed)
     flops = flops_per_token(model, cfg.trainer.context)
@@ -104,10 +112,10 @@ def build_trainer(cfg: Config, vocab_size: int, world: World, folder: str) -> Tr
 
 
 def measure(settings: dict[str, Any]) -> Measured:
-    """Train one model at one context, in this process.
+    """Train one model at one context in this process, and return its measurements.
 
     Raises:
-        TrainingError: a loss or gradient is not finite.
+        TrainingError: the loss or the gradient norm is not finite.
     """
     cfg = config_of(settings)
     world = processes.init(cfg.trainer)
@@ -118,7 +126,7 @@ def measure(settings: dict[str, Any]) -> Measured:
         batches = iter(trainer.loader)
 
         def step() -> float:
-            """Seconds of one optimizer step; `flush` waits for the device and fails if the loss is not finite."""
+            """Seconds of one optimizer step; `flush` waits for the device and checks that the loss is finite."""
             start = time.perf_counter()
             trainer.train_step(batches)
             trainer.flush()
@@ -130,7 +138,7 @@ def measure(settings: dict[str, Any]) -> Measured:
         memory, name = torch.cuda.max_memory_allocated(world.device), torch.cuda.get_device_name(world.device)
     else:
         memory, name = machine.peak_rss() - before, machine.processor_name()
-    # After the memory is read: measuring the peak allocates.
+    # Only after memory has been read, because measuring the peak rate allocates.
     peak, origin = machine.peak_flops(world.device, world.precision, settings["peak_tflops"])
     tokens_per_s = cfg.trainer.global_batch * cfg.trainer.context / statistics.median(seconds)
     processes.shutdown()
@@ -149,13 +157,13 @@ def measure(settings: dict[str, Any]) -> Measured:
 
 
 def child(settings: dict[str, Any]) -> int:
-    """Measure and print one line of JSON: the numbers, or the error."""
+    """Measure, and print one line of JSON: the measurements, or the error."""
     try:
         result = measure(settings)
     except (torch.OutOfMemoryError, MemoryError):
         result = {"error": OUT_OF_MEMORY}
     except Exception as error:
-        memory = "can't allocate memory" in str(error)  # torch's allocator on a CPU has no error of its own
+        memory = "can't allocate memory" in str(error)  # torch's CPU allocator raises a plain RuntimeError
         result = {"error": OUT_OF_MEMORY if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(result), flush=True)
     return 0
@@ -165,7 +173,7 @@ def child(settings: dict[str, Any]) -> int:
 
 
 def run_child(settings: dict[str, Any], timeout_s: float) -> Measured:
-    """One measurement in a process of its own; {"error": why} if it did not end well."""
+    """Run one measurement in a process of its own; returns {"error": reason} if it failed."""
     command = [sys.executable, "-m", "eval.bench.models", "--child", json.dumps(settings)]
     try:
         done = subprocess.run(command, cwd=CONFIG_DIR.parent, capture_output=True, text=True, timeout=timeout_s)
@@ -181,7 +189,7 @@ def run_child(settings: dict[str, Any], timeout_s: float) -> Measured:
 
 
 def line(row: Measured) -> str:
-    """One measurement as a row of the table."""
+    """One measurement as a line of the table."""
     head = f"{row['model']:<16} {style.short(row['context']):>7}"
     if "error" in row:
         return f"{head}  {row['error']}"
@@ -195,7 +203,7 @@ HEAD = f"{'model':<16} {'context':>7} {'tokens/s':>12} {'MFU':>7} {'memory GiB':
 
 
 def plot(rows: list[Measured], title: str, out: Path) -> Path:
-    """Tokens/s and peak memory by context, a curve a model; what failed is left out."""
+    """Plot tokens/s and peak memory against context, one curve per model; failed measurements are left out."""
     fig, axes = style.figure(panels=2, width=5.4)
     good = [row for row in rows if "error" not in row]
     for index, name in enumerate(dict.fromkeys(row["model"] for row in good)):
@@ -216,18 +224,21 @@ def plot(rows: list[Measured], title: str, out: Path) -> Path:
 
 @dataclass
 class Options:
-    models: list[str] = setting([], "options of configs/model; empty: all")
-    size: str = setting("tiny", "size of the models", choices=tuple(options("model/size")))
-    contexts: list[int] = setting([2048, 4096], "tokens a sequence", at_least=1)
-    steps: int = setting(3, "timed optimizer steps, after a first one", at_least=1)
-    batch: int = setting(1, "sequences a step", at_least=1)
-    vocab_size: int = setting(16384, "pieces of the tokenizer", at_least=1)
-    timeout_s: int = setting(1800, "seconds after which a measurement is given up", at_least=1)
-    out: str = setting("runs/bench_models", "folder for bench_models.json and bench_models.png")
+    models: list[str] = setting([], "models to measure, from configs/model; empty: all")
+    size: str = setting("tiny", "model size, from configs/model/size", choices=tuple(options("model/size")))
+    contexts: list[int] = setting([2048, 4096], "sequence lengths in tokens", at_least=1)
+    steps: int = setting(3, "optimizer steps to time, after a first one", at_least=1)
+    batch: int = setting(1, "sequences in a step", at_least=1)
+    vocab_size: int = setting(16384, "vocabulary size", at_least=1)
+    timeout_s: int = setting(1800, "seconds after which a measurement is abandoned", at_least=1)
+    out: str = setting("runs/bench_models", "output folder")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line in the module's docstring. Returns 1 if something failed other than for want of memory."""
+    """The command line described in the module's docstring.
+
+    Exit status 1 if a measurement failed for another reason than lack of memory.
+    """
     argv = sys.argv[1:] if argv is None else argv
     return child(json.loads(argv[1])) if argv[:1] == ["--child"] else command_line(argv)
 
@@ -247,13 +258,13 @@ def command_line(given: Options, overrides: list[str]) -> int:
 
 
 def bench(plans: list[dict[str, Any]], args: dict[str, Any], out: Path) -> int:
-    """Run the plans one after the other, showing and storing each as it ends."""
+    """Run the measurements one after the other, printing and storing each result as it arrives."""
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"settings": args, "machine": machine.describe_machine(), "measured": []}
     print(HEAD, flush=True)
     peak: float | None = None
     for plan in plans:
-        # Measured once, in the first process, so that all shares are of the same peak.
+        # The peak is measured once, in the first process, so that every MFU is relative to the same one.
         result = run_child({**plan, "peak_tflops": plan["peak_tflops"] or peak}, args["timeout_s"])
         peak = peak or result.get("peak_tflops")
         record["measured"].append({"model": plan["model"], "context": plan["context"], **result})
@@ -263,7 +274,7 @@ def bench(plans: list[dict[str, Any]], args: dict[str, Any], out: Path) -> int:
     print(f"\n{out / 'bench_models.json'}")
     if good:
         title = f"size {args['size']}, batch {args['batch']}, {good[0]['precision']}, {good[0]['device']}"
-        print(f"MFU is a share of {good[0]['peak_tflops']:.4g} TFLOP/s ({good[0]['peak_is_from']})")
+        print(f"MFU is relative to {good[0]['peak_tflops']:.4g} TFLOP/s ({good[0]['peak_is_from']})")
         print(plot(good, title, out / "bench_models.png"))
     failed = [row for row in record["measured"] if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
     if failed:

@@ -1,17 +1,18 @@
-"""Time and memory of the attention operators on this machine, beside torch's own attention.
+"""Time and memory of the attention operators on this machine, compared with torch's own attention (SDPA).
 
     python -m eval.bench.ops                                        OVQ, sliding window, reference and SDPA, 2k to 64k
     python -m eval.bench.ops lengths=[32768] repeats=5 num_centroids=2048 out=docs/results/bench_ops/cpu.json
-    python -m eval.bench.ops dtype=bfloat16 batch=4 heads=8         on a GPU the Triton kernels come in as well
+    python -m eval.bench.ops dtype=bfloat16 batch=4 heads=8         on a GPU, the Triton kernels as well
 
-Forward is timed as in training (with what the backward pass needs), forward + backward includes the gradients of q, k,
-v and beta. Operators take turns within each repeat, so that whatever else the machine does meets all of them; medians
-are shown, all times are in the JSON. Every operator first runs once at each length, untimed. Peak extra memory is what
-forward + backward takes beyond its inputs (outputs and gradients are counted): on a CPU the high-water mark of a fresh
-process, on a GPU that of torch's allocator. An operator that fails at a length is named, and the exit status is 1.
+The forward pass is timed as in training (it saves what the backward pass needs); forward + backward includes the
+gradients of q, k, v and beta. Operators are interleaved within each repeat, so that other load on the machine affects
+all of them alike. The table shows medians; the JSON has all times. Every operator is warmed up once at each length.
+Extra memory is the peak of forward + backward beyond the inputs, with outputs and gradients included: on a CPU the
+high-water mark of a fresh process, on a GPU that of torch's allocator. If an operator fails at some length, the table
+shows its error, the other measurements go on, and the exit status is 1.
 
-Beyond `peer_limit` tokens SDPA is left out, beyond `reference_limit` the reference: their time grows with the square of
-the length, and the reference keeps a dictionary a chunk.
+SDPA is skipped beyond `peer_limit` tokens because its time is quadratic in the length, and the reference beyond
+`reference_limit` because it also keeps a copy of the dictionary for every chunk.
 """
 
 from __future__ import annotations
@@ -35,34 +36,33 @@ from ovq.files import write_whole
 from ovq.machine import current_rss, describe_machine, peak_rss
 from ovq.schema import one_of, setting
 
+PEER = "sdpa"
+OPERATORS = ("ovq_torch", "ovq_triton", "ovq_reference", "sliding_window", PEER)  # from eval.bench.rivals
+
 
 @dataclass
 class Options:
-    lengths: list[int] = setting([2048, 8192, 16384, 32768, 65536], "tokens a sequence", at_least=1)
-    ops: list[str] = setting([], "operators, from OPERATORS; empty: all that can run here")
-    batch: int = setting(1, "sequences", at_least=1)
-    heads: int = setting(4, "heads", at_least=1)
-    head_dim: int = setting(64, "width of a head", at_least=1)
+    lengths: list[int] = setting([2048, 8192, 16384, 32768, 65536], "sequence lengths in tokens", at_least=1)
+    ops: list[str] = setting([], f"operators, from {', '.join(OPERATORS)}; empty: all that can run here")
+    batch: int = setting(1, "sequences in a batch", at_least=1)
+    heads: int = setting(4, "attention heads", at_least=1)
+    head_dim: int = setting(64, "head dimension", at_least=1)
     num_centroids: int = setting(1024, "dictionary capacity", at_least=1)
-    chunk_size: int = setting(128, "tokens a chunk", at_least=1)
-    window: int = setting(256, "tokens of the sliding window", at_least=1)
-    dtype: str = one_of("float32", "float64", "bfloat16", "float16", help="of queries, keys and values")
-    device: str = one_of("auto", "cpu", "cuda", help="where to measure")
-    threads: int | None = setting(None, "threads; null: as many as torch takes", at_least=1)
+    chunk_size: int = setting(128, "tokens in a chunk", at_least=1)
+    window: int = setting(256, "length of the sliding window in tokens", at_least=1)
+    dtype: str = one_of("float32", "float64", "bfloat16", "float16", help="dtype of queries, keys and values")
+    device: str = one_of("auto", "cpu", "cuda", help="device to measure on")
+    threads: int | None = setting(None, "CPU threads; null: torch's default", at_least=1)
     repeats: int = setting(3, "timed repetitions", at_least=1)
-    peer_limit: int = setting(32768, "longest sequence that SDPA is measured at", at_least=1)
-    reference_limit: int = setting(2048, "longest sequence that the reference is measured at", at_least=1)
-    memory: bool = setting(True, "measure peak memory too")
-    out: str = setting("runs/bench_ops.json", "file to write")
-
-
-PEER = "sdpa"
-OPERATORS = ("ovq_torch", "ovq_triton", "ovq_reference", "sliding_window", PEER)  # of eval.bench.rivals
+    peer_limit: int = setting(32768, "longest sequence to measure SDPA at", at_least=1)
+    reference_limit: int = setting(2048, "longest sequence to measure the reference at", at_least=1)
+    memory: bool = setting(True, "measure peak memory as well")
+    out: str = setting("runs/bench_ops.json", "JSON file to write")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One operator at one length; milliseconds of every repeat, and bytes."""
+    """One operator at one length: milliseconds of every repeat, and extra memory in bytes."""
 
     op: str
     tokens: int
@@ -80,7 +80,7 @@ class Measurement:
 
 
 def call_of(op: str, tokens: int, settings: dict[str, Any]) -> Marked:
-    """A forward and backward pass of an operator on inputs of its own, marked between them."""
+    """A forward and backward pass of an operator, marked in between, on its own random inputs."""
     case = Case(
         settings["batch"],
         tokens,
@@ -95,9 +95,9 @@ def call_of(op: str, tokens: int, settings: dict[str, Any]) -> Marked:
 
 
 def peak_in_fresh_process(op: str, tokens: int, settings: dict[str, Any]) -> int:
-    """Bytes that one forward + backward on the CPU takes at its peak, beyond what is held before it.
+    """Peak bytes of one forward + backward on the CPU, beyond what is resident before it.
 
-    A process's high-water mark never falls, so each measurement has a process of its own.
+    The high-water mark of a process never falls, so every measurement needs a process of its own.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (op, tokens, settings))
@@ -105,7 +105,7 @@ def peak_in_fresh_process(op: str, tokens: int, settings: dict[str, Any]) -> int
 
 def _peak_here(op: str, tokens: int, settings: dict[str, Any]) -> int:
     torch.set_num_threads(settings["threads"])
-    call_of(op, 256, settings)(lambda: None)  # what libraries allocate once is not counted
+    call_of(op, 256, settings)(lambda: None)  # so that what libraries allocate once is not counted
     call = call_of(op, tokens, settings)
     before = current_rss()
     call(lambda: None)
@@ -113,14 +113,14 @@ def _peak_here(op: str, tokens: int, settings: dict[str, Any]) -> int:
 
 
 def extra_memory(timing: Timing, op: str, tokens: int, settings: dict[str, Any]) -> int:
-    """Bytes of a forward + backward beyond q, k and v at its peak; the output's gradient, made beforehand, counts."""
+    """Peak bytes of a forward + backward beyond its inputs; includes the output's gradient, which is made before it."""
     peak = timing.peak_bytes if timing.peak_bytes is not None else peak_in_fresh_process(op, tokens, settings)
     itemsize = getattr(torch, settings["dtype"]).itemsize
     return peak + settings["batch"] * tokens * settings["heads"] * settings["head_dim"] * itemsize
 
 
 def measure(settings: dict[str, Any], say: Callable[[str], None] = print) -> tuple[list[Measurement], int]:
-    """All operators at all lengths, and how many of them failed; `say` gets each row of the table once it is known."""
+    """Measure all operators at all lengths, passing each row of the table to `say`; returns also how many failed."""
     results, failed = [], 0
     say(HEADER)
     stopwatch = Stopwatch(torch.device(settings["device"]))
@@ -168,7 +168,7 @@ def _row(m: Measurement, peer: Measurement | None) -> str:
 
 
 def summary(results: list[Measurement]) -> dict[str, Any]:
-    """Of each operator: by length, how many times faster than SDPA; and by what its time grows where tokens do 4x."""
+    """For each operator, its speedup over SDPA by length, and the growth of its time for 4 times the tokens."""
     total = {(m.op, m.tokens): m.total for m in results}
     speedup, growth = {}, {}
     for op in dict.fromkeys(m.op for m in results):
@@ -181,10 +181,10 @@ def summary(results: list[Measurement]) -> dict[str, Any]:
 
 
 def fill_in(options: Options) -> dict[str, Any]:
-    """The settings with everything that "auto", null and an empty list stand for.
+    """The options as a dictionary, with "auto", null and the empty list resolved; also sets torch's thread count.
 
     Raises:
-        ConfigError: an operator that does not exist or cannot run here.
+        ConfigError: an operator does not exist or cannot run on the device.
     """
     settings = asdict(options)
     if settings["device"] == "auto":
@@ -201,7 +201,7 @@ def fill_in(options: Options) -> dict[str, Any]:
 
 @command(Options)
 def main(options: Options) -> int:
-    """The command line in the module's docstring."""
+    """The command line described in the module's docstring."""
     settings = fill_in(options)
     torch.manual_seed(0)
     machine = describe_machine()

@@ -1,15 +1,15 @@
-"""Tokens a second of the data pipeline alone, by number of workers: a GPU must never wait for it.
+"""Throughput of the data pipeline alone by number of workers: a GPU must never wait for data.
 
     python -m eval.bench.pipeline data=builtin                        workers 0, 1 and 2, five seconds each
     python -m eval.bench.pipeline data=memmap 'data.train=[DIR]' trainer.context=8192 need=900000
-    python -m eval.bench.pipeline run=runs/pg19_70m                   that run's settings, beside the speed it reached
+    python -m eval.bench.pipeline run=runs/pg19_70m                   that run's settings and speed
 
-What is measured is one rank that reads the whole global batch, from file to micro-batch, with no model behind it. The
-first step opens a document in every lane, so it stands apart; after it the clock runs for `seconds` and until as many
-documents have begun as there are lanes (at most ten times `seconds`), because tokenising them is most of the work.
-`need` is what the models behind it take, in tokens a second; with run=DIR it is the median of that run's metrics.jsonl.
-Of W ranks each has a pipeline like this one and must supply one W-th of it. json=PATH writes the figures with the
-machine they were taken on.
+One rank reads the whole global batch, from file to micro-batch, with no model behind it. The first step opens a
+document in every lane and is reported separately. After it, tokens are counted for `seconds`, and until as many
+documents have started as there are lanes (but for at most ten times `seconds`), because most of the work is tokenizing
+new documents. `need` is what the model consumes on all ranks, in tokens/s; with run=DIR it is the median of that run's
+metrics.jsonl. With W ranks, each has its own pipeline, which must supply 1/W of it. json=PATH writes the results and
+the machine they were measured on.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from ovq.train.metrics import read_rows
 @dataclass
 class Options:
     workers: list[int] = setting([0, 1, 2], "numbers of worker processes to measure", at_least=0)
-    seconds: float = setting(5.0, "seconds a measurement", above=0)
-    need: float | None = setting(None, "tokens a second that the models behind the pipeline take", above=0)
-    run: str | None = setting(None, "run folder whose settings and speed are taken")
-    json: str | None = setting(None, "file to write the figures to")
+    seconds: float = setting(5.0, "duration of a measurement in seconds", above=0)
+    need: float | None = setting(None, "tokens/s that the model consumes on all ranks", above=0)
+    run: str | None = setting(None, "run folder to take settings and speed from")
+    json: str | None = setting(None, "file to write the results to")
 
 
-_SAMPLE_S = 2.0  # between looks at the processes' memory
+_SAMPLE_S = 2.0  # interval between samples of the processes' memory
 
 
 def measure(cfg: Config, workers: int, seconds: float) -> dict[str, Any]:
-    """One figure: the pipeline of `cfg` with this many workers."""
+    """Measure the pipeline of `cfg` with this many workers, for at least `seconds`; returns a row of the table."""
     cfg = config.from_dict(config.to_dict(cfg))
     cfg.data.num_workers = workers
     began = time.perf_counter()
@@ -64,7 +64,7 @@ def measure(cfg: Config, workers: int, seconds: float) -> dict[str, Any]:
     while elapsed < seconds or (documents < cfg.trainer.global_batch and elapsed < 10 * seconds):
         start = time.perf_counter()
         batch = next(batches)
-        elapsed += time.perf_counter() - start  # without looking at the memory, which takes a while itself
+        elapsed += time.perf_counter() - start  # excludes sampling the memory, which is slow
         tokens += batch.inputs.numel()
         num_bytes += batch.counts.get("bytes", 0)
         documents += batch.counts.get("documents", 0)
@@ -80,18 +80,18 @@ def measure(cfg: Config, workers: int, seconds: float) -> dict[str, Any]:
         "documents": documents,
         "text_mb_per_s": round(num_bytes / elapsed / 1e6, 3),
         "memory_mib": round(memory),
-        "counts": _odd(loader),
+        "counts": _irregular(loader),
     }
 
 
-def _odd(loader: Loader) -> dict[str, int]:
-    """What was not as it should be in the documents read."""
+def _irregular(loader: Loader) -> dict[str, int]:
+    """How many documents of each irregular kind were read."""
     usual = ("tokens", "bytes", "documents", "words", "padding", "truncated")
     return {name: count for name, count in loader.counts.items() if name not in usual}
 
 
 def _memory_mib() -> float:
-    """Memory of this process and its workers; pages they share count once where the system can tell."""
+    """Memory of this process and its workers in MiB; shared pages count once where the system reports PSS."""
     import psutil
 
     total = 0
@@ -100,22 +100,26 @@ def _memory_mib() -> float:
         try:
             info = process.memory_full_info()
             total += getattr(info, "pss", info.rss)
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # the process has just ended
             continue
     return total / 2**20
 
 
 def _of_run(run: str) -> tuple[Config, float]:
-    """The config of a run folder, and the median speed of its steps."""
+    """The config of a run folder, and the median tokens/s of its steps.
+
+    Raises:
+        ConfigError: the run has not logged a step yet.
+    """
     cfg = config.load(run)
     speeds = [row["tokens_per_s"] for row in read_rows(Path(run) / "metrics.jsonl") if "tokens_per_s" in row]
     if not speeds:
-        raise ConfigError(f"{run}/metrics.jsonl has no step yet, so how many tokens its model needs is not known")
+        raise ConfigError(f"{run}/metrics.jsonl has no step yet, so the speed of its model is unknown")
     return cfg, median(speeds)
 
 
 def table(rows: list[dict[str, Any]], need: float | None) -> str:
-    """The figures as text."""
+    """The results as text."""
     lines = [f"{'workers':>7} {'open s':>8} {'first step s':>13} {'tokens/s':>12} {'text MB/s':>10} {'memory MiB':>11}"]
     lines[0] += f" {'of need':>9}" if need else ""
     for row in rows:
@@ -131,15 +135,15 @@ def table(rows: list[dict[str, Any]], need: float | None) -> str:
     if need:
         best = max(row["tokens_per_s"] for row in rows)
         verdict = "enough" if best >= need else "NOT enough: prepare the data (python -m data.prepare) or add workers"
-        lines.append(f"needed: {need:,.0f} tokens/s in all; best {best:,} by one rank: {verdict}")
+        lines.append(f"needed: {need:,.0f} tokens/s on all ranks; best {best:,} on one rank: {verdict}")
     return "\n".join(lines)
 
 
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
-    """The command line in the module's docstring."""
+    """The command line described in the module's docstring."""
     if options.run and overrides:
-        raise ConfigError(f"run={options.run} brings its own settings; leave out {' '.join(overrides)}")
+        raise ConfigError(f"run={options.run} brings its own settings; remove {' '.join(overrides)}")
     cfg, need = _of_run(options.run) if options.run else (compose(overrides), options.need)
     rows = [measure(cfg, count, options.seconds) for count in options.workers]
     trainer = cfg.trainer

@@ -1,4 +1,4 @@
-"""Who competes: OVQ-attention, and every way of attending or recurring that it is measured against.
+"""OVQ-attention and the attention and recurrence operators it is benchmarked against.
 
 Shapes: B batch, T tokens, H heads, K width of keys and values.
 """
@@ -26,7 +26,7 @@ from ovq.ops.sliding_window import sliding_window_attention
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed: the shape of q, k and v, OVQ's settings, and the tokens a sliding window holds."""
+    """A problem: the shape of q, k and v, OVQ's settings, and the sliding window's length in tokens."""
 
     batch: int
     tokens: int
@@ -39,7 +39,10 @@ class Case:
 
 @dataclass
 class Inputs:
-    """q, k of unit norm and v [B, T, H, K]; beta [H]; log decay and writing strength [B, T, H] of the recurrences."""
+    """q, k (of unit norm), v and the output's gradient `do` [B, T, H, K]; beta [H], float32.
+
+    `decay` (log, float32) and `strength` (of a write, in [0, 1)) [B, T, H] are for the recurrences.
+    """
 
     q: Tensor
     k: Tensor
@@ -51,7 +54,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, *, heads_first: bool = False) -> Inputs:
-    """Fresh random inputs: zeros hide mistakes and run faster than data.
+    """Random inputs: zeros would hide mistakes and run faster than real data.
 
     `heads_first`: q, k, v and do are stored as [B, H, T, K], which SDPA prefers; their shape stays [B, T, H, K].
     """
@@ -130,7 +133,7 @@ RIVALS: dict[str, Rival] = {
 
 
 def missing(name: str, device: torch.device) -> str | None:
-    """What a rival needs and does not have here, or None."""
+    """Why a rival cannot run here, or None if it can."""
     if name == "ovq_triton" and device.type != "cuda":
         return "the Triton kernels need a GPU"
     if name == "flash_attention_3" and importlib.util.find_spec("flash_attn_interface") is None:
@@ -141,7 +144,7 @@ def missing(name: str, device: torch.device) -> str | None:
 
 
 def forward_backward(rival: Rival, x: Inputs, case: Case) -> Marked:
-    """The forward pass as in training, a mark, and the gradients of what the rival read."""
+    """A call that runs the forward pass as in training, marks it, and computes the gradients of the rival's inputs."""
 
     def call(mark: Callable[[], None]) -> None:
         o = rival(x, case)
@@ -156,7 +159,7 @@ def forward_backward(rival: Rival, x: Inputs, case: Case) -> Marked:
 
 
 def decode_ovq(case: Case, position: int, device: torch.device, dtype: torch.dtype, backend: str) -> Callable[[], None]:
-    """One token after another from `position` on; each call decodes the next."""
+    """A call that decodes one token after a prefix of `position` tokens; the state moves on with every call."""
     settings: dict[str, Any] = {"num_centroids": case.num_centroids, "chunk_size": case.chunk_size}
     settings |= {"return_state": True, "backend": backend}
     state, piece = None, min(position, 32768)
@@ -176,7 +179,7 @@ def decode_ovq(case: Case, position: int, device: torch.device, dtype: torch.dty
 
 
 def decode_attention(case: Case, position: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """One token's attention to a cache of `position` keys and values (the cache does not grow from call to call)."""
+    """A call that attends from one token to a cache of `position` keys and values, which does not grow."""
     shape = (case.batch, case.heads, position, case.width)
     k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     q = torch.randn(case.batch, case.heads, 1, case.width, device=device, dtype=dtype)

@@ -1,7 +1,7 @@
-"""Time and memory of calls on a device, taken so that they can be compared.
+"""Time and memory of calls on a device, measured so that they can be compared.
 
-On a GPU: events around the call, L2 flushed before it, everything warmed up. Calls that are compared take turns, so
-that whatever the card or its neighbours do meets all of them. On a CPU (to test the harness): the wall clock.
+On a GPU, CUDA events bracket each call and the L2 cache is flushed before it; on a CPU, the wall clock is read. Calls
+are warmed up first and then interleaved, so that a change in clock speed or load affects all of them alike.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of any chip
-Marked = Callable[[Callable[[], None]], object]  # a call that says when its first half is done
+Marked = Callable[[Callable[[], None]], object]  # calls its argument when its first half (the forward pass) is done
 
 
 @dataclass
 class Timing:
-    """Milliseconds of every repeat, of the first half (forward) and the whole; bytes at the peak beyond before."""
+    """One call's measurements.
+
+    `first_ms`, `whole_ms`: milliseconds of every repeat, up to the mark and in all. `peak_bytes`: peak allocation
+    beyond what was allocated before the call, None on a CPU. `error`: why the call failed, if it did.
+    """
 
     first_ms: list[float] = field(default_factory=list)
     whole_ms: list[float] = field(default_factory=list)
@@ -37,13 +41,15 @@ class Timing:
 
 
 class Stopwatch:
+    """Times calls on `device`."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
         self._flush: Tensor | None = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
 
     def once(self, call: Marked) -> tuple[float, float]:
-        """Milliseconds until `call` marks its half, and of all of it (both the same if it does not mark)."""
+        """Milliseconds until `call` marks its first half, and in all (equal if it never does)."""
         if self._flush is None:
             marks = [time.perf_counter()]
             call(lambda: marks.append(time.perf_counter()))
@@ -63,7 +69,7 @@ class Stopwatch:
         return events[0].elapsed_time(events[1]), events[0].elapsed_time(events[-1])
 
     def peak(self, call: Marked) -> int | None:
-        """Bytes that a call takes at its peak, beyond what is held before it; None on a CPU."""
+        """Peak bytes that a call allocates, beyond what is allocated before it; None on a CPU."""
         if not self.cuda:
             return None
         torch.cuda.synchronize()
@@ -76,14 +82,17 @@ class Stopwatch:
     def turns(
         self, calls: Mapping[str, Marked], *, seconds: float, least: int = 3, most: int = 20
     ) -> dict[str, Timing]:
-        """Every call's times, taken in turns until `seconds` are over. One that raises is out, with what it said."""
+        """Time all calls in turns, at least `least` and at most `most` times each, until `seconds` have passed.
+
+        A call that raises is not repeated; its timing holds the error.
+        """
         timings = {name: Timing() for name in calls}
 
         def attempt(name: str, work: Callable[[], None]) -> None:
             if timings[name].error is None:
                 try:
                     work()
-                except Exception as error:  # a rival that cannot do a shape, or has no memory for it, says so
+                except Exception as error:  # an unsupported shape, or out of memory: a result like any other
                     timings[name].error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
                     if isinstance(error, torch.OutOfMemoryError):
                         torch.cuda.empty_cache()
@@ -109,14 +118,14 @@ class Stopwatch:
 
 
 def matmul_rate(stopwatch: Stopwatch, size: int = 8192) -> float:
-    """FLOP a second of a large bfloat16 product of random matrices."""
+    """FLOP/s of a large bfloat16 product of random matrices."""
     a, b = (torch.randn(size, size, device=stopwatch.device, dtype=torch.bfloat16) for _ in range(2))
     timing = stopwatch.turns({"matmul": lambda mark: torch.mm(a, b)}, seconds=1.0, most=30)["matmul"]
     return 2 * size**3 / (timing.whole * 1e-3)
 
 
 def copy_rate(stopwatch: Stopwatch, size: int = 4 << 30) -> float:
-    """Bytes a second, read and written, of a large copy within the device's memory."""
+    """Bytes/s, read plus written, of a copy of `size` / 4 float32 values in the device's memory."""
     source = torch.empty(size // 4, device=stopwatch.device).normal_()
     target = torch.empty_like(source)
     timing = stopwatch.turns({"copy": lambda mark: target.copy_(source)}, seconds=1.0, most=30)["copy"]

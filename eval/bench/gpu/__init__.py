@@ -1,5 +1,5 @@
-"""Every figure of the kernels that needs a GPU, in at most nine minutes.
+"""All measurements of the kernels that need a GPU, in at most nine minutes.
 
-`bench` runs the tasks, `checks` is what must be right, `stages` times the kernels apart, `bars` holds the results
-against what the project has promised, `plots` draws them.
+`bench` runs the tasks, `checks` verifies the kernels, `stages` times them one by one, `bars` compares the results with
+the project's targets, `plots` draws them.
 """

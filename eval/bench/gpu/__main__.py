@@ -1,4 +1,4 @@
-"""`python -m eval.bench.gpu`."""
+"""Entry point of `python -m eval.bench.gpu`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the measurements must show (bf16, D = 64, N = 2048, L = 128, B x H = 32, one H200), and whether they do."""
+"""The targets for the measurements (bf16, D = 64, N = 2048, L = 128, B x H = 32, one H200), and their verdicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = BATCH | {"batch": 1}
 
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
-    """Each bar with what was found: PASS, FAIL, or "not measured"."""
+    """Every bar with the value found and a verdict: PASS, FAIL, or "not measured"."""
     judged = []
     for name, (wanted, goal, measure, holds) in BARS.items():
         value = measure(results)
@@ -26,13 +26,13 @@ def evaluate(results: Results) -> list[dict[str, Any]]:
 
 
 def total_ms(results: Results, op: str, tokens: int, shape: dict[str, int] = BATCH) -> float | None:
-    """Median milliseconds of forward + backward."""
+    """Median milliseconds of forward + backward; None if not measured."""
     found = _find(results, op, tokens, shape)
     return found["total_median_ms"] if found else None
 
 
 def best_sdpa_ms(results: Results, tokens: int, shape: dict[str, int] = BATCH) -> float | None:
-    """That of the fastest of torch's own kernels; they know no dictionary, whose size is not asked."""
+    """The same for the fastest of torch's own kernels, which have no dictionary, so its size is ignored."""
     anyone = {key: value for key, value in shape.items() if key != "num_centroids"}
     times = [ms for op in SDPA if (ms := total_ms(results, op, tokens, anyone)) is not None]
     return min(times, default=None)
@@ -55,7 +55,7 @@ def _speedup(results: Results, tokens: int, shape: dict[str, int] = BATCH) -> fl
 
 
 def _break_even(results: Results) -> int | None:
-    """The shortest length from which on OVQ is never slower; 0 if there is none."""
+    """The shortest length from which on OVQ is never slower than the best SDPA; 0 if there is none."""
     lengths = sorted({row["tokens"] for row in results["measurements"]})
     speedups = [(tokens, _speedup(results, tokens)) for tokens in lengths]
     known = [(tokens, speedup) for tokens, speedup in speedups if speedup is not None]
@@ -70,7 +70,7 @@ def _break_even(results: Results) -> int | None:
 
 
 def _matmul_share(results: Results) -> float | None:
-    """Needed operations a second over the rate of a large product on this card."""
+    """Needed FLOP/s relative to the rate of a large matrix product on this card."""
     ms, rate = total_ms(results, "ovq", K64), results["rates"].get("matmul_flops")
     row = _find(results, "ovq", K64, BATCH)
     if ms is None or rate is None or row is None:
@@ -80,7 +80,7 @@ def _matmul_share(results: Results) -> float | None:
 
 
 def case_of(row: dict[str, Any]) -> Case:
-    """What a row of the measurements was measured on."""
+    """The case that a row of the measurements belongs to."""
     return Case(**{key: row[key] for key in ("batch", "tokens", "heads", "width", "num_centroids", "chunk_size")})
 
 
@@ -89,7 +89,7 @@ def _memory(results: Results) -> float | None:
     if row is None or row["peak_bytes"] is None:
         return None
     qkv = 3 * row["batch"] * row["tokens"] * row["heads"] * row["width"] * 2
-    # The gradient of the output is held by the benchmark before the call.
+    # The gradient of the output is allocated before the measured call, so its size is added.
     return round((row["peak_bytes"] + qkv / 3) / qkv, 3)
 
 
@@ -101,7 +101,7 @@ def _decode_spread(results: Results) -> float | None:
 
 
 def _checks(results: Results) -> int | None:
-    """How many checks failed."""
+    """Number of failed checks."""
     return sum(not check["passed"] for check in results["checks"]) if results["checks"] else None
 
 
@@ -115,7 +115,7 @@ BARS: dict[str, Bar] = {
         lambda x: x >= 8,
     ),
     "break-even with the best SDPA, tokens": ("at most 8192", "", _break_even, lambda x: 0 < x <= 8192),
-    "needed FLOPs over the measured matmul rate": ("at least 0.40", "0.60", _matmul_share, lambda x: x >= 0.40),
+    "needed FLOP/s over the measured matmul rate": ("at least 0.40", "0.60", _matmul_share, lambda x: x >= 0.40),
     "time of 128k over that of 64k": (
         "at most 2.1",
         "",
@@ -128,11 +128,11 @@ BARS: dict[str, Bar] = {
         lambda results: _speedup(results, K64, SMALL),
         lambda x: x >= 3,
     ),
-    "peak memory beside q, k, v at 64k over their size": ("at most 3", "", _memory, lambda x: x <= 3),
+    "peak memory beyond q, k, v at 64k over their size": ("at most 3", "", _memory, lambda x: x <= 3),
     "slowest over fastest decoding, 4k to 1M tokens": ("at most 1.10", "", _decode_spread, lambda x: x <= 1.10),
 }
 
 
 def lines(judged: Iterable[dict[str, Any]]) -> list[str]:
-    """A bar a line, for people."""
+    """The verdicts as text, one line per bar."""
     return [f"{bar['verdict']:12} {bar['bar']}: {bar['found']} (wanted: {bar['wanted']})" for bar in judged]

@@ -1,15 +1,15 @@
-"""Every figure of OVQ-attention that needs a GPU, in one command of at most nine minutes.
+"""All measurements of OVQ-attention that need a GPU, in one command of at most nine minutes.
 
     python -m eval.bench.gpu                            checks, then times, then plots, under docs/results/gpu/<card>/
     python -m eval.bench.gpu seconds=300 out=/tmp/gpu
 
-First whether the kernels are right (against float64, on poisoned memory, run after run), then how fast they are, by
-importance: the shape of the bars at 64k tokens, other lengths, stages against the cost model's floor, small batches,
-decoding, other widths and capacities, other rivals. What there is no time for is named as skipped. results.json is
-written anew after every measurement, so that whatever ends the run ends it with everything measured so far; a task that
-hangs is named and ends the run.
+The kernels are first checked for correctness (against float64, on poisoned memory, for reproducibility), then timed,
+the most important measurements first: the shape of the bars at 64k tokens, stages against the cost model's floor, other
+lengths, small batches, decoding, other rivals, other widths and capacities. Tasks for which no time is left are listed
+as skipped. results.json is rewritten after every task, so that an interrupted run keeps what it has measured; a task
+that hangs is named and ends the run.
 
-Exit status: 0 if all bars that were measured hold, 1 if one does not, 2 if there is no GPU, 3 if a task hung.
+Exit status: 0 if all measured bars hold, 1 if one does not, 2 if there is no GPU, 3 if a task hung.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from ovq.machine import describe_machine
 from ovq.schema import setting
 
 K = 1024
-RESERVED = 15  # seconds for plots and the summary
-HANG = 150  # seconds that a task may take beyond its estimate
+RESERVED = 15  # seconds set aside for plots and the summary
+HANG = 150  # seconds beyond its estimate after which a task counts as hung
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run on: the card, or a stand-in that runs the same code at sizes a CPU can do."""
+    """What the benchmark runs on: the GPU, or a stand-in that runs the same code on a CPU at small sizes."""
 
     device: str = "cuda"
     backend: str = "triton"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     sizes: tuple[Sizes, ...] = (Sizes(), Sizes(K=128, V=128), Sizes(K=64, V=128, tokens=3001, heads=3, kv_heads=1))
-    scale: int = 1  # lengths and positions are divided by it
+    scale: int = 1  # divides all lengths and positions
     case: Case = Case(batch=4, tokens=64 * K, heads=8, width=64, num_centroids=2048)
     rivals: tuple[str, ...] = ("ovq", *RIVALS)
     matmul_size: int = 8192
@@ -62,7 +62,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """`seconds`: what it is expected to take, compiling included; it is skipped if there is less time left."""
+    """`seconds`: expected duration, compilation included; the task is skipped if less time is left."""
 
     name: str
     seconds: float
@@ -70,7 +70,7 @@ class Task:
 
 
 class Bench:
-    """Runs tasks in their order while there is time, and keeps results.json up to date."""
+    """Runs tasks in order while time is left, and keeps results.json up to date."""
 
     def __init__(self, out: Path, setting: Setting, seconds: float) -> None:
         self.out, self.setting = out, setting
@@ -90,9 +90,10 @@ class Bench:
             "bars": [],
         }
 
-    # --- the order of things ---
+    # --- tasks and their order ---
 
     def tasks(self) -> list[Task]:
+        """All tasks, the most important first."""
         case, long = self.setting.case, 64 * K // self.setting.scale
         bar = replace(case, tokens=long)
         wide = replace(bar, width=2 * case.width)
@@ -120,6 +121,7 @@ class Bench:
         return tasks
 
     def run(self) -> int:
+        """Run the tasks; returns 1 if a bar fails, else 0."""
         for task in self.tasks():
             if time.monotonic() + task.seconds > self.end:
                 self.results["skipped"].append({"task": task.name, "why": "no time left"})
@@ -134,7 +136,7 @@ class Bench:
             self.write()
             if self.stopwatch.cuda:
                 torch.cuda.empty_cache()
-        self.results["status"] = "complete" if not self.results["skipped"] else "complete but for what was skipped"
+        self.results["status"] = "complete" if not self.results["skipped"] else "complete except for skipped tasks"
         self.write()
         return int(any(bar["verdict"] == "FAIL" for bar in self.results["bars"]))
 
@@ -142,14 +144,14 @@ class Bench:
         return Watchdog(task.seconds + HANG, lambda: self.hung(task))
 
     def hung(self, task: Task) -> None:
-        """A kernel that never ends cannot be interrupted; the process can be ended."""
+        """End the process, because a kernel that never returns cannot be interrupted."""
         self.results["status"] = f"hung in: {task.name}"
         self.write()
         self.say(f"hung in: {task.name}")
         os._exit(3)
 
     def write(self) -> None:
-        """results.json, whole or as it was."""
+        """Rewrite results.json atomically."""
         self.results["seconds"] = round(time.monotonic() - self.began, 1)
         self.results["bars"] = bars.evaluate(self.results)
         write_whole(self.out / "results.json", json.dumps(self.results, indent=1) + "\n")
@@ -175,7 +177,7 @@ class Bench:
             try:
                 found["found"] = CHECKS[name](self.setting.backend, sizes, self.device, dtype)
                 found["passed"] = True
-            except Exception as error:  # a kernel that does not run is wrong, too
+            except Exception as error:  # a kernel that does not run is wrong as well
                 found["found"] = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"[:500]
             self.results["checks"].append(found)
             self.say(f"{'ok   ' if found['passed'] else 'WRONG'} {label}: {found['found']}")
@@ -193,7 +195,7 @@ class Bench:
         self.say(f"bf16 matmul {flops / 1e12:.3g} TFLOP/s, copy {moved / 1e12:.3g} TB/s")
 
     def passes(self, case: Case, ops: list[str], seconds: float) -> Task:
-        """Forward, and forward + backward, of several rivals in turns."""
+        """A task that times forward and forward + backward of several rivals in turns."""
         shape = f"B x H = {case.batch} x {case.heads}, D = {case.width}, N = {case.num_centroids}"
         return Task(f"{shape}, T = {case.tokens}: {', '.join(ops)}", seconds, lambda: self.measure(case, ops, seconds))
 
@@ -228,11 +230,11 @@ class Bench:
             self.best_sdpa = min(done, key=lambda row: row["total_median_ms"])["op"] if done else None
 
     def rival(self, op: str) -> Any:
-        """A rival of the table; "ovq" is the one on this setting's backend."""
+        """A rival by name; "ovq" is OVQ-attention on this setting's backend."""
         return RIVALS[f"ovq_{self.setting.backend}" if op == "ovq" else op]
 
     def stages(self, case: Case) -> None:
-        """Every stage alone, against its floor at this card's own rates."""
+        """Time every stage separately, against its floor at this card's measured rates."""
         if self.setting.backend != "triton":
             return
         x = make_inputs(case, self.device, self.setting.dtypes[0])
@@ -248,19 +250,19 @@ class Bench:
             row["over_floor"] = round(timing.whole / row["floor_ms"], 2)
             self.results["stages"].append(row)
             self.say(
-                f"{name:18} {timing.whole:.3f} ms, {row['over_floor']} x its floor of {row['floor_ms']:.3f} ms, "
+                f"{name:18} {timing.whole:.3f} ms, {row['over_floor']} times its floor of {row['floor_ms']:.3f} ms, "
                 f"predicted {low:.1f} to {high:.1f}"
             )
 
     def chip(self) -> cost.Chip:
-        """The data sheet nearest to this card, with the rates measured here."""
+        """The cost model's chip nearest to this card, with the rates measured here."""
         name = self.results["machine"].get("accelerator", "")
         chip = cost.CHIPS["h200" if "H200" in name else "a100" if "A100" in name else "h100"]
         rates = self.results["rates"]
         return replace(chip, name=name, matmul=rates["matmul_flops"], copy=rates["copy_bytes"]) if rates else chip
 
     def decoding(self) -> None:
-        """Time a token over a whole chunk's tokens, all positions in turns; a cache of keys and values beside it."""
+        """Time per decoded token, averaged over a chunk, at several positions, for OVQ and for a key/value cache."""
         setting, case = self.setting, self.setting.case
         positions = [n * K // setting.scale for n in (4, 16, 64, 256, 1024)]
         steps = {}
@@ -285,11 +287,11 @@ class Bench:
             us = 1e3 * timing.whole / case.chunk_size
             row = {"op": op, "position": position, **asdict(case), "us_per_token": us, "ms": timing.whole_ms}
             self.results["decode"].append(row)
-            self.say(f"decode {op:11} at {position}: {us:.1f} us a token")
+            self.say(f"decode {op:11} at {position}: {us:.1f} us per token")
 
 
 class Watchdog:
-    """Calls `bark` if its block takes longer than `seconds`."""
+    """Context manager that calls `bark` from another thread if its block takes longer than `seconds`."""
 
     def __init__(self, seconds: float, bark: Callable[[], None]) -> None:
         self.timer = threading.Timer(seconds, bark)
@@ -316,14 +318,14 @@ def folder_of(card: str) -> Path:
 
 @dataclass
 class Options:
-    seconds: int = setting(540, "seconds in all", above=0)
-    out: str | None = setting(None, "folder for the results; null: docs/results/gpu/<card>")
+    seconds: int = setting(540, "time limit in seconds", above=0)
+    out: str | None = setting(None, "output folder; null: docs/results/gpu/<card>")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line in the module's docstring."""
+    """The command line described in the module's docstring."""
     argv = sys.argv[1:] if argv is None else argv
-    return command_line(argv) if argv else guarded(lambda: measure(Options()))  # no Hydra needed without options
+    return command_line(argv) if argv else guarded(lambda: measure(Options()))  # works without Hydra
 
 
 @command(Options)
@@ -332,9 +334,13 @@ def command_line(options: Options) -> int:
 
 
 def measure(options: Options) -> int:
-    """Run the whole benchmark and draw it."""
+    """Run the whole benchmark and draw its plots; returns the exit status.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
     if not torch.cuda.is_available():
-        raise ConfigError("there is no GPU here; nothing was measured (eval.bench.ops measures on a CPU)")
+        raise ConfigError("there is no GPU here, so nothing was measured; on a CPU, use python -m eval.bench.ops")
     out = Path(options.out) if options.out else folder_of(torch.cuda.get_device_name(0))
     bench = Bench(out, Setting(), options.seconds)
     status = bench.run()

@@ -1,9 +1,9 @@
-"""Whether the kernels compute what they should, on the device at hand: claims that `bench_gpu` makes before any timing.
+"""Correctness of the kernels on the present device, checked by `eval.bench.gpu` before anything is timed.
 
-Each check returns a line of what was found and raises `Wrong` if that is outside its bar. Inputs are fresh on every
-call. Outputs and gradients are held against float64 with assignments forced equal. The assignments themselves, which
-one near-tie would send different ways for good, are judged step by step: was each key's centroid the best one, given
-what had been assigned before?
+Every check returns a line that describes what it found, and raises `Wrong` if that is outside its bar. Inputs are
+random and differ between calls. Outputs and gradients are compared with float64, with assignments forced equal.
+Assignments cannot be compared that way, because after one near-tie they diverge for good; they are judged step by step:
+was each key's centroid the best one, given the assignments before it?
 
 Shapes: B batch, S tokens, H query heads, G key/value heads, N centroids, K and V widths.
 """
@@ -27,18 +27,20 @@ from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
 # ||got - want|| / ||want|| of outputs, and of gradients.
 BARS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (1e-2, 2e-2)}
-# By how much a chosen centroid's similarity may lie below the best one's: a rounding of a mean to the dtype.
+# How far a chosen centroid's similarity may be below the best one: the error of rounding a mean to the dtype.
 NEAR_TIE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 class Wrong(AssertionError):
-    """A check that failed; the message says by how much."""
+    """A check failed; the message says by how much."""
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """The size of a check's inputs, and the dictionary's settings."""
+
     batch: int = 1
-    tokens: int = 2000  # with a chunk of 128, an unfinished one at the end
+    tokens: int = 2000  # not a multiple of 128, so the last chunk is incomplete
     heads: int = 4
     kv_heads: int = 2
     K: int = 64
@@ -52,7 +54,7 @@ class Sizes:
 
 
 def random_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and beta, as a layer gives them."""
+    """Random q, k (of unit norm), v and beta, distributed as in a layer."""
     B, S = sizes.batch, sizes.tokens
     q, k = (
         F.normalize(torch.randn(B, S, heads, sizes.K, device=device), dim=-1) for heads in (sizes.heads, sizes.kv_heads)
@@ -63,6 +65,7 @@ def random_inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> lis
 
 
 def empty_dictionary(tensors: list[Tensor], spec: OVQSpec) -> Dictionary:
+    """The empty dictionary for q, k, v and beta: float64 for float64 inputs, else float32."""
     (B, _, G, K), V, N = tensors[1].shape, tensors[2].shape[3], spec.num_centroids
     work = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     sums = [torch.zeros(size, dtype=work, device=tensors[0].device) for size in ((B, G, N, K), (B, G, N, V), (B, G, N))]
@@ -72,7 +75,7 @@ def empty_dictionary(tensors: list[Tensor], spec: OVQSpec) -> Dictionary:
 def run(
     backend: str, tensors: list[Tensor], spec: OVQSpec, do: Tensor, assignment: Tensor | None = None
 ) -> list[Tensor]:
-    """Output, assignment, and the gradients of q, k, v and beta."""
+    """Output, assignment, and the gradients of q, k, v and beta; `assignment` forces one."""
     module = importlib.import_module(f"ovq.ops.ovq_attention.{MODULES[backend]}")
     o, _, placed = module.forward(*tensors, spec, empty_dictionary(tensors, spec), assignment)
     return [o, placed, *torch.autograd.grad(o, tensors, do.to(o.dtype))]
@@ -80,8 +83,7 @@ def run(
 
 @torch.no_grad()
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in float64, of two tensors of one shape; NaN or infinity in either counts as infinite,
-    so that it passes no bar."""
+    """||got - want|| / ||want|| in float64 of two tensors of equal shape; infinite if either holds NaN or infinity."""
     assert got.shape == want.shape, f"{list(got.shape)} is compared with {list(want.shape)}"
     got, want = got.double(), want.double()
     if not (torch.isfinite(got).all() and torch.isfinite(want).all()):
@@ -93,7 +95,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def against_float64(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
-    """Outputs and gradients, by a second backend in float64 that is made to assign alike."""
+    """Compare outputs and gradients with another backend in float64 that is given the same assignment."""
     tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
     do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
     o, placed, *grads = run(backend, tensors, spec, do)
@@ -101,7 +103,7 @@ def against_float64(backend: str, sizes: Sizes, device: torch.device, dtype: tor
     want, _, *want_grads = run("reference" if backend == "torch" else "torch", exact, spec, do.double(), placed)
     errors = {"o": relative_error(o, want)}
     errors |= {f"d{name}": relative_error(g, w) for name, g, w in zip(("q", "k", "v"), grads, want_grads)}
-    # dbeta sums terms of either sign: its error is measured against their size.
+    # dbeta sums terms of both signs, so its error is relative to the norm of the terms.
     terms = (want_grads[0] * exact[0].detach()).sum(-1).norm()
     errors["dbeta"] = float((grads[3].double() - want_grads[3]).norm() / terms)
     forward_bar, backward_bar = BARS[dtype]
@@ -113,7 +115,7 @@ def against_float64(backend: str, sizes: Sizes, device: torch.device, dtype: tor
 
 @torch.no_grad()
 def assignments_are_best(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
-    """Every key is with its nearest centroid, and the founders are the keys with the lowest best similarity."""
+    """Every key is assigned to its nearest centroid, and the keys with the lowest best similarity found new ones."""
     tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
     module = importlib.import_module(f"ovq.ops.ovq_attention.{MODULES[backend]}")
     _, new, placed = module.forward(*tensors, spec, empty_dictionary(tensors, spec))
@@ -124,25 +126,25 @@ def assignments_are_best(backend: str, sizes: Sizes, device: torch.device, dtype
     for i, chunk in enumerate(placed.long().split(spec.chunk_size, dim=2)):
         if chunk.shape[2] < spec.chunk_size:
             if not bool((chunk == -1).all()):
-                raise Wrong("an unfinished chunk was assigned")
+                raise Wrong("an incomplete chunk was assigned")
             break
         part = slice(i * spec.chunk_size, (i + 1) * spec.chunk_size)
         after = spec.size_at(part.stop)
-        # (In the first chunk, the keys that found nothing join the first key.)
+        # In the first chunk, keys without a new centroid of their own join the first key's.
         founds = chunk >= n if n else (chunk > 0) | (torch.arange(chunk.shape[2], device=device) == 0)
         means = (S_k[:, :, :n] / c[:, :, :n, None]).to(dtype).double() if n else k[:, :, :1]
-        likeness = torch.einsum("bglk,bgnk->bgln", k[:, :, part], means)
-        best = likeness.amax(-1)
-        regret = best - likeness.gather(-1, chunk.clamp_max(max(n, 1) - 1)[..., None])[..., 0]
+        similarity = torch.einsum("bglk,bgnk->bgln", k[:, :, part], means)
+        best = similarity.amax(-1)
+        regret = best - similarity.gather(-1, chunk.clamp_max(max(n, 1) - 1)[..., None])[..., 0]
         regret = regret.masked_fill(founds, 0)
-        if n == 0:  # the first key founds centroid 0, whatever the order, and belongs to neither side
+        if n == 0:  # the first key always founds centroid 0, so it is compared with neither group
             best[:, :, 0] = float("nan")
         highest = torch.where(founds & ~best.isnan(), best, -torch.inf).amax(-1)
         lowest = torch.where(founds | best.isnan(), torch.inf, best).amin(-1)
         founded = torch.where(founds, chunk, -1)
         in_order = all(head[head >= 0].tolist() == list(range(n, after)) for head in founded.flatten(0, 1))
         if not in_order:
-            raise Wrong(f"chunk {i} founds centroids that are not {n} .. {after - 1} in the order of the text")
+            raise Wrong(f"chunk {i} does not found centroids {n} to {after - 1} in token order")
         worst = max(worst, float(regret.max()), float((highest - lowest).max()))
         apart += int((regret > 0).sum())
         S_k, S_v, c, n = *reference.commit(S_k, S_v, c, k[:, :, part], v[:, :, part], chunk, spec), after
@@ -150,14 +152,14 @@ def assignments_are_best(backend: str, sizes: Sizes, device: torch.device, dtype
     if not torch.equal(new.count.double(), c):
         raise Wrong("counts differ from the number of keys assigned")
     off = max(errors.values())
-    found = f"at most {worst:.1e} below the best ({apart} of {placed.numel()} keys at all), sums within {off:.1e}"
+    found = f"at most {worst:.1e} below the best ({apart} of {placed.numel()} keys below it), sums within {off:.1e}"
     if not (worst < NEAR_TIE[dtype] and off < 1e-5):
         raise Wrong(found)
     return found
 
 
 def repeats_are_bit_equal(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype, times: int = 5) -> str:
-    """Same inputs, same bits: outputs, assignments and gradients, run after run."""
+    """Equal inputs give bit-equal outputs, assignments and gradients in every run."""
     tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
     do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
     first = run(backend, tensors, spec, do)
@@ -167,7 +169,7 @@ def repeats_are_bit_equal(backend: str, sizes: Sizes, device: torch.device, dtyp
 
 
 def poisoned_memory_changes_nothing(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
-    """The same bits when all new memory is NaN (integers: their maximum): everything read was written before."""
+    """Filling new memory with NaN (integers: the maximum) changes no bit, so nothing reads unwritten memory."""
     tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
     do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
     clean = run(backend, tensors, spec, do)
@@ -179,12 +181,12 @@ def poisoned_memory_changes_nothing(backend: str, sizes: Sizes, device: torch.de
 def _same_bits(got: list[Tensor], want: list[Tensor]) -> None:
     for name, x, y in zip(("o", "assignment", "dq", "dk", "dv", "dbeta"), got, want):
         if not torch.equal(x, y):
-            raise Wrong(f"{name} differs in {int((x != y).sum())} of {x.numel()} numbers")
+            raise Wrong(f"{name} differs in {int((x != y).sum())} of {x.numel()} elements")
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """torch's own way to find reads of memory that nobody wrote."""
+    """Let torch fill uninitialized memory, which exposes reads of it."""
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -198,7 +200,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @torch.no_grad()
 def decoding_is_prefilling(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
-    """One pass over all tokens, and a first part followed by one token at a time, over the ends of two chunks."""
+    """Prefilling a prefix and decoding the rest, across two chunk boundaries, equals one pass over all tokens."""
     q, k, v, beta = random_inputs(sizes, device, dtype)
     settings: dict[str, Any] = {"num_centroids": sizes.num_centroids, "chunk_size": sizes.chunk_size}
     settings |= {"return_state": True, "backend": backend}
@@ -219,7 +221,7 @@ def decoding_is_prefilling(backend: str, sizes: Sizes, device: torch.device, dty
 
 
 def packed_documents_are_documents_alone(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
-    """Documents of several lengths one after the other, and each in a call of its own: outputs and gradients."""
+    """Outputs and gradients of packed documents equal those of each document in a separate call."""
     lengths = [n for n in (5, sizes.chunk_size, 3 * sizes.chunk_size + 7) if n < sizes.tokens // 4]
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist(), sizes.tokens]
     tensors = random_inputs(replace(sizes, batch=1), device, dtype)
@@ -235,7 +237,7 @@ def packed_documents_are_documents_alone(backend: str, sizes: Sizes, device: tor
     names = ("o", "dq", "dk", "dv")
     errors = {n: relative_error(x, y) for n, x, y in zip(names, (packed, *grads[0]), (alone, *grads[1]))}
     found = f"{len(parts)} documents, " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    # (The same kernels on the same chunks.)
+    # A tight bar: both run the same kernels on the same chunks.
     if not all(error < 1e-6 for error in errors.values()):
         raise Wrong(found)
     return found

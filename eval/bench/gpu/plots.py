@@ -1,4 +1,4 @@
-"""The pictures of a GPU benchmark, drawn from its results alone."""
+"""Plots of a GPU benchmark, drawn from its results.json alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ COLOR = {"ovq": 0, "ovq_torch": 5, "sdpa_flash": 1, "sdpa_cudnn": 2, "sdpa_effic
 
 
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
-    """Time and memory by length, one file a shape; decoding by position; stages beside their floor."""
+    """Plot time and memory by length (a file per shape), decoding by position, and stages against their floor.
+
+    Returns the files written under `out`.
+    """
     card = results["machine"].get("accelerator") or results["machine"]["processor"]
     drawn = []
     rows = [row for row in results["measurements"] if row["total_median_ms"] is not None]
@@ -32,7 +35,7 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
 def _by_length(rows: list[dict[str, Any]], title: str, path: Path) -> Path:
     panels = [("forward + backward (ms)", "total_median_ms", 1.0)]
     if any(row["peak_bytes"] is not None for row in rows):
-        panels.append(("peak memory beside the inputs (GiB)", "peak_bytes", 2.0**30))
+        panels.append(("peak memory beyond the inputs (GiB)", "peak_bytes", 2.0**30))
     fig, axes = style.figure(len(panels))
     for ax, (what, key, unit) in zip(axes, panels):
         for index, op in enumerate(sorted({row["op"] for row in rows})):
@@ -54,7 +57,7 @@ def _decoding(rows: list[dict[str, Any]], card: str, path: Path) -> Path:
         points = sorted((row["position"], row["us_per_token"]) for row in rows if row["op"] == op)
         ax.plot(*zip(*points), "o-", ms=3, color=style.color(index), label=op)
     ax.set_yscale("log")
-    ax.set_ylabel("time a token (us)")
+    ax.set_ylabel("time per token (us)")
     ax.set_title(f"{card}: one decoded token, one layer", loc="left")
     style.token_axis(ax, "position")
     style.legend(ax)

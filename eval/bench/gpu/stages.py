@@ -1,4 +1,4 @@
-"""The stages of the Triton path, each as a call of its own: what is measured against the cost model's floor."""
+"""The stages of the Triton path as separate calls, to be compared with the cost model's floor."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ovq.ops.ovq_attention.spec import OVQSpec
 
 
 def shape_of(case: Case) -> Shape:
-    """The same case for the cost model."""
+    """The shape of a case in the cost model's terms."""
     spec = OVQSpec(case.num_centroids, case.chunk_size)
     return Shape(case.batch, case.tokens, case.heads, case.heads, case.width, case.width, spec)
 
 
 def stage_calls(x: Inputs, case: Case) -> dict[str, Marked]:
-    """Calls by the names of `cost.stages`, each with the results of the stages before it as inputs."""
+    """A call for every stage of `cost.stages`, by name, with the results of the stages before it as inputs."""
     kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
     spec = OVQSpec(case.num_centroids, case.chunk_size)
     plan = kernels.make_plan(spec, 0, 0, (0, case.tokens))
@@ -42,9 +42,9 @@ def stage_calls(x: Inputs, case: Case) -> dict[str, Marked]:
         "dictionary_grad": lambda mark: kernels.dictionary_grad(
             q, k, v, beta, plan, rows, table, x.do, lse, delta, dk, dv
         ),
-        # (It adds to what it finds in dk and dv, so that repeats only grow those.)
+        # It adds to dk and dv, so repeating it changes only their values.
         "chunk_grad": lambda mark: kernels.chunk_grad(q, k, v, beta, plan, placed, x.do, lse, delta, dk, dv),
     }
-    for call in calls.values():  # every stage finds what the ones before it left
+    for call in calls.values():  # so that every stage reads real results of the ones before it
         call(lambda: None)
     return calls
