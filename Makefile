@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+LOCKS := launch/constraints-cpu.txt launch/constraints-cuda.txt
 
-.PHONY: setup train test check bench bench-gpu recall clean
+.PHONY: setup lock train test check bench bench-gpu recall clean
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml launch/install.py
+.venv/.installed: pyproject.toml launch/install.py $(LOCKS)
 	$(PYTHON) launch/install.py
+
+lock:  ## resolve every version again after a change in pyproject.toml; ARGS=--upgrade takes the newest
+	$(PYTHON) -m launch.lock $(ARGS)
 
 train: setup  ## train a small sliding-window + OVQ model on the embedded corpus; ARGS="seed=1 ..." overrides settings
 	$(BIN)/python train.py experiment=cpu_demo $(ARGS)
