@@ -1,11 +1,12 @@
-"""Held-out documents through a model, piece by piece: what every evaluation on text is made of.
+"""Run held-out documents through a model piece by piece: the basis of every evaluation on text.
 
-- A document is cut to the context and processed in pieces with the state carried, so that memory does not grow with
-  the context but by what the mixers themselves keep.
-- Rank 0 alone reads and tokenises; a round of documents goes to all ranks, and each takes its own. A rank that has
-  none in a round runs another's all the same and drops the result: under FSDP all must make the same forward passes.
+- A document is truncated to the context and processed in pieces, carrying the state from one to the next, so memory
+  grows with the context only by what the mixers themselves keep.
+- Only rank 0 reads and tokenises. Each round of documents is broadcast to all ranks, and each rank takes its share. A
+  rank with no document in a round still runs another rank's and discards the result, because under FSDP all ranks must
+  make the same forward passes.
 
-Shapes: D documents side by side, T positions.
+Shapes: D documents in a batch, T positions.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from ovq.model import IGNORE, Transformer
 
 @dataclass
 class Excerpt:
-    """The head of a document, or all of it.
+    """The beginning of a document, or all of it.
 
-    `tokens` int32 [n + 1]: the separator and n ids, so that tokens[:-1] predict tokens[1:]. `num_bytes` and
-    `num_words` are those of the n ids; a word that is cut in two counts as one.
+    `tokens` int32 [n + 1]: the separator followed by n ids, so tokens[:-1] predict tokens[1:]. `num_bytes` and
+    `num_words` count the text of the n ids; a word cut off at the end counts as one.
     """
 
     tokens: np.ndarray
@@ -42,10 +43,12 @@ class Excerpt:
 
 
 class HeldOut:
-    """The first `limit` documents of `cfg.eval.split` with at least `context` ids, cut to that; None: all and whole.
+    """The first `limit` documents of `cfg.eval.split` with at least `context` ids, truncated to `context`.
 
-    On every rank, of all rounds so far: `given` documents of `seen` that were looked at, their `num_bytes` and
-    `num_words`, and `longest`, the ids of the longest document that was looked at.
+    `limit=None` takes every document; `context=None` takes documents of any length, whole.
+
+    Totals over all rounds so far, the same on every rank: `given` documents returned of `seen` examined, the `num_bytes`
+    and `num_words` of those returned, and `longest`, the number of ids in the longest document examined.
     """
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, context: int | None, limit: int | None) -> None:
@@ -54,10 +57,10 @@ class HeldOut:
         self._excerpts = self._read()  # runs on rank 0 only
 
     def round(self, count: int) -> list[Excerpt]:
-        """The next `count` documents, fewer at the end, the same on every rank. Collective.
+        """The next `count` documents (fewer at the end), the same on every rank. Collective.
 
         Raises:
-            ConfigError, DataError: the split cannot be read; on every rank.
+            ConfigError, DataError: the split cannot be read; raised on every rank.
         """
 
         def take() -> tuple[list[Excerpt], int, int]:
@@ -97,11 +100,12 @@ def losses_by_position(
     device: torch.device,
     should_stop: Callable[[], bool],
 ) -> np.ndarray | None:
-    """Nats of each label of each row, float64 [D, positions]; 0 beyond a row's end. None if should_stop() said so.
+    """Loss in nats of each label of each row, float64 [D, positions]; 0 past a row's end. None if told to stop.
 
     Args:
-        rows: tokens of each document, at most positions + 1.
-        piece: tokens a forward pass; before each one should_stop is asked, as often on every rank.
+        rows: the tokens of each document, at most positions + 1.
+        piece: tokens per forward pass.
+        should_stop: called before every forward pass, the same number of times on every rank.
     """
     tokens_DT = torch.zeros(len(rows), positions + 1, dtype=torch.int64)
     labels_DT = torch.full((len(rows), positions), IGNORE)

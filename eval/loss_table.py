@@ -1,4 +1,4 @@
-"""per_position_loss.parquet of a run folder: loss by position of every evaluation, one row a bucket."""
+"""A run folder's per_position_loss.parquet: loss by position for every evaluation, one row per bucket."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ SCHEMA = pa.schema(
         ("run", pa.string()),
         ("step", pa.int64()),
         ("context", pa.int64()),
-        ("position_start", pa.int64()),  # 0 is the position that has seen the separator alone
-        ("position_end", pa.int64()),  # one past the last
-        ("loss", pa.float64()),  # nats a token
+        ("position_start", pa.int64()),  # position 0 has seen only the separator
+        ("position_end", pa.int64()),  # exclusive
+        ("loss", pa.float64()),  # nats per token
         ("stderr", pa.float64()),  # over documents; null if there is only one
         ("tokens", pa.int64()),
-        ("buckets", pa.string()),  # "log" or "linear": each partitions the context
+        ("buckets", pa.string()),  # "log" or "linear"; each set partitions the context
         ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
         ("split", pa.string()),
     ]
 )
-# Rows of one evaluation share these; a repeated evaluation takes the place of the earlier one.
+# Rows of one evaluation share these columns; repeating an evaluation replaces its earlier rows.
 KEY = ("step", "context", "num_centroids", "split")
 
 Row = dict[str, Any]
 
 
 def read(run_dir: Path | str) -> list[Row]:
-    """All rows, in the order they were written; none where there is no table.
+    """All rows in the order they were written; empty if there is no table.
 
     Raises:
-        ConfigError: the file is no such table.
+        ConfigError: the file is not such a table.
     """
     path = Path(run_dir) / FILE
     if not path.exists():
@@ -50,17 +50,17 @@ def read(run_dir: Path | str) -> list[Row]:
     except (pa.ArrowException, OSError, ValueError) as error:
         cause = " ".join(str(error).split())[:120]
         raise ConfigError(
-            f"{path} is no table of loss by position; move it away and evaluate again ({cause})"
+            f"{path} is not a table of loss by position; move it away and evaluate again ({cause})"
         ) from None
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
-    """What tells evaluations apart."""
+    """The key that identifies the evaluation a row belongs to: the values of `KEY`."""
     return tuple(row[name] for name in KEY)
 
 
 def write(run_dir: Path | str, rows: list[Row]) -> Path:
-    """Add the rows of one evaluation in place of an earlier one with the same key; whole or not at all."""
+    """Add the rows of one evaluation, replacing earlier rows with the same key. Atomic. Returns the table's path."""
     path = Path(run_dir) / FILE
     fresh = {key_of(row) for row in rows}
     kept = [row for row in read(run_dir) if key_of(row) not in fresh]

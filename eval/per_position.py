@@ -1,11 +1,12 @@
-"""Loss by position: the mean cross-entropy at each position of held-out documents, far beyond the training context.
+"""Loss by position: mean cross-entropy at each position of held-out documents, far beyond the training context.
 
     python -m eval.per_position run=runs/cpu_demo context=65536
     torchrun --nproc_per_node 8 -m eval.per_position run=runs/pg19_480m context=65536 documents=32
 
-In a run folder: per_position_loss.parquet (every evaluation, in two kinds of buckets) and plots/loss_by_position_*.png.
-A document is its separator and its ids. The first `context` predictions of every document long enough are measured, so
-every position has the same documents behind it. Memory is bounded: see `eval.heldout`.
+Writes per_position_loss.parquet (every evaluation, in logarithmic and in linear buckets) and
+plots/loss_by_position_*.png to the run folder. A document is its separator followed by its ids. The first `context`
+predictions of every document that is long enough are measured, so every position averages over the same documents.
+Memory is bounded: see `eval.heldout`.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ LINEAR_BUCKETS = 32
 
 
 def log_edges(context: int) -> list[int]:
-    """Bounds of buckets in half-octaves: 0, 1, 2, 3, 4, 6, 8, 11, 16 ... context; the last is never a mere sliver."""
+    """Bucket edges in half-octaves: 0, 1, 2, 3, 4, 6, 8, 11, 16 ... context; the last bucket is never a mere sliver."""
     octaves = range(2 * math.ceil(math.log2(context)))
     inner = {round(2 ** (half / 2)) for half in octaves}
     return [0, *sorted(edge for edge in inner if edge < context / 2**0.25), context]
 
 
 def linear_edges(context: int) -> list[int]:
-    """Bounds of 32 buckets of equal width (to a token); fewer in a context of less."""
+    """Edges of 32 buckets of equal width (to within a token); fewer if the context is shorter than 32."""
     return sorted({context * i // LINEAR_BUCKETS for i in range(LINEAR_BUCKETS + 1)})
 
 
 EDGES = {"log": log_edges, "linear": linear_edges}
-Document = tuple[int, dict[str, np.ndarray], float]  # its number, its mean loss by kind of buckets, its nats in all
+Document = tuple[int, dict[str, np.ndarray], float]  # its index, its mean losses by kind of bucket, its total nats
 
 
 @dataclass
 class Measurement:
-    """Documents x buckets: the mean nats a token of each document in each bucket, by kind of buckets; and the totals
-    over all measured tokens."""
+    """`by_bucket`: kind of bucket -> mean nats per token, float64 [documents, buckets]. The other fields are totals over
+    all measured tokens."""
 
     by_bucket: dict[str, np.ndarray]
     documents: int
@@ -65,10 +66,11 @@ class Measurement:
     num_words: int
 
     def summary(self) -> dict[str, float]:
-        """loss (nats a token), bits_per_byte, perplexity, word_perplexity, and the number of documents.
+        """loss (nats per token), bits_per_byte, perplexity, word_perplexity, and the number of documents.
 
-        word_perplexity = exp(nats / words) over the measured heads of documents, words split at whitespace and a cut
-        one counted whole. PG19's published numbers are over whole books of a whole split: see `eval.perplexity`.
+        word_perplexity = exp(nats / words) over the measured beginnings of documents; words are split at whitespace, and
+        a truncated one counts as a whole word. PG19's published numbers cover the whole books of a whole split: see
+        `eval.perplexity`.
         """
         results = {"loss": self.nats / self.tokens, "perplexity": exp(self.nats / self.tokens)}
         if self.num_bytes:
@@ -79,12 +81,12 @@ class Measurement:
 
 
 def exp(x: float) -> float:
-    """e^x, infinite where a float cannot hold it."""
+    """e^x, or infinity where a float would overflow."""
     return math.exp(x) if not x > 700 else math.inf
 
 
 def standard_error(means: np.ndarray) -> np.ndarray | None:
-    """Of the mean over documents (axis 0): sqrt(sum (x - mean)^2 / (D - 1) / D). None for a single document."""
+    """Standard error of the mean over documents (axis 0): sqrt(sum (x - mean)^2 / (D - 1) / D). None if D = 1."""
     documents = len(means)
     return means.std(axis=0, ddof=1) / math.sqrt(documents) if documents > 1 else None
 
@@ -98,13 +100,13 @@ def measure(
     *,
     progress: bool = False,
 ) -> Measurement | None:
-    """Run the held-out documents through the model, in evaluation mode already. Collective. None if told to stop.
+    """Run the held-out documents through a model already in evaluation mode. Collective. None if told to stop.
 
     Args:
-        progress: a line on stderr for each document of this process.
+        progress: print a line to stderr for each document this process measures.
 
     Raises:
-        ConfigError: as `check_capacity`, or no document is long enough.
+        ConfigError: as in `check_capacity`, or no document is long enough.
         DataError: the documents cannot be read.
     """
     check_capacity(model, cfg)
@@ -138,7 +140,7 @@ def measure(
             f"eval.context={wanted.context} tokens, and those are used",
             file=sys.stderr,
         )
-    # In the documents' order, whoever measured them: the sums are the same on any number of ranks.
+    # In document order, whichever rank measured them, so that the sums are the same on any number of ranks.
     everyone = sorted((document for rank in processes.gather_objects(done) for document in rank), key=lambda d: d[0])
     return Measurement(
         {kind: np.stack([means[kind] for _, means, _ in everyone]) for kind in EDGES},
@@ -151,7 +153,7 @@ def measure(
 
 
 def check_capacity(model: Transformer, cfg: Config) -> None:
-    """Raise ConfigError if eval.num_centroids is set and no layer has a dictionary, or none of that capacity."""
+    """Raise ConfigError if eval.num_centroids is set and no layer has a dictionary, or one cannot take that capacity."""
     try:
         with other_capacity(model.mixers(), cfg.eval.num_centroids):
             pass
@@ -160,7 +162,7 @@ def check_capacity(model: Transformer, cfg: Config) -> None:
 
 
 def bucket_means(nats_T: np.ndarray, edges: list[int]) -> np.ndarray:
-    """Mean of each bucket [edges[i], edges[i + 1])."""
+    """Mean over each bucket [edges[i], edges[i + 1])."""
     return np.add.reduceat(nats_T, edges[:-1]) / np.diff(edges)
 
 
@@ -169,13 +171,13 @@ def _none_long_enough(cfg: Config, heldout: HeldOut) -> str:
     if not heldout.longest:
         return f"the {split} split holds no text, so there is no loss by position; set data.{split}"
     return (
-        f"none of {heldout.seen} {split} documents has eval.context={cfg.eval.context} tokens, so there is no loss by "
-        f"position; the longest has {heldout.longest}: set eval.context to that or less"
+        f"none of the {heldout.seen} {split} documents has eval.context={cfg.eval.context} tokens, so there is no loss "
+        f"by position; the longest has {heldout.longest}: set eval.context to that or less"
     )
 
 
 def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int) -> list[loss_table.Row]:
-    """The rows of `loss_table` for an evaluation."""
+    """An evaluation as rows of `loss_table`."""
     common = {
         "run": run_dir.resolve().name,
         "step": step,
@@ -214,14 +216,18 @@ def evaluate_strictly(
     wandb_step: int | None = None,
     progress: bool = False,
 ) -> dict[str, float] | None:
-    """`evaluate`, but what cannot be evaluated is an error.
+    """Like `evaluate`, but raises where nothing can be evaluated.
+
+    Args:
+        wandb_step: step to log the results under in wandb; None for a run reopened after its end.
+        progress: as in `measure`.
 
     Raises:
-        ConfigError, DataError: as `measure`, or the table in the run folder is damaged.
+        ConfigError, DataError: as in `measure`, or the table in the run folder is damaged.
         OSError: the run folder cannot be written.
     """
     run_dir = Path(run_dir)
-    processes.on_main(lambda: len(loss_table.read(run_dir)))  # a damaged table is met before the work, not after it
+    processes.on_main(lambda: len(loss_table.read(run_dir)))  # find a damaged table before the work, not after it
     measured = measure(model, cfg, tokenizer, world, should_stop, progress=progress)
     if measured is None:
         return None
@@ -253,13 +259,13 @@ def evaluate(
     step: int,
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Loss by position of a model in training, left in the run folder; never stops the training.
+    """Measure loss by position of a model in training and save it to the run folder; never stops the training.
 
-    Collective: with several processes all call it, and should_stop is asked equally often by each.
+    Collective: all processes must call it, and each calls should_stop equally often.
 
     Returns:
-        Numbers for the log (`Measurement.summary`); {"documents": 0} where nothing could be evaluated, after a line
-        that says why; None if should_stop() said so, and then the run folder is as it was.
+        Metrics for the log (`Measurement.summary`); {"documents": 0} if nothing could be evaluated, after printing a
+        line that says why; None if should_stop() returned True, in which case the run folder is unchanged.
     """
     try:
         return evaluate_strictly(model, cfg, tokenizer, world, run_dir, step, should_stop, wandb_step=step)
@@ -272,23 +278,23 @@ def evaluate(
 @dataclass
 class Options(RunOptions):
     context: int | None = setting(None, "positions measured in each document", at_least=1)
-    documents: int | None = setting(None, "held-out documents, at most", at_least=1)
-    piece: int | None = setting(None, "tokens a forward pass", at_least=1)
-    batch: int | None = setting(None, "documents side by side on a rank", at_least=1)
+    documents: int | None = setting(None, "maximum number of held-out documents", at_least=1)
+    piece: int | None = setting(None, "tokens per forward pass", at_least=1)
+    batch: int | None = setting(None, "documents per batch on each rank", at_least=1)
     num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
     split: str | None = setting(None, "held-out split", choices=("validation", "test"))
 
 
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
-    """The command line in the module's docstring."""
+    """The command line shown in the module docstring."""
     run = options.open(overrides)
     if run.cfg.logger.name == "wandb" and run.world.is_main:
         start_wandb(run.run_dir, run.cfg)  # reopens the run; closed when this process ends
     results = evaluate_strictly(
         run.model, run.cfg, run.tokenizer, run.world, run.run_dir, run.step, lambda: False, progress=run.world.is_main
     )
-    assert results is not None  # nothing told it to stop
+    assert results is not None  # nothing could stop it
     if run.world.is_main:
         print(report(run.run_dir, run.cfg, run.step, results))
     processes.shutdown()
@@ -296,13 +302,13 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float]) -> str:
-    """What an evaluation found, by position, and where it lies."""
+    """An evaluation's results by position as text, and the paths they were written to."""
     wanted = cfg.eval
     key = (step, wanted.context, wanted.num_centroids, wanted.split)
     rows = [row for row in loss_table.read(run_dir) if loss_table.key_of(row) == key and row["buckets"] == "log"]
     lines = [f"{run_dir} step {step}: {int(results['documents'])} {wanted.split} documents of {wanted.context} tokens"]
     lines.append("  ".join(f"{name} {value:.5g}" for name, value in results.items() if name != "documents"))
-    lines.append(f"{'position':>17}  loss (nats a token)")
+    lines.append(f"{'position':>17}  loss (nats per token)")
     for row in rows:
         error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
         lines.append(f"{row['position_start']:>8}-{row['position_end']:<8}  {row['loss']:.4f}{error}")

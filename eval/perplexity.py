@@ -1,11 +1,12 @@
-"""Perplexity over whole documents, as PG19's is published: exp(nats of the split / words of the split).
+"""Perplexity over whole documents, as published for PG19: exp(nats of the split / words of the split).
 
     python -m eval.perplexity run=runs/pg19_150m split=test
     torchrun --nproc_per_node 8 -m eval.perplexity run=runs/pg19_480m split=test batch=4
 
-Every document is read from its first token to its last with the state carried, so a model whose state is constant needs
-no more memory for a book than for a page. Words are those published for the data set (data.words) when the whole split
-is measured, else counted at whitespace. The run folder gets perplexity_<split>.json.
+Every document is processed from its first token to its last with the state carried along, so a model with a
+constant-size state needs no more memory for a book than for a page. The word count is the one published for the data
+set (data.words) when the whole split is measured; otherwise words are counted at whitespace. Writes
+perplexity_<split>.json to the run folder.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from ovq.schema import setting
 @dataclass
 class Options(RunOptions):
     split: str | None = setting(None, "held-out split", choices=("validation", "test"))
-    documents: int | None = setting(None, "the first so many documents; null: the whole split", at_least=1)
-    piece: int | None = setting(None, "tokens a forward pass", at_least=1)
-    batch: int | None = setting(None, "documents side by side on a rank", at_least=1)
+    documents: int | None = setting(None, "measure only this many documents; null: the whole split", at_least=1)
+    piece: int | None = setting(None, "tokens per forward pass", at_least=1)
+    batch: int | None = setting(None, "documents per batch on each rank", at_least=1)
     num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
 
 
@@ -53,7 +54,7 @@ def measure(
 ) -> dict[str, Any] | None:
     """Loss, bits per byte and perplexities over the first `documents` of the split, or all. Collective.
 
-    None if should_stop() said so; it is asked before every piece, equally often on every rank.
+    Returns None if should_stop() returned True; it is called before every piece, equally often on every rank.
 
     Raises:
         ConfigError: the split holds no text, or no layer has a dictionary for eval.num_centroids.
@@ -98,10 +99,10 @@ def measure(
 
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
-    """The command line in the module's docstring."""
+    """The command line shown in the module docstring."""
     run = options.open(overrides)
     results = measure(run.model, run.cfg, run.tokenizer, run.world, lambda: False, documents=options.documents)
-    assert results is not None  # nothing told it to stop
+    assert results is not None  # nothing could stop it
     if run.world.is_main:
         path = save(run.run_dir, {"step": run.step, **results})
         for name, value in results.items():
@@ -112,7 +113,7 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def save(run_dir: Path, results: dict[str, Any]) -> Path:
-    """Write perplexity_<split>.json, whole or not at all."""
+    """Write perplexity_<split>.json atomically; returns its path."""
     path = run_dir / f"perplexity_{results['split']}.json"
     write_whole(path, json.dumps(results, indent=1) + "\n")
     return path

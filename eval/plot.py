@@ -1,10 +1,10 @@
-"""Curves of one run or several: loss by position with its standard error, or training loss by step.
+"""Plot one or several runs: loss by position with its standard error, or training loss by step.
 
     python -m eval.plot runs=[runs/a,runs/b] out=both.png                 the newest evaluation of each run
-    python -m eval.plot runs=[runs/a] context=65536 x=linear              of one context, on a linear axis
+    python -m eval.plot runs=[runs/a] context=65536 x=linear              at one context, on a linear axis
     python -m eval.plot runs=[runs/a,runs/b] kind=training out=train.png
 
-Runs are labelled by what differs in their configs.
+Runs are labelled by the settings in which they differ.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ovq.config import FREE_AT_RESUME, Config
 from ovq.errors import ConfigError
 from ovq.schema import REQUIRED, one_of, setting
 
-FIRST_SHOWN = 16  # positions before it have next to no context, and losses that would flatten all others
-SHOWN_STEPS = 5  # evaluations of one run in one figure, at most
+FIRST_SHOWN = 16  # earlier positions have almost no context, and their high losses would flatten the rest of the curve
+SHOWN_STEPS = 5  # at most this many evaluations of one run in a figure
 
 
 @dataclass
 class Curve:
-    """Rows of one evaluation in one kind of buckets, with a name; `train_context` is marked if given."""
+    """The rows of one evaluation in one kind of bucket, with a label; `train_context` is marked if given."""
 
     label: str
     rows: list[loss_table.Row]
@@ -39,7 +39,7 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
     """Draw loss +- one standard error over documents against position; returns `out`.
 
     Args:
-        scale: "log" or "linear": of the axis, and the buckets of all curves' rows.
+        scale: "log" or "linear": the scale of the axis, and the kind of bucket in every curve's rows.
     """
     fig, (ax,) = style.figure()
     longest = max(row["position_end"] for curve in curves for row in curve.rows)
@@ -64,7 +64,7 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
             color="#555555",
             va="bottom",
         )
-    ax.set_ylabel("loss (nats a token)")
+    ax.set_ylabel("loss (nats per token)")
     ax.set_title(_title(curves), loc="left")
     style.token_axis(ax, "position in the document (tokens)", scale)
     style.legend(ax)
@@ -72,13 +72,13 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
 
 
 def _middle(row: loss_table.Row, scale: str) -> float:
-    """Where a bucket stands: its middle, on a log axis the geometric one of the numbers of tokens seen."""
+    """Where a bucket is drawn: its midpoint, or on a log axis the geometric mean of the numbers of tokens seen."""
     start, end = row["position_start"], row["position_end"]
     return math.sqrt((start + 1) * end) if scale == "log" else (start + end) / 2
 
 
 def _title(curves: list[Curve]) -> str:
-    """'4 validation documents', a range where curves differ; the label of a lone curve, which has no legend."""
+    """'4 validation documents', with a range where curves differ, after the label of a lone curve (it has no legend)."""
     counts = [row["tokens"] // (row["position_end"] - row["position_start"]) for c in curves for row in c.rows]
     number = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
     splits = sorted({row["split"] for curve in curves for row in curve.rows})
@@ -87,20 +87,20 @@ def _title(curves: list[Curve]) -> str:
 
 
 def curves_of(rows: list[loss_table.Row], *, scale: str, train_context: int, key: tuple[Any, ...]) -> list[Curve]:
-    """A run's evaluation `key` and those before it at the same context, capacity and split, one curve a step."""
+    """A run's evaluation `key` and earlier ones at the same context, capacity and split, one curve per step."""
     step, *same = key
     of_step: dict[int, list[loss_table.Row]] = {}
     for row in rows:
         if row["buckets"] == scale and list(loss_table.key_of(row)[1:]) == same and row["step"] <= step:
             of_step.setdefault(row["step"], []).append(row)
     steps = sorted(of_step)
-    if len(steps) > SHOWN_STEPS:  # first, last and evenly between
+    if len(steps) > SHOWN_STEPS:  # the first, the last, and evenly spaced ones between
         steps = [steps[round(i * (len(steps) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]
     return [Curve(f"step {number:,}", of_step[number], train_context) for number in steps]
 
 
 def picture_name(context: int, split: str, num_centroids: int | None) -> str:
-    """File name of a run's own picture of an evaluation."""
+    """File name of an evaluation's plot in its run folder."""
     parts = ["loss_by_position", style.short(context), *(["test"] if split == "test" else [])]
     return "_".join([*parts, *([f"N{num_centroids}"] if num_centroids else [])]) + ".png"
 
@@ -108,7 +108,7 @@ def picture_name(context: int, split: str, num_centroids: int | None) -> str:
 # --- several runs ----------------------------------------------------------------------------------------------------
 
 
-# Where these differ, so do those below them: naming the first is enough.
+# Where one of these settings differs, so do the settings it implies: a label need only name the first.
 IMPLIED = {
     "model.name": ("model.pattern", "model.mixers"),
     "model.size": tuple(
@@ -120,9 +120,9 @@ IMPLIED = {
 
 
 def labels(configs: list[Config], names: list[str]) -> list[str]:
-    """A short label for each run: its model, and the settings that differ; with its name, where these are the same.
+    """A short label for each run: its model and the settings that differ, plus its name if two labels would be equal.
 
-    Left out are settings of how a run was computed or watched, and those that another that differs brings along.
+    Settings of how a run was computed or monitored are left out, and so are those implied by another that differs.
     """
     flat = [config.flatten(cfg) for cfg in configs]
     differ = [key for key in sorted({key for values in flat for key in values}) if _differ(flat, key)]
@@ -149,15 +149,15 @@ def _differ(flat: list[dict[str, Any]], key: str) -> bool:
 def compare(
     run_dirs: list[Path], out: Path, *, context: int | None, step: int | None, split: str | None, scale: str
 ) -> Path:
-    """Overlay the newest evaluation of each run (of each capacity it was evaluated with).
+    """Overlay the newest evaluation of each run (one for each capacity it was evaluated with).
 
     Args:
-        context: of the evaluations; None: the longest that all runs have.
-        step: of the evaluations; None: each run's newest.
-        split: None: any.
+        context: context of the evaluations; None: the longest that all runs have.
+        step: step of the evaluations; None: each run's newest.
+        split: split of the evaluations; None: any.
 
     Raises:
-        ConfigError: a folder is no run, or has no such evaluation.
+        ConfigError: a folder is not a run, or has no such evaluation.
     """
     configs = [config.load(run_dir) for run_dir in run_dirs]
     tables = [
@@ -176,10 +176,10 @@ def compare(
         rows = [row for row in table if row["context"] == context]
         if not rows:
             have = ", ".join(map(str, sorted({row["context"] for row in loss_table.read(run_dir)}))) or "none"
-            asked = "that all runs share" if context is None else f"of context={context}"
+            wanted = "at a context that all runs share" if context is None else f"at context={context}"
             raise ConfigError(
-                f"{run_dir} has no such evaluation {asked} (contexts it has: {have}); "
-                f"make one: python -m eval.per_position run={run_dir} context={context or cfg.eval.context}"
+                f"{run_dir} has no such evaluation {wanted} (contexts it has: {have}); "
+                f"make one with: python -m eval.per_position run={run_dir} context={context or cfg.eval.context}"
             )
         newest = {loss_table.key_of(row)[1:]: row["step"] for row in sorted(rows, key=lambda row: row["step"])}
         for same, at in newest.items():
@@ -192,10 +192,10 @@ def compare(
 
 
 def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
-    """Draw each run's training loss by step, as logged and as a running mean.
+    """Draw each run's training loss by step, both as logged and as a running mean.
 
     Raises:
-        ConfigError: a folder is no run, or has no metrics yet.
+        ConfigError: a folder is not a run, or has no metrics yet.
     """
     from ovq.train.metrics import read_rows
 
@@ -204,7 +204,7 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
     for index, (run_dir, label) in enumerate(zip(run_dirs, labels(configs, [d.name for d in run_dirs]))):
         rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("loss") is not None]
         if not rows:
-            raise ConfigError(f"{run_dir} has no training loss yet: its metrics.jsonl holds no step")
+            raise ConfigError(f"{run_dir} has no training loss yet: its metrics.jsonl has no steps")
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
         ax.plot(steps, losses, color=style.color(index), alpha=0.25, linewidth=0.8)
         mean = running_mean(losses, max(1, len(losses) // 50))
@@ -212,13 +212,13 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
     if scale == "log":
         ax.set_xscale("log")
     ax.set_xlabel("step")
-    ax.set_ylabel("training loss (nats a token)")
+    ax.set_ylabel("training loss (nats per token)")
     style.legend(ax)
     return style.save(fig, out)
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
-    """Mean of each value and those at most `width` before and after it, fewer at both ends."""
+    """The mean of each value and up to `width` neighbours on either side (fewer at the ends)."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -228,8 +228,8 @@ def running_mean(values: list[float], width: int) -> list[float]:
 
 @dataclass
 class Options:
-    runs: list[str] = setting(REQUIRED, "run folders to draw, [a,b]", paths=True)
-    out: str = setting("runs.png", "file to write; its suffix is the format")
+    runs: list[str] = setting(REQUIRED, "run folders to plot, [a,b]", paths=True)
+    out: str = setting("runs.png", "file to write; its suffix selects the format")
     kind: str = one_of("position", "training", help="loss by position, or training loss by step")
     x: str | None = setting(None, "scale of the axis; null: log by position, linear by step", choices=("log", "linear"))
     context: int | None = setting(None, "context of the evaluations; null: the longest that all runs have", at_least=1)
@@ -239,7 +239,7 @@ class Options:
 
 @command(Options)
 def main(options: Options) -> int:
-    """The command line in the module's docstring."""
+    """The command line shown in the module docstring."""
     run_dirs, out = [Path(run) for run in options.runs], Path(options.out)
     if options.kind == "training":
         path = training(run_dirs, out, scale=options.x or "linear")

@@ -1,4 +1,4 @@
-"""How every plot of the project looks, and how it is saved: without a display, whole or not at all.
+"""The look of every plot in the project, and how it is saved: without a display, and atomically.
 
     fig, (ax,) = style.figure()
     ax.plot(x, y, color=style.color(0), label="sw_ovq")
@@ -6,7 +6,7 @@
     style.legend(ax)
     style.save(fig, run_dir / "plots" / "name.png")
 
-Figures are matplotlib's own objects and never pyplot's: nothing is global, nothing stays open.
+Figures are created through matplotlib's object interface, never pyplot: there is no global state and nothing to close.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours (told apart by colour-blind readers too), the faint yellow left out.
+# Okabe and Ito's palette, which colour-blind readers can distinguish too, without its faint yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-LINES = ("-", "--", ":", "-.")  # the next one for every eight curves
+LINES = ("-", "--", ":", "-.")  # advances once the colours are used up
 RC = {
     "font.size": 10,
     "axes.grid": True,
@@ -40,7 +40,7 @@ DPI = 160
 
 
 def figure(panels: int = 1, width: float = 6.8, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """A figure of `panels` axes side by side; width and height in inches of each."""
+    """A figure of `panels` axes side by side; width and height are those of each panel, in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -55,12 +55,12 @@ def color(index: int) -> str:
 
 
 def line(index: int) -> str:
-    """Line style of the index-th curve: with the colour, 32 curves differ."""
+    """Line style of the index-th curve; combined with the colour it distinguishes 32 curves."""
     return LINES[index // len(COLORS) % len(LINES)]
 
 
 def token_axis(ax: Axes, label: str, scale: str = "log") -> None:
-    """Make x a number of tokens, with ticks at powers of two ("log") or even steps ("linear"). Call after plotting."""
+    """Make x an axis of tokens, with ticks at powers of two ("log") or even steps ("linear"). Call after plotting."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
     if scale == "log":
@@ -73,7 +73,7 @@ def token_axis(ax: Axes, label: str, scale: str = "log") -> None:
 
 
 def legend(ax: Axes) -> None:
-    """A legend, if there is more than one curve to tell apart; beside the axes where it would cover them."""
+    """Add a legend if there is more than one curve; more than six go beside the axes, where they hide no curve."""
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) < 2:
         return
@@ -84,9 +84,9 @@ def legend(ax: Axes) -> None:
 
 
 def save(fig: Figure, path: Path | str) -> Path:
-    """Write the figure, whole or not at all; the suffix (.png, .pdf, .svg) is the format. Folders are made."""
+    """Write the figure atomically; the suffix (.png, .pdf, .svg) selects the format. Parent folders are created."""
     path = Path(path)
-    # No date and no version in the file: the same numbers give the same bytes.
+    # No date and no version in the file, so that the same data give the same bytes.
     metadata = {"Software": None} if path.suffix == ".png" else None
     with replacing(path) as scratch:
         fig.savefig(scratch, format=path.suffix[1:], dpi=DPI, metadata=metadata)
@@ -95,7 +95,7 @@ def save(fig: Figure, path: Path | str) -> Path:
 
 @functools.cache
 def short(number: int) -> str:
-    """2048 -> '2k', 65536 -> '64k', 1048576 -> '1M', 3000 -> '3000': exact or not shortened."""
+    """2048 -> '2k', 65536 -> '64k', 1048576 -> '1M', 3000 -> '3000': only exact multiples are abbreviated."""
     for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
         if number and number % size == 0:
             return f"{number // size}{unit}"

@@ -334,8 +334,8 @@ def test_damaged_table_is_one_line_and_is_not_written_over(
     cfg = small_config("sw", *texts)
     assert evaluate(Ruler(), cfg, build_tokenizer(cfg), World(), tmp_path, 5, go_on) == {"documents": 0}  # type: ignore[arg-type]
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{path} is no table of loss by position" in line and path.read_bytes() == damaged
-    with pytest.raises(ConfigError, match="is no table of loss by position"):
+    assert f"{path} is not a table of loss by position" in line and path.read_bytes() == damaged
+    with pytest.raises(ConfigError, match="is not a table of loss by position"):
         loss_table.read(tmp_path)
 
 

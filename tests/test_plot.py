@@ -199,10 +199,10 @@ def test_names_of_run_folders_may_hold_commas(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "runs= is required: run folders to draw"),
+        ([], "runs= is required: run folders to plot"),
         (["runs=[no/run]"], "no/run is not a run folder"),
-        (["runs=[RUN]", "context=999"], "no such evaluation of context=999 (contexts it has: 1024, 4096)"),
-        (["runs=[RUN,OTHER]"], "no such evaluation that all runs share"),
+        (["runs=[RUN]", "context=999"], "no such evaluation at context=999 (contexts it has: 1024, 4096)"),
+        (["runs=[RUN,OTHER]"], "no such evaluation at a context that all runs share"),
         (["runs=[RUN]", "x=cubic"], "x=cubic is not a legal value; legal: log, linear"),
         (["runs=[RUN]", "kind=loss"], "kind=loss is not a legal value; legal: position, training"),
         (["runs=[RUN]", "contxt=5"], "there is no option 'contxt'; did you mean context? legal:"),

@@ -1,1 +1,1 @@
-"""The paper's figures, one file each: train what a figure needs, test it, draw it."""
+"""The paper's figures, one file each: train the models a figure needs, test them, draw it."""

@@ -1,14 +1,14 @@
-"""Accuracy of in-context recall by length, several models on one axis: the paper's figure 4 in miniature.
+"""In-context recall accuracy by length for several models: the paper's figure 4 in miniature.
 
-    python -m eval.figures.recall                                        the figure: every model below, one seed
+    python -m eval.figures.recall                                        the figure: every default model, one seed
     python -m eval.figures.recall seeds=[0,1] models=[sw_ovq,sw_fifo] out=/tmp/recall trainer.steps=1000
 
 Settings of train.py are passed on to every run.
 
-Every model and seed is a run of its own (`python train.py experiment=recall model=M seed=S`), trained one after the
-other by `launch.sweep`: finished runs are reused, broken ones go on. Each is then tested on fresh sequences of
-`lengths` times the length it was trained at, the same ones for every model; a model with a dictionary also with other
-capacities, which it meets for the first time.
+Each model and seed is a separate run (`python train.py experiment=recall model=M seed=S`), trained one after the other
+by `launch.sweep`, which reuses finished runs and resumes interrupted ones. Each is then tested on fresh sequences of
+`lengths` times its training length, the same sequences for every model. A model with a dictionary is also tested at
+other capacities, which it did not see in training.
 
 Writes recall.csv, recall.json (what was run, where and when) and recall.png to `out`.
 """
@@ -47,12 +47,14 @@ from ovq.train.metrics import read_rows
 @dataclass
 class Options:
     models: list[str] = setting(["sw", "sw_nope", "sw_ovq", "sw_vq", "sw_gdn"], "models to train and test")
-    seeds: list[int] = setting([0], "seeds of training")
-    lengths: list[int] = setting([1, 2, 4, 8, 16], "lengths of test sequences, in training lengths", at_least=1)
-    num_centroids: list[int] = setting(
-        [256, 1024, 2048], "capacities at test time of a model with a dictionary, beside its own", at_least=1
+    seeds: list[int] = setting([0], "training seeds")
+    lengths: list[int] = setting(
+        [1, 2, 4, 8, 16], "lengths of test sequences, in multiples of the training length", at_least=1
     )
-    answers: int = setting(16384, "answers a point, at least; its standard error is then at most 0.4%", at_least=1)
+    num_centroids: list[int] = setting(
+        [256, 1024, 2048], "test-time capacities of a model with a dictionary, besides its own", at_least=1
+    )
+    answers: int = setting(16384, "minimum answers per point; 16384 keep the standard error below 0.4%", at_least=1)
     out: str = setting("docs/results/recall", "folder for the figure")
 
 
@@ -63,11 +65,11 @@ INSTEAD = {
     "run_dir": "use runs_root=FOLDER",
 }
 TEST_SEED = 1
-TOKENS_AT_ONCE = 16384  # whose logits are held
+TOKENS_AT_ONCE = 16384  # tokens per forward pass, which bounds the memory of the logits
 
 
 class Point(NamedTuple):
-    """A row of recall.csv; `num_centroids` is None for a model without a dictionary."""
+    """A row of recall.csv. `accuracy` is in 0 to 1; `num_centroids` is None for a model without a dictionary."""
 
     model: str
     seed: int
@@ -80,13 +82,13 @@ class Point(NamedTuple):
 
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
-    """The command line in the module's docstring."""
+    """The command line shown in the module docstring."""
     jobs = plan(options, overrides)
     began = time.monotonic()
     print(sweep.table(jobs), flush=True)
     sweep.run(jobs, gpus=0, per_job=1, stop_on_failure=False)
     if broken := sweep.failures(jobs):
-        print(f"\nfailed; the same command resumes them:\n{broken}", file=sys.stderr)
+        print(f"\nfailed; rerun the same command to resume:\n{broken}", file=sys.stderr)
         return 1
     points = [point for job in jobs for point in test_run(job.run_dir, options)]
     out = Path(options.out)
@@ -98,11 +100,11 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def plan(options: Options, overrides: list[str]) -> list[sweep.Job]:
-    """The training runs, those that are done marked as such.
+    """The training runs, with finished ones marked as such.
 
     Raises:
-        ConfigError: an illegal setting, one that an option stands for, or a finished run whose settings are no longer
-            those of the experiment.
+        ConfigError: an illegal setting, a setting that an option replaces, or a finished run whose settings are no
+            longer those of the experiment.
     """
     for text in overrides:
         if (key := text.partition("=")[0]) in INSTEAD:
@@ -114,7 +116,7 @@ def plan(options: Options, overrides: list[str]) -> list[sweep.Job]:
 
 
 def test_run(run_dir: Path, options: Options) -> list[Point]:
-    """Every length and capacity of one trained run."""
+    """Test one trained run at every length and capacity."""
     run = load_run(run_dir, ["trainer.precision=fp32"])
     cfg, task = run.cfg, build_task(run.cfg)
     model = run.model
@@ -134,7 +136,7 @@ def test_run(run_dir: Path, options: Options) -> list[Point]:
 
 @torch.inference_mode()
 def test(model: Transformer, device: torch.device, task: Task, length: int, at_least: int) -> tuple[int, int]:
-    """(answers right, answers) on whole test sequences that hold `at_least` answers together."""
+    """(correct answers, answers) on as many whole test sequences as hold `at_least` answers in total."""
     rows = math.ceil(at_least / task.describe(length)["answers"])
     right = answers = 0
     for batch in test_batches(task, length, seed=TEST_SEED, rows=rows, batch=max(1, TOKENS_AT_ONCE // length)):
@@ -172,7 +174,7 @@ def label(model: str, capacity: int | None) -> str:
 
 
 def report(points: list[Point]) -> str:
-    """Accuracy in per cent: a line for each model, capacity and seed, a column for each length."""
+    """A table of accuracy in per cent: one line per model, capacity and seed, one column per length."""
     lengths = sorted({point.length for point in points})
     lines = [f"{'accuracy, %':<26}{'seed':>5}" + "".join(f"{length:>8}" for length in lengths)]
     for (model, capacity), seeds in curves(points).items():
@@ -183,7 +185,7 @@ def report(points: list[Point]) -> str:
 
 
 def draw(points: list[Point]) -> Any:
-    """Accuracy by length: a colour for each model, a line style for each capacity, a curve for each seed."""
+    """Accuracy by length: one colour per model, one line style per capacity, one curve per seed."""
     fig, (ax,) = style.figure()
     models = list(dict.fromkeys(point.model for point in points))
     capacities: dict[str, list[int | None]] = {name: [] for name in models}
@@ -197,15 +199,15 @@ def draw(points: list[Point]) -> Any:
     for length in {point.train_length for point in points}:
         ax.axvline(length, color="#999999", linewidth=0.8, linestyle=":")
     ax.set_ylim(-2, 102)
-    ax.set_ylabel("answers right, %")
-    ax.set_title("In-context recall, trained at the dotted length")
+    ax.set_ylabel("correct answers, %")
+    ax.set_title("In-context recall; dotted line: training length")
     style.token_axis(ax, "tokens in the sequence")
     style.legend(ax)
     return fig
 
 
 def facts(jobs: list[sweep.Job], seconds: float) -> str:
-    """recall.json: how the figure was made, and what each run's training came to."""
+    """The contents of recall.json: how the figure was made, and the outcome of each run's training."""
     runs = {}
     for job in jobs:
         rows = read_rows(job.run_dir / "metrics.jsonl")
