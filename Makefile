@@ -1,4 +1,4 @@
-# Two commands: `make train` and `make test`. Both set up .venv first (see launch/install.py).
+# The two main commands are `make train` and `make test`. Every target sets up .venv first (see launch/install.py).
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
@@ -17,20 +17,20 @@ lock:  ## resolve every version again after a change in pyproject.toml; ARGS=--u
 train: setup  ## train a small sliding-window + OVQ model on the embedded corpus; ARGS="seed=1 ..." overrides settings
 	$(BIN)/python train.py experiment=cpu_demo $(ARGS)
 
-test: setup  ## the whole test suite; ARGS="tests/test_model.py -k causal" picks
+test: setup  ## run the whole test suite; ARGS="tests/test_model.py -k causal" selects tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: setup  ## style and types
+check: setup  ## check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ovq data eval launch train.py
 
-bench: setup  ## the operators on this machine, beside torch's own attention
+bench: setup  ## benchmark the operators on this machine against PyTorch's own attention
 	$(BIN)/python -m eval.bench.ops $(ARGS)
 
-bench-gpu: setup  ## every figure that needs a GPU, at most nine minutes
+bench-gpu: setup  ## make every figure that needs a GPU, in at most nine minutes
 	$(BIN)/python -m eval.bench.gpu $(ARGS)
 
-recall: setup  ## the in-context recall figure at CPU scale
+recall: setup  ## make the in-context recall figure at CPU scale
 	$(BIN)/python -m eval.figures.recall $(ARGS)
 
-clean:  ## what was installed; runs/ is left alone
+clean:  ## remove the environment and tool caches; runs/ is kept
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
