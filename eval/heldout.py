@@ -47,8 +47,8 @@ class HeldOut:
 
     `limit=None` takes every document; `context=None` takes documents of any length, whole.
 
-    Totals over all rounds so far, the same on every rank: `given` documents returned of `seen` examined, the `num_bytes`
-    and `num_words` of those returned, and `longest`, the number of ids in the longest document examined.
+    Totals over all rounds so far, the same on every rank: `given` documents returned of `seen` examined, the
+    `num_bytes` and `num_words` of those returned, and `longest`, the number of ids in the longest document examined.
     """
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, context: int | None, limit: int | None) -> None:

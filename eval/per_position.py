@@ -55,8 +55,8 @@ Document = tuple[int, dict[str, np.ndarray], float]  # its index, its mean losse
 
 @dataclass
 class Measurement:
-    """`by_bucket`: kind of bucket -> mean nats per token, float64 [documents, buckets]. The other fields are totals over
-    all measured tokens."""
+    """`by_bucket`: kind of bucket -> mean nats per token, float64 [documents, buckets]; the other fields are totals
+    over all measured tokens."""
 
     by_bucket: dict[str, np.ndarray]
     documents: int
@@ -68,8 +68,8 @@ class Measurement:
     def summary(self) -> dict[str, float]:
         """loss (nats per token), bits_per_byte, perplexity, word_perplexity, and the number of documents.
 
-        word_perplexity = exp(nats / words) over the measured beginnings of documents; words are split at whitespace, and
-        a truncated one counts as a whole word. PG19's published numbers cover the whole books of a whole split: see
+        word_perplexity = exp(nats / words) over the measured beginnings of documents; words are split at whitespace,
+        and a truncated one counts as a whole word. PG19's published numbers cover the whole books of a whole split: see
         `eval.perplexity`.
         """
         results = {"loss": self.nats / self.tokens, "perplexity": exp(self.nats / self.tokens)}
@@ -153,7 +153,10 @@ def measure(
 
 
 def check_capacity(model: Transformer, cfg: Config) -> None:
-    """Raise ConfigError if eval.num_centroids is set and no layer has a dictionary, or one cannot take that capacity."""
+    """Raise ConfigError if eval.num_centroids is set but no layer has a dictionary, or one cannot have that capacity.
+
+    The layers' capacities are left unchanged.
+    """
     try:
         with other_capacity(model.mixers(), cfg.eval.num_centroids):
             pass

@@ -78,7 +78,7 @@ def _middle(row: loss_table.Row, scale: str) -> float:
 
 
 def _title(curves: list[Curve]) -> str:
-    """'4 validation documents', with a range where curves differ, after the label of a lone curve (it has no legend)."""
+    """'4 validation documents', or a range where curves differ; a lone curve's label comes first (it has no legend)."""
     counts = [row["tokens"] // (row["position_end"] - row["position_start"]) for c in curves for row in c.rows]
     number = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
     splits = sorted({row["split"] for curve in curves for row in curve.rows})

@@ -1,16 +1,16 @@
-"""The command line of every tool: typed options, one-line errors, exit statuses, `--help`; and the `ovq` command.
+"""Command lines: every tool's typed options, one-line errors, exit statuses and `--help`; and the `ovq` command.
 
     @dataclass
     class Options:
-        runs: list[str] = setting(REQUIRED, "run folders to draw", ...)
+        runs: list[str] = setting(REQUIRED, "run folders to plot", ...)
         out: str = setting("runs.png", "file to write")
 
     @command(Options)
     def main(options: Options) -> int: ...
 
-`main` then takes a list of arguments (the process's own if none are given) and returns the exit status: 0 done, 1 the
-work failed, 2 a setting is wrong, 130 interrupted. Text options are taken as they are typed, so a path may hold `=`,
-commas and spaces; other values are in Hydra's syntax.
+`main` then takes a list of arguments (by default the process's own) and returns the exit status: 0 for success, 1 if
+the work failed, 2 if a setting is wrong, 130 if interrupted. String options are taken literally, so a path may contain
+`=`, commas and spaces; other values use Hydra's syntax.
 
     ovq train experiment=cpu_demo            python train.py, from any folder
     ovq eval per_position run=runs/x         python -m eval.per_position, from any folder
@@ -39,18 +39,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass
 class NoOptions:
-    """The options of a tool that has none."""
+    """The options class of a tool that has no options."""
 
 
 def command(
     options: type = NoOptions, *, overrides: bool = False, words: bool = False
 ) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
-    """Make a tool's `main(argv=None) -> exit status` of a function of its options.
+    """Decorator that turns a function of a tool's options into `main(argv=None) -> exit status`.
 
     Args:
-        options: dataclass whose fields are `ovq.schema.setting`s; the function's first argument.
-        overrides: pass `key=value` arguments that are no options on, as a list: settings of the config.
-        words: pass arguments without `=` on, as a list, which comes last.
+        options: dataclass whose fields are `ovq.schema.setting`s; an instance is the function's first argument.
+        overrides: also pass a list of the `key=value` arguments that are not options: overrides of the config.
+        words: also pass, last, a list of the arguments without `=`.
     """
 
     def decorate(body: Callable[..., int | None]) -> Callable[..., int]:
@@ -68,7 +68,7 @@ def command(
 
 
 def guarded(body: Callable[[], int | None]) -> int:
-    """Run `body`; what a user can act on is one line on stderr, anything else a traceback. Returns the exit status."""
+    """Run `body` and return the exit status. Errors a user can act on become one line on stderr; others propagate."""
     try:
         return body() or 0
     except KeyboardInterrupt:
@@ -78,17 +78,18 @@ def guarded(body: Callable[[], int | None]) -> int:
         status = status_of(error)
         if status is None:
             raise
-        # A wrong setting is the same on every rank, so rank 0 alone names it; a failure may be one rank's own.
+        # A wrong setting is wrong on every rank, so only rank 0 reports it; any other failure may be a single rank's.
         if status != 2 or os.environ.get("RANK", "0") == "0":
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return status
 
 
 def status_of(error: Exception) -> int | None:
-    """The exit status of an error that a user can act on; None for a fault of the program."""
+    """The exit status of an error that a user can act on; None for a bug."""
     if isinstance(error, Failure):
         return error.status
-    operators = sys.modules.get("ovq.ops.common")  # operators know nothing of commands, nor may this import torch
+    # Operators know nothing of commands, and this module must not import torch: look for theirs only if it is loaded.
+    operators = sys.modules.get("ovq.ops.common")
     if operators is not None and isinstance(error, operators.BackendError):
         return ConfigError.status
     return 1 if isinstance(error, OSError) else None
@@ -121,10 +122,10 @@ def _unknown(key: str, names: list[str]) -> ConfigError:
 
 
 def parse(options: type[T], argv: list[str]) -> T:
-    """The options of `key=value` arguments, checked by type and range.
+    """Parse `key=value` arguments into options, checking types and ranges.
 
     Raises:
-        ConfigError: no such option, a value that cannot be read or is not legal, or a required one that is missing.
+        ConfigError: an unknown option, a value that cannot be parsed or is not legal, or a missing required option.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -165,7 +166,7 @@ def _wrong_type(fields: dict[str, Any], argv: list[str], error: Exception) -> st
 
 
 def _read(item: Any, arg: str, text: str) -> Any:
-    """One value: text as it is typed, a list of paths as `split_paths` has it, anything else in Hydra's syntax."""
+    """Parse one value: a string literally, a list of paths with `split_paths`, anything else in Hydra's syntax."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -182,9 +183,9 @@ def _read(item: Any, arg: str, text: str) -> Any:
 
 
 def split_paths(text: str) -> list[str]:
-    """The paths of 'a' or '[a,b]'.
+    """The paths in 'a' or '[a,b]'.
 
-    Names of run folders hold commas of their own (runs/pg19_150m,model=sw), so the longest one that exists is taken.
+    Run folder names contain commas themselves (runs/pg19_150m,model=sw), so each path is the longest that exists.
     """
     pieces = [piece.strip().strip("'\"") for piece in text.strip().removeprefix("[").removesuffix("]").split(",")]
     found = []
@@ -203,14 +204,14 @@ def help_text(doc: str, options: type, overrides: bool) -> str:
     if overrides:
         lines += [
             "",
-            "Settings of the config go by their full names, for instance trainer.context=4096 (see train.py).",
+            "Any setting of the config can be overridden by its full name, as in trainer.context=4096 (see train.py).",
         ]
     return "\n".join(lines)
 
 
 # --- the `ovq` command -----------------------------------------------------------------------------------------------
 
-# What `ovq a b ...` runs: `main(argv)` of a module.
+# The module whose `main(argv)` each `ovq` command runs.
 COMMANDS = {
     "train": "train",
     "data prepare": "data.prepare",
@@ -232,21 +233,21 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The `ovq` command: the first words choose the tool, the rest are its arguments. Returns its exit status."""
+    """The `ovq` command: the first words select the tool, the rest are its arguments. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    # This project's `data` and `eval`, whatever folders of that name stand where the command was given.
+    # Import this project's `data` and `eval`, even if the current folder contains folders with those names.
     sys.path.insert(0, str(ROOT))
     for count in (1, 2):
         if module := COMMANDS.get(" ".join(argv[:count])):
             return importlib.import_module(module).main(argv[count:])
-    asked = " ".join(argv[:2])
+    typed = " ".join(argv[:2])
     if argv and argv[0] not in HELP:
-        close = difflib.get_close_matches(asked, COMMANDS, n=1)
+        close = difflib.get_close_matches(typed, COMMANDS, n=1)
         hint = f"did you mean 'ovq {close[0]}'? " if close else ""
-        print(f"error: there is no command 'ovq {asked}'; {hint}see: ovq --help", file=sys.stderr)
+        print(f"error: there is no command 'ovq {typed}'; {hint}see: ovq --help", file=sys.stderr)
         return 2
     width = max(map(len, COMMANDS))
-    print("ovq: long-context pretraining from the command line\n")
+    print("ovq: pretrain language models at long context\n")
     print("\n".join(f"  ovq {name:<{width}}  {_summary(module)}" for name, module in COMMANDS.items()))
     print("\n`ovq COMMAND --help` lists a command's options.")
     return 0

@@ -1,4 +1,4 @@
-"""From a command line to a config: Hydra's composition of configs/*.yaml, with messages that name the legal values.
+"""Turn a command line into a config: Hydra composes configs/*.yaml, and error messages name the legal values.
 
 A wrong name or type fails here, before torch is imported.
 """
@@ -25,15 +25,15 @@ from ovq.schema import describe
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
-# Overrides that never name a run folder: they say where and how it runs, not what it is.
+# Overrides left out of a run folder's name: they say where and how the run executes, not what it computes.
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
 
 
 def compose(overrides: list[str]) -> Config:
-    """The config of a command line in Hydra's syntax, checked against the schema.
+    """The config that a list of overrides in Hydra's syntax describes, checked against the schema.
 
     Raises:
-        ConfigError: an unknown group, option, key or value, in one line with the legal ones.
+        ConfigError: an unknown group, option, key or value; the one-line message lists the legal ones.
     """
     _check_overrides(overrides)
     _register_schema()
@@ -45,7 +45,7 @@ def compose(overrides: list[str]) -> Config:
         raise ConfigError(_message(error, overrides)) from None
     cfg: Config = composed  # a DictConfig that behaves as a Config
     check(cfg)
-    # An experiment may set up mixers that another model does not use: the config of a run names only those it builds.
+    # An experiment may configure mixers that the chosen model does not use; a run's config keeps only those it builds.
     with open_dict(composed):
         cfg.model.mixers = {name: cfg.model.mixers[name] for name in dict.fromkeys(cfg.model.pattern)}
     return cfg
@@ -58,19 +58,20 @@ def _register_schema() -> None:
 
 
 def groups() -> list[str]:
-    """The config groups: folders of configs/ that hold options."""
+    """The config groups: the folders in configs/ that hold options."""
     return sorted({str(p.parent.relative_to(CONFIG_DIR)) for p in CONFIG_DIR.rglob("*/*.yaml")})
 
 
 def options(group: str) -> list[str]:
-    """The choices of one config group."""
+    """The options of one config group."""
     return sorted(p.stem for p in (CONFIG_DIR / group).glob("*.yaml"))
 
 
 def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
-    """The run folder of a command line: `run_dir`, or runs_root/<experiment>[,key=value...].
+    """The run folder of a command line: `run_dir` if set, else runs_root/<experiment>[,key=value...].
 
-    A pure function of the command line: no clock and no counter, so every rank and a requeued job find the same one.
+    A pure function of the command line, with no clock and no counter, so every rank and a requeued job find the same
+    folder.
     """
     if cfg.run_dir:
         return Path(cfg.run_dir)
@@ -91,7 +92,7 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
 
 
 def _check_overrides(overrides: list[str]) -> None:
-    """Refuse unknown groups, options and keys with the legal ones, which Hydra's own messages leave out."""
+    """Reject unknown groups, options and keys and list the legal ones, which Hydra's own messages omit."""
     for override in overrides:
         try:
             parsed = OverridesParser.create().parse_override(override)
@@ -122,7 +123,7 @@ def _check_key(key: str) -> None:
                 raise ConfigError(f"there is no setting '{key}'; '{'.'.join(parts[: depth + 1])}' is a single value")
             if parts[:2] == ["model", "mixers"] and len(parts) > 3 and parts[2] in options("model/mixer"):
                 _check_mixer_key(parts[2], parts[3])
-            return  # other dictionaries' keys are checked by what reads them
+            return  # the keys of other dictionaries are checked by the code that reads them
 
 
 def _check_mixer_key(mixer: str, name: str) -> None:
@@ -136,7 +137,7 @@ def _check_mixer_key(mixer: str, name: str) -> None:
 
 
 def _message(error: Exception, overrides: list[str]) -> str:
-    """Hydra's or OmegaConf's message cut to one line, with the override it is about in front."""
+    """Hydra's or OmegaConf's message reduced to one line, prefixed with the override it concerns."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
     about = [o for o in overrides if key and o.lstrip("+~").startswith(f"{key}=")] or [
@@ -147,15 +148,15 @@ def _message(error: Exception, overrides: list[str]) -> str:
 
 
 def help_text() -> str:
-    """What `python train.py --help` prints: groups with their options, then every setting with its default."""
+    """The text of `python train.py --help`: groups with their options, then every setting with its default."""
     lines = [
         "Pretrain a language model at long context.",
         "",
         "  python train.py [experiment=NAME] [group=OPTION ...] [key=value ...]",
-        "  torchrun --nproc_per_node 8 train.py experiment=pg19_150m      one process per GPU, sharded with FSDP",
-        "  python train.py experiment=pg19_150m dry_run=true             parameters, state, FLOPs, memory; no training",
+        "  torchrun --nproc_per_node 8 train.py experiment=pg19_150m    one process per GPU, sharded with FSDP",
+        "  python train.py experiment=pg19_150m dry_run=true            only report parameters, state, FLOPs, memory",
         "",
-        "The same command finds its run folder again and continues it (resume=auto).",
+        "Repeating a command resumes its run (resume=auto).",
         "",
         "Groups (group=OPTION):",
     ]
@@ -164,7 +165,7 @@ def help_text() -> str:
     lines += describe(Config)
     lines += [
         "",
-        "Mixers' own settings are those of configs/model/mixer/<name>.yaml, for instance "
+        "Each mixer's own settings are listed in configs/model/mixer/<name>.yaml; set them as in "
         "model.mixers.ovq.num_centroids=4096.",
     ]
     return "\n".join(lines)

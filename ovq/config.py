@@ -1,7 +1,7 @@
-"""The configuration schema: every setting of a run, its type, default, range and meaning, in one place.
+"""The configuration schema: every setting of a run with its type, default, range and meaning, in one place.
 
-`configs/*.yaml` choose values (`ovq.compose` reads them), this file says what exists. Nothing here knows about devices
-or ranks: the same command gives the same config, and the same run folder, on every machine and at every restart.
+This file defines which settings exist; `configs/*.yaml`, read by `ovq.compose`, choose their values. Nothing here knows
+about devices or ranks: a command gives the same config, and the same run folder, on every machine and at every restart.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ovq.schema import REQUIRED, one_of, problems, setting
 @dataclass
 class ModelConfig:
     name: str = setting(REQUIRED, "name of the architecture, an option of configs/model")
-    pattern: list[str] = setting(REQUIRED, "mixer of each layer, repeated until num_layers are filled")
+    pattern: list[str] = setting(REQUIRED, "mixer of each layer, repeated to fill num_layers")
     mixers: dict[str, dict[str, Any]] = setting({}, "name -> {_target_: class path, **its settings}")
     size: str = setting(REQUIRED, "name of the size, an option of configs/model/size; choose it with model/size=")
-    num_layers: int = setting(REQUIRED, "blocks", at_least=1)
+    num_layers: int = setting(REQUIRED, "number of blocks", at_least=1)
     dim: int = setting(REQUIRED, "width of the residual stream", at_least=1)
-    num_heads: int = setting(REQUIRED, "query heads of a mixer", at_least=1)
-    num_kv_heads: int = setting(REQUIRED, "key/value heads; divides num_heads", at_least=1)
+    num_heads: int = setting(REQUIRED, "query heads per mixer", at_least=1)
+    num_kv_heads: int = setting(REQUIRED, "key/value heads per mixer; must divide num_heads", at_least=1)
     head_dim: int = setting(REQUIRED, "width of a head", at_least=1)
     ffn_dim: int = setting(REQUIRED, "hidden width of the MLP", at_least=1)
-    tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
+    tie_embeddings: bool = setting(False, "share one matrix between the embedding and the head")
     norm_eps: float = setting(1e-5, "epsilon of RMSNorm", above=0)
     init_std: float = setting(0.02, "standard deviation of initial weights", above=0)
 
@@ -41,32 +41,32 @@ class ModelConfig:
 class DataConfig:
     name: str = setting(REQUIRED, "name of the data set, an option of configs/data")
     kind: str = setting(REQUIRED, "how it is read", choices=("builtin", "parquet", "jsonl", "text", "memmap", "task"))
-    train: list[str] = setting([], "paths, globs, hf://datasets/... or s3://... patterns of the training files")
-    validation: list[str] = setting([], "the same of the validation split")
-    test: list[str] = setting([], "the same of the test split")
+    train: list[str] = setting([], "training files: paths, globs, or hf://datasets/... or s3://... patterns")
+    validation: list[str] = setting([], "validation files, likewise")
+    test: list[str] = setting([], "test files, likewise")
     text_field: str = setting("text", "column or JSON field that holds the text")
     title_field: str | None = setting(None, "column or JSON field that holds a title")
-    revision: str | None = setting(None, "hub commit or branch to read; null: the newest commit, then kept")
+    revision: str | None = setting(None, "Hub commit or branch to read; null: the newest commit, resolved once")
     packing: str = one_of(
-        "packed", "document", help="documents follow each other in a row, or each row is the head of one"
+        "packed", "document", help="pack documents one after another, or give each row the beginning of one document"
     )
-    isolate_documents: bool = setting(False, "nothing flows from one packed document to the next")
-    shuffle: bool = setting(True, "a new permutation of the documents each epoch")
-    num_workers: int = setting(0, "processes a rank that read and tokenise", at_least=0)
-    prefetch: int = setting(4, "micro-batches prepared ahead", at_least=1)
+    isolate_documents: bool = setting(False, "let no information flow from one packed document to the next")
+    shuffle: bool = setting(True, "use a new permutation of the documents each epoch")
+    num_workers: int = setting(0, "processes per rank that read and tokenise", at_least=0)
+    prefetch: int = setting(4, "micro-batches prepared in advance", at_least=1)
     on_bad_shard: str = one_of(
-        "error", "skip", help="a missing or corrupt shard stops the run, or is left out and counted"
+        "error", "skip", help="whether a missing or corrupt shard stops the run, or is skipped and counted"
     )
-    words: dict[str, int] = setting({}, "words of a split as published, for word-level perplexity; counted if absent")
+    words: dict[str, int] = setting({}, "published word count of each split, for word perplexity; counted if absent")
     task: dict[str, Any] = setting({}, "a generated task, {_target_: class path, **its settings}")
 
 
 @dataclass
 class TokenizerConfig:
     name: str = setting(REQUIRED, "name of the tokenizer, an option of configs/tokenizer")
-    kind: str = setting(REQUIRED, "how text becomes ids", choices=("byte", "sentencepiece"))
-    model_path: str | None = setting(None, "file of a trained model")
-    vocab_size: int | None = setting(None, "pieces the model has; a dry run then needs no model file", at_least=1)
+    kind: str = setting(REQUIRED, "how text is split into ids", choices=("byte", "sentencepiece"))
+    model_path: str | None = setting(None, "file of a trained tokenizer model")
+    vocab_size: int | None = setting(None, "pieces in the model; if set, a dry run needs no model file", at_least=1)
 
 
 @dataclass
@@ -75,53 +75,53 @@ class OptimConfig:
     lr: float = setting(1e-3, "peak learning rate", at_least=0)
     betas: list[float] = setting([0.9, 0.95], "decay rates of AdamW's two moments", at_least=0, at_most=1)
     eps: float = setting(1e-8, "AdamW's epsilon", at_least=0)
-    weight_decay: float = setting(0.1, "decoupled weight decay of matrices", at_least=0)
-    fused: bool = setting(True, "the fused AdamW kernel")
+    weight_decay: float = setting(0.1, "decoupled weight decay, applied to matrices", at_least=0)
+    fused: bool = setting(True, "use the fused AdamW kernel")
     schedule: str = one_of(
         "cosine", "wsd", "linear", "constant", help="learning rate after warm-up; wsd: constant, then linear decay"
     )
     warmup_steps: int = setting(100, "steps of linear warm-up", at_least=0)
-    min_lr_ratio: float = setting(0.1, "final learning rate as a share of the peak", at_least=0, at_most=1)
-    decay_share: float = setting(0.2, "share of the steps in which wsd decays", at_least=0, at_most=1)
+    min_lr_ratio: float = setting(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
+    decay_share: float = setting(0.2, "fraction of the steps over which wsd decays", at_least=0, at_most=1)
 
 
 @dataclass
 class TrainerConfig:
     steps: int = setting(1000, "optimizer steps", at_least=1)
-    context: int = setting(2048, "tokens a sequence", at_least=1)
-    global_batch: int = setting(8, "sequences a step, over all ranks and accumulation steps", at_least=1)
-    micro_batch: int = setting(8, "sequences a forward pass on one device", at_least=1)
-    device: str = one_of("auto", "cpu", "cuda", help="where to train")
-    precision: str = one_of("auto", "fp32", "bf16", help="of compute; parameters and optimizer stay float32")
-    shard: str = one_of("full", "hybrid", "none", help="FSDP, HSDP, or whole copies of the model")
+    context: int = setting(2048, "tokens per sequence", at_least=1)
+    global_batch: int = setting(8, "sequences per step, over all ranks and accumulation steps", at_least=1)
+    micro_batch: int = setting(8, "sequences per forward pass on one device", at_least=1)
+    device: str = one_of("auto", "cpu", "cuda", help="device to train on")
+    precision: str = one_of("auto", "fp32", "bf16", help="dtype of compute; parameters and optimizer stay float32")
+    shard: str = one_of("full", "hybrid", "none", help="FSDP, HSDP, or a full copy of the model on each device")
     replicas: int = setting(1, "groups of processes that each hold a copy of the model (shard=hybrid)", at_least=1)
-    activation_checkpointing: str = one_of("none", "selective", "full", help="what is recomputed in the backward pass")
-    compile: bool = setting(False, "torch.compile each block")
-    grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", at_least=0)
+    activation_checkpointing: str = one_of("none", "selective", "full", help="what to recompute in the backward pass")
+    compile: bool = setting(False, "apply torch.compile to each block")
+    grad_clip: float = setting(1.0, "maximum global gradient norm; 0: no clipping", at_least=0)
     z_loss: float = setting(0.0, "weight of the squared log-partition function", at_least=0)
-    loss_chunk_tokens: int = setting(2048, "tokens whose logits are held at once", at_least=1)
-    nonfinite: str = one_of("stop", "skip", help="a loss or gradient that is not finite stops the run, or the step")
-    max_skipped_steps: int = setting(10, "skipped steps in a row after which the run stops all the same", at_least=0)
-    log_every: int = setting(1, "steps between waits for the device to log", at_least=1)
+    loss_chunk_tokens: int = setting(2048, "tokens whose logits are in memory at once", at_least=1)
+    nonfinite: str = one_of("stop", "skip", help="on a non-finite loss or gradient, stop the run or skip the step")
+    max_skipped_steps: int = setting(10, "consecutive skipped steps tolerated before the run stops anyway", at_least=0)
+    log_every: int = setting(1, "steps between waits for the device; every step is logged all the same", at_least=1)
     health_every: int = setting(50, "steps between reports of the mixers' health; 0: none", at_least=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", at_least=0)
     checkpoint_every: int = setting(500, "steps between checkpoints", at_least=1)
-    keep_last: int = setting(2, "complete checkpoints kept", at_least=1)
-    async_checkpoint: bool = setting(True, "write checkpoints in a thread while training goes on")
-    timeout_s: int = setting(600, "seconds a collective may wait, after the first step", at_least=1)
+    keep_last: int = setting(2, "number of complete checkpoints to keep", at_least=1)
+    async_checkpoint: bool = setting(True, "write checkpoints in a background thread while training continues")
+    timeout_s: int = setting(600, "timeout of a collective after the first step, in seconds", at_least=1)
     peak_tflops: float | None = setting(
         None, "peak TFLOP/s of one device, for MFU; null: from a table of known GPUs, else measured", above=0
     )
-    progress: bool = setting(True, "a progress bar, or lines where stderr is no terminal")
-    deterministic: bool = setting(False, "deterministic algorithms only")
+    progress: bool = setting(True, "show a progress bar, or print lines if stderr is not a terminal")
+    deterministic: bool = setting(False, "use only deterministic algorithms")
 
 
 @dataclass
 class LoggerConfig:
-    name: str = one_of("none", "wandb", help="where metrics go besides metrics.jsonl")
+    name: str = one_of("none", "wandb", help="where to send metrics in addition to metrics.jsonl")
     project: str = setting("ovq", "wandb project")
     entity: str | None = setting(None, "wandb entity")
-    mode: str = one_of("offline", "online", help="of wandb")
+    mode: str = one_of("offline", "online", help="wandb mode")
     tags: list[str] = setting([], "wandb tags")
 
 
@@ -129,9 +129,9 @@ class LoggerConfig:
 class EvalConfig:
     split: str = one_of("validation", "test", help="held-out split to evaluate on")
     context: int = setting(8192, "positions measured in each document", at_least=1)
-    documents: int = setting(8, "held-out documents, at most", at_least=1)
-    piece: int = setting(2048, "tokens a forward pass; state is carried from piece to piece", at_least=1)
-    batch: int = setting(1, "documents side by side on a rank", at_least=1)
+    documents: int = setting(8, "maximum number of held-out documents", at_least=1)
+    piece: int = setting(2048, "tokens per forward pass; state is carried from piece to piece", at_least=1)
+    batch: int = setting(1, "documents per batch on each rank", at_least=1)
     num_centroids: int | None = setting(None, "dictionary capacity at evaluation; null: as trained", at_least=1)
     at_end: bool = setting(True, "evaluate after the last step")
 
@@ -145,15 +145,15 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    name: str = setting("default", "name of the experiment, first part of the run folder's name")
-    seed: int = setting(0, "of initialisation and data order")
-    runs_root: str = setting("runs", "folder of run folders")
-    run_dir: str | None = setting(None, "the run folder; null: named after the command line")
-    resume: str = setting("auto", "auto: the run folder's newest checkpoint; never; or a checkpoint folder")
-    dry_run: bool = setting(False, "print parameters, state, FLOPs, memory and data; train nothing")
+    name: str = setting("default", "name of the experiment, and the first part of the run folder's name")
+    seed: int = setting(0, "seed of the initialisation and the data order")
+    runs_root: str = setting("runs", "folder that holds the run folders")
+    run_dir: str | None = setting(None, "run folder; null: named after the command line")
+    resume: str = setting("auto", "auto: from the run folder's newest checkpoint; never; or a checkpoint folder")
+    dry_run: bool = setting(False, "print parameters, state, FLOPs, memory and data without training")
 
 
-# Settings a resumed run may change: they alter how the run is computed or watched, not what it computes.
+# Settings a resumed run may change: they alter how the run is computed or monitored, not what it computes.
 FREE_AT_RESUME = (
     "trainer.steps",
     "trainer.micro_batch",
@@ -189,7 +189,7 @@ FREE_AT_RESUME = (
 
 
 def check(cfg: Config) -> None:
-    """Raise ConfigError unless every value is legal and the settings can hold together."""
+    """Raise ConfigError unless every value is legal and the settings are compatible with each other."""
     for problem in problems(Config, cfg):
         raise ConfigError(problem)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
@@ -228,7 +228,11 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`, checked against the schema."""
+    """The inverse of `to_dict`, checked against the schema.
+
+    Raises:
+        ConfigError: a setting is unknown, or has the wrong type or an illegal value.
+    """
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), values)
     except OmegaConfBaseException as error:
@@ -238,17 +242,17 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def save(cfg: Config, run_dir: Path | str) -> Path:
-    """Write run_dir/config.yaml, whole or not at all. Called by rank 0 only."""
+    """Write run_dir/config.yaml atomically. Called by rank 0 only."""
     path = Path(run_dir) / "config.yaml"
     write_whole(path, OmegaConf.to_yaml(cfg, resolve=True))
     return path
 
 
 def load(run_dir: Path | str) -> Config:
-    """The config a run folder was made with.
+    """The config a run folder was created with.
 
     Raises:
-        ConfigError: no run folder, or a config.yaml that cannot be read.
+        ConfigError: not a run folder, or its config.yaml cannot be read.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
@@ -262,8 +266,8 @@ def load(run_dir: Path | str) -> Config:
 
 # --- what was renamed ------------------------------------------------------------------------------------------------
 
-# Classes that have moved, and settings that have another name: stored configs are read with both. New commands are
-# refused with the new name (`ovq.compose`).
+# Classes that have moved and settings that have been renamed. Stored configs may use old names or new ones; on the
+# command line an old name is an error that gives the new one (`ovq.compose`).
 MOVED = {
     f"ovq.mixers.memory_rules.{cls}": f"ovq.mixers.{module}.{cls}"
     for module, cls in (
@@ -280,7 +284,7 @@ RECALL = "data.tasks.recall.RecallTask"
 
 
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-    """A stored config under today's names, so that a run made before a renaming goes on after it."""
+    """A stored config under today's names, so that a run started before a renaming can be resumed after it."""
     for settings in values.get("model", {}).get("mixers", {}).values():
         settings["_target_"] = MOVED.get(settings["_target_"], settings["_target_"])
         for old, new in RENAMED.get(settings["_target_"], {}).items():
@@ -310,18 +314,18 @@ def flatten(cfg: Config) -> dict[str, Any]:
 
 
 def changed_identity(old: Config, new: Config) -> list[str]:
-    """Settings in which two configs differ and a resumed run may not, as 'key: old -> new'."""
+    """Settings that differ between two configs but that a resumed run may not change, as 'key: old -> new'."""
     before, after = flatten(old), flatten(new)
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not within(key, FREE_AT_RESUME)]
 
 
 def within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
-    """Whether a dotted key is one of `prefixes` or lies below one."""
+    """Whether a dotted key is one of `prefixes` or is nested under one."""
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 
 def digest(cfg: Config) -> str:
-    """Short hash of the settings that decide what a run computes."""
+    """A short hash of the settings that determine what a run computes."""
     kept = {key: value for key, value in flatten(cfg).items() if not within(key, FREE_AT_RESUME)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]

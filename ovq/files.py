@@ -1,11 +1,11 @@
-"""Files that are there whole or not at all: what a run, a table or a plot leaves is never half of it.
+"""Atomic file writes: no run, table or plot is ever left half written.
 
     write_whole(path, json.dumps(summary) + "\n")
 
     with replacing(path) as scratch:  # for libraries that write files themselves
         fig.savefig(scratch)
 
-Here is only the standard library, so that every command can use it, on a bare GPU machine too.
+Only the standard library is imported, so that every command can use this module, even on a bare GPU machine.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A path beside `path` to write to; at the end of the `with` block that file takes `path`'s place.
+    """Yield a scratch path beside `path`; at the end of the `with` block the file written there replaces `path`.
 
-    Readers find the old file or the new one, never a part, and so does the next boot: the content is on the disk
-    (fsync) before the name changes. If anything fails, the old file stays as it was, what was written beside it is
-    removed, and the error goes on: an OSError where the disk is full. A killed process may leave the file beside it,
-    NAME.*.tmp, which nothing reads. Of several writers at once, whatever their process or machine, one wins whole.
-    Folders are made.
+    Readers find the old file or the new one, never a partial one, and so does the machine after a crash and a reboot:
+    the content is on disk (fsync) before the rename. If anything fails, the old file is left unchanged, the scratch
+    file is removed and the error propagates (an OSError if the disk is full). A killed process may leave its scratch
+    file, NAME.*.tmp, which nothing reads. If several processes write at once, on one machine or several, exactly one of
+    their files survives, complete. Parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,19 +35,20 @@ def replacing(path: Path | str) -> Iterator[Path]:
         sync(scratch)
         os.replace(scratch, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # not there yet, or a disk that refuses everything: the first error counts
+        # The scratch file may not exist yet, or the disk may refuse everything: it is the first error that matters.
+        with contextlib.suppress(OSError):
             scratch.unlink()
         raise
 
 
 def write_whole(path: Path | str, content: str | bytes) -> None:
-    """Write a file that fits in memory by way of `replacing`; text as UTF-8."""
+    """Write a whole file atomically through `replacing`; text is encoded as UTF-8."""
     with replacing(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's content, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and how much memory it took: written beside every figure of a benchmark."""
+"""Describe the machine a measurement ran on and the memory it used; saved with every benchmark result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_1min": round(psutil.getloadavg()[0], 2),  # of other work: a busy machine times badly
+        "load_1min": round(psutil.getloadavg()[0], 2),  # timings from a busy machine are unreliable
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,14 +41,14 @@ def describe_machine() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that runs, as one would type it: `python -m eval.bench.ops key=value`."""
+    """The running command as one would type it: `python -m eval.bench.ops key=value`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec else sys.argv[0]
     return " ".join(["python", program, *sys.argv[1:]])
 
 
 def processor_name() -> str:
-    """The processor's name, and where the system tells only a family, that."""
+    """The processor's name, or its family if the system reports nothing more."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -56,9 +56,9 @@ def processor_name() -> str:
 
 
 def peak_rss() -> int:
-    """The most memory this process has had resident so far, in bytes; it never falls, so measure in a fresh process.
+    """Peak resident memory of this process so far, in bytes; it never falls, so measure in a fresh process.
 
-    Linux's VmHWM: getrusage's ru_maxrss begins, in a child, with what its parent had.
+    On Linux this is VmHWM, because getrusage's ru_maxrss starts, in a child process, at its parent's value.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
@@ -70,21 +70,21 @@ def peak_rss() -> int:
 
 
 def current_rss() -> int:
-    """What this process has resident now, in bytes."""
+    """Current resident memory of this process, in bytes."""
     import psutil
 
     return psutil.Process().memory_info().rss
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: a GPU's allocations, or this process's resident set on a CPU. GiB."""
+    """Peak memory so far in GiB: allocations on a GPU, or this process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return peak_rss() / 2**30
 
 
 def peak_flops(device: torch.device, precision: str, override_tflops: float | None = None) -> tuple[float, str]:
-    """(FLOP/s of one device, where the number is from): the setting, a data sheet, or a measured matrix product."""
+    """(FLOP/s of one device, source of the figure): the setting, a data sheet, or a measured matrix product."""
     if override_tflops:
         return override_tflops * 1e12, "trainer.peak_tflops"
     if device.type == "cuda" and precision == "bf16":
@@ -97,7 +97,7 @@ def peak_flops(device: torch.device, precision: str, override_tflops: float | No
 
 @functools.cache
 def measured_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of the best of some square matrix products: a fifth of a second, once a process."""
+    """FLOP/s of the fastest of several square matrix products; takes a fifth of a second, once per process."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator().manual_seed(0)

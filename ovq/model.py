@@ -1,8 +1,8 @@
 """The decoder-only language model: embedding, pre-norm blocks of a sequence mixer and a SwiGLU MLP, norm, head.
 
-What is notable:
-- the mixer of each layer comes from a pattern of names in the config, so a hybrid is one override;
-- the loss is computed inside `forward`, from chunks of logits that are never held whole (64k tokens x 32k pieces fit);
+Notable features:
+- a pattern of mixer names in the config sets each layer's mixer, so a hybrid takes one override;
+- the loss is computed inside `forward` from one chunk of logits at a time (64k tokens x 32k pieces fit in memory);
 - the state of all layers can be carried from piece to piece, for evaluation at any length and for decoding;
 - nothing here knows about devices, ranks or parallelism: `ovq.train.parallelize` is applied from outside.
 
@@ -23,14 +23,17 @@ from ovq.instantiate import instantiate
 from ovq.mixers.base import MixerShape, SequenceMixer
 from ovq.ops import chunked_cross_entropy
 
-IGNORE = -100  # target of a position that has no label
+IGNORE = -100  # target at a position that has no label
 
 
 @dataclass
 class ModelOutput:
-    """loss: nats, summed over valid targets (scalar) or per token [B, T]; z_loss and aux_loss: summed likewise,
-    already weighted; logits [B, T, V], or of the last positions, only without targets; state: one entry a layer, only
-    if requested."""
+    """Results of a forward pass; fields that do not apply are None.
+
+    loss: nats, summed over valid targets (scalar) or per token [B, T]. z_loss and aux_loss: already weighted, summed
+    likewise. logits: [B, T, V], or of the last positions only; returned only without targets. state: one entry per
+    layer, only if requested.
+    """
 
     loss: Tensor | None = None
     z_loss: Tensor | None = None
@@ -69,10 +72,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks whose mixers follow `cfg.pattern`, repeated until `cfg.num_layers` are filled.
+    """A stack of `cfg.num_layers` blocks whose mixers follow `cfg.pattern`, repeated as often as needed.
 
     Attributes:
-        loss_chunk_tokens: tokens whose logits are held at once where the loss is computed.
+        loss_chunk_tokens: number of tokens whose logits are in memory at once when the loss is computed.
     """
 
     loss_chunk_tokens: int = 2048
@@ -104,14 +107,15 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BT: int64 [B, T].
-            targets_BT: int64 [B, T], -100 where there is no label. With targets the loss is returned, else the logits.
-            cu_seqlens: int32 bounds of documents in the flattened B x T tokens: nothing passes from one to the next.
-            state: `state` of the output of an earlier call; the new tokens follow that call's last one.
+            targets_BT: int64 [B, T], -100 where there is no label. With targets the loss is returned, otherwise the
+                logits.
+            cu_seqlens: int32, document boundaries in the flattened B x T tokens; no information crosses them.
+            state: `state` from the output of an earlier call; the new tokens follow that call's last token.
             return_state: return the state after the last token.
             reduction: "sum" over valid targets, or "none" for the loss of each token [B, T] (0 where ignored).
             z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311), summed like the loss.
-            logits_to_keep: without targets, logits of this many positions at the end; None: of all. At 64k tokens and
-                16k pieces all of them take 4 GiB in float32, and generation needs one.
+            logits_to_keep: without targets, return the logits of only this many final positions; None: of all. At 64k
+                tokens and 16k pieces the full logits take 4 GiB in float32, and generation needs only the last.
         """
         B, T = tokens_BT.shape
         x = self.embed(tokens_BT)
@@ -142,20 +146,20 @@ class Transformer(nn.Module):
         return tokens * torch.stack(terms).sum() if terms else None
 
     def blocks(self) -> list[Block]:
-        """The layers, first one first."""
+        """The layers, in order."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def mixers(self) -> list[SequenceMixer]:
-        """The sequence mixers, first layer first."""
+        """The sequence mixers, in layer order."""
         return [module for module in self.modules() if isinstance(module, SequenceMixer)]
 
     def collect_health(self, on: bool) -> None:
-        """Ask every mixer to report on the next forward pass, or to stop."""
+        """Turn every mixer's health report on or off, from the next forward pass."""
         for mixer in self.mixers():
             mixer.collect_health = on
 
     def health(self) -> dict[str, float]:
-        """{"health/layer_03/fill": ...} of the last forward pass, for the layers that report."""
+        """{"health/layer_03/fill": ...} from the last forward pass, for the layers that report."""
         return {
             f"health/layer_{index:02d}/{name}": float(value)
             for index, mixer in enumerate(self.mixers())
@@ -164,9 +168,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """GPT-2's initialisation: normal with `init_std`, output projections smaller by sqrt(2 layers); norms at 1.
+        """GPT-2's initialisation: normal with `init_std`, output projections divided by sqrt(2 layers), norms at 1.
 
-        A pure function of the seed and the architecture on the CPU, so every rank and every world size starts alike.
+        Computed on the CPU as a pure function of the seed and the architecture, so every rank and every world size
+        starts from the same weights.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -184,7 +189,7 @@ class Transformer(nn.Module):
 
 
 def build_mixer(cfg: ModelConfig, index: int) -> SequenceMixer:
-    """The mixer of layer `index`: the class named by `_target_` with the other keys as arguments.
+    """The mixer of layer `index`: an instance of the class named by `_target_`, with the other keys as arguments.
 
     Raises:
         ConfigError: the class cannot be used, or an argument is unknown or has an illegal value.
@@ -195,23 +200,24 @@ def build_mixer(cfg: ModelConfig, index: int) -> SequenceMixer:
 
 
 def build_model(cfg: ModelConfig, vocab_size: int) -> Transformer:
-    """The model of a config, on the current default device, not yet initialised (`init_weights`)."""
+    """The model a config describes, on the current default device and not yet initialised (see `init_weights`)."""
     return Transformer(cfg, vocab_size)
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:
-    """(all parameters, those outside the embedding and the head); a tied matrix counts once."""
+    """(total parameters, parameters outside the embedding and the head); a tied matrix counts once."""
     total = sum(p.numel() for p in model.parameters())
     tables = {id(p): p.numel() for m in (model.embed, model.head) for p in m.parameters()}
     return total, total - sum(tables.values())
 
 
 def flops_per_token(model: Transformer, context: int, *, training: bool = True) -> float:
-    """Matmul FLOPs a token, mean over a sequence of `context` tokens.
+    """Matmul FLOPs per token, averaged over a sequence of `context` tokens.
 
-    Forward: 2 per weight of every matrix that multiplies activations (the embedding is a look-up), plus each mixer's
-    own mixing. Training: three times that (backward is two products for each of forward's). Recomputation under
-    activation checkpointing is not counted, as in PaLM's MFU (arXiv 2204.02311, appendix B).
+    Forward: 2 for each weight of every matrix that multiplies activations (the embedding is a look-up), plus each
+    mixer's own mixing. Training: three times that, because the backward pass does two products for each one in the
+    forward pass. Recomputation under activation checkpointing is not counted, as in PaLM's MFU (arXiv 2204.02311,
+    appendix B).
     """
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     forward = 2 * weights + sum(mixer.mixing_flops(context) for mixer in model.mixers())
@@ -219,11 +225,11 @@ def flops_per_token(model: Transformer, context: int, *, training: bool = True) 
 
 
 def state_size(model: Transformer, context: int) -> int:
-    """Numbers the model holds for one sequence after `context` tokens."""
+    """Number of elements of the state the model holds for one sequence after `context` tokens."""
     return sum(mixer.state_size(context) for mixer in model.mixers())
 
 
 def state_bytes(model: Transformer, context: int, itemsize: int = 2) -> int:
-    """Bytes of the same with activations of `itemsize` bytes (2: bf16); sums and recurrences are float32."""
+    """Size of that state in bytes: activations take `itemsize` bytes (2: bf16), sums and recurrences are float32."""
     float32 = sum(mixer.float32_state(context) for mixer in model.mixers())
     return itemsize * state_size(model, context) + (4 - itemsize) * float32

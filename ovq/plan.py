@@ -1,6 +1,6 @@
-"""What a run would cost, before it is paid for: `python train.py dry_run=true` prints this report.
+"""Report what a run would cost without running it: `python train.py dry_run=true` prints this report.
 
-The model is built on the meta device, so a 480M model is described in a second on a laptop.
+The model is built on the meta device, so describing a 480M model takes a second on a laptop.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from ovq.config import Config, digest
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
-MIXING_FACTOR = 14  # activations a block keeps for its backward pass, in multiples of the residual stream
+MIXING_FACTOR = 14  # activations a block keeps for backward besides the MLP's hidden ones, in residual-stream sizes
 
 
 def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, run_dir: Any) -> str:
     """The whole plan as text: model, state by context, compute, memory, data.
 
     Args:
-        vocab_size: pieces of the tokenizer.
-        data: what `data.describe` found of each split (shards, bytes, documents), or its error.
-        world_size: processes the run would use; for a plan torchrun's WORLD_SIZE=8 is enough.
+        vocab_size: number of pieces in the tokenizer.
+        data: what `data.build.describe` found for each split (shards, bytes, documents), or its error.
+        world_size: number of processes the run would use; to plan for 8, setting torchrun's WORLD_SIZE=8 is enough.
     """
     with torch.device("meta"):
         model = build_model(cfg.model, vocab_size)
     total, body = count_parameters(model)
     trainer = cfg.trainer
-    tokens_a_step = trainer.global_batch * trainer.context
+    tokens_per_step = trainer.global_batch * trainer.context
     flops = flops_per_token(model, trainer.context)
     names = [cfg.model.pattern[index % len(cfg.model.pattern)] for index in range(cfg.model.num_layers)]
-    tokens = tokens_a_step * trainer.steps
+    tokens = tokens_per_step * trainer.steps
     rows = [
         ("run folder", str(run_dir)),
         ("settings", digest(cfg)),
         ("model", f"{cfg.model.name}, size {cfg.model.size}, vocabulary {vocab_size:,}"),
         ("layers", f"{len(names)}: {_runs(names)}"),
-        ("parameters", f"{total:,} total, {body:,} without embedding and head"),
-        ("training FLOPs", f"{flops:.4g} a token at context {trainer.context:,}; {flops * tokens:.3g} in all"),
-        ("tokens", f"{tokens_a_step:,} a step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in all"),
+        ("parameters", f"{total:,} in total, {body:,} without embedding and head"),
+        ("training FLOPs", f"{flops:.4g} per token at context {trainer.context:,}; {flops * tokens:.3g} in total"),
+        ("tokens", f"{tokens_per_step:,} per step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in total"),
         ("steps", f"{trainer.steps:,}"),
         ("processes", _processes(cfg, world_size)),
-        ("memory a device", _memory(cfg, total, vocab_size, world_size)),
+        ("device memory", _memory(cfg, total, vocab_size, world_size)),
     ]
     rows += [(f"data {split}", _found(found)) for split, found in data.items()]
     rows += [] if data else [("data", "none: data.train is empty")]
     lines = [f"{name:<16} {value}" for name, value in rows]
     lines += [
         "",
-        f"{'context':>10} {'state numbers':>16} {'bytes':>12}   of one sequence, all layers; activations in bf16",
+        f"{'context':>10} {'state elements':>16} {'bytes':>12}   per sequence, over all layers; activations in bf16",
     ]
     for context in CONTEXTS:
         held = state_bytes(model, context)
@@ -58,21 +58,21 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
 
 
 def _processes(cfg: Config, world_size: int) -> str:
-    """How the batch is dealt, or why it cannot be."""
+    """How the batch is divided among the processes, or why it cannot be."""
     trainer = cfg.trainer
     share, rest = divmod(trainer.global_batch, trainer.micro_batch * world_size)
     if rest or not share:
         return (
-            f"{world_size}: impossible, trainer.global_batch={trainer.global_batch} is no multiple of "
+            f"{world_size}: impossible, trainer.global_batch={trainer.global_batch} is not a multiple of "
             f"trainer.micro_batch={trainer.micro_batch} x {world_size}"
         )
     if trainer.shard == "hybrid" and world_size % trainer.replicas:
-        return f"{world_size}: impossible, trainer.replicas={trainer.replicas} does not divide them"
+        return f"{world_size}: impossible, trainer.replicas={trainer.replicas} does not divide {world_size}"
     return f"{world_size}, micro-batch {trainer.micro_batch}, accumulation {share}"
 
 
 def _found(found: dict[str, Any]) -> str:
-    """'23 shards, 28,602 documents, 10.9 GiB'; what is not known is left out."""
+    """'23 shards, 28,602 documents, 10.9 GiB'; unknown values are left out."""
     parts = []
     for name, value in found.items():
         if name in ("error", "commit"):
@@ -85,7 +85,7 @@ def _found(found: dict[str, Any]) -> str:
 
 
 def _runs(names: list[str]) -> str:
-    """'a b a b' as '(a b) x 2' where the pattern repeats whole."""
+    """'(a, b) x 2' for a, b, a, b where the pattern repeats a whole number of times."""
     for width in range(1, len(names) // 2 + 1):
         if len(names) % width == 0 and names == names[:width] * (len(names) // width):
             return f"({', '.join(names[:width])}) x {len(names) // width}"
@@ -93,7 +93,7 @@ def _runs(names: list[str]) -> str:
 
 
 def _memory(cfg: Config, total: int, vocab_size: int, world_size: int) -> str:
-    """An estimate: float32 parameters, gradients and two AdamW moments, sharded; activations; one chunk of logits."""
+    """Estimated memory: sharded float32 parameters, gradients and two AdamW moments; activations; a chunk of logits."""
     trainer, width = cfg.trainer, 4 if cfg.trainer.precision == "fp32" else 2
     shards = {"full": world_size, "hybrid": max(1, world_size // trainer.replicas), "none": 1}[trainer.shard]
     weights = 16 * total / shards

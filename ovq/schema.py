@@ -1,11 +1,11 @@
-"""Settings as dataclass fields: default, one sentence of help, and legal range beside the type.
+"""Settings as dataclass fields, each with its type, default, legal range and a sentence of help in one place.
 
     @dataclass
     class Options:
         out: str = setting("runs.png", "file to write")
         repeats: int = setting(3, "timed repetitions", at_least=1)
 
-The run's config (`ovq.config`) and the options of every tool (`ovq.cli`) are such classes.
+The run config (`ovq.config`) and the options of every tool (`ovq.cli`) are such dataclasses.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def setting(
     at_most: float | None = None,
     paths: bool = False,
 ) -> Any:
-    """A dataclass field with its help and legal values; a list or dictionary as default is copied for each instance.
+    """A dataclass field with help and legal values; a list or dictionary default is copied for each instance.
 
     Args:
-        default: the default; REQUIRED: there is none.
+        default: the default, or REQUIRED if there is none.
         help: one sentence, with the unit, without a full stop.
         choices: the legal values.
-        at_least, above, at_most: bounds of a number, or of each number of a list. None is always legal for a setting
+        at_least, above, at_most: bounds on a number, or on each number in a list. None is always legal for a setting
             whose type allows it.
-        paths: a list of paths, which on a command line may hold commas.
+        paths: the value is a list of paths, which on a command line may contain commas.
     """
     limits = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most}
     metadata = {"help": help, **{name: limit for name, limit in limits.items() if limit is not None}}
@@ -55,7 +55,7 @@ def one_of(*choices: str, help: str) -> Any:
 
 
 def problems(schema: Any, values: Any, prefix: str = "") -> Iterator[str]:
-    """What is wrong with `values` (attributes by name), one line a setting: 'trainer.steps=0 must be at least 1'."""
+    """What is illegal among the attributes of `values`, one line per setting: 'trainer.steps=0 must be at least 1'."""
     for item in dataclasses.fields(schema):
         value = _value(values, item.name)
         if dataclasses.is_dataclass(item.default_factory):
@@ -72,7 +72,7 @@ def problems(schema: Any, values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def describe(schema: Any, prefix: str = "") -> list[str]:
-    """Two columns for `--help`: 'name=default   what it is (its legal values)'."""
+    """Lines of two columns for `--help`: 'name=default   help (legal values)'."""
     rows = list(_rows(schema, prefix))
     width = min(44, max((len(name) for name, _ in rows), default=0))
     return [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
@@ -108,7 +108,7 @@ def _fault(value: Any, limits: Any) -> str | None:
         return f"is not a legal value; legal: {', '.join(map(str, choices))}"
     bounds = [(name, word, limits[name]) for name, word in _BOUNDS if name in limits]
     for name, _, bound in bounds:
-        # Written so that NaN, which compares false with everything, fails every bound.
+        # Tested this way round so that NaN, which compares false with everything, violates every bound.
         holds = {"at_least": value >= bound, "above": value > bound, "at_most": value <= bound}[name]
         if not holds:
             return f"must be {' and '.join(f'{w} {b:g}' for _, w, b in bounds)}"
@@ -116,7 +116,7 @@ def _fault(value: Any, limits: Any) -> str | None:
 
 
 def _value(values: Any, name: str) -> Any:
-    """A setting's value, REQUIRED where an OmegaConf node has none yet."""
+    """A setting's value, or REQUIRED if an OmegaConf node has none yet."""
     from omegaconf import OmegaConf
 
     return REQUIRED if OmegaConf.is_config(values) and OmegaConf.is_missing(values, name) else getattr(values, name)

@@ -35,10 +35,11 @@ def test_parameters_and_flops_are_those_of_a_count_by_hand() -> None:
     rows = plan("model=std_att", "trainer.context=512", "trainer.global_batch=6", "trainer.micro_batch=2")
     matrices = LAYERS * (4 * D * HEADS * K + 3 * D * FFN)
     norms = (2 * LAYERS + 1) * D
-    assert rows["parameters"].startswith(f"{matrices + norms + 2 * V * D:,} total, {matrices + norms:,} without")
+    assert rows["parameters"].startswith(f"{matrices + norms + 2 * V * D:,} in total, {matrices + norms:,} without")
     flops = 3 * (2 * (matrices + V * D) + LAYERS * 4 * HEADS * K * (512 + 1) / 2)
-    assert rows["training FLOPs"].startswith(f"{flops:.4g} a token at context 512; {flops * 6 * 512 * 1000:.3g} in all")
-    assert rows["tokens"] == f"{6 * 512:,} a step (6 x 512); {6 * 512 * 1000:,} in all"
+    compute = f"{flops:.4g} per token at context 512; {flops * 6 * 512 * 1000:.3g} in total"
+    assert rows["training FLOPs"].startswith(compute)
+    assert rows["tokens"] == f"{6 * 512:,} per step (6 x 512); {6 * 512 * 1000:,} in total"
     assert rows["steps"] == "1,000" and rows["processes"] == "1, micro-batch 2, accumulation 3"
 
 
@@ -81,18 +82,18 @@ def test_bytes_of_state_are_those_a_model_holds() -> None:
 
 
 def test_memory_falls_with_shards_and_recomputation() -> None:
-    one = plan("model=sw", "trainer.global_batch=64")["memory a device"]
-    eight = plan("model=sw", "trainer.global_batch=64", world_size=8)["memory a device"]
+    one = plan("model=sw", "trainer.global_batch=64")["device memory"]
+    eight = plan("model=sw", "trainer.global_batch=64", world_size=8)["device memory"]
     hybrid = plan("model=sw", "trainer.global_batch=64", "trainer.shard=hybrid", "trainer.replicas=4", world_size=8)[
-        "memory a device"
+        "device memory"
     ]
-    copies = plan("model=sw", "trainer.global_batch=64", "trainer.shard=none", world_size=8)["memory a device"]
+    copies = plan("model=sw", "trainer.global_batch=64", "trainer.shard=none", world_size=8)["device memory"]
     weights = [mib(text.split("optimizer")[1]) for text in (one, eight, hybrid, copies)]
     assert weights == pytest.approx([weights[0], weights[0] / 8, weights[0] / 2, weights[0]], rel=1e-3)
     total = LAYERS * (4 * D * HEADS * K + 3 * D * FFN) + (2 * LAYERS + 1) * D + 2 * V * D
     assert weights[0] == pytest.approx(16 * total / MIB, rel=1e-3)  # float32: weights, gradients, two moments
     kept = {
-        how: mib(plan("model=sw", f"trainer.activation_checkpointing={how}")["memory a device"].split("activations")[1])
+        how: mib(plan("model=sw", f"trainer.activation_checkpointing={how}")["device memory"].split("activations")[1])
         for how in ("none", "selective", "full")
     }
     assert kept["none"] > kept["selective"] > kept["full"] > 0
@@ -104,12 +105,12 @@ def test_memory_falls_with_shards_and_recomputation() -> None:
         (
             ["trainer.global_batch=8", "trainer.micro_batch=4"],
             3,
-            "3: impossible, trainer.global_batch=8 is no multiple",
+            "3: impossible, trainer.global_batch=8 is not a multiple",
         ),
         (
             ["trainer.global_batch=8", "trainer.micro_batch=8"],
             2,
-            "2: impossible, trainer.global_batch=8 is no multiple",
+            "2: impossible, trainer.global_batch=8 is not a multiple",
         ),
         (["trainer.shard=hybrid", "trainer.replicas=4"], 1, "1: impossible, trainer.replicas=4 does not divide"),
         (["trainer.shard=hybrid", "trainer.replicas=4"], 8, "8, micro-batch 1, accumulation 1"),
@@ -117,7 +118,7 @@ def test_memory_falls_with_shards_and_recomputation() -> None:
 )
 def test_processes_that_cannot_share_the_batch_are_said(overrides: list[str], world_size: int, says: str) -> None:
     rows = plan("model=sw", "trainer.micro_batch=1", *overrides, world_size=world_size)
-    assert rows["processes"].startswith(says) and mib(rows["memory a device"]) > 0
+    assert rows["processes"].startswith(says) and mib(rows["device memory"]) > 0
 
 
 def test_data_are_shown_split_by_split_also_what_is_missing() -> None:
@@ -144,7 +145,7 @@ def test_a_large_model_is_described_without_being_made() -> None:
 def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["experiment=cpu_demo", "dry_run=true", f"run_dir={tmp_path / 'run'}"]) == 0
     shown = capsys.readouterr().out
-    for name in ("layers", "parameters", "training FLOPs", "tokens", "steps", "memory a device", "data train"):
+    for name in ("layers", "parameters", "training FLOPs", "tokens", "steps", "device memory", "data train"):
         assert re.search(rf"^{name} +\S", shown, re.MULTILINE), name
     assert re.search(r"^ +65,536 +[\d,]+ +[\d.]+ MiB$", shown, re.MULTILINE)
     assert not (tmp_path / "run").exists()
