@@ -1,4 +1,4 @@
-"""What the tests of data/ share: small corpora of every format, and loaders over them."""
+"""Shared by the tests of data/: small corpora in every format, and loaders over them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ovq.compose import compose
 from ovq.config import Config
 from ovq.processes import Axis, World
 
-# Lengths around everything that matters at a context of 16: empty, one byte, just fitting, one more, many contexts.
+# Lengths at every edge that matters at a context of 16: empty, one byte, an exact fit, one more, many contexts.
 LENGTHS = (0, 1, 14, 15, 16, 17, 40, 100, 33, 5, 64, 31, 90)
 
 
 def text_of(length: int, seed: int) -> str:
-    """Random ASCII text without spaces at its ends."""
+    """Random ASCII text."""
     rng = np.random.default_rng([length, seed])
     return bytes(rng.choice(np.frombuffer(b"abcdefgh ijkl\nmnop", np.uint8), length)).decode().replace(" \n", "x\n")
 
@@ -34,7 +34,7 @@ def texts(lengths: tuple[int, ...] = LENGTHS) -> list[str]:
 
 
 def write_jsonl(path: Path, documents: list[Any]) -> Path:
-    """One line a document; what is not a dictionary becomes the field `text` of one, with a title."""
+    """One line per document; a document that is not a dictionary becomes the `text` field of one, with a title."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records = [d if isinstance(d, dict) else {"text": d, "title": f"book {i}"} for i, d in enumerate(documents)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -48,7 +48,7 @@ def write_parquet(path: Path, documents: list[Any], **options: Any) -> Path:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = [d.encode() if isinstance(d, str) else d for d in documents]
-    # A view, not a conversion: bytes that are no UTF-8 go into the string column as they are.
+    # A view, not a conversion: bytes that are not valid UTF-8 go into the string column unchanged.
     column = pa.Array.from_buffers(pa.string(), len(raw), pa.array(raw, pa.binary()).buffers())
     table = pa.table(
         {
@@ -63,7 +63,7 @@ def write_parquet(path: Path, documents: list[Any], **options: Any) -> Path:
 
 
 def config(*overrides: str) -> Config:
-    """A config for small batches. Dotted overrides are merged into one that was composed before: that is quicker."""
+    """A config for small batches. For speed, dotted overrides are merged into a cached composed config."""
     dotted = [override for override in overrides if "." in override.partition("=")[0] or override.startswith("seed=")]
     base = _base(tuple(override for override in overrides if override not in dotted))
     return OmegaConf.merge(base, OmegaConf.from_dotlist(dotted))  # type: ignore[return-value]
@@ -87,7 +87,7 @@ def loader(cfg: Config, rank: int = 0, world: int = 1, state: dict[str, Any] | N
 def steps(
     cfg: Config, world: int = 1, state: dict[str, Any] | None = None
 ) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
-    """For each step: inputs and targets of the whole global batch, and the merged state after it."""
+    """Yield for each step: inputs and targets of the whole global batch, and the merged state after the step."""
     loaders = [loader(cfg, rank, world, state) for rank in range(world)]
     streams = [iter(one) for one in loaders]
     while True:
@@ -109,5 +109,5 @@ def tokens_of(cfg: Config, count: int, world: int = 1, state: dict[str, Any] | N
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its contents."""
+    """Relative path -> contents of every file under a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,4 +1,4 @@
-"""What several tests share: small models of every kind, and a comparison that NaN cannot pass."""
+"""Shared by several tests: small models of every kind, and a comparison that NaN cannot pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eval.bench.gpu.checks import relative_error as relative_error  # tests and the GPU's checks judge alike
+from eval.bench.gpu.checks import relative_error as relative_error  # tests and the GPU checks use the same measure
 from ovq.compose import compose, options
 from ovq.config import Config
 from ovq.model import Transformer, build_model
@@ -26,7 +26,7 @@ TINY = [
     "model.ffn_dim=48",
 ]
 
-# Settings that make each mixer small enough for a test to meet its edges (several chunks, a full window or dictionary).
+# Settings that make each mixer small enough for tests to reach its edges: several chunks, a full window or dictionary.
 SMALL_MIXER = {
     "sliding_window": {"window": 7},
     "ovq": {"num_centroids": 12, "chunk_size": 8},
@@ -46,7 +46,7 @@ MIXERS = options("model/mixer")
 
 
 def small_config(model: str, *overrides: str) -> Config:
-    """The config of a named model at a size for tests; a fresh copy, as composing takes a tenth of a second."""
+    """The config of a named model at test size: a copy of a cached one, since composing takes a tenth of a second."""
     return copy.deepcopy(_small_config(model, overrides))
 
 
@@ -56,7 +56,7 @@ def _small_config(model: str, overrides: tuple[str, ...]) -> Config:
     given = [override.partition("=")[0].lstrip("+") for override in overrides]
     for name in cfg.model.mixers:
         for key, value in SMALL_MIXER.get(name, {}).items():
-            assert key in cfg.model.mixers[name], f"SMALL_MIXER names {name}.{key}, which is no setting of it"
+            assert key in cfg.model.mixers[name], f"SMALL_MIXER names {name}.{key}, but {name} has no such setting"
             if f"model.mixers.{name}.{key}" not in given:
                 cfg.model.mixers[name][key] = value
     return cfg
@@ -69,7 +69,7 @@ def small_model(model: str, *overrides: str, vocab_size: int = 61, seed: int = 0
 
 
 def spec_of(num_centroids: int, chunk_size: int, *, step: str | float = "count", **settings: Any) -> OVQSpec:
-    """The spec of the same keywords as `ovq_attention`'s."""
+    """An OVQSpec from the keywords of `ovq_attention`."""
     return OVQSpec(num_centroids, chunk_size, step_size=step, **settings)
 
 

@@ -1,4 +1,4 @@
-"""The operator benchmark measures what it says, and says on what."""
+"""Claims about the operator benchmark: it measures what it says, and records where."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eval.bench.stopwatch import Timing
 SMALL = ["heads=2", "head_dim=8", "num_centroids=16", "chunk_size=16", "window=16", "threads=1", "repeats=2"]
 
 
-def test_it_times_every_operator_at_every_length_and_writes_where_it_ran(
+def test_every_operator_is_timed_at_every_length_and_the_machine_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "bench.json"
@@ -87,7 +87,7 @@ def test_inputs_stored_heads_first_are_the_same_problem(op: str) -> None:
         ("ops=[ovq_numpy]", "ops=ovq_numpy cannot run on cpu; legal: ovq_torch"),
     ],
 )
-def test_a_wrong_option_is_one_line(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_is_a_one_line_error(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_ops.main([argument, "device=cpu"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Claims about checkpoints: complete and verified or not there, whatever happens while one is written."""
+"""Claims about checkpoints: each is complete and verified or absent, whatever happens while one is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ovq.train.optim import build_optimizer
 from tests.helpers import small_config, small_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-NAME = "sw_vq"  # has buffers that learn
+NAME = "sw_vq"  # has buffers that change in training
 EXTRA = {"step": 3, "data": {"lanes": {0: {"ordinal": 7}}}, "none": None, "share": 0.5}
 
 
@@ -62,7 +62,7 @@ def folder(run_dir: Path, step: int) -> Path:
 
 
 def saved(run_dir: Path, *steps: int, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A run folder with checkpoints of these steps."""
+    """Fill a run folder with checkpoints of these steps; returns the model and the optimizer of the last."""
     model, optimizer = trained(0)
     checkpointer = Checkpointer(run_dir, **settings)
     for step in steps:
@@ -101,14 +101,14 @@ def test_loading_restores_every_bit_and_the_next_step_is_the_same(tmp_path: Path
     assert same(everything(model, optimizer), everything(other, other_optimizer))
 
 
-def test_an_optimizer_that_has_not_stepped_yet_takes_up_the_moments(tmp_path: Path) -> None:
+def test_an_optimizer_that_has_not_stepped_yet_gets_the_moments(tmp_path: Path) -> None:
     model, optimizer = saved(tmp_path, 3)
     other, other_optimizer = trained(1, steps=0)
     load(folder(tmp_path, 3), other, other_optimizer)
     assert same(everything(model, optimizer), everything(other, other_optimizer))
 
 
-def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_every_random_generator_continues_where_it_was(tmp_path: Path) -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
@@ -122,7 +122,7 @@ def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
     assert draw() == want
 
 
-def test_a_checkpoint_is_the_state_at_save_though_training_goes_on(
+def test_a_checkpoint_is_the_state_at_save_while_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer = trained(0)
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_the_state_at_save_though_training_goes_on(
     checkpointer.save(3, model, optimizer, EXTRA)  # returns although nothing can be written yet
     learn(model, optimizer, 1)
     assert choose(tmp_path) is None
-    (tmp_path / "checkpoints" / "saving_step_00000003").mkdir(exist_ok=True)  # choose has taken it for a leftover
+    (tmp_path / "checkpoints" / "saving_step_00000003").mkdir(exist_ok=True)  # choose removed it as a leftover
     go.set()
     checkpointer.wait()
     assert not same(before, everything(model, optimizer))
@@ -141,14 +141,14 @@ def test_a_checkpoint_is_the_state_at_save_though_training_goes_on(
     assert same(before, everything(model, optimizer))
 
 
-def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_loading_into_another_model_is_an_error_that_names_the_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 3)
     model = small_model("sw", vocab_size=31)
     with pytest.raises(CheckpointError, match="step_00000003 does not fit this model"):
         load(folder(tmp_path, 3), model, build_optimizer(model, small_config("sw").optim))
 
 
-# --- which are kept --------------------------------------------------------------------------------------------------
+# --- retention -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_last_k_are_kept(tmp_path: Path, keep_last: int, on_disk: list[list[
 
 
 def damages(path: Path) -> Iterator[str]:
-    """Damage each file of a checkpoint in turn, name what was done, and mend it again."""
+    """Damage each file of a checkpoint in turn, yield a description of the damage, and repair it."""
     generator = random.Random(0)
     for file in sorted(path.iterdir()):
         content = file.read_bytes()
@@ -193,7 +193,7 @@ def damages(path: Path) -> Iterator[str]:
         file.write_bytes(content)
 
 
-def test_one_flipped_byte_in_any_file_is_refused_by_name(run_dir: Path) -> None:
+def test_any_damage_to_any_file_is_an_error_that_names_the_file(run_dir: Path) -> None:
     path = folder(run_dir, 2)
     tried = set()
     for damage in damages(path):
@@ -206,14 +206,16 @@ def test_one_flipped_byte_in_any_file_is_refused_by_name(run_dir: Path) -> None:
     assert verify(path)["step"] == 2
 
 
-def test_a_damaged_one_is_named_and_the_one_before_it_used(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = folder(run_dir, 2) / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
     assert choose(run_dir) == folder(run_dir, 1)
     assert "step_00000002/__0_0.distcp is damaged" in capsys.readouterr().err
-    # The run saves step 2 again, in the place of the damaged one.
+    # The run saves step 2 again, in place of the damaged one.
     model, optimizer = trained(0)
     checkpointer = Checkpointer(run_dir)
     checkpointer.save(2, model, optimizer, EXTRA)
@@ -222,14 +224,14 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(run_dir: Path, capsys
     assert (run_dir / "checkpoints" / "aside_step_00000002").is_dir()
 
 
-def test_without_a_manifest_it_is_not_complete(run_dir: Path) -> None:
+def test_a_checkpoint_without_a_manifest_is_not_complete(run_dir: Path) -> None:
     (folder(run_dir, 2) / "manifest.json").unlink()
     assert choose(run_dir) == folder(run_dir, 1)
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         choose(run_dir, str(folder(run_dir, 2)))
 
 
-def test_nothing_good_left_is_an_error_and_not_a_fresh_start(run_dir: Path) -> None:
+def test_no_good_checkpoint_left_is_an_error_and_not_a_fresh_start(run_dir: Path) -> None:
     for step in (1, 2):
         (folder(run_dir, step) / "extra.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
@@ -239,7 +241,7 @@ def test_nothing_good_left_is_an_error_and_not_a_fresh_start(run_dir: Path) -> N
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_newest_never_takes_none(run_dir: Path) -> None:
+def test_auto_takes_the_newest_and_never_takes_none(run_dir: Path) -> None:
     assert choose(run_dir, "auto") == folder(run_dir, 2)
     assert choose(run_dir, "never") is None
     assert choose(run_dir.parent / "another", "auto") is None
@@ -268,7 +270,7 @@ def test_rank_0_chooses_and_the_others_do_not_look(run_dir: Path, monkeypatch: p
     assert choose(run_dir) == Path("what rank 0 says")
 
 
-def test_a_run_folder_in_use_by_another_process_is_refused(run_dir: Path) -> None:
+def test_a_run_folder_in_use_by_another_process_is_rejected(run_dir: Path) -> None:
     holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7'); "
     holder += "f.flush(); print('held', flush=True); input()"
     lock = str(run_dir / "checkpoints" / ".lock")
@@ -287,11 +289,11 @@ def test_a_run_folder_in_use_by_another_process_is_refused(run_dir: Path) -> Non
 
 
 class Killed(BaseException):
-    """Passes every handler, as a kill would: nothing is tidied up."""
+    """Passes through every handler, as a kill would: nothing is cleaned up."""
 
 
 def killed_at(nth: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """From the nth operation on the disk on, whatever a save does raises `Killed`; returns the list of operations."""
+    """Make every disk operation of a save after the nth raise `Killed`; returns the list of those completed."""
     done: list[str] = []
 
     def guarded(name: str, function: Any) -> Any:
@@ -352,11 +354,11 @@ def test_leftovers_of_killed_saves_are_removed_at_the_next_start(run_dir: Path) 
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_clear_line_and_leaves_the_checkpoint_before(run_dir: Path) -> None:
+def test_a_full_disk_is_one_clear_line_and_keeps_the_previous_checkpoint(run_dir: Path) -> None:
     model, optimizer = trained(0)
     checkpointer = Checkpointer(run_dir)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a file cannot grow beyond: the write itself fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # larger files fail while being written
     try:
         checkpointer.save(3, model, optimizer, EXTRA)
         with pytest.raises(CheckpointError) as caught:
@@ -368,7 +370,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_checkpoint_before(run_dir:
     assert "step_00000002 is intact" in message and "\n" not in message
     assert steps_on_disk(run_dir) == [1, 2] and not list((run_dir / "checkpoints").glob("saving_*"))
     assert choose(run_dir) == folder(run_dir, 2)
-    checkpointer.save(3, model, optimizer, EXTRA)  # there is room again, and the error was told once
+    checkpointer.save(3, model, optimizer, EXTRA)  # there is room again, and the error was reported only once
     checkpointer.wait()
     assert choose(run_dir) == folder(run_dir, 3)
 

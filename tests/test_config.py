@@ -1,4 +1,4 @@
-"""Claims about the command line: what is legal works, what is not is refused in one line that says what would be."""
+"""Claims about the command line: legal settings work, and illegal ones fail in one line that lists the legal ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("override", WRONG)
-def test_wrong_override_is_refused_in_one_line_that_names_the_legal_ones(override: str) -> None:
+def test_wrong_override_fails_in_one_line_that_names_the_legal_ones(override: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose([override])
     message = str(error.value)
@@ -67,13 +67,13 @@ def test_different_settings_never_share_a_run_folder() -> None:
     assert len({run_dir_of(compose(o), o) for o in lines}) == len(lines)
 
 
-def test_saved_config_loads_as_it_was(tmp_path) -> None:
+def test_saved_config_loads_unchanged(tmp_path) -> None:
     cfg = compose(["experiment=cpu_demo", "seed=3", "model.mixers.ovq.step_size=0.5"])
     config.save(cfg, tmp_path)
     assert config.to_dict(config.load(tmp_path)) == config.to_dict(cfg)
 
 
-def test_resume_may_change_how_but_not_what() -> None:
+def test_resume_may_change_how_a_run_is_computed_but_not_what() -> None:
     old = compose(["seed=1"])
     assert config.changed_identity(old, compose(["seed=1", "trainer.micro_batch=2", "logger=wandb"])) == []
     changed = config.changed_identity(old, compose(["seed=2", "trainer.context=1024"]))

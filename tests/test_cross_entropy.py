@@ -1,4 +1,4 @@
-"""Claims about the chunked cross-entropy: that of torch in value and gradients, in a chunk's worth of logits."""
+"""Claims about chunked cross-entropy: it equals torch's in value and gradients, with one chunk of logits in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N, D, V, IGNORE = 50, 16, 33, -100
 
 
 def inputs(seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and targets, of which some have no label."""
+    """x, weight and targets; some targets are IGNORE."""
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(size, D, generator=generator, dtype=torch.float64).to(dtype) for size in (N, V))
     targets = torch.randint(V, (N,), generator=generator)
@@ -25,7 +25,7 @@ def inputs(seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
 
 
 def losses(x: Tensor, weight: Tensor, targets: Tensor, backend: str, **settings: object) -> tuple[Tensor, list[Tensor]]:
-    """Of a weighted sum of everything returned: (all outputs, [gradient of x, of the weight])."""
+    """(all outputs, [gradients of x and weight]), where the gradients are those of a weighted sum of the outputs."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     loss, z = chunked_cross_entropy(x, weight, targets, backend=backend, **settings)  # type: ignore[arg-type]
     total = (loss * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view_as(loss)).sum()
@@ -38,7 +38,7 @@ def losses(x: Tensor, weight: Tensor, targets: Tensor, backend: str, **settings:
 @pytest.mark.parametrize("z_loss", [0.0, 0.02])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("chunk", [1, 7, 50, 2048])
-def test_losses_and_gradients_are_those_of_all_logits_at_once(
+def test_losses_and_gradients_equal_those_from_all_logits_at_once(
     chunk: int, reduction: str, z_loss: float, dtype: torch.dtype, tolerance: float
 ) -> None:
     x, weight, targets = inputs(chunk, dtype)
@@ -51,7 +51,7 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(
         assert a.dtype == dtype and relative_error(a, b) < 2 * tolerance
 
 
-def test_without_z_it_is_torchs_cross_entropy() -> None:
+def test_without_z_loss_it_equals_torchs_cross_entropy() -> None:
     x, weight, targets = inputs(0)
     for reduction in ("sum", "none"):
         want = F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORE, reduction=reduction)
@@ -77,7 +77,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("reduction,z_loss", [("sum", 0.0), ("sum", 0.1), ("none", 0.0)])
-def test_logits_of_a_chunk_are_the_largest_tensor_ever_made(reduction: str, z_loss: float) -> None:
+def test_the_logits_of_a_chunk_are_the_largest_tensor_allocated(reduction: str, z_loss: float) -> None:
     generator = torch.Generator().manual_seed(3)
     tokens, width, vocabulary, chunk = 4096, 8, 1024, 64
     x = torch.randn(tokens, width, generator=generator, requires_grad=True)
@@ -88,7 +88,7 @@ def test_logits_of_a_chunk_are_the_largest_tensor_ever_made(reduction: str, z_lo
         (loss.sum() if z is None else loss.sum() + z).backward()
     assert largest.elements == chunk * vocabulary < tokens * vocabulary / 50
     assert x.grad is not None and weight.grad is not None
-    with Largest() as largest:  # the same measure does see logits that are held whole
+    with Largest() as largest:  # the same measurement does detect full logits
         chunked_cross_entropy(x, weight, targets, backend="reference")
     assert largest.elements == tokens * vocabulary
 
@@ -117,7 +117,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 
 class Head(nn.Module):
-    """As the model uses it: the loss of its head inside the forward of the module that FSDP wraps."""
+    """As in the model: the loss is computed from the head's weight inside the forward of the module that FSDP wraps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Head(nn.Module):
         return chunked_cross_entropy(x, self.head.weight, targets, chunk=8)[0]
 
 
-def test_gradient_reaches_a_weight_that_fsdp_shards_and_casts() -> None:
+def test_gradients_reach_a_weight_that_fsdp_shards_and_casts() -> None:
     x, weight, targets = inputs(5, torch.float32)
     model = Head()
     model.head.weight.data.copy_(weight)
@@ -143,7 +143,7 @@ def test_gradient_reaches_a_weight_that_fsdp_shards_and_casts() -> None:
     assert got.dtype == torch.float32 and relative_error(1.7 * got, want) < 1e-2
 
 
-def test_bad_settings_fail_in_one_line_that_says_what_is_legal() -> None:
+def test_bad_settings_fail_with_the_legal_values() -> None:
     x, weight, targets = inputs(6)
     with pytest.raises(ValueError, match="legal: sum, none"):
         chunked_cross_entropy(x, weight, targets, reduction="mean")

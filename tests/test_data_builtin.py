@@ -1,4 +1,4 @@
-"""Claims about the embedded corpus, and about the tools that look at data: describe and pipeline."""
+"""Claims about the embedded corpus, and about the tools that inspect data: describe and the pipeline benchmark."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.data_helpers import config, loader, write_jsonl
 SPLITS = ("train", "validation", "test")
 
 
-def test_it_is_the_same_in_every_process() -> None:
+def test_the_corpus_is_the_same_in_every_process() -> None:
     code = f"from data.builtin import BuiltinCorpus as B; print([B(s).fingerprint()['files'] for s in {SPLITS}])"
     environment = {**os.environ, "PYTHONHASHSEED": "3"}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert other.stdout.strip() == repr([BuiltinCorpus(split).fingerprint()["files"] for split in SPLITS])
 
 
-def test_it_is_large_and_its_held_out_documents_are_long() -> None:
+def test_the_corpus_is_large_and_its_held_out_documents_are_long() -> None:
     corpora = {split: BuiltinCorpus(split) for split in SPLITS}
     documents = {split: [corpus.read(i) for i in range(len(corpus))] for split, corpus in corpora.items()}
     assert sum(len(d.text.encode()) for d in documents["train"]) > 5_000_000
@@ -40,7 +40,7 @@ def test_it_is_large_and_its_held_out_documents_are_long() -> None:
     assert len(titles) == len(set(titles)) and len({d.text for s in SPLITS for d in documents[s]}) == len(titles)
 
 
-def test_evaluation_finds_its_documents() -> None:
+def test_the_demo_finds_enough_long_documents_to_evaluate_on() -> None:
     cfg = compose(["experiment=cpu_demo"])
     found = list(
         heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=65_536, limit=cfg.eval.documents)
@@ -48,19 +48,19 @@ def test_evaluation_finds_its_documents() -> None:
     assert len(found) == cfg.eval.documents and all(len(d.tokens) >= 65_538 for d in found)
 
 
-def test_a_worker_reads_it_for_itself() -> None:
+def test_a_pickled_corpus_is_small_and_rereads_its_documents() -> None:
     corpus = BuiltinCorpus("validation")
     assert len(pickle.dumps(corpus)) < 1000
     assert pickle.loads(pickle.dumps(corpus)).read(2) == corpus.read(2)
 
 
-def test_a_python_without_its_sources_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_its_sources_fails_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.builtin._documents", lambda: [("a", "b")])
     with pytest.raises(ConfigError, match="no sources in .*; use data=text"):
         build_corpus(config("data=builtin"), "train")
 
 
-def test_description_of_every_kind(tmp_path: Path) -> None:
+def test_data_of_every_kind_are_described(tmp_path: Path) -> None:
     found = describe(config("data=builtin"))
     assert list(found) == list(SPLITS) and found["validation"]["documents"] == len(BuiltinCorpus("validation"))
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
@@ -78,7 +78,7 @@ def quick(tmp_path: Path) -> list[str]:
     return ["data=jsonl", f"data.train=[{path}]", "trainer.context=64", "seconds=0.1"]
 
 
-def test_bench_measures_the_pipeline_beside_what_is_needed(
+def test_bench_compares_the_pipelines_speed_with_the_need(
     quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "pipeline.json"
@@ -86,7 +86,7 @@ def test_bench_measures_the_pipeline_beside_what_is_needed(
     written = json.loads(report.read_text())
     assert [row["workers"] for row in written["rows"]] == [0, 1] and written["need"] == 100
     assert all(row["tokens_per_s"] > 1000 and row["memory_mib"] > 10 for row in written["rows"])
-    # Bytes are tokens but for the separators, one for each 951 tokens.
+    # Every token is a byte except the separators, one in every 951 tokens.
     assert written["rows"][0]["text_mb_per_s"] == pytest.approx(written["rows"][0]["tokens_per_s"] / 1e6, rel=0.1)
     assert written["machine"]["processor"] and written["config"]["trainer"]["context"] == 64
     assert "needed: 100 tokens/s" in (said := capsys.readouterr().out) and "enough" in said and "NOT" not in said
@@ -107,7 +107,7 @@ def test_bench_takes_a_runs_settings_and_its_speed(
     assert pipeline.main([f"run={run}", "data=builtin"]) == 2 and "brings its own settings" in capsys.readouterr().err
 
 
-def test_any_share_of_lanes_has_workers_that_divide_it() -> None:
-    for lanes, asked, got in ((8, 3, 2), (6, 4, 3), (1, 2, 1), (4, 0, 0)):
-        made = loader(config("data=builtin", f"trainer.global_batch={lanes}", f"data.num_workers={asked}"))
+def test_the_number_of_workers_is_lowered_to_divide_the_lanes() -> None:
+    for lanes, requested, got in ((8, 3, 2), (6, 4, 3), (1, 2, 1), (4, 0, 0)):
+        made = loader(config("data=builtin", f"trainer.global_batch={lanes}", f"data.num_workers={requested}"))
         assert made.num_workers == got

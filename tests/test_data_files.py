@@ -1,4 +1,4 @@
-"""Claims about reading files: memory bounded by a book, and whatever can be wrong with a file is said or counted."""
+"""Claims about reading files: memory is bounded by a book, and anything wrong with a file is reported or counted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def book(length: int, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def big_group(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One row group of 150 books of 200 kB in pages of a few books, as a writer that minds its pages leaves it."""
+    """One row group of 150 books of 200 kB each in pages of a few books, as a careful writer produces."""
     path = tmp_path_factory.mktemp("big") / "big.parquet"
     return write_parquet(path, [book(200_000, i) for i in range(150)], row_group_size=1000, write_batch_size=4)
 
@@ -46,7 +46,7 @@ def test_memory_is_bounded_by_a_book_and_not_by_a_row_group(big_group: Path) -> 
     corpus = build_corpus(parquet(big_group), "train")
     assert isinstance(corpus, ShardCorpus) and len(corpus.shards[0].rows) == 1
     before = pa.default_memory_pool()
-    pool = pa.proxy_memory_pool(before)  # counts from nothing
+    pool = pa.proxy_memory_pool(before)  # counts from zero
     pa.set_memory_pool(pool)
     try:
         for index in (140, 3, 75):
@@ -68,7 +68,7 @@ def test_reading_in_order_decodes_each_book_once(big_group: Path) -> None:
     assert corpus.read(149).text == corpus.read(149).text == book(200_000, 149)
 
 
-def test_any_order_gives_the_documents_of_every_format(tmp_path: Path) -> None:
+def test_documents_of_every_format_can_be_read_in_any_order(tmp_path: Path) -> None:
     documents = texts()
     for i, text in enumerate(documents):
         path = tmp_path / "text" / f"{i:02d}.txt"
@@ -116,7 +116,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def both_ways(pattern: Path, words: str, capsys: pytest.CaptureFixture[str], left: int) -> None:
-    """With on_bad_shard=error it is refused with `words`; with "skip" it is printed, counted, and the rest is read."""
+    """With on_bad_shard=error it fails with `words`; with "skip" it is printed and counted, and the rest is read."""
     with pytest.raises(ConfigError, match=words) as error:
         loader(parquet(pattern))
     assert "\n" not in str(error.value) and "data.on_bad_shard=skip" in str(error.value)
@@ -131,12 +131,12 @@ def both_ways(pattern: Path, words: str, capsys: pytest.CaptureFixture[str], lef
     assert found["documents"] == left
 
 
-def test_a_hole_in_a_numbered_series(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gap_in_a_numbered_series_is_a_missing_shard(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shards / "train-00002-of-00004.parquet").unlink()
     both_ways(shards / "train-*.parquet", "train-00002-of-00004: missing", capsys, 9)
 
 
-def test_shards_that_a_pattern_leaves_out_are_not_missing(shards: Path) -> None:
+def test_shards_that_a_pattern_excludes_are_not_missing(shards: Path) -> None:
     assert len(read_all(parquet(shards / "train-00002-of-00004.parquet"))) == 3
     two = parquet("", "data.on_bad_shard=error")
     two.data.train = [f"{shards}/train-0000[0-1]-of-*.parquet"]
@@ -146,7 +146,7 @@ def test_shards_that_a_pattern_leaves_out_are_not_missing(shards: Path) -> None:
         read_all(two)
 
 
-def test_a_missing_file(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_an_error_or_skipped(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = shards / "train-00000-of-00004.parquet"
     write_parquet(shards / "a.parquet", ["one", "two"])
     with pytest.raises(ConfigError, match="nowhere.parquet: missing"):
@@ -178,15 +178,15 @@ def flipped_in_footer_start(content: bytes) -> bytes:
     return content[:start] + bytes([content[start] ^ 0xFF]) + content[start + 1 :]
 
 
-@pytest.mark.parametrize("harm", [cut, empty, other_ending, flipped_in_footer_start])
-def test_a_corrupt_shard(shards: Path, harm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("corrupt", [cut, empty, other_ending, flipped_in_footer_start])
+def test_a_corrupt_shard_is_an_error_or_skipped(shards: Path, corrupt: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = shards / "train-00001-of-00004.parquet"
-    path.write_bytes(harm(path.read_bytes()))
+    path.write_bytes(corrupt(path.read_bytes()))
     both_ways(shards / "train-*.parquet", "train-00001-of-00004.parquet: ", capsys, 9)
 
 
-def test_any_flipped_byte_of_a_footer_is_another_data_set(shards: Path) -> None:
-    """What the reader does not notice, the fingerprint does."""
+def test_a_flipped_byte_in_a_footer_changes_the_fingerprint(shards: Path) -> None:
+    """The fingerprint catches what the reader does not notice."""
     made = loader(parquet(shards / "train-*.parquet"))
     path = shards / "train-00001-of-00004.parquet"
     path.write_bytes(flipped_in_footer(path.read_bytes()))
@@ -194,7 +194,7 @@ def test_any_flipped_byte_of_a_footer_is_another_data_set(shards: Path) -> None:
         loader(parquet(shards / "train-*.parquet"), state={**made.state_dict()})
 
 
-def test_a_page_damaged_within_a_shard_is_named_or_skipped_and_counted(
+def test_a_damaged_page_within_a_shard_is_named_or_skipped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_parquet(
@@ -207,7 +207,7 @@ def test_a_page_damaged_within_a_shard_is_named_or_skipped_and_counted(
     with pytest.raises(DataError, match=r"a.parquet document 2: .*\(data.on_bad_shard=skip\)"):
         read_all(parquet(path))
     skipping = parquet(path, "data.on_bad_shard=skip")
-    # The page holds two books: both are lost, the others are not.
+    # The page holds two books: both are lost, the others remain.
     assert read_all(skipping) == [*good[:2], "", "", *good[4:]]
     assert "a.parquet document 2 left out" in capsys.readouterr().err
     made = loader(skipping)
@@ -227,14 +227,14 @@ def test_a_broken_line_of_json_is_named_or_skipped_and_counted(tmp_path: Path) -
     assert read_all(cfg) == ["one", "", "three", ""]
 
 
-# --- documents that are out of order ---------------------------------------------------------------------------------
+# --- bad documents ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "raw,text,bad",
     [
         (b"abc", "abc", 0),
-        ("caf\u00e9 \U0001f9ea \ufffd".encode(), "caf\u00e9 \U0001f9ea \ufffd", 0),  # a U+FFFD of its own is good text
+        ("caf\u00e9 \U0001f9ea \ufffd".encode(), "caf\u00e9 \U0001f9ea \ufffd", 0),  # a genuine U+FFFD is valid text
         (b"a\xffb", "a\ufffdb", 1),
         (b"\xe2\x82", "\ufffd", 1),  # the start of a euro sign
         (b"\xef\xbf\xbd\xfe", "\ufffd\ufffd", 1),
@@ -262,7 +262,7 @@ def test_bad_and_empty_and_untitled_documents_are_counted(tmp_path: Path) -> Non
         assert made.counts.get("untitled_documents", 0) == (3 if kind == "jsonl" else 0)
 
 
-def test_wrong_columns_are_refused_with_those_there_are(shards: Path) -> None:
+def test_wrong_columns_are_rejected_with_the_legal_ones(shards: Path) -> None:
     pattern = shards / "train-*.parquet"
     with pytest.raises(ConfigError, match=r"data.text_field=body is no column of .*legal: short_book_title, .*, text"):
         loader(parquet(pattern, "data.text_field=body", "data.on_bad_shard=skip"))
@@ -272,7 +272,7 @@ def test_wrong_columns_are_refused_with_those_there_are(shards: Path) -> None:
         loader(parquet(pattern, "data.text_field=publication_date"))
 
 
-def test_what_cannot_be_read_at_random_is_refused(tmp_path: Path) -> None:
+def test_files_without_random_access_or_documents_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"a.jsonl.gz is compressed and cannot be read at random; decompress it"):
         loader(config("data=jsonl", f"data.train=[{tmp_path}/*]"))
@@ -284,7 +284,7 @@ def test_what_cannot_be_read_at_random_is_refused(tmp_path: Path) -> None:
 
 
 def test_buckets_are_read_like_files(tmp_path: Path) -> None:
-    """s3:// and its like go through fsspec; its memory file system stands for a bucket."""
+    """s3:// and similar schemes go through fsspec, whose memory file system stands in for a bucket."""
     import fsspec
 
     local = write_parquet(tmp_path / "a.parquet", texts(), row_group_size=4)
@@ -296,10 +296,10 @@ def test_buckets_are_read_like_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="memory://bucket/x/b.parquet: missing"):
         loader(parquet("memory://bucket/x/b.parquet"))
     bucket, disk = (build_corpus(parquet(p), "train").fingerprint() for p in ("memory://bucket/x/*.parquet", local))
-    assert bucket == disk, "where a file lies does not matter, what it holds does"
+    assert bucket == disk, "a file's content matters, not its location"
 
 
-def test_held_out_documents_come_in_file_order_and_long_enough(shards: Path) -> None:
+def test_held_out_documents_are_long_enough_and_in_file_order(shards: Path) -> None:
     cfg = parquet(shards / "train-*.parquet", f"data.validation=[{shards}/train-00000-of-00004.parquet]")
     cfg.data.title_field = "short_book_title"
     tokenizer = build_tokenizer(cfg)
@@ -310,8 +310,8 @@ def test_held_out_documents_come_in_file_order_and_long_enough(shards: Path) -> 
     assert list(heldout_documents(cfg, tokenizer, split="validation", min_tokens=15)) == []
 
 
-def test_files_are_looked_up_by_rank_0_alone_and_errors_reach_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`on_main`, in which the loader opens files, with two ranks played by one process: rank 0 sends, rank 1 gets."""
+def test_only_rank_0_looks_up_files_and_its_errors_reach_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`on_main`, in which the loader opens files, with one process in both roles: rank 0 sends, rank 1 receives."""
     import torch.distributed as dist
 
     from ovq.processes import on_main
@@ -345,7 +345,7 @@ def test_files_are_looked_up_by_rank_0_alone_and_errors_reach_all(monkeypatch: p
     assert calls == [0]
 
 
-def test_open_files_are_not_shared_with_a_forked_process(shards: Path) -> None:
+def test_open_files_are_keyed_by_process_so_forks_share_none(shards: Path) -> None:
     corpus = build_corpus(parquet(shards / "train-*.parquet"), "train")
     assert isinstance(corpus, ShardCorpus)
     corpus.read(0)
@@ -355,8 +355,8 @@ def test_open_files_are_not_shared_with_a_forked_process(shards: Path) -> None:
     assert len(index_shards(parquet(shards / "train-*.parquet").data, "train")[0]) == len(corpus._open) == 4
 
 
-def test_parquet_documents_are_those_that_datasets_reads(shards: Path) -> None:
-    """Hugging Face's own reader as the oracle: the same documents, in the same order."""
+def test_parquet_documents_equal_those_that_datasets_reads(shards: Path) -> None:
+    """Hugging Face's own reader is the oracle: the same documents in the same order."""
     datasets = pytest.importorskip("datasets")
     files = sorted(str(path) for path in shards.glob("train-*.parquet"))
     theirs = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)

@@ -1,4 +1,4 @@
-"""Claims about data=pg19, against a local folder that plays the hub: one listing a job, one commit for a whole run."""
+"""Claims about data=pg19, with a local folder in place of the Hub: one listing per job, one commit for a whole run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Hub:
         self.root = root
         self.head = ""
         self.online = True
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
 
     def commit(self, name: str, train: list[list[str]], heldout: list[str]) -> None:
         self.head = name
@@ -40,7 +40,7 @@ class Hub:
         (self.root / name / "README.md").write_text("a card")
 
     def info(self, repo: str, revision: str | None = None, **_: Any) -> Any:
-        self.ask("commit")
+        self.request("commit")
         assert repo == "emozilla/pg19"
         commit = revision or self.head
         if not (self.root / commit).is_dir():
@@ -50,27 +50,27 @@ class Hub:
     def tree(self, repo: str, *, repo_type: str, revision: str, recursive: bool) -> Any:
         from huggingface_hub.hf_api import RepoFile, RepoFolder
 
-        self.ask("listing")
+        self.request("listing")
         assert repo_type == "dataset" and recursive
         yield RepoFolder(path="data", oid="0")
         for path in sorted((self.root / revision).rglob("*.*"), reverse=True):
-            # The hash of a large file is that of its contents; here its name and commit stand for them.
+            # The hash of a large file is that of its contents; here name and commit stand in for them.
             lfs = {"size": path.stat().st_size, "oid": f"{revision}-{path.name}", "pointerSize": 1}
             yield RepoFile(path=str(path.relative_to(self.root / revision)), size=path.stat().st_size, oid="1", lfs=lfs)
 
     def download(self, repo: str, inside: str, *, repo_type: str, revision: str) -> str:
-        self.ask("download")
+        self.request("download")
         assert (repo, repo_type) == ("emozilla/pg19", "dataset")
         return str(self.root / revision / inside)
 
     def open(self, path: str, mode: str, *, revision: str) -> Any:
-        self.ask("footer")
+        self.request("footer")
         prefix = f"hf://datasets/emozilla/pg19@{revision}/"
         assert mode == "rb" and path.startswith(prefix)
         return open(self.root / revision / path[len(prefix) :], mode)
 
-    def ask(self, what: str) -> None:
-        self.asked[what] += 1
+    def request(self, what: str) -> None:
+        self.requests[what] += 1
         if not self.online:
             raise ConnectionError("Name or service\nnot known")
 
@@ -91,7 +91,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def forget() -> None:
-    """What a new process knows of the hub."""
+    """Clear what this process has cached about the Hub, as in a new process."""
     sources._list_hub.cache_clear()
     sources._COMMITS.clear()
 
@@ -111,13 +111,13 @@ def test_all_splits_take_one_listing_and_each_file_one_download(hub: Hub) -> Non
     cfg = pg19("first")
     corpora = [build_corpus(cfg, split) for split in ("train", "validation", "test")]
     assert [len(corpus) for corpus in corpora] == [13, 3, 3]
-    assert hub.asked == {"commit": 1, "listing": 1, "footer": 4}, "nothing is downloaded before a document is read"
+    assert hub.requests == {"commit": 1, "listing": 1, "footer": 4}, "nothing is downloaded before a document is read"
     assert [corpora[0].read(i).text for i in range(13)] == texts()
-    assert hub.asked["download"] == 2 and corpora[0].read(7).title == "train-00001-of-00002-6a5f1c book 1"
+    assert hub.requests["download"] == 2 and corpora[0].read(7).title == "train-00001-of-00002-6a5f1c book 1"
     assert corpora[0].fingerprint()["commit"] == "first"
 
 
-def test_one_rank_asks_the_hub_for_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_queries_the_hub_for_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
 
     alone = [batch.inputs for batch in islice(loader(pg19("first")), 16)]
@@ -131,17 +131,17 @@ def test_one_rank_asks_the_hub_for_all(hub: Hub, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
-    hub.asked.clear()
+    hub.requests.clear()
     rows: dict[int, list[torch.Tensor]] = {}
     for rank in range(4):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        forget()  # every rank is a process of its own
+        forget()  # every rank is a separate process
         rows[rank] = [batch.inputs for batch in islice(loader(pg19("first"), rank, 4), 4)]
-    assert hub.asked["commit"] == hub.asked["listing"] == 1 and hub.asked["footer"] == 2
+    assert hub.requests["commit"] == hub.requests["listing"] == 1 and hub.requests["footer"] == 2
     assert all(torch.equal(alone[4 * step + rank], rows[rank][step]) for step in range(4) for rank in range(4))
 
 
-def test_a_resumed_run_reads_the_commit_it_began_with(hub: Hub) -> None:
+def test_a_resumed_run_reads_the_commit_it_started_with(hub: Hub) -> None:
     unbroken = list(islice(steps(pg19()), 8))
     forget()
     state = list(islice(steps(pg19()), 3))[-1][2]
@@ -153,7 +153,7 @@ def test_a_resumed_run_reads_the_commit_it_began_with(hub: Hub) -> None:
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(resumed, unbroken[3:], strict=True))
     tokenizer = build_tokenizer(pg19())
     held_out = [d.num_bytes for d in heldout_documents(pg19(), tokenizer, split="validation", min_tokens=1)]
-    assert held_out == [len(text) for text in texts()[5:8]], "held-out documents are of the same commit"
+    assert held_out == [len(text) for text in texts()[5:8]], "held-out documents come from the same commit"
 
     forget()
     assert loader(pg19()).fingerprint["commit"] == "second", "a new run reads the newest"
@@ -162,7 +162,7 @@ def test_a_resumed_run_reads_the_commit_it_began_with(hub: Hub) -> None:
         loader(pg19("second"), state=merge_states([state]))
 
 
-def test_without_a_network_it_is_one_line_that_says_what_to_do(hub: Hub) -> None:
+def test_without_a_network_the_error_is_one_line_with_a_remedy(hub: Hub) -> None:
     hub.online = False
     with pytest.raises(ConfigError) as error:
         loader(pg19("first"))
@@ -174,7 +174,7 @@ def test_without_a_network_it_is_one_line_that_says_what_to_do(hub: Hub) -> None
     assert "cannot be listed" in describe(pg19("first"))["train"]["error"]
 
 
-def test_a_revision_that_does_not_exist_and_a_missing_shard(hub: Hub) -> None:
+def test_an_unknown_revision_and_a_missing_shard_are_named(hub: Hub) -> None:
     with pytest.raises(
         ConfigError, match="revision third.* cannot be listed: 404 Client Error: revision third not found"
     ):
@@ -187,4 +187,4 @@ def test_a_revision_that_does_not_exist_and_a_missing_shard(hub: Hub) -> None:
 def test_a_dry_run_lists_the_shards_without_opening_them(hub: Hub) -> None:
     found = describe(pg19("first"))
     assert found["train"]["shards"] == 2 and found["train"]["commit"] == "first" and found["train"]["bytes"] > 0
-    assert hub.asked == {"commit": 1, "listing": 1}
+    assert hub.requests == {"commit": 1, "listing": 1}

@@ -1,4 +1,4 @@
-"""Claims about the order of tokens: a pure function says which stand in step n, and a resumed run keeps its place."""
+"""Claims about the order of tokens: a pure function gives those of step n, and a resumed run keeps its place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ovq.errors import ConfigError
 from tests.data_helpers import LENGTHS, config, loader, steps, texts, tokens_of, write_jsonl
 
 SEPARATOR = 256
-FIRST = 12  # steps compared; 13 documents of 426 bytes in all make an epoch of about 7
+FIRST = 12  # steps compared; 13 documents of 426 bytes in total make an epoch of about 7
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def jsonl(path: Path, *overrides: str) -> Config:
 
 
 def by_hand(documents: list[str], count: int, *, lanes: int, context: int, seed: int) -> torch.Tensor:
-    """The definition of the order, written down a second time: int64 [count, 2, lanes, context]."""
+    """An independent implementation of the order's definition: int64 [count, 2, lanes, context]."""
     out = np.zeros((count, 2, lanes, context), np.int64)
     for lane in range(lanes):
         pairs: list[tuple[int, int]] = []
@@ -53,7 +53,7 @@ def by_hand(documents: list[str], count: int, *, lanes: int, context: int, seed:
     return torch.from_numpy(out)
 
 
-def test_a_step_holds_what_the_definition_says(corpus: Path) -> None:
+def test_a_step_holds_the_tokens_of_the_definition(corpus: Path) -> None:
     got = tokens_of(jsonl(corpus, "seed=3"), FIRST)
     assert torch.equal(got, by_hand(texts(), FIRST, lanes=4, context=16, seed=3))
     assert not torch.equal(got, tokens_of(jsonl(corpus, "seed=4"), FIRST))
@@ -66,14 +66,14 @@ def test_the_order_of_an_epoch_is_a_permutation(size: int) -> None:
     assert len(orders) == (1 if size == 1 else 2 if size == 2 else 5)
 
 
-def test_the_permutation_never_changes_from_version_to_version() -> None:
+def test_the_permutation_never_changes_between_versions() -> None:
     assert [permute(i, 13, 7) for i in range(13)] == [6, 5, 7, 8, 3, 9, 10, 12, 0, 11, 1, 4, 2]
 
 
 @pytest.mark.parametrize(
     "world,workers,micro", [(1, 0, 4), (1, 2, 1), (2, 0, 1), (2, 1, 2), (4, 0, 1), (1, 1, 2), (2, 2, 1)]
 )
-def test_ranks_workers_and_micro_batches_only_deal_the_tokens(
+def test_ranks_workers_and_micro_batches_only_divide_the_tokens(
     corpus: Path, world: int, workers: int, micro: int
 ) -> None:
     cfg = jsonl(corpus, f"data.num_workers={workers}", f"trainer.micro_batch={micro}")
@@ -81,7 +81,7 @@ def test_ranks_workers_and_micro_batches_only_deal_the_tokens(
 
 
 class Numbered:
-    """Documents whose every token is unique: token j of document d is 1 + 1000 d + j; 0 separates."""
+    """Documents in which every token is unique: token j of document d is 1 + 1000 d + j, and 0 is the separator."""
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self.lengths = lengths
@@ -105,12 +105,12 @@ def test_every_pair_of_every_document_is_read_once_an_epoch(world: int, workers:
     epochs, lanes, context = 2, 4, 16
     reader = numbered(context, lanes)
     options = {"context": context, "global_batch": lanes, "micro_batch": 1, "num_workers": workers}
-    documents: dict[int, list[tuple[int, int]]] = {}  # ordinal -> its pairs, as they were read
+    documents: dict[int, list[tuple[int, int]]] = {}  # ordinal -> its pairs, in the order they were read
     for rank in range(world):
         made = Loader(reader, {}, rank=rank, world_size=world, **options)  # type: ignore[arg-type]
         pairs: dict[int, list[tuple[int, int]]] = {lane: [] for lane in made.lanes}
         while any(state["ordinal"] < epochs * len(LENGTHS) for state in made.lanes.values()):
-            for batch in islice(made, 40):  # iterated anew: it goes on from its own state
+            for batch in islice(made, 40):  # a new iterator continues from the loader's state
                 for lane, inputs, targets in zip(batch.lanes, batch.inputs.tolist(), batch.targets.tolist()):
                     pairs[lane] += zip(inputs, targets)
         for lane, read in pairs.items():
@@ -131,7 +131,7 @@ def test_every_pair_of_every_document_is_read_once_an_epoch(world: int, workers:
 
 
 def test_labels_never_cross_documents() -> None:
-    """A document's first token is predicted from the separator, and its last predicts the separator: nothing else."""
+    """A document's first token is predicted only from the separator, and its last token predicts only the separator."""
     reader = numbered(16, 4)
     for lane in range(4):
         state = first_state(lane)
@@ -155,7 +155,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_a_run_killed_twice_sees_what_an_unbroken_one_sees(corpus: Path, schedule: list[tuple[int, int, int]]) -> None:
-    """Each entry: ranks, workers, steps until the checkpoint; two more steps are made before the kill and lost."""
+    """Each entry: ranks, workers, steps until the checkpoint. Two more steps run before the kill and are lost."""
     parts, state = [], None
     for number, (world, workers, count) in enumerate(schedule):
         cfg = jsonl(corpus, f"data.num_workers={workers}")
@@ -164,7 +164,7 @@ def test_a_run_killed_twice_sees_what_an_unbroken_one_sees(corpus: Path, schedul
         state = through_json(made[count - 1][2]) if number % 2 else through_torch(made[count - 1][2])
     unbroken = list(islice(steps(jsonl(corpus)), FIRST))
     assert torch.equal(torch.stack(parts), torch.stack([torch.stack([i, t]) for i, t, _ in unbroken]))
-    assert through_json(state) == through_json(unbroken[-1][2]), "lanes and counts are those of one run"
+    assert through_json(state) == through_json(unbroken[-1][2]), "lanes and counts equal those of an unbroken run"
 
 
 def through_json(state: Any) -> Any:
@@ -199,8 +199,8 @@ def test_lanes_also_resume_through_torchdatas_own_state(workers: int) -> None:
     assert np.array_equal(np.stack(got), np.stack(unbroken))
 
 
-def test_counts_are_those_of_the_text(tmp_path: Path) -> None:
-    """One lane over documents that fill its rows exactly: after three rows an epoch has gone by."""
+def test_counts_equal_those_of_the_text(tmp_path: Path) -> None:
+    """One lane over documents that fill its row exactly: one row is an epoch."""
     documents = ["caf\u00e9 au lait", "", "one two  three\nfour", "x", "fi\ufb01"]
     pairs = sum(len(text.encode()) + 1 for text in documents if text)
     path = write_jsonl(tmp_path / "a.jsonl", documents)
@@ -218,7 +218,7 @@ def test_counts_are_those_of_the_text(tmp_path: Path) -> None:
     assert batch.lanes == {0: {"ordinal": 5, "offset": 0, "rows": 1}}
 
 
-def test_isolated_documents_are_bounded_where_they_begin(corpus: Path) -> None:
+def test_isolated_documents_have_bounds_where_they_begin(corpus: Path) -> None:
     cfg = jsonl(corpus, "data.isolate_documents=true", "trainer.micro_batch=2")
     for batch in islice(loader(cfg), 12):
         flat = batch.inputs.flatten()
@@ -229,7 +229,7 @@ def test_isolated_documents_are_bounded_where_they_begin(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_one_document_a_sequence_cuts_and_pads_and_counts_both(corpus: Path, workers: int) -> None:
+def test_one_document_per_row_truncates_and_pads_and_counts_both(corpus: Path, workers: int) -> None:
     cfg = jsonl(corpus, "data.packing=document", "data.isolate_documents=true", f"data.num_workers={workers}")
     want = {text[:16] for text in texts() if text}
     made, seen = loader(cfg), []
@@ -250,8 +250,8 @@ def test_one_document_a_sequence_cuts_and_pads_and_counts_both(corpus: Path, wor
     assert counts["padding"] == sum(max(0, 16 - n) for n in pairs)
 
 
-def test_a_program_with_workers_ends(corpus: Path) -> None:
-    """Workers outlive the SIGTERM that Python sends its children at exit, so they must be told."""
+def test_a_program_with_workers_exits(corpus: Path) -> None:
+    """Workers survive the SIGTERM that Python sends its children at exit, so they must be told to stop."""
     code = f"""
 from tests.data_helpers import config, loader
 made = loader(config("data=jsonl", "data.train=[{corpus}]", "data.num_workers=2"))
@@ -263,9 +263,11 @@ print("read")
     assert (ended.returncode, ended.stdout.strip()) == (0, "read"), ended.stderr
 
 
-def test_a_change_of_data_is_refused_with_everything_that_changed(corpus: Path, tmp_path: Path) -> None:
+def test_changed_data_are_rejected_with_everything_that_changed(corpus: Path, tmp_path: Path) -> None:
     state = through_json(next(steps(jsonl(corpus)))[2])
-    other = write_jsonl(tmp_path / "a.jsonl", [*texts()[:-1], texts()[-1][:-1] + "!"])  # as long, one letter differs
+    other = write_jsonl(
+        tmp_path / "a.jsonl", [*texts()[:-1], texts()[-1][:-1] + "!"]
+    )  # same length, one letter differs
     cases = {
         "files": jsonl(other),
         "context": jsonl(corpus, "trainer.context=32"),
@@ -285,7 +287,7 @@ def test_a_change_of_data_is_refused_with_everything_that_changed(corpus: Path, 
     assert "context: 16 -> 32" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_another_tokenizer_is_refused_at_resume(corpus: Path) -> None:
+def test_another_tokenizer_is_rejected_at_resume(corpus: Path) -> None:
     cfg = jsonl(corpus)
     state = merge_states([loader(cfg).state_dict()])
     state["fingerprint"]["tokenizer"] = "sentencepiece:0123"
@@ -293,7 +295,7 @@ def test_another_tokenizer_is_refused_at_resume(corpus: Path) -> None:
         loader(cfg, state=state)
 
 
-def test_a_missing_rank_or_a_state_within_a_step_is_refused(corpus: Path) -> None:
+def test_a_missing_rank_or_a_state_within_a_step_is_rejected(corpus: Path) -> None:
     made = [loader(jsonl(corpus, "trainer.micro_batch=1"), rank, 2) for rank in range(2)]
     for one in made:
         list(islice(one, 2))
@@ -307,14 +309,14 @@ def test_a_missing_rank_or_a_state_within_a_step_is_refused(corpus: Path) -> Non
         merge_states([states[0], made[1].state_dict()])
 
 
-def test_a_batch_that_cannot_be_dealt_is_refused(corpus: Path) -> None:
+def test_a_batch_that_cannot_be_divided_is_rejected(corpus: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"trainer.global_batch=4 must be a multiple of trainer.micro_batch=2 times 4"
     ):
         loader(jsonl(corpus, "trainer.micro_batch=2"), 0, 4)
 
 
-def test_nothing_but_empty_documents_is_an_error(tmp_path: Path) -> None:
+def test_only_empty_documents_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["", "", ""])
     with pytest.raises(Exception, match="every document of the training data is empty"):
         next(iter(loader(jsonl(path))))

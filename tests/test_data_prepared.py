@@ -1,4 +1,4 @@
-"""Claims about prepared data: made once, whole or not at all, the same rows as the text's, and never silently wrong."""
+"""Claims about prepared data: written once and completely, with the same rows as the text, and never silently wrong."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def copy(prepared: Path, to: Path) -> Path:
 @pytest.mark.parametrize(
     "overrides", [(), ("data.packing=document",), ("seed=5", "data.isolate_documents=true")], ids=str
 )
-def test_training_from_it_is_training_from_the_text(
+def test_prepared_data_give_the_same_batches_as_the_text(
     source: Config, folder: Path, prepared: Path, overrides: Any
 ) -> None:
     text, maps = loader(from_parquet(folder, *overrides)), loader(from_memmap(prepared, overrides=overrides))
@@ -81,13 +81,13 @@ def test_training_from_it_is_training_from_the_text(
     assert text.counts["bad_utf8"] and text.counts["empty_documents"] and text.state_dict() == maps.state_dict()
 
 
-def test_a_run_begun_on_text_goes_on_from_it(source: Config, prepared: Path) -> None:
+def test_a_run_started_on_text_continues_on_prepared_data(source: Config, prepared: Path) -> None:
     whole = tokens_of(source, 9)
     state = list(islice(steps(source), 4))[-1][2]
     assert torch.equal(tokens_of(from_memmap(prepared), 5, 2, state), whole[4:])
 
 
-def test_resuming_reads_nothing_of_what_was_read_before(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_does_not_reread_earlier_documents(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = from_memmap(prepared)
     state = list(islice(steps(cfg), 11))[-1][2]
     read: list[int] = []
@@ -100,7 +100,7 @@ def test_resuming_reads_nothing_of_what_was_read_before(prepared: Path, monkeypa
     monkeypatch.setattr(PreparedTokens, "read", watched)
     next(steps(cfg, 1, state))
     begun = [lane for lane in state["lanes"].values() if lane["offset"]]
-    assert begun and len(read) <= 4 + 8, "each lane's own document, and those that its row goes on with"
+    assert begun and len(read) <= 4 + 8, "each lane's current document, and those that its row continues with"
 
 
 def test_held_out_documents_come_from_the_same_folder(source: Config, prepared: Path) -> None:
@@ -116,7 +116,7 @@ def test_held_out_documents_come_from_the_same_folder(source: Config, prepared: 
         list(heldout_documents(from_memmap(prepared), build_tokenizer(source), split="test", min_tokens=1))
 
 
-def test_several_folders_follow_each_other(source: Config, prepared: Path) -> None:
+def test_several_folders_are_concatenated(source: Config, prepared: Path) -> None:
     once, twice = (PreparedTokens([str(prepared)] * n, "train", build_tokenizer(source)) for n in (1, 2))
     assert len(twice) == 2 * len(once) == 30
     for i in range(15):
@@ -125,7 +125,7 @@ def test_several_folders_follow_each_other(source: Config, prepared: Path) -> No
     assert once.fingerprint() != twice.fingerprint()
 
 
-def test_the_index_says_everything(prepared: Path) -> None:
+def test_the_index_counts_and_locates_every_document(prepared: Path) -> None:
     index = load_index(prepared)["splits"]["train"]
     assert index["documents"] == 15 and index["bad_utf8"] == 1 and len(index["parts"]) > 3
     assert index["tokens"] == index["bytes"] == sum(len(text) for text in texts()) + len("bad \ufffd byte".encode())
@@ -137,16 +137,16 @@ def test_the_index_says_everything(prepared: Path) -> None:
     assert text == texts()[part["first_document"] + part["documents"] - 1]
 
 
-def test_processes_and_pieces_do_not_show_in_the_result(source: Config, prepared: Path, tmp_path: Path) -> None:
+def test_the_number_of_processes_does_not_change_the_result(source: Config, prepared: Path, tmp_path: Path) -> None:
     prepare(source, tmp_path / "out", processes=2, part_mb=PART_MB)
     assert tree(tmp_path / "out") == tree(prepared)
 
 
 class Killed(BaseException):
-    """Stands for a kill: no handler of ordinary errors sees it."""
+    """Stands in for a kill: handlers of ordinary exceptions do not catch it."""
 
 
-def test_a_killed_preparation_goes_on_and_leaves_the_same_bytes(
+def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
     source: Config, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -174,11 +174,13 @@ def test_a_killed_preparation_goes_on_and_leaves_the_same_bytes(
     assert len(made) == len(set(made)), "no part was made twice"
     assert tree(out) == tree(prepared)
     monkeypatch.setattr(preparing, "make_part", dies_at(len(made)))
-    prepare(source, out, processes=1, part_mb=PART_MB)  # done: nothing is made again
+    prepare(source, out, processes=1, part_mb=PART_MB)  # already complete: nothing is redone
     assert tree(out) == tree(prepared)
 
 
-def test_kill_9_of_the_command_and_its_processes(folder: Path, source: Config, prepared: Path, tmp_path: Path) -> None:
+def test_rerunning_after_kill_9_of_all_processes_completes_the_preparation(
+    folder: Path, source: Config, prepared: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "data.prepare", "data=parquet", f"part_mb={PART_MB:.12f}", "processes=1"]
     command += [f"data.train=[{folder}/train-0.parquet,{folder}/train-1.parquet]", "data.title_field=short_book_title"]
     command += [f"data.validation=[{folder}/validation.parquet]", f"out={tmp_path}/out"]
@@ -193,7 +195,7 @@ def test_kill_9_of_the_command_and_its_processes(folder: Path, source: Config, p
     assert load_index(tmp_path / "out")["splits"] == load_index(prepared)["splits"]
 
 
-def test_a_full_disk_stops_it_in_one_line_and_it_goes_on_later(
+def test_a_full_disk_stops_preparation_in_one_line_and_it_resumes_later(
     source: Config, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -211,7 +213,7 @@ def test_a_full_disk_stops_it_in_one_line_and_it_goes_on_later(
     assert tree(out) == tree(prepared)
 
 
-def test_another_preparation_in_the_same_folder_is_refused(folder: Path, source: Config, prepared: Path) -> None:
+def test_another_preparation_in_the_same_folder_is_rejected(folder: Path, source: Config, prepared: Path) -> None:
     for cfg, what in (
         (from_parquet(folder, "data.title_field=url"), "title_field"),
         (only_train(folder), "data.train"),
@@ -233,7 +235,7 @@ def damage(path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["tokens", "documents", "titles"])
-def test_a_changed_byte_is_refused_by_name(prepared: Path, tmp_path: Path, suffix: str) -> None:
+def test_a_changed_byte_is_an_error_that_names_the_file(prepared: Path, tmp_path: Path, suffix: str) -> None:
     out = copy(prepared, tmp_path / "out")
     damage(out / f"train-00002.{suffix}", 3)
     tokens = PreparedTokens([str(out)], "train", build_tokenizer(config("data=memmap")))
@@ -243,7 +245,7 @@ def test_a_changed_byte_is_refused_by_name(prepared: Path, tmp_path: Path, suffi
 
 
 @pytest.mark.parametrize("suffix", ["tokens", "documents", "titles"])
-def test_a_truncated_or_missing_file_is_refused_by_name_at_once(prepared: Path, tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_or_missing_file_is_named_at_once(prepared: Path, tmp_path: Path, suffix: str) -> None:
     out = copy(prepared, tmp_path / "out")
     path = out / f"train-00002.{suffix}"
     path.write_bytes(path.read_bytes()[:-1])
@@ -255,7 +257,7 @@ def test_a_truncated_or_missing_file_is_refused_by_name_at_once(prepared: Path, 
         loader(from_memmap(out))
 
 
-def test_a_file_that_vanishes_under_a_run_is_named(prepared: Path, tmp_path: Path) -> None:
+def test_a_file_that_disappears_during_a_run_is_named(prepared: Path, tmp_path: Path) -> None:
     out = copy(prepared, tmp_path / "out")
     made = loader(from_memmap(out))
     (out / "train-00002.tokens").unlink()
@@ -280,14 +282,14 @@ def test_verify_finds_every_damaged_file(prepared: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("at", [40, 900])
-def test_a_damaged_index_is_refused(prepared: Path, tmp_path: Path, at: int) -> None:
+def test_a_damaged_index_is_rejected(prepared: Path, tmp_path: Path, at: int) -> None:
     out = copy(prepared, tmp_path / "out")
     damage(out / "prepared.json", at)
     with pytest.raises(ConfigError, match="prepared.json (is damaged|cannot be read)"):
         load_index(out)
 
 
-def test_another_tokenizer_is_refused_with_the_setting_that_mends_it(prepared: Path) -> None:
+def test_another_tokenizer_is_rejected_with_the_right_setting(prepared: Path) -> None:
     class Other:
         fingerprint, vocab_size, separator_id = "sentencepiece:abc", 99, 1
 
@@ -299,7 +301,7 @@ def test_wide_vocabularies_take_four_bytes(source: Config, tmp_path: Path, monke
     from data.tokenizer import ByteTokenizer, _TableTokenizer
 
     class Wide(ByteTokenizer):
-        """Bytes whose ids begin at 70,000."""
+        """Bytes with ids that start at 70,000."""
 
         def __init__(self) -> None:
             pieces = [b""] * 70_000 + [bytes([b]) for b in range(256)] + [b""]
@@ -315,7 +317,7 @@ def test_wide_vocabularies_take_four_bytes(source: Config, tmp_path: Path, monke
     assert Wide().decode(tokens.read(7).ids) == texts()[7] and tokens.read(7).ids.min() >= 70_000
 
 
-def test_bad_shards_and_documents_stay_counted(tmp_path: Path) -> None:
+def test_bad_shards_and_documents_are_counted_as_from_the_text(tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "good.jsonl", [*texts()[5:9], {"title": "no text"}, {"text": "\ud800 half"}])
     cfg = config("data=jsonl", f"data.train=[{good},{tmp_path}/gone.jsonl]", "data.on_bad_shard=skip")
     cfg.data.num_workers = 0
@@ -341,7 +343,9 @@ def test_bad_shards_and_documents_stay_counted(tmp_path: Path) -> None:
         (["verify", "/nowhere"], "it has no prepared.json"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     said = capsys.readouterr().err.strip()
     assert words in said and "\n" not in said and not Path("x").exists()

@@ -1,4 +1,4 @@
-"""Claims about files that are there whole or not at all, whichever way they are written."""
+"""Claims about atomic writes: a file is complete or absent, whichever way it is written."""
 
 from __future__ import annotations
 
@@ -40,27 +40,25 @@ def path(tmp_path: Path) -> Path:
 
 
 def untouched(path: Path) -> bool:
-    """The old content, and nothing beside it."""
+    """Whether the file has its old content and nothing was left beside it."""
     return path.read_bytes() == OLD and os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize("write", WAYS)
-def test_the_new_content_takes_the_place_of_the_old_and_folders_are_made(
-    write: Callable[[Path, bytes], None], path: Path
-) -> None:
+def test_new_content_replaces_the_old_and_folders_are_created(write: Callable[[Path, bytes], None], path: Path) -> None:
     for target in (path, path.parent / "a" / "b" / "c.bin"):
         write(target, NEW)
         assert target.read_bytes() == NEW and os.listdir(target.parent) == [target.name]
         target.unlink()
 
 
-def test_text_is_written_as_utf8_and_line_ends_as_given(path: Path) -> None:
+def test_text_is_written_as_utf8_with_line_endings_unchanged(path: Path) -> None:
     write_whole(path, "caf\u00e9\r\nend\n")
     assert path.read_bytes() == b"caf\xc3\xa9\r\nend\n"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_a_failure_midway_leaves_the_old_file_alone(error: type[BaseException], path: Path) -> None:
+def test_a_failure_midway_leaves_the_old_file_untouched(error: type[BaseException], path: Path) -> None:
     with pytest.raises(error), replacing(path) as scratch:
         scratch.write_bytes(NEW)
         assert path.read_bytes() == OLD
@@ -76,7 +74,7 @@ def test_a_failure_midway_leaves_the_old_file_alone(error: type[BaseException], 
 
 
 @pytest.mark.parametrize("write", WAYS)
-def test_a_full_disk_is_an_oserror_and_costs_nothing_saved(write: Callable[[Path, bytes], None], path: Path) -> None:
+def test_a_full_disk_raises_oserror_and_loses_nothing_saved(write: Callable[[Path, bytes], None], path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(NEW) - 1, limits[1]))  # the last byte does not fit
     try:
@@ -89,7 +87,7 @@ def test_a_full_disk_is_an_oserror_and_costs_nothing_saved(write: Callable[[Path
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("write", WAYS)
-def test_a_disk_that_refuses_at_the_end_leaves_the_old_file_alone(
+def test_a_disk_that_fails_at_the_end_leaves_the_old_file_untouched(
     write: Callable[[Path, bytes], None], call: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -103,7 +101,7 @@ def test_a_disk_that_refuses_at_the_end_leaves_the_old_file_alone(
 
 
 @pytest.mark.parametrize("write", WAYS)
-def test_the_whole_content_is_on_the_disk_before_it_takes_the_name(
+def test_the_whole_content_is_on_disk_before_the_rename(
     write: Callable[[Path, bytes], None], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsync, synced = os.fsync, []
@@ -123,8 +121,8 @@ def write_often(path: Path, letter: bytes, times: int = 50) -> None:
         assert len(set(path.read_bytes())) == 1 and path.stat().st_size == 100_000
 
 
-def test_of_writers_at_once_one_wins_whole(path: Path) -> None:
-    """Two threads of this process and two processes; each finds a whole file, its own or another's, at every look."""
+def test_concurrent_writers_leave_one_complete_file(path: Path) -> None:
+    """Two threads of this process and two processes; every read finds a complete file, the reader's or another's."""
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=write_often, args=(path, letter)) for letter in (b"a", b"b")]
     for process in processes:

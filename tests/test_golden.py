@@ -98,7 +98,7 @@ class Margins(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_are_the_golden_ones(name: str) -> None:
+def test_losses_equal_the_golden_ones(name: str) -> None:
     path = GOLDEN / f"{name}.json"
     with Margins() as margins:
         got = losses(name, repeats=name not in TIED_BY_REPEATS)

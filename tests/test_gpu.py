@@ -1,6 +1,6 @@
-"""OVQ-attention on a real card, in every dtype: the claims of the interpreter's tests, and those it cannot test.
+"""Claims about OVQ-attention on a real GPU, in every dtype: those tested in the interpreter, and those it cannot test.
 
-Skipped where there is no CUDA device. `python -m pytest tests/test_gpu.py` takes some minutes, most of them compiling.
+Skipped where there is no CUDA device. `python -m pytest tests/test_gpu.py` takes a few minutes, mostly to compile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from eval.bench.gpu import checks  # noqa: E402
 from eval.bench.gpu.checks import CHECKS, Sizes  # noqa: E402
 from ovq.ops import ovq_attention  # noqa: E402
 from ovq.ops.ovq_attention.spec import OVQSpec  # noqa: E402
-from tests.ovq_triton_cases import *  # noqa: E402, F403  every case of the interpreter, on the card
+from tests.ovq_triton_cases import *  # noqa: E402, F403  every interpreter case, on the GPU
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -34,14 +34,14 @@ SIZES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("name", list(CHECKS))
-def test_check(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
-    """Float64, best assignments, repeats to the bit, decoding, poisoned memory: `eval.bench.gpu.checks` says how."""
+def test_kernels_pass_every_check(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
+    """Float64, best assignments, bit-exact repeats, decoding, poisoned memory: see `eval.bench.gpu.checks`."""
     CHECKS[name]("triton", sizes, torch.device("cuda"), dtype)
 
 
 @pytest.mark.parametrize("heads", [1, 8, 32, 200])
 def test_programs_that_share_a_head_agree_however_many_there_are(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The barrier between programs, from 16 a head to one: 256 chunks, run after run, and as one alone, to the bit."""
+    """The barrier between programs, from 16 per head to one: 256 chunks, bit-equal between runs and to one program."""
     sizes = Sizes(tokens=256 * 64, chunk_size=64, heads=heads, kv_heads=heads, num_centroids=1500)
     tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
     do = torch.randn_like(tensors[0])
@@ -72,8 +72,8 @@ def test_peak_memory_at_64k_is_within_three_times_q_k_v() -> None:
     assert peak == pytest.approx(sum(cost.memory(shape).values()), rel=0.15)
 
 
-def test_an_offset_beyond_two_gigabytes_of_elements_is_right() -> None:
-    """More than 2^31 numbers of q: the last head's last tokens, against the same tokens alone."""
+def test_offsets_beyond_two_to_the_31_elements_are_right() -> None:
+    """q has more than 2^31 elements: the last sequence equals the same sequence alone."""
     T, H, D = 32768, 33, 2
     B = -(-(2**31) // (T * H * 64)) + 1
     if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
@@ -86,7 +86,7 @@ def test_an_offset_beyond_two_gigabytes_of_elements_is_right() -> None:
     assert torch.equal(whole[-1:], alone)
 
 
-def test_torch_compile_keeps_a_layer_whole_on_the_card() -> None:
+def test_torch_compile_keeps_a_layer_whole_on_the_gpu() -> None:
     sizes = Sizes(tokens=500)
     tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""The rooms of the house: which module may import which, read from the source, imports inside functions included."""
+"""Claims about the layout: which module may import which, read from the source, imports inside functions included."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ovq", "data", "eval", "launch")
 MOST_LINES = 400
-# Longer than that, and why.
+# Files that may be longer, and why.
 LONG = {
     "ovq/ops/ovq_attention/kernels/assign.py": "a kernel, with the maths of its stages",
     "ovq/ops/ovq_attention/kernels/backward.py": "kernels, with the maths of their stages",
-    "ovq/train/loop.py": "one class that tells a run in order",
-    "ovq/train/checkpoint.py": "saving, choosing and loading share what a folder's names mean",
+    "ovq/train/loop.py": "one class that reads as the course of a run",
+    "ovq/train/checkpoint.py": "saving, choosing and loading share the meaning of folder names",
 }
 
 
 def source_of() -> dict[str, Path]:
-    """Module name -> file, of everything but the tests."""
+    """Module name -> file, for everything but the tests."""
     files = [ROOT / "train.py", *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))]
     return {name_of(file): file for file in files}
 
@@ -34,7 +34,7 @@ MODULES = source_of()
 
 
 def imports_of(module: str) -> set[str]:
-    """The modules of ours that a module's code names in an import, wherever it stands."""
+    """The project's modules that a module imports, anywhere in its code."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ def below(module: str, room: str) -> bool:
     return module == room or module.startswith(room + ".")
 
 
-# room -> the rooms it may import from, beside itself. A longer name comes before the room it lies in.
+# room (a package or module) -> the rooms it may import from, besides itself. A nested room comes before its parent.
 SHARED = ("ovq.config", "ovq.compose", "ovq.cli", "ovq.errors", "ovq.schema", "ovq.files", "ovq.machine")
 CORE = (*SHARED, "ovq.instantiate", "ovq.processes")
 MAY_IMPORT = {
@@ -82,13 +82,13 @@ def test_arrows_point_one_way(module: str) -> None:
 
 
 def test_no_tool_imports_the_figures() -> None:
-    """Figures are the top of eval: only they may join what everything else keeps apart."""
+    """Figures are the top layer of eval: only they may combine packages that are otherwise kept apart."""
     for module, targets in ARROWS.items():
         if not below(module, "eval.figures"):
             assert not [target for target in targets if below(target, "eval.figures")], module
 
 
-def test_there_is_no_import_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -109,7 +109,7 @@ def test_no_leaf_of_data_imports_the_builder() -> None:
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_no_module_bears_the_name_of_a_library_it_imports(module: str) -> None:
+def test_no_module_has_the_name_of_a_library_it_imports(module: str) -> None:
     imported = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -124,6 +124,6 @@ def test_files_are_short() -> None:
         lines = len(file.read_text().splitlines())
         name = str(file.relative_to(ROOT))
         if name in LONG:
-            assert lines > MOST_LINES, f"{name} has {lines} lines: take it off the list"
+            assert lines > MOST_LINES, f"{name} has only {lines} lines: remove it from LONG"
         else:
             assert lines <= MOST_LINES, f"{module} has {lines} lines"

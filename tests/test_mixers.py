@@ -1,4 +1,4 @@
-"""The contract of every mixer in configs/model/mixer/, new ones included: causal, streamable, decodable, isolated."""
+"""The contract of every mixer in configs/model/mixer/: it is causal, streams, decodes and isolates documents."""
 
 from __future__ import annotations
 

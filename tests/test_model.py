@@ -1,4 +1,4 @@
-"""Claims about the whole model: causal, streamable, decodable, its loss and its counts right, for every named model."""
+"""Claims about every named model as a whole: it is causal, streams, decodes, and has the right loss and counts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_initialisation_is_a_function_of_the_seed(name: str) -> None:
     assert all(torch.isfinite(value).all() for value in one.values() if value.is_floating_point())
 
 
-def test_initial_loss_is_that_of_a_uniform_guess() -> None:
+def test_initial_loss_equals_that_of_a_uniform_guess() -> None:
     model, x, y = small_model("sw_ovq"), tokens(6), tokens(7)
     mean = float(model(x, targets_BT=y).loss.detach()) / y.numel()
     assert abs(mean - torch.tensor(float(VOCAB)).log()) < 0.15
@@ -85,7 +85,7 @@ def test_tied_embeddings_are_one_matrix_and_count_once() -> None:
 
 
 @pytest.mark.parametrize("size,millions", [("70m", 70), ("150m", 150), ("480m", 480)])
-def test_sizes_have_the_parameters_their_name_says(size: str, millions: int) -> None:
+def test_sizes_have_the_parameter_count_in_their_name(size: str, millions: int) -> None:
     cfg = compose(["model=sw_ovq", f"model/size={size}"])
     with torch.device("meta"):
         total, _ = count_parameters(build_model(cfg.model, 16384))
@@ -99,7 +99,7 @@ def test_ovq_state_stops_growing_and_full_attention_does_not() -> None:
     assert state_size(full, 65536) == 8 * state_size(full, 8192)
 
 
-def test_flops_a_token_are_six_a_weight_where_mixing_costs_nothing() -> None:
+def test_flops_per_token_are_six_per_weight_plus_mixing() -> None:
     model = small_model("sw", "model.mixers.sliding_window.window=1")
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
     mixing = 3 * 2 * 4 * 32  # three passes, two layers, four FLOPs for each of 32 columns and the one key seen

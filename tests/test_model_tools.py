@@ -1,4 +1,4 @@
-"""Claims about the tools that compare models: what they count is what is held, and one failure ends nothing else."""
+"""Claims about the tools that compare models: counts match what models hold, and one failure does not stop the rest."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.helpers import MIXERS, MODELS, TINY
 from tests.test_mixers import make
 
 PNG = b"\x89PNG"
-OPTIMIZER_BYTES = 3 * 4  # a parameter's gradient and two moments, in float32
+OPTIMIZER_BYTES = 3 * 4  # per parameter: the gradient and two moments, in float32
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_state_bytes_in_bf16_are_those_held(name: str) -> None:
+def test_state_bytes_in_bf16_match_what_is_held(name: str) -> None:
     mixer = make(name).to(torch.bfloat16)
     x = torch.randn(1, 45, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
@@ -33,7 +33,7 @@ def test_state_bytes_in_bf16_are_those_held(name: str) -> None:
             state = mixer(x[:, :length], return_state=True)[1]
             held = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
             claimed = 2 * mixer.state_size(length) + 2 * mixer.float32_state(length)
-            # Positions of kept entries are int64: a twentieth more, at these few columns a head.
+            # Positions of kept entries are int64: at most a twentieth more at these narrow heads.
             assert claimed <= held <= 1.05 * claimed, f"holds {held} bytes after {length} tokens, claims {claimed}"
 
 
@@ -46,7 +46,7 @@ def test_the_table_has_every_model_and_counts_what_the_formulas_say(
     models = {row["name"]: row for row in record["models"]}
     assert set(models) == set(MODELS) and record["models"][0]["name"] == "std_att"
     for name in MODELS:
-        assert sum(line.startswith(f"{name} ") for line in shown.splitlines()) == 2  # numbers and bytes
+        assert sum(line.startswith(f"{name} ") for line in shown.splitlines()) == 2  # elements and bytes
     full = models["std_att"]
     dim, layers, ffn = 128, 4, 384
     body = layers * (4 * dim * dim + 3 * dim * ffn + 2 * dim) + dim
@@ -56,7 +56,7 @@ def test_the_table_has_every_model_and_counts_what_the_formulas_say(
     assert full["flops_training"] == 3 * full["flops_forward"]
     assert full["state_numbers"]["3000"] == layers * 2 * dim * 3000
     assert full["state_bytes"]["65536"] == 2 * layers * 2 * dim * 65536
-    window, dictionary = 2 * dim * 255, 2 * 2048 * (2 * 64 + 1)  # numbers a layer
+    window, dictionary = 2 * dim * 255, 2 * 2048 * (2 * 64 + 1)  # elements per layer
     assert models["sw_ovq"]["state_bytes"]["65536"] == 2 * (2 * window + 4 * dictionary)
     assert (tmp_path / "state_size.png").read_bytes().startswith(PNG)
 
@@ -71,15 +71,15 @@ def test_models_of_unequal_size_are_named_and_fail_the_comparison(
     assert error.count("\n") == 1 and "mamba2 +0.8%" in error and "gdn" not in error and "sw" not in error
 
 
-def test_readmes_table_is_what_the_models_are_today() -> None:
-    """If this fails: python -m eval.bench.compare readme=true"""
+def test_the_readme_table_describes_the_current_models() -> None:
+    """If this fails, run: python -m eval.bench.compare readme=true"""
     table = compare_models.readme_table()
     for name in MODELS:
         assert table.count(f"| `{name}` |") == 1
     assert compare_models.BEGIN + table + compare_models.END in compare_models.README.read_text()
 
 
-def test_only_the_table_of_a_readme_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewriting_a_readme_changes_only_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_models, "readme_table", lambda: "| new |\n")
     path = tmp_path / "README.md"
     path.write_text(f"before\n{compare_models.BEGIN}| old |\n{compare_models.END}after\n")
@@ -116,7 +116,7 @@ def test_bad_options_fail_in_one_line(
 # --- the benchmark ---------------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_trained_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_a_model_is_trained_in_its_own_process_and_measured(tmp_path: Path) -> None:
     command = ["models=[sw_ovq]", "contexts=[96]", "steps=2", "batch=2", "vocab_size=61", f"out={tmp_path}"]
     assert bench_models.main([*command, *TINY, "trainer.peak_tflops=0.5", "trainer.device=cpu"]) == 0
     record = json.loads((tmp_path / "bench_models.json").read_text())
@@ -137,16 +137,16 @@ def test_one_failure_is_recorded_and_does_not_end_the_rest(
     good = {"tokens_per_s": 10.0, "mfu": 0.5, "peak_memory_bytes": 2**20, "step_s": [1.0], "first_step_s": 2.0}
     good |= {"peak_tflops": 3.0, "peak_is_from": "a test", "device": "none", "precision": "fp32"}
     outcomes = {512: good, 1024: {"error": bench_models.OUT_OF_MEMORY}, 2048: good}
-    asked = []
+    calls = []
 
     def run_child(settings: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        asked.append((settings["context"], settings["peak_tflops"]))
+        calls.append((settings["context"], settings["peak_tflops"]))
         return outcomes[settings["context"]]
 
     monkeypatch.setattr(bench_models, "run_child", run_child)
     command = ["models=[sw]", "contexts=[512,1024,2048]", f"out={tmp_path}"]
-    assert bench_models.main(command) == 0  # what does not fit is a result
-    assert asked == [(512, None), (1024, 3.0), (2048, 3.0)]  # one peak for all
+    assert bench_models.main(command) == 0  # running out of memory is a result, not a failure
+    assert calls == [(512, None), (1024, 3.0), (2048, 3.0)]  # one peak for all
     rows = json.loads((tmp_path / "bench_models.json").read_text())["measured"]
     assert [row.get("error") for row in rows] == [None, "out of memory", None]
     outcomes[1024] = {"error": "ValueError: broken"}

@@ -1,4 +1,4 @@
-"""Loss by position: what is measured, what is left in the run folder, and what happens when it cannot be."""
+"""Claims about loss by position: what is measured, what the run folder gets, and what happens when evaluation fails."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def texts(tmp_path: Path) -> list[str]:
 
 
 def run_folder(root: Path, model: str, texts: list[str], *overrides: str, steps: tuple[int, ...] = (3,)) -> Path:
-    """A run folder with checkpoints of an untrained model; the weights of step n are those of seed n."""
+    """A run folder with checkpoints of an untrained model; the weights at step n come from seed n."""
     run_dir = root / f"default,model={model}"
     cfg = small_config(model, *texts, *overrides)
     config.save(cfg, run_dir)
@@ -73,17 +73,12 @@ def run_folder(root: Path, model: str, texts: list[str], *overrides: str, steps:
 
 
 class Ruler(torch.nn.Module):
-    """Stands for a model: the loss at position p of a document is p + its first letter's code. Needs its state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[tuple[int, ...]] = []
+    """Stands in for a model: the loss at position p of a document is p + its first letter's code. Needs its state."""
 
     def mixers(self) -> list[Any]:
         return []
 
     def forward(self, tokens_BT: torch.Tensor, *, targets_BT: torch.Tensor, state: Any, **_: Any) -> ModelOutput:
-        self.asked.append(tuple(tokens_BT.shape))
         seen, first = (0, targets_BT[:, :1].double()) if state is None else state
         position = torch.arange(seen, seen + tokens_BT.shape[1], dtype=torch.float64)
         return ModelOutput(loss=position + first, state=[seen + tokens_BT.shape[1], first])
@@ -94,7 +89,7 @@ class Ruler(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["sw_ovq", "sw_nope"])
 @pytest.mark.parametrize("piece", [1000, 37, 8])
-def test_losses_in_pieces_are_those_of_one_pass(name: str, piece: int) -> None:
+def test_losses_in_pieces_equal_those_of_one_pass(name: str, piece: int) -> None:
     torch.manual_seed(0)
     model = small_model(name, vocab_size=61).double().eval()
     model.loss_chunk_tokens = 19
@@ -106,7 +101,7 @@ def test_losses_in_pieces_are_those_of_one_pass(name: str, piece: int) -> None:
     assert relative_error(torch.from_numpy(got), one_pass) < 1e-10
 
 
-def test_rows_of_unequal_length_do_not_touch_each_other() -> None:
+def test_rows_of_unequal_length_do_not_affect_each_other() -> None:
     torch.manual_seed(1)
     model = small_model("sw_ovq", vocab_size=61).double().eval()
     rows = [torch.randint(61, (length,)).numpy().astype(np.int32) for length in (90, 41)]
@@ -132,7 +127,7 @@ def test_log_buckets_are_half_octaves_and_linear_ones_equal() -> None:
     assert set(np.diff(linear_edges(4096))) == {128}
 
 
-def test_standard_error_is_that_of_a_hand_computed_example() -> None:
+def test_standard_error_equals_a_hand_computed_example() -> None:
     # Means 1, 2, 6: their mean is 3, squared deviations 4 + 1 + 9 = 14, so sqrt(14 / 2 / 3).
     error = standard_error(np.array([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]]))
     assert error is not None and error.tolist() == pytest.approx([math.sqrt(7 / 3), 0.0])
@@ -183,19 +178,19 @@ def test_a_limit_takes_the_first_documents(texts: list[str]) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor any operation returns."""
+    """Records the number of elements of the largest tensor any operation returns."""
 
-    numbers = 0
+    elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
+                self.elements = max(self.elements, tensor.numel())
         return out
 
 
-def test_nothing_as_large_as_context_times_vocabulary_or_width_is_made() -> None:
+def test_no_tensor_is_as_large_as_context_times_vocabulary_or_width() -> None:
     context, vocab, piece = 4096, 257, 128
     model = small_model("sw_ovq", vocab_size=vocab).eval()
     rows = [np.random.default_rng(0).integers(vocab, size=context + 1).astype(np.int32)]
@@ -211,13 +206,13 @@ def test_nothing_as_large_as_context_times_vocabulary_or_width_is_made() -> None
                 device=torch.device("cpu"),
                 should_stop=go_on,
             )
-        return seen.numbers
+        return seen.elements
 
-    assert largest(context, context) >= context * vocab  # the measure does see it
+    assert largest(context, context) >= context * vocab  # the measurement can detect it
     assert largest(piece, 64) < 4 * piece * vocab
 
 
-# --- what is left in the run folder ----------------------------------------------------------------------------------
+# --- what the run folder gets ----------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_replaces_its_own_rows_and_no_others(tmp_path: Path, texts: list[str]) -> None:
@@ -249,7 +244,7 @@ def test_an_evaluation_replaces_its_own_rows_and_no_others(tmp_path: Path, texts
     ]
 
 
-def test_capacity_is_another_in_evaluation_only(tmp_path: Path, texts: list[str]) -> None:
+def test_capacity_changes_in_evaluation_only(tmp_path: Path, texts: list[str]) -> None:
     cfg = small_config("sw_ovq", *texts, "eval.num_centroids=5")
     model, tokenizer = small_model("sw_ovq", vocab_size=257), build_tokenizer(cfg)
     in_use: list[int | None] = []
@@ -264,7 +259,7 @@ def test_capacity_is_another_in_evaluation_only(tmp_path: Path, texts: list[str]
 
 
 @pytest.mark.parametrize("rule", ["fifo", "reservoir", "learned_compression", "kvm"])
-def test_every_memory_rule_takes_another_capacity(rule: str) -> None:
+def test_every_memory_rule_accepts_another_capacity(rule: str) -> None:
     name = "sw_compression" if rule == "learned_compression" else f"sw_{rule}"
     torch.manual_seed(2)
     tokens = torch.randint(61, (1, 90))
@@ -274,7 +269,7 @@ def test_every_memory_rule_takes_another_capacity(rule: str) -> None:
     assert torch.equal(changed(tokens).logits, built(tokens).logits)
 
 
-def test_capacity_of_a_model_without_a_dictionary_is_refused() -> None:
+def test_capacity_of_a_model_without_a_dictionary_is_rejected() -> None:
     cfg = small_config("sw", "eval.num_centroids=64")
     with pytest.raises(ConfigError, match=r"eval.num_centroids=64: no layer has a dictionary .*SlidingWindow"):
         check_capacity(small_model("sw"), cfg)
@@ -282,21 +277,21 @@ def test_capacity_of_a_model_without_a_dictionary_is_refused() -> None:
         check_capacity(small_model("sw_ovq"), small_config("sw_ovq", "eval.num_centroids=0"))
 
 
-@pytest.mark.parametrize("asked", [1, 2, 4, 9])
-def test_stopped_evaluation_returns_none_and_leaves_the_folder_as_it_was(
-    tmp_path: Path, texts: list[str], asked: int
+@pytest.mark.parametrize("calls", [1, 2, 4, 9])
+def test_stopped_evaluation_returns_none_and_leaves_the_folder_unchanged(
+    tmp_path: Path, texts: list[str], calls: int
 ) -> None:
     cfg = small_config("sw", *texts)
     tokenizer = build_tokenizer(cfg)
     evaluate_strictly(Ruler(), cfg, tokenizer, World(), tmp_path, 1, go_on)  # type: ignore[arg-type]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    answers = iter([False] * (asked - 1) + [True])
+    answers = iter([False] * (calls - 1) + [True])
     assert evaluate(Ruler(), cfg, tokenizer, World(), tmp_path, 2, lambda: next(answers)) is None  # type: ignore[arg-type]
-    assert next(answers, None) is None  # asked once more than it was told to go on
+    assert next(answers, None) is None  # every answer was used, the last of which said stop
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_no_document_long_enough_is_one_line_and_training_goes_on(
+def test_no_document_long_enough_is_one_line_and_training_continues(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = small_config("sw", *texts, "eval.context=4000")
@@ -306,7 +301,7 @@ def test_no_document_long_enough_is_one_line_and_training_goes_on(
     assert not (tmp_path / loss_table.FILE).exists()
 
 
-def test_fewer_documents_than_asked_for_are_used_and_said(
+def test_fewer_documents_than_requested_are_used_and_reported(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = small_config("sw", *texts, "eval.documents=9")
@@ -317,7 +312,7 @@ def test_fewer_documents_than_asked_for_are_used_and_said(
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 not a table PAR1", "foreign columns", "flipped bit"])
-def test_damaged_table_is_one_line_and_is_not_written_over(
+def test_damaged_table_is_one_line_and_is_not_overwritten(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str], content: bytes | str
 ) -> None:
     path = tmp_path / loss_table.FILE
@@ -339,7 +334,7 @@ def test_damaged_table_is_one_line_and_is_not_written_over(
         loss_table.read(tmp_path)
 
 
-def test_open_wandb_run_gets_the_picture_and_the_table(
+def test_open_wandb_run_gets_the_plot_and_the_table(
     tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[tuple[dict[str, Any], int | None]] = []
@@ -368,23 +363,23 @@ torch.set_num_threads(1)
 root = Path(sys.argv[1])
 run = load_run(root, ["eval.documents=3", "trainer.device=cpu"])
 for stop_after in (4, 1000):
-    asked = 0
+    calls = 0
 
-    def should_stop():  # a signal to rank 1 alone, agreed by all, as in ovq/train/loop.py
-        global asked
-        asked += 1
-        return processes.any_flag(run.world.rank == 1 and asked > stop_after)
+    def should_stop():  # a signal to rank 1 alone, agreed on by all ranks, as in ovq/train/loop.py
+        global calls
+        calls += 1
+        return processes.any_flag(run.world.rank == 1 and calls > stop_after)
 
     out = evaluate_strictly(run.model, run.cfg, run.tokenizer, run.world, root, run.step, should_stop)
     table = (root / "per_position_loss.parquet").exists()
-    print("RESULT", [asked, table, out], flush=True)
+    print("RESULT", [calls, table, out], flush=True)
     processes.gather_objects(None)
 processes.shutdown()
 """
 
 
 def two_processes(root: Path) -> list[list[str]]:
-    """What each process printed: times asked, whether there is a table, result; stopped, then not."""
+    """What each process printed when stopped and when not: should_stop calls, whether there is a table, the result."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -412,11 +407,11 @@ def two_processes(root: Path) -> list[list[str]]:
     return found
 
 
-def test_two_processes_give_the_table_of_one(tmp_path: Path, texts: list[str]) -> None:
-    """Three documents for two processes: in the second round one of them makes dummy passes, or FSDP would hang."""
+def test_two_processes_give_the_same_table_as_one(tmp_path: Path, texts: list[str]) -> None:
+    """Three documents for two processes: in the second round one makes dummy passes, without which FSDP would hang."""
     run_dir = run_folder(tmp_path, "sw_ovq", texts)
     (stopped, finished), other = two_processes(run_dir)
-    assert [stopped, finished] == other  # asked equally often, the same numbers
+    assert [stopped, finished] == other  # equally many calls, the same results
     assert stopped == "[5, False, None]"
     two = loss_table.read(run_dir)
 
@@ -426,8 +421,8 @@ def test_two_processes_give_the_table_of_one(tmp_path: Path, texts: list[str]) -
     assert len(one) == len(two) and [row["tokens"] for row in one] == [row["tokens"] for row in two]
     for column in ("loss", "stderr"):
         assert [row[column] for row in two] == pytest.approx([row[column] for row in one], rel=1e-5)
-    asked, table, results = ast.literal_eval(finished)
-    assert (asked, table, results) == (2 * math.ceil(CONTEXT / 40), True, pytest.approx(alone, rel=1e-5))
+    calls, table, results = ast.literal_eval(finished)
+    assert (calls, table, results) == (2 * math.ceil(CONTEXT / 40), True, pytest.approx(alone, rel=1e-5))
 
 
 # --- a run folder from the command line ------------------------------------------------------------------------------
@@ -437,7 +432,7 @@ def test_command_line_evaluates_the_newest_checkpoint(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = run_folder(tmp_path, "sw_ovq", texts, steps=(3, 8))
-    assert "," in run_dir.name  # as most run folders' names have
+    assert "," in run_dir.name  # as in most run folders' names
     assert per_position.main([f"run={run_dir}", "context=64", "documents=2", "num_centroids=7"]) == 0
     shown = capsys.readouterr().out
     assert "step 8: 2 validation documents of 64 tokens" in shown and str(run_dir / loss_table.FILE) in shown
@@ -477,7 +472,7 @@ def test_command_line_errors_are_one_line(
     assert line.startswith("error: ") and says in line
 
 
-def test_run_without_a_checkpoint_is_refused(
+def test_run_without_a_checkpoint_is_rejected(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = run_folder(tmp_path, "sw", texts, steps=())
@@ -486,7 +481,7 @@ def test_run_without_a_checkpoint_is_refused(
     assert f"{run_dir} holds no good checkpoint" in line
 
 
-def test_another_tokenizer_than_the_runs_is_refused(
+def test_a_tokenizer_other_than_the_runs_is_rejected(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = run_folder(tmp_path, "sw", texts)
@@ -497,12 +492,12 @@ def test_another_tokenizer_than_the_runs_is_refused(
     assert "tokenizer differs from the one this run was made with" in line
 
 
-def test_damaged_newest_checkpoint_is_named_and_passed_over_and_the_folder_left_alone(
+def test_damaged_newest_checkpoint_is_named_and_skipped_and_the_folder_unchanged(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = run_folder(tmp_path, "sw", texts, steps=(3, 8))
     checkpoints = run_dir / "checkpoints"
-    (checkpoints / "saving_step_00000009").mkdir()  # a run in training is writing it
+    (checkpoints / "saving_step_00000009").mkdir()  # as if a training run were writing it
     part = next((checkpoints / "step_00000008").glob("*.distcp"))
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
@@ -514,7 +509,7 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over_and_the_folder_left_
     assert choose(run_dir, "step_00000003") == choose(run_dir, 3) == checkpoints / "step_00000003"
 
 
-def test_override_of_a_run_is_typed_and_checked() -> None:
+def test_overrides_of_a_run_are_typed_and_checked() -> None:
     cfg = override(small_config("sw_ovq"), ["eval.context=128", "data.validation=[a.txt]", "eval.num_centroids=null"])
     assert (cfg.eval.context, list(cfg.data.validation), cfg.eval.num_centroids) == (128, ["a.txt"], None)
     cfg = override(cfg, ["model.mixers.ovq.backend=reference"])
@@ -526,7 +521,7 @@ def test_override_of_a_run_is_typed_and_checked() -> None:
 # --- whole documents -------------------------------------------------------------------------------------------------
 
 
-def test_whole_split_uses_the_published_number_of_words(tmp_path: Path, texts: list[str]) -> None:
+def test_the_whole_split_uses_the_published_word_count(tmp_path: Path, texts: list[str]) -> None:
     cfg = small_config("sw", *texts, "+data.words.validation=40", "eval.batch=4")
     tokenizer = build_tokenizer(cfg)
     model = small_model("sw_ovq", vocab_size=257).double().eval()
@@ -547,7 +542,7 @@ def test_whole_split_uses_the_published_number_of_words(tmp_path: Path, texts: l
     assert part["word_perplexity"] == pytest.approx(math.exp(sum(nats[:2]) / sum(words[:2])))
 
 
-def test_perplexity_from_the_command_line_is_left_in_the_run_folder(
+def test_perplexity_from_the_command_line_is_saved_in_the_run_folder(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = run_folder(tmp_path, "sw", texts)

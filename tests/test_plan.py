@@ -1,4 +1,4 @@
-"""The dry run: every number it prints, against one computed another way."""
+"""Claims about the dry run: every number it prints equals one computed another way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def plan(*overrides: str, data: dict[str, Any] | None = None, world_size: int = 1) -> dict[str, str]:
-    """The report's rows by name; a row of the state table goes by its context."""
+    """The report's rows by name; rows of the state table are keyed by context."""
     text = report(compose(list(overrides)), V, data or {}, world_size, Path("runs/x"))
     rows = [(line[:16].strip(), line[17:].strip()) for line in text.splitlines() if line[:10].strip()]
     table = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("    ")}
@@ -31,7 +31,7 @@ def mib(text: str) -> float:
     return float(number) * {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}[unit]
 
 
-def test_parameters_and_flops_are_those_of_a_count_by_hand() -> None:
+def test_parameters_and_flops_equal_a_count_by_hand() -> None:
     rows = plan("model=std_att", "trainer.context=512", "trainer.global_batch=6", "trainer.micro_batch=2")
     matrices = LAYERS * (4 * D * HEADS * K + 3 * D * FFN)
     norms = (2 * LAYERS + 1) * D
@@ -55,21 +55,21 @@ def test_parameters_and_flops_are_those_of_a_count_by_hand() -> None:
         ("[sliding_window,ovq,ovq]", "4: sliding_window, ovq, ovq, sliding_window"),
     ],
 )
-def test_layers_are_the_pattern_as_it_falls(pattern: str, shown: str) -> None:
+def test_layers_show_the_pattern_repeated_to_fill_the_depth(pattern: str, shown: str) -> None:
     assert plan("model=sw_ovq", f"model.pattern={pattern}")["layers"] == shown
 
 
-def test_a_cache_grows_with_the_context_in_bf16_and_a_dictionary_stays_in_float32() -> None:
+def test_a_bf16_cache_grows_with_the_context_and_a_float32_dictionary_does_not() -> None:
     full = plan("model=std_att")
     for context in (2048, 65536):
-        numbers = LAYERS * 2 * HEADS * K * context
-        assert full[f"{context:,}"] == f"{numbers:,} {2 * numbers / MIB:.4g} MiB"
+        elements = LAYERS * 2 * HEADS * K * context
+        assert full[f"{context:,}"] == f"{elements:,} {2 * elements / MIB:.4g} MiB"
     ovq = plan("model=sw_ovq", "model.pattern=[ovq]", "model.mixers.ovq.num_centroids=1024")
-    numbers = LAYERS * HEADS * 1024 * (2 * K + 1)  # no chunk is pending at these contexts
-    assert {ovq[context] for context in ("2,048", "65,536")} == {f"{numbers:,} {4 * numbers / MIB:.4g} MiB"}
+    elements = LAYERS * HEADS * 1024 * (2 * K + 1)  # no chunk is pending at these contexts
+    assert {ovq[context] for context in ("2,048", "65,536")} == {f"{elements:,} {4 * elements / MIB:.4g} MiB"}
 
 
-def test_bytes_of_state_are_those_a_model_holds() -> None:
+def test_state_bytes_equal_those_a_model_holds() -> None:
     from ovq.model import build_model, state_bytes
 
     cfg = compose(["model=sw_ovq", "model.mixers.ovq.num_centroids=32", "model.mixers.sliding_window.window=16"])
@@ -81,7 +81,7 @@ def test_bytes_of_state_are_those_a_model_holds() -> None:
     assert state_bytes(model, 130) == sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
 
-def test_memory_falls_with_shards_and_recomputation() -> None:
+def test_memory_falls_with_sharding_and_recomputation() -> None:
     one = plan("model=sw", "trainer.global_batch=64")["device memory"]
     eight = plan("model=sw", "trainer.global_batch=64", world_size=8)["device memory"]
     hybrid = plan("model=sw", "trainer.global_batch=64", "trainer.shard=hybrid", "trainer.replicas=4", world_size=8)[
@@ -116,12 +116,12 @@ def test_memory_falls_with_shards_and_recomputation() -> None:
         (["trainer.shard=hybrid", "trainer.replicas=4"], 8, "8, micro-batch 1, accumulation 1"),
     ],
 )
-def test_processes_that_cannot_share_the_batch_are_said(overrides: list[str], world_size: int, says: str) -> None:
+def test_processes_that_cannot_share_the_batch_are_reported(overrides: list[str], world_size: int, says: str) -> None:
     rows = plan("model=sw", "trainer.micro_batch=1", *overrides, world_size=world_size)
     assert rows["processes"].startswith(says) and mib(rows["device memory"]) > 0
 
 
-def test_data_are_shown_split_by_split_also_what_is_missing() -> None:
+def test_data_are_shown_by_split_with_what_is_missing() -> None:
     found = {
         "train": {"shards": 23, "missing": 0, "bytes": 7 * 2**30, "documents": None, "commit": "c0ffee"},
         "validation": {"shards": 2, "missing": 1, "bytes": 2048, "documents": 50},
@@ -134,7 +134,7 @@ def test_data_are_shown_split_by_split_also_what_is_missing() -> None:
     assert plan("model=sw")["data"] == "none: data.train is empty"
 
 
-def test_a_large_model_is_described_without_being_made() -> None:
+def test_a_large_model_is_described_without_allocating_it() -> None:
     before = psutil.Process().memory_info().rss
     rows = plan("model=sw_ovq", "model/size=480m")
     parameters = int(rows["parameters"].split()[0].replace(",", ""))

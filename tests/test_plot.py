@@ -1,4 +1,4 @@
-"""Pictures of runs: which curves are drawn, how runs are named, and how a figure is saved."""
+"""Claims about plots of runs: which curves are drawn, how runs are labelled, and how a figure is saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVALUATION = {"run": "r", "num_centroids": None, "split": "validation"}
 
 
 def table(step: int, context: int = 1024, level: float = 2.0, **changes: Any) -> list[loss_table.Row]:
-    """Rows of a made-up evaluation in both kinds of buckets: losses that fall from `level` + 1 to `level`."""
+    """Rows of a made-up evaluation in both kinds of bucket: losses that fall from `level` + 1 towards `level`."""
     rows = []
     for kind, width in (("log", 256), ("linear", 128)):
         for start in range(0, context, width):
@@ -38,7 +38,7 @@ def make_run(folder: Path, overrides: list[str], *tables: list[loss_table.Row]) 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that were saved."""
+    """The figures saved so far."""
     figures: list[Any] = []
     save = style.save
     monkeypatch.setattr(style, "save", lambda fig, path: (figures.append(fig), save(fig, path))[1])
@@ -60,7 +60,7 @@ def png_size(path: Path) -> tuple[int, int]:
 # --- the style -------------------------------------------------------------------------------------------------------
 
 
-def test_figure_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_figure_is_saved_atomically(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.png"
     fig, (ax,) = style.figure()
     ax.plot([1, 2], [1, 2])
@@ -72,24 +72,24 @@ def test_figure_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == before and [entry.name for entry in path.parent.iterdir()] == ["a.png"]
 
 
-def test_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
+def test_same_data_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         plot.loss_by_position([Curve("x", table(1)[:4])], tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 @pytest.mark.parametrize(("number", "shown"), [(0, "0"), (1, "1"), (1024, "1k"), (65536, "64k"), (1 << 20, "1M")])
-def test_powers_of_two_are_shortened(number: int, shown: str) -> None:
+def test_powers_of_two_are_abbreviated(number: int, shown: str) -> None:
     assert style.short(number) == shown
 
 
 @pytest.mark.parametrize("number", [1000, 3000, 1023, 100_000])
-def test_what_would_lose_digits_is_not_shortened(number: int) -> None:
+def test_numbers_that_would_lose_digits_are_not_abbreviated(number: int) -> None:
     assert style.short(number) == str(number)
 
 
 @pytest.mark.parametrize(("scale", "shown"), [("log", {"16", "1k", "64k"}), ("linear", {"8k", "16k", "64k"})])
-def test_axis_of_tokens_is_ticked_in_powers_of_two(scale: str, shown: set[str]) -> None:
+def test_a_token_axis_has_ticks_at_multiples_of_powers_of_two(scale: str, shown: set[str]) -> None:
     fig, (ax,) = style.figure()
     ax.plot([16, 65536], [3, 2])
     style.token_axis(ax, "position", scale)
@@ -100,7 +100,7 @@ def test_axis_of_tokens_is_ticked_in_powers_of_two(scale: str, shown: set[str]) 
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def test_curve_stands_where_its_buckets_are_with_a_band_of_one_error(tmp_path: Path, drawn: list[Any]) -> None:
+def test_a_curve_is_drawn_at_its_buckets_with_a_band_of_one_error(tmp_path: Path, drawn: list[Any]) -> None:
     rows = [row for row in table(5) if row["buckets"] == "log"]
     plot.loss_by_position([Curve("step 5", rows, train_context=512)], tmp_path / "a.png", scale="log")
     ax = drawn[0].axes[0]
@@ -113,12 +113,12 @@ def test_curve_stands_where_its_buckets_are_with_a_band_of_one_error(tmp_path: P
     assert ax.get_title(loc="left") == "step 5: 4 validation documents"
 
 
-def test_single_document_has_a_curve_without_a_band(tmp_path: Path, drawn: list[Any]) -> None:
+def test_a_single_document_is_drawn_without_a_standard_error(tmp_path: Path, drawn: list[Any]) -> None:
     plot.loss_by_position([Curve("a", table(5, stderr=None)[:4])], tmp_path / "a.png")
     assert len(curves_in(drawn[0])["a"][1]) == 3
 
 
-def test_own_picture_shows_earlier_steps_of_the_same_evaluation_only() -> None:
+def test_a_runs_plot_shows_only_earlier_steps_of_the_same_evaluation() -> None:
     rows = [row for step in (10, 20, 30) for row in table(step)]
     rows += table(20, context=2048) + table(20, num_centroids=64) + table(40) + table(20, split="test")
     curves = curves_of(rows, scale="log", train_context=512, key=(30, 1024, None, "validation"))
@@ -149,7 +149,7 @@ def test_many_evaluations_are_thinned_to_five_with_the_first_and_the_last() -> N
         ([["model=sw", "trainer.log_every=1"], ["model=sw", "trainer.log_every=9"]], ["sw (a)", "sw (b)"]),
     ],
 )
-def test_runs_are_named_by_what_differs(runs: list[list[str]], expected: list[str]) -> None:
+def test_runs_are_labelled_by_what_differs(runs: list[list[str]], expected: list[str]) -> None:
     assert labels([compose(overrides) for overrides in runs], ["a", "b"]) == expected
 
 
@@ -179,11 +179,11 @@ def test_training_loss_is_drawn_with_its_running_mean(tmp_path: Path, drawn: lis
     assert x == list(range(1, 101)) and y[50] == 49.0 and y[0] == 98.0
 
 
-def test_running_mean_of_a_hand_computed_example() -> None:
+def test_running_mean_equals_a_hand_computed_example() -> None:
     assert running_mean([1.0, 2.0, 6.0, 7.0], 1) == [1.5, 3.0, 5.0, 6.5]
 
 
-def test_names_of_run_folders_may_hold_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_folder_names_may_contain_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pg19", "pg19,model=sw", "pg19,model=sw,seed=1"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)

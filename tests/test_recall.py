@@ -1,4 +1,4 @@
-"""Claims about the in-context recall task: it can be solved, only by looking back, and it never depends on chance."""
+"""Claims about the in-context recall task: it is solvable, only by looking back, and fully deterministic."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_oracle_answers_everything(task: RecallTask, length: int) -> None:
         pairs, queries, _ = task.sizes(length)
         assert right == answers == queries
         assert inputs.shape == targets.shape == (length,) and inputs.max() < task.vocab_size
-        assert np.array_equal(task.oracle(inputs), targets), "something else than an answer has a label"
+        assert np.array_equal(task.oracle(inputs), targets), "something other than an answer has a label"
 
 
 @pytest.mark.parametrize("task", TASKS, ids=["plain", "long", "few queries", "filler"])
@@ -53,16 +53,16 @@ def test_keys_are_unique_and_each_is_queried_at_most_once(task: RecallTask) -> N
     pairs, queries, filler = task.sizes(300)
     is_key = (inputs >= 1) & (inputs <= task.key_vocab)
     keys = inputs[is_key].reshape(-1, task.key_tokens).tolist()
-    first, asked = keys[:pairs], keys[pairs:]
+    first, queried = keys[:pairs], keys[pairs:]
     assert len({tuple(key) for key in first}) == pairs
-    assert len({tuple(key) for key in asked}) == queries == len(asked)
-    assert all(key in first for key in asked) and asked != first[:queries]
+    assert len({tuple(key) for key in queried}) == queries == len(queried)
+    assert all(key in first for key in queried) and queried != first[:queries]
     assert int((inputs > task.key_vocab + task.value_vocab).sum()) == filler
     assert int((inputs == 0).sum()) < 2 * task.item and abs(queries / pairs - task.queried) < 0.1
 
 
-def test_what_is_seen_of_the_query_alone_gives_chance() -> None:
-    """The best guess from the query's key, its place and the sequence's last value, learned from many sequences."""
+def test_a_query_alone_predicts_no_better_than_chance() -> None:
+    """The best guess from the query's key, its position or the preceding token, learned from many sequences."""
     task = RecallTask(key_vocab=24, value_vocab=8)
     features: dict[str, dict[int, np.ndarray]] = {"key": {}, "place": {}, "last value": {}}
     right, total = dict.fromkeys(features, 0), 0
@@ -90,19 +90,19 @@ def test_sequences_are_a_pure_function_of_seed_purpose_step_and_row() -> None:
         assert not np.array_equal(one[0], task.make(64, *other)[0])
 
 
-def test_the_data_never_change_from_version_to_version() -> None:
+def test_the_data_never_change_between_versions() -> None:
     inputs, targets = RecallTask(key_vocab=9, value_vocab=5).make(12, 0, TRAIN, 0, 0)
     assert inputs.tolist() == GOLDEN_INPUTS and targets.tolist() == GOLDEN_TARGETS
 
 
-def test_ranks_and_micro_batches_only_deal_the_rows() -> None:
+def test_ranks_and_micro_batches_only_divide_the_rows() -> None:
     alone = [b.inputs for b in islice(loader("trainer.micro_batch=4"), 3)]
     halves = [[b.inputs for b in islice(loader(rank=rank, world_size=2), 3)] for rank in range(2)]
     for step in range(3):
         assert torch.equal(alone[step], torch.cat([halves[0][step], halves[1][step]]))
 
 
-def test_a_stopped_run_goes_on_with_the_next_rows_on_another_number_of_ranks() -> None:
+def test_a_stopped_run_resumes_with_the_next_rows_on_a_different_number_of_ranks() -> None:
     whole = [b.inputs for b in islice(loader("trainer.micro_batch=4"), 5)]
     states = []
     for rank in range(2):
@@ -149,13 +149,13 @@ def test_test_sequences_do_not_depend_on_how_they_are_batched() -> None:
     assert torch.equal(one, next(batches_for_test(task, 64, seed=0, rows=7, batch=7)).inputs) and len(one) == 7
 
 
-def test_an_answer_is_right_when_all_its_tokens_are() -> None:
+def test_an_answer_is_correct_only_if_all_its_tokens_are() -> None:
     task = RecallTask(value_tokens=2, key_vocab=8, value_vocab=4)
     inputs, targets = task.make(36, 0, TRAIN, 0, 0)
-    said = targets.copy()
-    said[np.flatnonzero(targets != -100)[0]] += 1
+    predicted = targets.copy()
+    predicted[np.flatnonzero(targets != -100)[0]] += 1
     _, queries, _ = task.sizes(36)
-    assert task.score(said, targets) == (queries - 1, queries)
+    assert task.score(predicted, targets) == (queries - 1, queries)
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_an_answer_is_right_when_all_its_tokens_are() -> None:
         (["data.task.short_steps=5", "data.task.short_factor=64"], "trainer.context=32 must be a multiple of"),
     ],
 )  # fmt: skip
-def test_bad_settings_are_refused_in_one_line(overrides: list[str], words: str) -> None:
+def test_bad_settings_fail_in_one_line(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("+", r"\+")) as error:
         loader(*overrides)
     assert "\n" not in str(error.value)
 
 
-def test_description_and_experiment_hold_together() -> None:
+def test_the_experiment_gives_the_described_task() -> None:
     cfg = compose(["experiment=recall"])
     assert describe(cfg) == {"train": {"pairs": 32, "answers": 32, "filler": 0, "vocabulary": 4353}}
     assert build_loader(cfg, build_tokenizer(cfg), World()).micro_batches_per_step == 1

@@ -1,4 +1,4 @@
-"""Claims about the recall figure: it tests what was trained, uses finished runs again, and says how it was made."""
+"""Claims about the recall figure: it tests the trained models, reuses finished runs, and records how it was made."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ SMALL = [
 
 
 class Oracle(nn.Module):
-    """Answers every `right`-th query of a sequence as the oracle does, and no other."""
+    """Answers every `right`-th query of a sequence correctly, and no other."""
 
     def __init__(self, task: RecallTask, right: int) -> None:
         super().__init__()
         self.task, self.right = task, right
 
     def forward(self, inputs: Tensor) -> SimpleNamespace:
-        said = np.stack([self.task.oracle(row) for row in inputs.numpy()])
-        for row in said:
-            asked = np.flatnonzero(row != -100)
-            row[[i for n, i in enumerate(asked) if n % self.right]] = 0
-        logits = nn.functional.one_hot(torch.from_numpy(said).clamp_min(0), self.task.vocab_size)
+        predicted = np.stack([self.task.oracle(row) for row in inputs.numpy()])
+        for row in predicted:
+            queries = np.flatnonzero(row != -100)
+            row[[i for n, i in enumerate(queries) if n % self.right]] = 0
+        logits = nn.functional.one_hot(torch.from_numpy(predicted).clamp_min(0), self.task.vocab_size)
         return SimpleNamespace(logits=logits)
 
 
-def test_accuracy_is_that_of_the_model() -> None:
+def test_accuracy_counts_the_models_correct_answers() -> None:
     task = RecallTask(key_vocab=100, value_vocab=9)
     for right in (1, 4):
         got, answers = recall.test(Oracle(task, right), torch.device("cpu"), task, 64, at_least=100)
         assert answers == 112 and got == answers / right  # 7 sequences of 16 queries
 
 
-def test_the_figure_is_made_of_runs_which_are_then_used_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_figure_trains_its_runs_once_and_then_reuses_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     line = ["models=[sw_ovq]", "lengths=[1,2]", "num_centroids=[8]", "answers=20", f"out={tmp_path}/out"]
     line += [f"runs_root={tmp_path}/runs", *SMALL]
     assert recall.main(line) == 0
@@ -77,7 +77,7 @@ def test_the_figure_is_made_of_runs_which_are_then_used_again(tmp_path: Path, ca
     assert "was made with other settings (data.task.value_vocab: 5 -> 4)" in capsys.readouterr().err
 
 
-def test_settings_that_an_option_stands_for_are_refused(capsys: pytest.CaptureFixture) -> None:
+def test_settings_that_an_option_replaces_are_rejected(capsys: pytest.CaptureFixture) -> None:
     assert recall.main(["seed=1"]) == 2
     assert capsys.readouterr().err == "error: seed=1 cannot be given here; use seeds=[0,1]\n"
     assert recall.main(["models=[nope]"]) == 2 and "model=nope" in capsys.readouterr().err

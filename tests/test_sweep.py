@@ -1,4 +1,4 @@
-"""Claims about sweeps: the product is run, failures do not stop it, finished jobs are not run again."""
+"""Claims about sweeps: every combination is run, failures do not stop a sweep, and finished jobs are not rerun."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from launch import sweep
 from ovq import config
 from ovq.errors import ConfigError
 
-# Stands for train.py: fails for seed=1 until a file says that the fault is gone, else finishes and leaves its config;
-# counts its starts.
+# Stands in for train.py: fails for seed=1 until the file `repaired` exists, otherwise saves its config and finishes;
+# records its starts.
 FAKE_TRAIN = """
 import pathlib, sys
 here = pathlib.Path(__file__).parent
@@ -20,7 +20,7 @@ cfg = compose(overrides)
 folder = run_dir_of(cfg, overrides)
 with (here / "starts").open("a") as starts:
     print(folder.name, file=starts)
-if "seed=1" in overrides and not (here / "mended").exists():
+if "seed=1" in overrides and not (here / "repaired").exists():
     sys.exit("error: the disk is full")
 config.save(cfg, folder)
 (folder / "summary.json").write_text("{}")
@@ -35,7 +35,7 @@ def fake_train(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_sweep_is_the_product_of_its_lists() -> None:
+def test_a_sweep_is_the_cartesian_product_of_its_lists() -> None:
     jobs = sweep.expand(["experiment=cpu_demo", "model=sw,sw_ovq", "seed=0,1", "model.pattern=[sliding_window]"])
     assert [job.overrides[1:3] for job in jobs] == [
         ["model=sw", "seed=0"],
@@ -46,20 +46,20 @@ def test_a_sweep_is_the_product_of_its_lists() -> None:
     assert len({job.run_dir for job in jobs}) == 4
 
 
-def test_a_wrong_job_is_refused_before_the_first_one_starts() -> None:
+def test_a_wrong_job_is_rejected_before_the_first_one_starts() -> None:
     with pytest.raises(ConfigError, match="model=nope"):
         sweep.expand(["model=sw,nope"])
     with pytest.raises(ConfigError, match="share the run folder"):
         sweep.expand(["model=sw,sw_ovq", "run_dir=x"])
 
 
-def test_a_failed_job_does_not_stop_the_others_and_is_resumed_alone(fake_train, capsys) -> None:
+def test_a_failed_job_does_not_stop_the_others_and_alone_is_resumed(fake_train, capsys) -> None:
     line = [f"runs_root={fake_train}/runs", "seed=0,1,2"]
     assert sweep.main(line) == 1
     assert "error: the disk is full" in capsys.readouterr().err
     starts = fake_train / "starts"
     assert starts.read_text().split() == ["default,seed=0", "default,seed=1", "default,seed=2"]
-    (fake_train / "mended").touch()
+    (fake_train / "repaired").touch()
     assert sweep.main(line) == 0
     assert starts.read_text().split()[3:] == ["default,seed=1"]
 
@@ -69,12 +69,12 @@ def test_stop_on_failure_starts_no_further_job(fake_train) -> None:
     assert (fake_train / "starts").read_text().split() == ["default,seed=1"]
 
 
-def test_a_finished_job_whose_settings_changed_since_is_refused_before_anything_starts(fake_train, capsys) -> None:
+def test_a_finished_job_with_changed_settings_is_rejected_before_anything_starts(fake_train, capsys) -> None:
     line = [f"runs_root={fake_train}/runs", "seed=0,2"]
     assert sweep.main(line[:1] + ["seed=2"]) == 0
     run_dir = fake_train / "runs" / "default,seed=2"
     cfg = config.load(run_dir)
-    asked = f"trainer.steps: {cfg.trainer.steps + 1} -> {cfg.trainer.steps}"
+    steps = f"trainer.steps: {cfg.trainer.steps + 1} -> {cfg.trainer.steps}"
     cfg.optim.weight_decay, cfg.trainer.steps = cfg.optim.weight_decay + 1, cfg.trainer.steps + 1
     config.save(cfg, run_dir)
     capsys.readouterr()
@@ -82,5 +82,5 @@ def test_a_finished_job_whose_settings_changed_since_is_refused_before_anything_
         assert sweep.main(command) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: {run_dir} was made with other settings (optim.weight_decay: ")
-        assert said.endswith(f"; {asked}); remove it\n")
+        assert said.endswith(f"; {steps}); remove it\n")
     assert (fake_train / "starts").read_text().split() == ["default,seed=2"]

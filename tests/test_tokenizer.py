@@ -1,4 +1,4 @@
-"""Claims about tokenizers: every text comes back exactly, every byte is counted, and a run keeps its own."""
+"""Claims about tokenizers: every text is restored exactly, every byte is counted, and a run keeps its own tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPECIAL = [
 
 
 def prose(words: int, seed: int) -> str:
-    """Text of made-up words with a skewed frequency, in lines and paragraphs."""
+    """Text of made-up words with skewed frequencies, in lines and paragraphs."""
     rng = np.random.default_rng(0)
     made = ["".join(rng.choice(list("aeioubdfgklmnprst"), rng.integers(2, 9))) for _ in range(400)]
     rng = np.random.default_rng(seed)
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, name: str, *more: str) -> Path:
-    """Through the command line, as a user does."""
+    """Train a model through the command line, as a user would."""
     arguments = ["data=jsonl", f"data.train=[{folder}/books.jsonl]", f"out={folder}/{name}", *more]
     assert main(arguments) == 0
     return folder / name
@@ -78,7 +78,7 @@ CHARACTERS = [*range(0xD800), *range(0xE000, 0x110000, 97)]  # of every plane
 
 
 def random_text(rng: random.Random) -> str:
-    """Characters of any script, strings that look special, runs of spaces and plain words, in a row."""
+    """A concatenation of characters of any script, strings that look special, runs of spaces and plain words."""
     makers = [
         lambda: chr(rng.choice(CHARACTERS)),
         lambda: chr(rng.randrange(0x250)),
@@ -92,7 +92,7 @@ def random_text(rng: random.Random) -> str:
 WORDS = prose(50, 9).split(" ")
 
 
-def test_every_text_comes_back_exactly_and_its_bytes_are_counted(tokenizers: list[Any]) -> None:
+def test_every_text_is_restored_exactly_and_its_bytes_are_counted(tokenizers: list[Any]) -> None:
     rng = random.Random(0)
     for _ in range(500):
         text = random_text(rng)
@@ -101,19 +101,19 @@ def test_every_text_comes_back_exactly_and_its_bytes_are_counted(tokenizers: lis
             assert tokenizer.decode(ids) == text, ascii(text)
             assert tokenizer.num_bytes(ids) == len(text.encode())
             assert ids.dtype == np.uint16 and (ids < tokenizer.vocab_size).all()
-            assert tokenizer.separator_id not in ids, "only a document's end is a separator"
+            assert tokenizer.separator_id not in ids, "encoded text never contains the separator"
 
 
 @pytest.mark.parametrize(
     "text", ["", " ", "\n\n", " leading", "trailing ", *SPECIAL, "<s>", "</s>", "<pad>", "a\u2581 b"]
 )
-def test_strings_that_look_special_are_text(tokenizers: list[Any], text: str) -> None:
+def test_strings_that_look_special_are_plain_text(tokenizers: list[Any], text: str) -> None:
     for tokenizer in tokenizers:
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.separator_id not in tokenizer.encode(text)
 
 
-def test_separators_and_ignored_labels_stand_for_no_text(tokenizers: list[Any]) -> None:
+def test_separators_and_ignored_labels_decode_to_no_text(tokenizers: list[Any]) -> None:
     for tokenizer in tokenizers:
         ids = tokenizer.encode("caf\u00e9").tolist()
         sequence = [tokenizer.separator_id, *ids, tokenizer.separator_id, -100, -100]
@@ -134,14 +134,14 @@ def test_training_again_gives_the_same_model(folder: Path, model: Path) -> None:
     assert again.read_bytes() == model.read_bytes()
 
 
-def test_it_survives_pickling(tokenizers: list[Any]) -> None:
+def test_tokenizers_survive_pickling(tokenizers: list[Any]) -> None:
     for tokenizer in tokenizers:
         copy = pickle.loads(pickle.dumps(tokenizer))
         text = prose(50, 3) + "\u2581"
         assert np.array_equal(copy.encode(text), tokenizer.encode(text)) and copy.fingerprint == tokenizer.fingerprint
 
 
-def test_a_run_keeps_its_tokenizer_and_refuses_another(folder: Path, model: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_its_tokenizer_and_rejects_another(folder: Path, model: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", train(folder, "b.model", "vocab_size=500", "sample_mb=1")
     first = build_tokenizer(of(model), run)
     first.save(run / "tokenizer")
@@ -159,7 +159,7 @@ def test_a_run_keeps_its_tokenizer_and_refuses_another(folder: Path, model: Path
         build_tokenizer(of(tmp_path / "moved.model"), run)
 
 
-def test_a_resumed_run_with_another_model_is_refused(folder: Path, model: Path) -> None:
+def test_a_resumed_run_rejects_another_tokenizer_model(folder: Path, model: Path) -> None:
     data = f"data.train=[{folder}/books.jsonl]"
     state = loader(of(model, data)).state_dict()
     other = train(folder, "b.model", "vocab_size=500", "sample_mb=1")
@@ -167,7 +167,7 @@ def test_a_resumed_run_with_another_model_is_refused(folder: Path, model: Path) 
         loader(of(other, data), state=state)
 
 
-def test_prepared_data_bring_their_tokenizer(folder: Path, model: Path, tmp_path: Path) -> None:
+def test_prepared_data_include_their_tokenizer(folder: Path, model: Path, tmp_path: Path) -> None:
     from data.prepare import prepare
 
     cfg = of(model, f"data.train=[{folder}/books.jsonl]", "data.num_workers=0")
@@ -182,7 +182,7 @@ def test_prepared_data_bring_their_tokenizer(folder: Path, model: Path, tmp_path
     assert (tokens_of(maps, 20) == tokens_of(cfg, 20)).all()
 
 
-def test_models_that_change_text_are_refused(folder: Path) -> None:
+def test_models_that_change_text_are_rejected(folder: Path) -> None:
     import sentencepiece
 
     def trained(**options: Any) -> bytes:
@@ -247,11 +247,13 @@ def test_the_sample_is_spread_and_bounded() -> None:
         (["train", "data=builtin", "out=x"], "'train' cannot be read; options are key=value"),
     ],
 )  # fmt: skip
-def test_mistakes_on_the_command_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_mistakes_are_reported(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2 and words in capsys.readouterr().err and not Path("x").exists()
 
 
-def test_a_vocabulary_too_large_for_its_text_is_said(tmp_path: Path) -> None:
+def test_a_vocabulary_too_large_for_its_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocab_size=5000 cannot be trained: .*5000"):
         train_sentencepiece(iter(["a few words"]), 5000, tmp_path / "x.model")
     with pytest.raises(ConfigError, match="does not exist; make one"):

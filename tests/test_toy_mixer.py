@@ -1,4 +1,4 @@
-"""A mixer from outside the package: one file and one config line make it a mixer like any other."""
+"""Claims about a mixer from outside the package: one file and one config line make it work like any other."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ADDED = [
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder beside the package that holds the mixer's module, on the import path."""
+    """A folder outside the package, on the import path, that holds the mixer's module."""
     (tmp_path / "toy_mixer.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
@@ -70,7 +70,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("toy_mixer", None)
 
 
-def test_a_mixer_from_outside_meets_the_contract_of_all(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixer_from_outside_meets_the_common_contract(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(name: str, *, kv_heads: int = 2, seed: int = 0) -> SequenceMixer:
         mixer = build_mixer(compose([*ADDED, *TINY]).model, 1)
         torch.manual_seed(seed)
@@ -85,10 +85,10 @@ def test_a_mixer_from_outside_meets_the_contract_of_all(outside: Path, monkeypat
     contract.test_a_state_is_not_modified_by_using_it("leaky")
     contract.test_packed_documents_do_not_see_each_other("leaky")
     contract.test_every_parameter_and_the_input_get_a_finite_gradient("leaky")
-    contract.test_state_size_is_what_is_held("leaky")
+    contract.test_state_size_matches_what_is_held("leaky")
 
 
-def test_the_contract_refuses_a_mixer_that_looks_ahead(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_contract_rejects_a_mixer_that_looks_ahead(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toy_mixer import Leaky  # type: ignore[import-not-found]
 
     class LooksAhead(Leaky):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A training run without files of text: a tiny model, seeded random rows, and everything else as train.py has it."""
+"""A training run without text files: a tiny model, seeded random rows, and everything else as in train.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUN = [
 
 
 class Lessons:
-    """A loader: row g of step n is a pure function of (n, g), with more labels missing the larger g is."""
+    """A loader whose row g of step n is a pure function of (n, g); the larger g, the more labels are missing."""
 
     def __init__(self, cfg: Any, world: World, done: int = 0) -> None:
         self.cfg, self.world, self.done = cfg, world, done
@@ -84,7 +84,7 @@ def trainer_for(
     evaluate: Any = None,
     prepare: Callable[[Any], None] = lambda model: None,
 ) -> Trainer:
-    """What train.py composes. `prepare` may change the model before it is sharded."""
+    """The Trainer that train.py would build. `prepare` may change the model before it is sharded."""
     cfg = small_config(model, *RUN, f"eval.at_end={str(evaluate is not None).lower()}", *overrides)
     world = world or World()
     processes.seed_everything(0)
@@ -112,7 +112,7 @@ def trainer_for(
 
 
 def losses(run_dir: Path) -> list[float]:
-    """The loss of every step, and that there is one line for each."""
+    """The loss of every step; asserts that there is one line for each."""
     steps = [row for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
     return [row["loss"] for row in steps]

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_system.py: what only several processes show, many claims for one start. Writes JSON.
+"""Run under torchrun by test_system.py: behaviour that only several processes show, all in one launch. Writes JSON.
 
 torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER
 """
@@ -24,7 +24,7 @@ from tests.helpers import small_config
 from tests.test_train import send_at
 from tests.training import RUN, trainer_for
 
-TWO = "trainer.micro_batch=2"  # rows a process: four in all, as one process has them
+TWO = "trainer.micro_batch=2"  # rows per process: four in total, as many as one process has
 SHARDING = {
     "full": ("trainer.shard=full",),
     "hybrid": ("trainer.shard=hybrid", "trainer.replicas=2", "trainer.activation_checkpointing=full"),
@@ -44,19 +44,19 @@ def main(out: Path) -> None:
     bf16 = dataclasses.replace(world, precision="bf16")
     trainer_for(out / "bf16", TWO, "trainer.precision=bf16", world=bf16).fit()
 
-    # The codebook is every rank's own copy.
+    # Each rank has its own copy of the codebook.
     trainer = trainer_for(out / "vq", TWO, model="sw_vq", world=world)
     ranks = processes.gather_objects([buffer.tolist() for buffer in persistent_buffers(trainer.model)])
     results["buffers"] = {"count": len(ranks[0]), "equal": ranks[0] == ranks[1]}
 
-    # A signal to one process ends both after the same step.
+    # A signal to one process stops both after the same step.
     trainer = trainer_for(out / "signal", TWO, world=world)
     if world.rank == 1:
         send_at(trainer, 2, signal.SIGTERM)
     summary = trainer.fit()
     results["stopped"] = processes.gather_objects((summary["step"], summary["stopped_by"]))
 
-    # A disk that is full for one rank is an error of both, and of the checkpoint alone.
+    # A disk that is full for one rank fails the checkpoint on both, and only the checkpoint.
     write = checkpoint.dcp.save
     if world.rank == 1:
         checkpoint.dcp.save = full_disk  # type: ignore[assignment]
@@ -64,11 +64,11 @@ def main(out: Path) -> None:
     checkpoint.dcp.save = write
     resave(trainer)
 
-    # Rank 0's error is everyone's.
+    # An error on rank 0 is raised on every rank.
     results["on_main"] = processes.gather_objects(error_of(lambda: processes.on_main(lambda: int("no number"))))
     results["choice"] = processes.gather_objects(str(checkpoint.choose(out / "signal")))
 
-    # Only what training waits for gets the short time-out.
+    # Only the collectives that training waits for get the short timeout.
     background = processes.background_group()
     processes.lower_timeout(77)
     results["timeouts"] = [timeout_s(dist.group.WORLD), timeout_s(background)]
@@ -79,7 +79,7 @@ def main(out: Path) -> None:
 
 
 def full_disk(state: Any, storage_writer: Any, **how: Any) -> None:
-    """What this rank writes does not fit."""
+    """Stands for dcp.save: what this rank writes does not fit on the disk."""
 
     def write_data(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
