@@ -1,8 +1,8 @@
-"""OVQ-attention's kernels against the float64 definition: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
+"""OVQ-attention's kernels equal the float64 reference: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
 
-`tests/test_ovq_triton.py` runs this file in a process of its own, because the interpreter must be chosen before Triton
-is imported. The interpreter's time goes by the number of tiles: few and large ones here. It computes bfloat16 wrongly,
-so that bfloat16 is tested on a GPU alone.
+`tests/test_ovq_triton.py` runs this file in a separate process, because the interpreter must be selected before Triton
+is imported. The interpreter's run time is proportional to the number of tiles, so tiles here are few and large. It
+computes bfloat16 wrongly, so bfloat16 is tested only on a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def inputs(
     pending: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """q of T tokens, k and v of pending + T, beta; keys and queries of unit norm."""
+    """q of T tokens, k and v of pending + T, and beta; keys and queries have unit norm."""
     unit = torch.nn.functional.normalize
     q, k = unit(torch.randn(B, T, H, K), dim=-1), unit(torch.randn(B, pending + T, G, K), dim=-1)
     tensors = (q, k, torch.randn(B, pending + T, G, V), 1 + 4 * torch.rand(H))
@@ -72,7 +72,7 @@ def run(forward, tensors: list[Tensor], spec: OVQSpec, assignment: Tensor | None
 
 
 def check_against_definition(tensors: list[Tensor], spec: OVQSpec, exact_assignment: bool = True) -> None:
-    """Assignments; then outputs, the new dictionary and all gradients with the assignments forced equal."""
+    """Compare assignments; then outputs, the new dictionary and all gradients with the kernels' assignments imposed."""
     o, new, placed, grads = run(kernels.forward, tensors, spec)
     want, want_new, want_placed, want_grads = run(reference.forward, double(tensors), spec, placed)
     if exact_assignment:
@@ -83,7 +83,7 @@ def check_against_definition(tensors: list[Tensor], spec: OVQSpec, exact_assignm
     for name in ("key_sum", "value_sum", "count"):
         assert relative_error(getattr(new, name), getattr(want_new, name)) < 1e-5
     for name, got, expected in zip(("q", "k", "v", "beta"), grads, want_grads):
-        # dbeta is a sum of terms of either sign, measured against their size; dq vanishes where all keys are equal.
+        # dbeta sums terms of either sign, so it is measured against their size; dq vanishes where all keys are equal.
         terms = (want_grads[0] * tensors[0].detach().double()).norm() if name == "beta" else expected.norm()
         scale = torch.maximum(terms, 1e-2 * want_grads[2].norm())
         assert (got.double() - expected).norm() < backward_bar * scale, name
@@ -101,7 +101,7 @@ def check_against_definition(tensors: list[Tensor], spec: OVQSpec, exact_assignm
         pytest.param({"T": 48, "K": 32, "V": 128}, 1, 16, id="one centroid"),
     ],
 )
-def test_outputs_assignments_and_gradients_are_the_definitions(shape: dict, N: int, L: int) -> None:
+def test_outputs_assignments_and_gradients_equal_the_reference(shape: dict, N: int, L: int) -> None:
     check_against_definition(inputs(**shape), OVQSpec(N, L))
 
 
@@ -117,18 +117,18 @@ def test_outputs_assignments_and_gradients_are_the_definitions(shape: dict, N: i
     ],
     ids=str,
 )
-def test_variants_are_the_definitions(variant: dict) -> None:
+def test_variants_equal_the_reference(variant: dict) -> None:
     check_against_definition(inputs(H=1, G=1), spec_of(24, 16, **variant))
 
 
 @pytest.mark.parametrize("variant", [{"first_chunk": "nearest"}, {"seeding": "random"}, {"step": 0.3}], ids=str)
-def test_variants_are_the_definitions_in_a_chunk_of_several_tiles(variant: dict) -> None:
-    """Which is decided through memory, not in registers."""
+def test_variants_equal_the_reference_in_a_chunk_of_several_tiles(variant: dict) -> None:
+    """Such a chunk is assigned through memory, not in registers."""
     check_against_definition(inputs(T=330, H=1, G=1), spec_of(100, 160, **variant))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_stays_within_its_bars(dtype: torch.dtype) -> None:
+def test_half_precision_stays_within_its_tolerances(dtype: torch.dtype) -> None:
     check_against_definition(inputs(T=150, H=2, G=1, dtype=dtype), OVQSpec(90, 64), exact_assignment=False)
 
 
@@ -143,7 +143,7 @@ def test_ties_go_to_the_lowest_centroid_and_the_first_key(distinct: int) -> None
 
 @pytest.mark.parametrize("splits", [2, 8])
 def test_programs_that_share_a_head_change_no_bit(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More programs than blocks of centroids, too: some own nothing."""
+    """Including more programs than blocks of centroids, so that some own nothing."""
     tensors, spec = inputs(T=300, H=1, G=1), OVQSpec(400, 100)
     with torch.no_grad():
         alone = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
@@ -156,7 +156,7 @@ def test_programs_that_share_a_head_change_no_bit(splits: int, monkeypatch: pyte
 
 @pytest.mark.parametrize("L", [16, 160])
 def test_a_given_assignment_is_used(L: int) -> None:
-    """Any that founds all centroids; not the one that would be chosen."""
+    """An arbitrary one that founds all centroids, other than the one the kernels would choose."""
     tensors, spec = inputs(T=3 * L + 5, H=1, G=1), OVQSpec(40, L)
     given = torch.full((1, 1, 3 * L + 5), -1, dtype=torch.int32)
     for i in range(3):
@@ -172,8 +172,8 @@ def test_a_given_assignment_is_used(L: int) -> None:
 
 
 @pytest.mark.parametrize("N", [1, 20])
-def test_what_is_not_a_number_stays_in_its_head(N: int) -> None:
-    """A step with NaN is skipped by the trainer: until then it must write nowhere else."""
+def test_nan_stays_in_its_head(N: int) -> None:
+    """The trainer skips a step with NaN; until then the NaN must not be written anywhere else."""
     spec, tensors = OVQSpec(N, 16), [x.detach() for x in inputs(T=50)]
     whole = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
     tensors[1][:, 3, 0] = float("nan")
@@ -184,7 +184,7 @@ def test_what_is_not_a_number_stays_in_its_head(N: int) -> None:
 
 
 def test_nothing_is_read_before_it_is_written_and_repeats_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits again when every buffer starts as NaN (integers: as 1, an index that exists)."""
+    """A second run is bit-equal although every buffer starts as NaN (integers: as 1, a valid index)."""
     tensors, spec = inputs(T=45, pending=4, H=4), OVQSpec(30, 16)
     first = run(kernels.forward, tensors, spec)
     poisoned = 0
@@ -208,8 +208,8 @@ def test_nothing_is_read_before_it_is_written_and_repeats_are_bit_equal(monkeypa
 
 
 @pytest.mark.parametrize("variant", [{}, {"step": 0.3, "assign_on": "key_value"}, {"seeding": "random"}], ids=str)
-def test_pieces_with_carried_state_are_one_pass(variant: dict) -> None:
-    """Pieces of odd lengths and single tokens (decoding), K = V so that no shape betrays a confusion of the two."""
+def test_pieces_with_carried_state_equal_one_pass(variant: dict) -> None:
+    """Pieces of odd lengths and single tokens (decoding); with K = V, shapes would not reveal that they are swapped."""
     q, k, v, beta = (x.detach() for x in inputs(T=53, H=4, K=32))
     settings = {"num_centroids": 30, "chunk_size": 16, **variant}
     exact = [x.double() for x in (q, k, v, beta)]
@@ -227,8 +227,8 @@ def test_pieces_with_carried_state_are_one_pass(variant: dict) -> None:
         assert relative_error(getattr(state, name), getattr(want_state, name)) < 1e-5
 
 
-def test_gradients_after_a_carried_state() -> None:
-    """Keys that join a centroid of an earlier piece get its later gradient; the earlier piece gets none."""
+def test_gradients_after_a_carried_state_equal_the_reference() -> None:
+    """Keys that join a centroid from an earlier piece get its later gradient; the earlier piece gets none."""
     spec, (_, k, v, _) = OVQSpec(30, 16), inputs(T=32, V=16)
     with torch.no_grad():
         start = kernels.forward(*inputs(T=32, V=16)[:1], k, v, inputs()[3], spec, empty(k, v, spec))[1]
@@ -243,8 +243,8 @@ def test_gradients_after_a_carried_state() -> None:
 
 @pytest.mark.parametrize("variant", [{}, {"seeding": "random"}, {"first_chunk": "nearest", "step": 0.3}], ids=str)
 @pytest.mark.parametrize("splits", [1, 2])
-def test_packed_documents_are_documents_alone(variant: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorter than a chunk, a whole number of chunks, none, and a remainder, in one launch of each kernel."""
+def test_packed_documents_equal_documents_alone(variant: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shorter than a chunk, whole chunks, an empty one, and one with a remainder, in one launch of each kernel."""
     monkeypatch.setattr(assign, "splits", lambda walks, device, packed: splits)
     tensors = inputs(T=120, H=2, G=1)
     bounds = torch.tensor([0, 3, 35, 67, 67, 120], dtype=torch.int32, device=DEVICE)
@@ -259,14 +259,14 @@ def test_packed_documents_are_documents_alone(variant: dict, splits: int, monkey
 
 
 @pytest.mark.parametrize("bounds", [(0, 40, 30, 60), (1, 60), (0, 50), (0, 70)], ids=str)
-def test_bounds_that_are_none_are_refused(bounds: tuple[int, ...]) -> None:
+def test_invalid_bounds_are_rejected(bounds: tuple[int, ...]) -> None:
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 60 tokens"):
         ovq_attention(*inputs(T=60), num_centroids=20, chunk_size=16, cu_seqlens=cu_seqlens, backend="triton")
 
 
 def test_bounds_are_read_back_once_for_all_layers_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of inference mode, which do not count their changes, every time."""
+    """Inference-mode tensors, which do not track changes, are read back every time."""
     read, tolist = [], Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda x: read.append(1) or tolist(x))
     bounds = torch.tensor([0, 20, 60], dtype=torch.int32, device=DEVICE)
@@ -284,8 +284,8 @@ def test_bounds_are_read_back_once_for_all_layers_and_again_when_they_change(mon
 
 
 @pytest.mark.parametrize("bounds", [(0, 300), (0, 7, 71, 300)], ids=str)
-def test_a_table_is_the_last_row_that_each_centroid_was_given(bounds: tuple[int, ...]) -> None:
-    """Of all chunks and centroids, and of some of either."""
+def test_a_table_holds_the_last_row_assigned_to_each_centroid(bounds: tuple[int, ...]) -> None:
+    """Over all chunks and centroids, and over some of each."""
     spec, assignment = OVQSpec(90, 16), torch.full((1, 2, 300), -1, dtype=torch.int32)
     plan = plans.make_plan(spec, 0, 0, bounds)
     want = torch.full((2, plan.chunks, plan.all_centroids[1]), -1)
@@ -313,7 +313,7 @@ def test_a_table_is_the_last_row_that_each_centroid_was_given(bounds: tuple[int,
 
 @pytest.mark.parametrize("bounds", [None, (0, 90, 300)], ids=str)
 def test_small_tables_change_no_bit(bounds: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some chunks, or some centroids, at a time, in place of all at once."""
+    """Some chunks, or some centroids, at a time instead of all at once."""
     tensors, made = inputs(T=300, H=2, G=1), []
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
 
@@ -334,9 +334,9 @@ def test_small_tables_change_no_bit(bounds: tuple[int, ...] | None, monkeypatch:
     assert len(set(made)) > 10
 
 
-def test_operators_are_what_they_register_as() -> None:
-    """Schema, fake tensors and autograd formula, by PyTorch's own checker. (Its test_aot_dispatch_dynamic also compares
-    version rows that no centroid has: nobody writes or reads them.)"""
+def test_operators_match_their_registration() -> None:
+    """Schema, fake tensors and autograd formula, by PyTorch's own checker. (Its test_aot_dispatch_dynamic would also
+    compare version rows that belong to no centroid, which nothing writes or reads.)"""
     spec, tensors = OVQSpec(20, 16), inputs(T=20, H=1, G=1)
     start = empty(*tensors[1:3], spec)
     numbers = (0, 0, spec.text)
@@ -349,7 +349,7 @@ def test_operators_are_what_they_register_as() -> None:
 
 @pytest.mark.parametrize("bounds", [None, (0, 5, 22)], ids=str)
 def test_torch_compile_keeps_the_function_whole(bounds: tuple[int, ...] | None) -> None:
-    """Of packed documents, too."""
+    """Also with packed documents."""
 
     def mixed(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         settings = {"num_centroids": 20, "chunk_size": 16, "cu_seqlens": cu_seqlens}

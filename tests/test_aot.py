@@ -1,4 +1,4 @@
-"""Kernels are built ahead of time, with no GPU, and held against the bars: spills, shared memory, tensor cores."""
+"""Claims about kernels built without a GPU: they meet the limits on spills and shared memory and use tensor cores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOOD = Build(
 
 
 def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: this one may hold kernels for the interpreter."""
+    """Run the command in a separate process, because this one may have loaded kernels for the interpreter."""
     command = [sys.executable, "-m", "eval.bench.aot", *argv]
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | environment
     return subprocess.run(command, capture_output=True, text=True, env=env)
@@ -33,14 +33,14 @@ def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The main path on every chip that the bars bind, built once."""
+    """The main path on every chip that the limits apply to, built once."""
     out = tmp_path_factory.mktemp("aot")
     done = run("quick=true", "targets=[sm_80,sm_90,gfx942]", f"out={out}", "jobs=1")
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr[-2000:]
     return {**json.loads((out / "aot.json").read_text()), "out": out, "status": done.returncode, "errors": done.stderr}
 
 
-def test_every_kernel_of_the_main_path_keeps_the_bars(report: dict[str, Any]) -> None:
+def test_every_kernel_of_the_main_path_meets_the_limits(report: dict[str, Any]) -> None:
     assert report["broken"] == []
     assert report["status"] == 0
 
@@ -75,8 +75,8 @@ def test_the_documentation_quotes_the_committed_report() -> None:
     assert all(row in committed for row in rows)
 
 
-def test_a_tile_too_large_for_the_registers_is_seen_to_spill() -> None:
-    """The bar can fail: the same kernel with too few warps."""
+def test_a_tile_too_large_for_the_registers_is_reported_as_spilling() -> None:
+    """The limit can fail: the same kernel with too few warps."""
     program = (
         "import dataclasses, json\n"
         "from eval.bench.aot import ENVIRONMENT, _environment, build, offences, _shipped\n"
@@ -109,7 +109,7 @@ def test_a_tile_too_large_for_the_registers_is_seen_to_spill() -> None:
         ({"target": "sm_90", "dtype": "float32", "matmuls": {"FFMA": 9}}, "tensor cores"),
     ],
 )
-def test_a_broken_bar_is_named(change: dict[str, Any], words: str) -> None:
+def test_a_broken_limit_is_named(change: dict[str, Any], words: str) -> None:
     assert offences(GOOD) == []
     found = offences(dataclasses.replace(GOOD, **change))
     assert len(found) == 1
@@ -125,8 +125,8 @@ def test_only_attention_kernels_must_be_free_of_spills() -> None:
     assert offences(dataclasses.replace(GOOD, stage="assign", attention=False, spills=4, stack=16)) == []
 
 
-def test_ptxas_own_log_tells_of_serialised_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Triton prints while it builds is read, and nothing of it reaches the report's own output."""
+def test_serialised_products_are_found_in_the_log_of_ptxas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is what Triton prints while it builds."""
     import triton
 
     kernel = dataclasses.make_dataclass("Kernel", ["stage", "kernel", "dtype", "K", "V", "chunk_size", "attention"])(
@@ -145,7 +145,7 @@ def test_ptxas_own_log_tells_of_serialised_products(monkeypatch: pytest.MonkeyPa
     assert "C7511" in offences(made)[0]
 
 
-def test_it_refuses_the_interpreter_and_unknown_chips(tmp_path: Path) -> None:
+def test_the_interpreter_and_unknown_chips_are_rejected(tmp_path: Path) -> None:
     done = run(f"out={tmp_path}", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr

@@ -1,4 +1,4 @@
-"""Claims about full and sliding-window attention: the definition, in any shape, without a T x T matrix."""
+"""Claims about full and sliding-window attention: equal to the definition in any shape, without a T x T matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ovq.ops.sliding_window import sliding_window_attention
 from ovq.ops.sliding_window.chunked import banded_attention
 from tests.helpers import InsideOperators, Largest, relative_error
 
-# (T, S, H, G, K, V, window): carried keys, grouped heads, widths that differ, windows at and beyond every edge.
+# (T, S, H, G, K, V, window): carried keys, grouped heads, unequal widths, windows at and beyond every edge.
 SHAPES = [
     (40, 40, 2, 2, 16, 16, 7),
     (33, 39, 4, 1, 8, 8, 7),
@@ -30,7 +30,7 @@ SHAPES = [
 
 
 def inputs(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> list[Tensor]:
-    """q, k, v and a gradient for the output."""
+    """q, k, v and a gradient of the output."""
     T, S, H, G, K, V = shape[:6]
     generator = torch.Generator().manual_seed(seed)
     sizes = [(batch, T, H, K), (batch, S, G, K), (batch, S, G, V), (batch, T, H, V)]
@@ -52,7 +52,7 @@ def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> li
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("windowed", [False, True], ids=["full", "window"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients_are_those_of_the_definition(
+def test_output_and_gradients_equal_those_of_the_definition(
     shape: tuple[int, ...], windowed: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     window = shape[6] if windowed else None
@@ -91,7 +91,7 @@ def test_output_before_t_ignores_key_t_to_the_last_bit(window: int | None) -> No
 
 
 @pytest.mark.parametrize("window", [None, 9], ids=str)
-def test_packed_documents_are_each_alone(window: int | None) -> None:
+def test_packed_documents_equal_documents_alone(window: int | None) -> None:
     tensors = inputs((100, 100, 4, 2, 8, 8), seed=3, batch=1)
     bounds = [0, 1, 34, 34, 90, 100]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
@@ -130,7 +130,7 @@ def test_the_work_of_a_window_is_linear_in_T() -> None:
     assert flops(4096) == 2 * flops(2048)
 
 
-# --- FlexAttention's masks, which the CPU can check without compiling ------------------------------------------------
+# --- FlexAttention's masks, which can be checked on a CPU without compiling ------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_work_of_a_window_is_linear_in_T() -> None:
         (129, 129, 1, None),
     ],
 )
-def test_block_masks_need_every_visible_key_and_leave_no_hidden_one_unmasked(
+def test_block_masks_cover_every_visible_key_and_mask_every_hidden_one(
     T: int, S: int, window: int | None, bounds: list[int] | None
 ) -> None:
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
@@ -193,7 +193,7 @@ def test_operators_can_be_nodes_of_a_compiled_model() -> None:
 # --- bad settings ----------------------------------------------------------------------------------------------------
 
 
-def test_bad_settings_fail_in_one_line_that_says_what_is_legal() -> None:
+def test_bad_settings_fail_with_the_legal_values() -> None:
     q, k, v, _ = inputs((10, 10, 4, 2, 16, 16), seed=6, batch=1)
     bounds = torch.tensor([0, 10], dtype=torch.int32)
     with pytest.raises(ValueError, match="legal: auto, reference, torch, flex"):

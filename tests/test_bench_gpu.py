@@ -1,4 +1,4 @@
-"""The GPU benchmark's own logic, run on a CPU at tiny sizes: its order, its budget, its records and its verdicts."""
+"""Claims about the GPU benchmark's logic, run on a CPU at tiny sizes: order, time budget, records and verdicts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STAND_IN = Setting(
 
 @pytest.fixture(autouse=True)
 def one_thread_and_a_short_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on the card, but with two repeats."""
+    """As on the GPU, but with two repeats."""
     turns = Stopwatch.turns
     monkeypatch.setattr(Stopwatch, "turns", lambda self, calls, **_: turns(self, calls, seconds=0, least=2, most=2))
 
@@ -63,10 +63,10 @@ def verdict(found: dict[str, Any], words: str) -> tuple[Any, str]:
     return bar["found"], bar["verdict"]
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_run_checks_times_and_draws(folder: Path) -> None:
+def test_a_whole_run_checks_measures_and_plots(folder: Path) -> None:
     bench = Bench(folder, STAND_IN, seconds=10_000)
     assert bench.run() == 0
     written = json.loads((folder / "results.json").read_text())
@@ -82,7 +82,7 @@ def test_a_whole_run_checks_times_and_draws(folder: Path) -> None:
     assert {"decode.png", "BH4_D16_N16.png"} <= {path.name for path in drawn}
 
 
-def test_what_is_not_installed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rival_that_is_not_installed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals.fla_backend, "installed", lambda: False)
     bench = Bench(folder, STAND_IN, seconds=10_000)
     bench.measure(STAND_IN.case, ["ovq", "gated_deltanet"], 1)
@@ -90,8 +90,8 @@ def test_what_is_not_installed_is_named(folder: Path, monkeypatch: pytest.Monkey
     assert "fla-core is not installed" in bench.results["skipped"][0]["why"]
 
 
-def test_without_options_it_runs_where_hydra_is_not_installed(tmp_path: Path) -> None:
-    """A bare GPU machine has torch, Triton and numpy. Here without a GPU: up to the refusal, and a record written."""
+def test_without_options_the_benchmark_does_not_need_hydra(tmp_path: Path) -> None:
+    """A bare GPU machine has torch, Triton and numpy. Run here without a GPU: it writes a record, then reports that."""
     program = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -108,7 +108,7 @@ def test_without_options_it_runs_where_hydra_is_not_installed(tmp_path: Path) ->
     assert json.loads((tmp_path / "results.json").read_text())["checks"] == []
 
 
-def test_what_there_is_no_time_for_is_named_and_the_most_important_comes_first(folder: Path) -> None:
+def test_tasks_without_time_left_are_named_and_the_most_important_run_first(folder: Path) -> None:
     bench = Bench(folder, STAND_IN, seconds=bench_gpu.RESERVED + 30)
     order = [task.name for task in bench.tasks()]
     assert order[0] == "rates of this card"
@@ -126,8 +126,8 @@ def test_what_there_is_no_time_for_is_named_and_the_most_important_comes_first(f
     assert "skipped" in json.loads((folder / "results.json").read_text())["status"]
 
 
-def test_all_tasks_fit_the_time_that_the_command_may_take() -> None:
-    """Their estimates, with those that only some installations can run."""
+def test_the_important_tasks_fit_the_time_limit_of_the_command() -> None:
+    """By their estimates, including tasks that only some installations can run."""
     bench = Bench(Path("unused"), Setting(device="cpu"), seconds=1)
     important = []
     for task in bench.tasks():
@@ -137,7 +137,7 @@ def test_all_tasks_fit_the_time_that_the_command_may_take() -> None:
     assert sum(task.seconds for task in important) < bench_gpu.Options().seconds - bench_gpu.RESERVED
 
 
-def test_every_measurement_is_on_disk_before_the_next_begins(folder: Path) -> None:
+def test_every_measurement_is_on_disk_before_the_next_starts(folder: Path) -> None:
     bench = Bench(folder, STAND_IN, seconds=10_000)
     seen: list[int] = []
 
@@ -175,7 +175,7 @@ def test_a_task_that_hangs_is_named_and_ends_the_run(folder: Path, monkeypatch: 
     assert json.loads(written[0])["status"] == "hung in: spins"
 
 
-def test_without_a_gpu_it_says_so_in_one_line(
+def test_without_a_gpu_the_error_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -188,14 +188,14 @@ def test_without_a_gpu_it_says_so_in_one_line(
     assert "seconds=540" in capsys.readouterr().out
 
 
-def test_a_card_has_a_folder() -> None:
+def test_each_gpu_has_its_own_results_folder() -> None:
     assert bench_gpu.folder_of("NVIDIA H100 80GB HBM3") == Path("docs/results/gpu/nvidia-h100-80gb-hbm3")
 
 
 # --- the stopwatch ---------------------------------------------------------------------------------------------------
 
 
-def test_calls_take_turns_and_one_that_fails_is_out() -> None:
+def test_calls_take_turns_and_one_that_fails_is_dropped() -> None:
     order: list[str] = []
 
     def broken(mark: Any) -> None:
@@ -226,7 +226,7 @@ def test_the_first_half_ends_at_the_mark(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def broken_backend(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    """The torch backend, with what it returns changed."""
+    """Change what the torch backend returns."""
     import importlib
 
     module = importlib.import_module("ovq.ops.ovq_attention.chunked")
@@ -283,7 +283,7 @@ def test_a_changing_bit_and_unwritten_memory_are_caught(monkeypatch: pytest.Monk
 
 
 def test_the_stages_of_the_kernels_run_one_by_one() -> None:
-    """In the interpreter, in a process of its own: what `stages` calls must go on existing."""
+    """In the interpreter, in a separate process: everything that `stages` calls must still exist."""
     pytest.importorskip("triton")
     program = (
         "import torch\n"
@@ -300,16 +300,16 @@ def test_the_stages_of_the_kernels_run_one_by_one() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-# --- the bars --------------------------------------------------------------------------------------------------------
+# --- the targets -----------------------------------------------------------------------------------------------------
 
 
-def test_nothing_measured_is_not_a_pass() -> None:
+def test_a_target_without_measurements_does_not_pass() -> None:
     assert {bar["verdict"] for bar in bars.evaluate(results())} == {"not measured"}
     failed = results(row("ovq", 65536, None), row("sdpa_flash", 65536, 100.0))
     assert verdict(failed, "forward+backward at 64k") == (None, "not measured")
 
 
-def test_the_speedup_is_over_the_fastest_of_torchs_own() -> None:
+def test_the_speedup_is_over_the_fastest_of_torchs_own_kernels() -> None:
     measured = [row("ovq", 65536, 10.0), row("sdpa_flash", 65536, 120.0), row("flash_attention_3", 65536, 60.0)]
     assert verdict(results(*measured), "forward+backward at 64k") == (12.0, "PASS")
     measured.append(row("sdpa_cudnn", 65536, 79.0))
@@ -319,7 +319,7 @@ def test_the_speedup_is_over_the_fastest_of_torchs_own() -> None:
     assert verdict(results(*small), "forward+backward at 64k")[1] == "not measured"
 
 
-def test_break_even_is_where_it_stays_faster() -> None:
+def test_break_even_is_the_length_from_which_ovq_stays_faster() -> None:
     def at(speedups: dict[int, float]) -> tuple[Any, str]:
         rows = [row("ovq", t, 1.0) for t in speedups] + [row("sdpa_flash", t, s) for t, s in speedups.items()]
         return verdict(results(*rows), "break-even")
@@ -329,7 +329,7 @@ def test_break_even_is_where_it_stays_faster() -> None:
     assert at({65536: 0.8}) == (0, "FAIL")
 
 
-def test_shares_ratios_and_memory() -> None:
+def test_rate_scaling_and_memory_are_judged_against_their_targets() -> None:
     qkv = 3 * 4 * 65536 * 8 * 64 * 2
     measured = results(row("ovq", 65536, 10.0, peak_bytes=2 * qkv), row("ovq", 131072, 21.5))
     share, passed = verdict(measured, "matmul rate")
@@ -340,7 +340,7 @@ def test_shares_ratios_and_memory() -> None:
     assert verdict(slow, "matmul rate")[1] == verdict(slow, "peak memory")[1] == "FAIL"
 
 
-def test_decoding_is_flat_only_if_measured_from_end_to_end() -> None:
+def test_decoding_is_judged_only_if_measured_over_the_whole_range() -> None:
     def at(times: dict[int, float]) -> tuple[Any, str]:
         decode = [{"op": "ovq", "position": t, "us_per_token": us} for t, us in times.items()]
         return verdict(results(decode=decode), "decoding")

@@ -1,4 +1,4 @@
-"""The cost model: operations against counted ones, bytes against allocated ones, times against their terms."""
+"""Claims about the cost model: operations equal counted ones, bytes equal allocated ones, times are sums of terms."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 pytest.importorskip("triton")
 
 SPEC = OVQSpec(num_centroids=40, chunk_size=16)
-SHAPE = Shape(batch=2, tokens=72, heads=4, kv_heads=2, K=8, V=12, spec=SPEC)  # four whole chunks and half a one
+SHAPE = Shape(batch=2, tokens=72, heads=4, kv_heads=2, K=8, V=12, spec=SPEC)  # four and a half chunks
 BAR = Shape(batch=4, tokens=65536, heads=8, kv_heads=8, K=64, V=64, spec=OVQSpec(2048))
 
 
 def counted(shape: Shape, *, backward: bool) -> int:
-    """Operations of products that torch counts while the definition runs."""
+    """FLOPs of matrix products that torch counts while the reference runs."""
     B, T, H, G, K, V, N = shape.batch, shape.tokens, shape.heads, shape.kv_heads, shape.K, shape.V, SPEC.num_centroids
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -39,17 +39,17 @@ def counted(shape: Shape, *, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-def test_forward_operations_are_those_torch_counts() -> None:
+def test_forward_flops_equal_those_torch_counts() -> None:
     s, G, H = SHAPE, SHAPE.batch * SHAPE.kv_heads, SHAPE.batch * SHAPE.heads
     whole = s.tokens - s.tokens % SPEC.chunk_size
-    # The definition also takes the masked half of each chunk's square, and sums by a product with a one-hot matrix.
+    # The reference also computes the masked half of each chunk's square, and sums by a product with a one-hot matrix.
     masked = sum(tokens * tokens for _, tokens in s.chunks) - s.own_pairs
     one_hot = 2 * whole * SPEC.num_centroids * (s.K + s.V)
     ours = cost.needed_flops(s, backward=False) - G * s.tokens * (s.K + s.V)
     assert counted(s, backward=False) == ours + H * masked * 2 * (s.K + s.V) + G * one_hot
 
 
-def test_backward_operations_are_those_torch_counts_and_the_logits_once_more() -> None:
+def test_backward_flops_equal_those_torch_counts_plus_the_logits_again() -> None:
     s, H = SHAPE, SHAPE.batch * SHAPE.heads
     old, own = s.dictionary_pairs, sum(tokens * tokens for _, tokens in s.chunks)
     ours = H * (old + own) * (6 * s.K + 4 * s.V)
@@ -58,13 +58,13 @@ def test_backward_operations_are_those_torch_counts_and_the_logits_once_more() -
     dq_and_dk = H * (old + own) * 4 * s.K
     assert ours == logits + dp_and_dv + dq_and_dk
     got = counted(s, backward=True)
-    # What autograd multiplies besides: the one-hot matrix with the gradients of the sums that a later chunk reads.
+    # Autograd also multiplies the one-hot matrix with the gradients of the sums that a later chunk reads.
     one_hot = 2 * s.batch * s.kv_heads * SPEC.num_centroids * (s.K + s.V) * SPEC.chunk_size
     assert (got - dp_and_dv - dq_and_dk) % one_hot == 0
     assert 0 <= (got - dp_and_dv - dq_and_dk) // one_hot <= 4
 
 
-def test_pairs_are_those_of_a_loop_over_tokens() -> None:
+def test_pair_counts_equal_a_loop_over_tokens() -> None:
     old = own = 0
     for t in range(SHAPE.tokens):
         old += SPEC.size_at(t - t % SPEC.chunk_size)
@@ -72,14 +72,14 @@ def test_pairs_are_those_of_a_loop_over_tokens() -> None:
     assert (SHAPE.dictionary_pairs, SHAPE.own_pairs) == (old, own)
 
 
-def test_kernels_take_logits_and_dp_twice_and_nothing_else_besides_what_is_needed() -> None:
+def test_kernels_compute_logits_and_dp_twice_and_nothing_else_in_excess() -> None:
     work, pairs = cost.stages(SHAPE), SHAPE.dictionary_pairs + SHAPE.own_pairs
     done = sum(work[name].flops for name in (*cost.FORWARD, *cost.BACKWARD))
     twice = SHAPE.batch * SHAPE.heads * pairs * 2 * (SHAPE.K + SHAPE.V)
     assert done == cost.needed_flops(SHAPE, backward=True) + twice
 
 
-def test_full_attention_at_64k_is_the_count_everyone_uses() -> None:
+def test_full_attention_at_64k_has_the_usual_flop_count() -> None:
     T, D = BAR.tokens, 64
     assert cost.attention_flops(BAR, backward=False) == pytest.approx(32 * 4 * D * T * T / 2, rel=1e-4)
     assert cost.attention_flops(BAR, backward=True) == pytest.approx(32 * 14 * D * T * T / 2, rel=1e-4)
@@ -104,8 +104,8 @@ def test_the_assignment_waits_longer_than_its_arithmetic_and_bytes_take(batch: i
             assert 1e-3 * cost.UNSURE[0] * work.waiting > work.floor_ms(chip)
 
 
-def test_the_assignment_waits_as_long_with_one_sequence_as_with_a_full_chip() -> None:
-    """Its chain of steps does not shorten with the batch: that is what small batches pay for."""
+def test_the_assignment_takes_more_than_half_as_long_for_one_sequence_as_for_a_full_chip() -> None:
+    """Its chain of steps does not get shorter with the batch, which makes small batches inefficient."""
     small = dataclasses.replace(BAR, batch=1)
     full, one = (cost.stages(s)["assign"].predicted_ms(CHIPS["h200"])[0] for s in (BAR, small))
     assert one > full / 2
@@ -137,7 +137,7 @@ def test_memory_is_what_the_operators_allocate() -> None:
     assert sum(cost.memory(s).values()) == pytest.approx(allocated + delta + table, rel=0.01)
 
 
-def test_peak_memory_is_within_the_bar_at_64k() -> None:
+def test_peak_memory_is_within_the_limit_at_64k() -> None:
     for width in (64, 128):
         for N in (1024, 2048, 16384):
             for L in (16, 128, 512):
@@ -145,7 +145,7 @@ def test_peak_memory_is_within_the_bar_at_64k() -> None:
 
 
 def test_the_documentation_quotes_this_model() -> None:
-    """docs/kernels.md: its table of memory, and a line of those of times."""
+    """docs/kernels.md quotes the memory table, one row of the times and the parts of a step."""
     text = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
     rows = {"D = 64, 8k tokens": (64, 8192), "D = 64, 64k": (64, 65536), "D = 128, 64k": (128, 65536)}
     for row, (D, T) in (rows | {"D = 64, 256k": (64, 262144)}).items():
@@ -159,7 +159,7 @@ def test_the_documentation_quotes_this_model() -> None:
     assert ", ".join(f"{name} {us:.1f}" for name, us in step.items()) in " ".join(text.split())
 
 
-def test_programs_a_head_are_those_the_kernel_is_launched_with() -> None:
+def test_programs_per_head_equal_those_the_kernel_is_launched_with() -> None:
     assign = pytest.importorskip("ovq.ops.ovq_attention.kernels.assign")
     with pytest.MonkeyPatch.context() as patch:
         for heads, processors in ((1, 132), (8, 132), (32, 132), (64, 132), (256, 132), (8, 108)):

@@ -1,4 +1,4 @@
-"""Claims about the baselines: every fast form equals its step-by-step reference, and each mixer is what it says."""
+"""Claims about the baselines: every fast form equals its step-by-step reference, every mixer its definition."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHAPE = MixerShape(dim=24, num_heads=2, num_kv_heads=2, head_dim=12, num_layers=
 
 
 def inputs(op: str, seed: int, T: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Random inputs of an operator at widths that no tile divides."""
+    """Random inputs of an operator at widths that are not multiples of any tile."""
     generator = torch.Generator().manual_seed(seed)
     B, H, K, V = 2, 2, 7, 5
 
@@ -90,13 +90,13 @@ def gradients(op: str, tensors: list[Tensor], backend: str, **extra: Any) -> tup
 @pytest.mark.parametrize("T", [1, 8, 21, 43])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_outputs_gradients_and_state_are_those_of_the_reference(op: str, seed: int, T: int) -> None:
+def test_outputs_gradients_and_state_equal_the_reference(op: str, seed: int, T: int) -> None:
     tensors = inputs(op, seed, T)
     want, want_grads, want_state = gradients(op, tensors, "reference")
     got, got_grads, got_state = gradients(op, tensors, "torch")
     assert relative_error(got, want) < 1e-9
     for index, (a, b) in enumerate(zip(got_grads, want_grads)):
-        # An absolute floor for gradients that are 0, like the query's of a first token that can only see itself.
+        # An absolute floor for gradients that are 0, such as that of the first token's query, which sees only itself.
         assert float((a - b).norm()) < 1e-8 * float(b.norm()) + 1e-10, f"gradient of argument {index}"
     for a, b in zip(*(torch.utils._pytree.tree_leaves(s) for s in (got_state, want_state))):
         if isinstance(a, Tensor):
@@ -117,14 +117,14 @@ def test_gradients_flow_through_a_carried_state(op: str, seed: int) -> None:
         o = function(*rest, **settings, state=first[1], backend=backend)[0]
         return list(torch.autograd.grad(o.square().sum(), [leaves[i] for i in (1, 2)]))
 
-    # VQ: what was quantised in an earlier piece keeps the values' gradient, not the keys' straight-through one.
+    # VQ: pairs quantised in an earlier piece keep the values' gradient, but not the keys' straight-through gradient.
     for got, want in zip(two_pieces("torch"), two_pieces("reference")):
         assert relative_error(got, want) < 1e-8
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("op", [op for op in OPS if op != "vq_attention"])
-def test_half_and_single_precision_are_near_double(op: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_bfloat16_and_float32_are_near_float64(op: str, dtype: torch.dtype, tolerance: float) -> None:
     rounded = [x.to(dtype) for x in inputs(op, 4, 43)]
     want = gradients(op, [x.double() for x in rounded], "torch")[0]
     got = gradients(op, rounded, "torch")[0]
@@ -132,7 +132,7 @@ def test_half_and_single_precision_are_near_double(op: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_packed_documents_are_each_alone(op: str) -> None:
+def test_packed_documents_equal_documents_alone(op: str) -> None:
     function, settings = OPS[op]
     tensors = [x[:1] if x.dim() >= 3 and x.shape[1] == 30 else x for x in inputs(op, 5, 30)]
     timed = [x.dim() >= 3 and x.shape[1] == 30 for x in tensors]
@@ -161,7 +161,7 @@ def test_references_agree_with_those_of_flash_linear_attention(op: str) -> None:
         from fla.ops.mesa_net.naive import naive_mesa_net_exact
 
         q, k, v, g, beta, lamb = tensors
-        v = F.pad(v, (0, 2))  # theirs wants V = K
+        v = F.pad(v, (0, 2))  # theirs requires V = K
         got = mesa(q, k, v, g, beta, lamb, backend="reference")[0]
         want = naive_mesa_net_exact(q, k, v, g, lamb, beta)[0]
     elif op == "simple_gla":
@@ -177,7 +177,7 @@ def test_references_agree_with_those_of_flash_linear_attention(op: str) -> None:
     assert relative_error(got, want) < 1e-5
 
 
-def test_kernels_that_cannot_run_here_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_cannot_run_here_fail_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs("gated_delta_rule", 7, 20)
     with pytest.raises(ValueError, match="backend=fla of gated_delta_rule needs a CUDA tensor, got cpu") as error:
         gated_delta_rule(*tensors, backend="fla")
@@ -185,7 +185,7 @@ def test_kernels_that_cannot_run_here_are_refused_in_one_line(monkeypatch: pytes
     with pytest.raises(ValueError, match="backend=triton of mesa is not a legal value; legal: auto, "):
         mesa(*inputs("mesa", 7, 9), backend="triton")
 
-    class OnGPU:  # stands for a CUDA tensor where there is no GPU
+    class OnGPU:  # stands in for a CUDA tensor where there is no GPU
         is_cuda, dtype, shape = True, torch.bfloat16, (1, 64, 2, 8)
 
     monkeypatch.setattr(fla_backend, "installed", lambda: False)
@@ -195,13 +195,13 @@ def test_kernels_that_cannot_run_here_are_refused_in_one_line(monkeypatch: pytes
     with pytest.warns(UserWarning, match="fla-core is not installed"):
         assert not fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error")  # the warning is given only once
         assert not fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
     monkeypatch.setattr(fla_backend, "installed", lambda: True)
     assert fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
 
 
-def test_train_py_refuses_a_backend_that_cannot_run_in_one_line(
+def test_train_py_rejects_a_backend_that_cannot_run_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import train
@@ -221,19 +221,19 @@ def test_conjugate_gradients_converge_to_the_direct_solution() -> None:
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-9 < errors[1]
 
 
-def test_memory_attention_is_that_of_its_definition() -> None:
+def test_memory_attention_equals_its_definition() -> None:
     generator = torch.Generator().manual_seed(9)
     sizes = [(2, 5, 4, 6), (2, 3, 2, 6), (2, 3, 2, 7), (2, 2, 3), (2, 8, 2, 6), (2, 8, 2, 7), (4,)]
     tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
     tensors[3][0, 0, 1] = -math.inf
     assert relative_error(memory_attention(*tensors), memory_attention(*tensors, backend="reference")) < 1e-12
-    # An entry of weight n is n tokens: doubling an entry is adding log 2 to its weight.
+    # An entry of weight n counts as n tokens: duplicating an entry equals adding log 2 to its log weight.
     twice = [torch.cat([x, x], dim=1) for x in tensors[1:3]] + [torch.cat([tensors[3]] * 2, dim=2)]
     heavier = [*tensors[:3], tensors[3] + math.log(2), *tensors[4:]]
     assert relative_error(memory_attention(*heavier), memory_attention(tensors[0], *twice, *tensors[4:])) < 1e-12
 
 
-def test_short_convolution_is_that_of_torch() -> None:
+def test_short_convolution_equals_torchs() -> None:
     conv = ShortConv(5, 4, bias=True).double()
     conv.init_weights()
     x = torch.randn(2, 19, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(10))
@@ -259,7 +259,7 @@ def random_x(seed: int, T: int = 40, batch: int = 2) -> Tensor:
     return torch.randn(batch, T, SHAPE.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_vq_is_attention_to_keys_replaced_by_their_codes() -> None:
+def test_vq_attends_to_old_keys_replaced_by_their_codes() -> None:
     q, k, v, codes, beta = inputs("vq_attention", 11, 37)
     got = vq_attention(q, k, v, codes, beta, block_size=8)[0]
     nearest = torch.stack([codes[g, assign(k, codes)[:, :, g]] for g in range(2)], dim=2)
@@ -289,7 +289,7 @@ def test_vq_quantize_recent_gives_keys_their_codes_gradient() -> None:
     assert relative_error(got, gradients("vq_attention", tensors, "torch")[0]) > 1e-3
 
 
-def test_vq_codebook_moves_in_training_only_and_once_a_pass() -> None:
+def test_vq_codebook_moves_only_in_training_and_once_per_pass() -> None:
     mixer = vq_mixer()
     x = random_x(14)
 
@@ -324,7 +324,7 @@ def test_vq_codebook_moves_in_training_only_and_once_a_pass() -> None:
 
 def test_vq_codebook_becomes_the_means_of_its_keys_and_dead_codes_are_revived() -> None:
     mixer = vq_mixer(ema_decay=0.0).train()
-    # Keys of three directions: at most three codes can be alive, and the others are given keys again and again.
+    # Keys in three directions: at most three codes can be alive, and the others are repeatedly replaced by keys.
     x = random_x(15, T=3, batch=1).repeat(1, 12, 1)
     for _ in range(4):
         mixer(x)
@@ -345,7 +345,7 @@ def test_vq_averages_are_laplace_smoothed() -> None:
     assert relative_error(mixer.codebook, want) < 1e-12
 
 
-def test_vq_commitment_draws_keys_to_their_codes() -> None:
+def test_vq_commitment_pulls_keys_towards_their_codes() -> None:
     mixer = vq_mixer(commitment=1.0).train()
     x = random_x(18)
     optimizer = torch.optim.SGD([mixer.k_proj.weight], lr=4.0)
@@ -386,7 +386,7 @@ def vq_rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_vq_codebooks_of_two_ranks_are_that_of_one(tmp_path: Any) -> None:
+def test_vq_codebooks_of_two_ranks_equal_that_of_one(tmp_path: Any) -> None:
     torch.multiprocessing.spawn(vq_rank, args=(str(tmp_path),), nprocs=2)
     alone = alive_vq(0.0)
     for step in range(4):
@@ -396,7 +396,7 @@ def test_vq_codebooks_of_two_ranks_are_that_of_one(tmp_path: Any) -> None:
         ranks = [torch.load(tmp_path / f"{rank}-{dead_below}.pt") for rank in range(2)]
         assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in buffers)
         same = all(relative_error(ranks[0][key], getattr(alone, key)) < 1e-12 for key in buffers)
-        # Which key replaces a dead code depends on how the batch is dealt; the averages do not.
+        # Which key replaces a dead code depends on how the batch is divided; the averages do not.
         assert same == (dead_below == 0.0)
 
 
@@ -416,14 +416,14 @@ def test_fifo_is_a_window_of_the_last_pairs_before_the_chunk() -> None:
     t = torch.arange(40)
     oldest = (t // 6 * 6 - 9).clamp_min(0)
     seen = (t[None] >= oldest[:, None]) & (t[None] <= t[:, None])
-    logits = torch.einsum("bthk,bshk->bhts", q, k) * 12**0.5  # beta is 1 at the start
+    logits = torch.einsum("bthk,bshk->bhts", q, k) * 12**0.5  # beta starts at 1
     p = logits.masked_fill(~seen, -math.inf).softmax(-1)
     want = mixer.project_out(torch.einsum("bhts,bshv->bthv", p, v))
     assert relative_error(mixer(x)[0], want) < 1e-12
 
 
 @pytest.mark.parametrize("cls", [FIFO, Reservoir, LearnedCompression, KVM])
-def test_memory_layer_equal_full_attention_while_nothing_is_dropped(cls: type) -> None:
+def test_memory_layers_equal_full_attention_while_nothing_is_dropped(cls: type) -> None:
     settings = {"tokens_per_slot": 1} if cls is LearnedCompression else {}
     mixer, x = memory(cls, capacity=12, **settings), random_x(31, T=15)
     q, k, v = mixer.project(x)
@@ -443,14 +443,14 @@ def test_memory_layer_backends_agree(cls: type) -> None:
     assert all(relative_error(a, b) < 1e-9 for a, b in zip(*results))
 
 
-def test_reservoir_is_uniform_seeded_and_weighted_by_what_it_stands_for() -> None:
+def test_reservoir_is_uniform_seeded_and_weighted_by_the_tokens_it_represents() -> None:
     mixer = memory(Reservoir)
     kept = mixer(random_x(33, T=37), return_state=True)[1].memory.note
     lowest = position_hash(0, torch.arange(36)).argsort()[:9].sort().values
     assert torch.equal(kept, lowest)
     assert mixer.log_weight(9, 36) == math.log(4)
     assert not torch.equal(memory(Reservoir, seed=1)(random_x(33, T=37), return_state=True)[1].memory.note, kept)
-    # Over seeds every position is kept about equally often.
+    # Over many seeds every position is kept about equally often.
     count = torch.zeros(36)
     for seed in range(400):
         count[position_hash(seed, torch.arange(36)).argsort()[:9]] += 1
@@ -466,10 +466,10 @@ def test_compression_starts_as_a_mean_of_neighbours() -> None:
     assert state.memory.note.tolist() == [0, 3, 6, 9]
 
 
-def test_kvm_fills_its_places_then_merges_by_cosine() -> None:
+def test_kvm_fills_its_slots_then_merges_by_cosine() -> None:
     mixer, x = memory(KVM), random_x(35, T=24)
     q, k, v = (part[:1, :, :1] for part in mixer.project(x))
-    entries: list[list[int]] = []  # tokens merged into each place
+    entries: list[list[int]] = []  # tokens merged into each slot
     for start in range(0, 24, 6):
         chunk = list(range(start, start + 6))
         if not entries:
@@ -494,7 +494,7 @@ def test_kvm_fills_its_places_then_merges_by_cosine() -> None:
 
 
 @pytest.mark.parametrize("cls", [GatedDeltaNet, Mamba2, MesaNet])
-def test_layer_runs_the_same_on_the_reference(cls: type) -> None:
+def test_recurrent_layers_give_the_same_on_the_reference(cls: type) -> None:
     outputs = []
     for backend in ("reference", "torch"):
         mixer = cls(SHAPE, chunk_size=8, backend=backend)
@@ -505,7 +505,7 @@ def test_layer_runs_the_same_on_the_reference(cls: type) -> None:
 
 
 @pytest.mark.parametrize("cls", [GatedDeltaNet, Mamba2, MesaNet])
-def test_recurrent_layers_forget_by_a_gate_that_starts_slow(cls: type) -> None:
+def test_the_gates_of_recurrent_layers_start_with_slow_decay(cls: type) -> None:
     mixer = cls(MixerShape(dim=64, num_heads=64, num_kv_heads=64, head_dim=4), chunk_size=8)
     torch.manual_seed(3)
     mixer.init_weights(0.02)
@@ -542,7 +542,7 @@ def test_compared_models_have_the_same_number_of_parameters(size: str) -> None:
         (LearnedCompression, {"chunk_size": 10, "tokens_per_slot": 4}, "chunk_size=10 .* multiple of tokens_per_slot"),
     ],
 )  # fmt: skip
-def test_bad_settings_are_refused_in_one_line(cls: type[nn.Module], settings: dict[str, Any], words: str) -> None:
+def test_bad_settings_fail_in_one_line(cls: type[nn.Module], settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as error:
         cls(SHAPE, **settings)
     assert "\n" not in str(error.value)

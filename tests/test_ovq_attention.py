@@ -1,6 +1,6 @@
-"""OVQ-attention: the definition against a second one written from the formulas, and the fast form against it.
+"""Claims about OVQ-attention: the reference equals a second one written from the formulas, the fast form the reference.
 
-Inputs are fresh on every run; a failure names the seed, and OVQ_TEST_SEED=<seed> repeats it.
+Inputs are new on every run; a failure prints the seed, and OVQ_TEST_SEED=<seed> reproduces it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# B, T, H, G, K, V, N, L: whole chunks and not, shorter than one, K != V, grouped heads, one centroid, chunks of one.
+# B, T, H, G, K, V, N, L: whole and partial chunks, less than one, K != V, grouped heads, one centroid, chunks of one.
 SHAPES = [
     (2, 45, 4, 2, 8, 6, 12, 8),
     (1, 40, 2, 2, 5, 9, 64, 8),
@@ -88,7 +88,7 @@ def run(
     forced: Tensor | None = None,
     dictionary: Dictionary | None = None,
 ) -> dict[str, Tensor]:
-    """Everything a backend gives: output, assignments, the new dictionary, and the gradients of a random loss."""
+    """Everything a backend returns: output, assignments, the new dictionary, and the gradients of a random loss."""
     leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in inputs]
     q, k, v, beta = leaves
     held = dictionary or empty(k, v, spec.num_centroids)
@@ -113,7 +113,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], *, output: flo
 def by_formula(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, beta: float, N: int, L: int, **options: Any
 ) -> tuple[np.ndarray, list[int]]:
-    """One head, token by token and centroid by centroid, written from the design's formulas and nothing else."""
+    """One head, token by token and centroid by centroid, written only from the design's formulas."""
     T = len(k)
     mu_k: list[np.ndarray] = []
     mu_v: list[np.ndarray] = []
@@ -172,7 +172,7 @@ def by_formula(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_reference_is_the_formulas(variant: str, shape: tuple[int, ...]) -> None:
+def test_the_reference_equals_the_formulas(variant: str, shape: tuple[int, ...]) -> None:
     *_, H, G, _, _, N, L = shape
     inputs = make_inputs(shape, seed=2)
     q, k, v, beta = inputs
@@ -187,17 +187,17 @@ def test_the_reference_is_the_formulas(variant: str, shape: tuple[int, ...]) -> 
             assert relative_error(o[b, :, h], torch.from_numpy(want)) < 1e-12, NOTE
 
 
-def test_five_tokens_by_hand() -> None:
-    """beta = log 2, so that a product of 1 weighs 2, one of 0 weighs 1; chunks of 2, capacity 4."""
+def test_five_tokens_equal_a_computation_by_hand() -> None:
+    """beta = log 2, so a dot product of 1 has weight 2 and one of 0 weight 1; chunks of 2, capacity 4."""
     k = torch.tensor([[1, 0], [0, 1], [1, 0], [-1, 0], [0, 1]], dtype=torch.float64)
     v = torch.tensor([[1], [3], [6], [8], [0]], dtype=torch.float64)
     q = torch.tensor([[1, 0], [1, 0], [0, 1], [1, 0], [1, 0]], dtype=torch.float64)
     beta = torch.tensor([math.log(2)], dtype=torch.float64)
     root = 2**0.5
-    # Tokens 0 and 1 see their chunk alone. n(2) = 2*4/6 -> 1: both become one centroid, (1/2, 1/2), value 2, count 2.
+    # Tokens 0 and 1 see only their chunk. n(2) = 2*4/6 -> 1: both become one centroid, (1/2, 1/2), value 2, count 2.
     # Weights of token 2: centroid 2^(1/2) * 2, itself 1. Of token 3: centroid 2^(1/2) * 2, token 2 2, itself 1/2.
-    # n(4) = 4*4/8 = 2: token 3, whose product -1/2 is the lowest, founds centroid 1; token 2 joins centroid 0, then
-    # (2/3, 1/3), value 10/3, count 3. Of token 4: centroid 0 2^(2/3) * 3, centroid 1 1/2, itself 1.
+    # n(4) = 4*4/8 = 2: token 3, whose product -1/2 is lowest, founds centroid 1; token 2 joins centroid 0, now
+    # (2/3, 1/3), value 10/3, count 3. Weights of token 4: centroid 0 2^(2/3) * 3, centroid 1 1/2, itself 1.
     third = 2 ** (2 / 3)
     want = [
         1,
@@ -218,8 +218,8 @@ def test_five_tokens_by_hand() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", [reference, fast], ids=["reference", "torch"])
-def test_gradients_are_those_of_finite_differences(backend: ModuleType, variant: str) -> None:
-    """With the assignments fixed, as the definition has it: they carry no gradient."""
+def test_gradients_equal_finite_differences(backend: ModuleType, variant: str) -> None:
+    """With the assignments fixed, because by definition they carry no gradient."""
     inputs = make_inputs((1, 9, 2, 1, 2, 2), seed=3)
     spec = spec_of(5, 2, **VARIANTS[variant])
     held = empty(inputs[1], inputs[2], 5)
@@ -230,7 +230,7 @@ def test_gradients_are_those_of_finite_differences(backend: ModuleType, variant:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_torch_is_the_reference(variant: str, shape: tuple[int, ...]) -> None:
+def test_the_torch_backend_equals_the_reference(variant: str, shape: tuple[int, ...]) -> None:
     inputs = make_inputs(shape, seed=4)
     spec = spec_of(shape[6], shape[7], **VARIANTS[variant])
     assert_close(run(fast, inputs, spec), run(reference, inputs, spec), output=1e-12, grad=1e-11)
@@ -243,20 +243,20 @@ def test_torch_is_the_reference(variant: str, shape: tuple[int, ...]) -> None:
     ids=["float32", "float16", "bfloat16"],
 )
 def test_low_precision_is_near_float64(variant: str, dtype: torch.dtype, output: float, grad: float) -> None:
-    """Against the definition in float64 on the same rounded inputs, with the assignments forced equal."""
+    """Against the float64 reference on the same rounded inputs, with the same assignments imposed."""
     shape = (2, 300, 4, 2, 16, 12, 40, 32)
     inputs = make_inputs(shape, seed=5, dtype=dtype)
     spec = spec_of(40, 32, **VARIANTS[variant])
     got = run(fast, inputs, spec)
     assert got["key_sum"].dtype == torch.float32 and got["dk"].dtype == dtype
     assert_close(got, run(reference, inputs, spec, dtype=torch.float64, forced=got["a"]), output=output, grad=grad)
-    # At this dtype, both assign alike but for near-ties.
+    # In this dtype both assign alike except at near-ties.
     own = run(reference, inputs, spec)["a"]
     assert (own == got["a"]).double().mean() > 0.97, NOTE
 
 
-def test_undoing_a_long_sum_loses_nothing() -> None:
-    """Thousands of like keys in one centroid: in float32, subtraction alone would leave its first mean at 1e-3."""
+def test_undoing_a_long_sum_loses_no_precision() -> None:
+    """Thousands of similar keys in one centroid: in float32, plain subtraction would put its first mean off by 1e-3."""
     q, k, v, beta = make_inputs((1, 4096, 1, 1, 8, 8), seed=6)
     k = F.normalize(k + 8 * k[:, :1], dim=-1)
     inputs = [x.float() for x in (q, k, v, 4 * beta)]
@@ -292,8 +292,8 @@ def test_streamed_in_pieces_equals_one_pass(variant: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("variant", ["default", "constant step"])
 @pytest.mark.parametrize("position", [16, 21])
-def test_gradients_of_a_piece_with_carried_state(variant: str, position: int) -> None:
-    """Both backends, from the middle of a chunk too; the state is a constant and gets no gradient."""
+def test_backends_agree_on_gradients_after_a_carried_state(variant: str, position: int) -> None:
+    """Also from the middle of a chunk; the state is a constant and gets no gradient."""
     spec = spec_of(12, 8, **VARIANTS[variant])
     q, k, v, beta = make_inputs((2, 50, 4, 2, 8, 6), seed=8)
     start = position - position % 8
@@ -328,8 +328,8 @@ def test_a_state_is_not_modified_and_survives_a_round_trip(backend: str) -> None
     assert torch.equal(first, again)
 
 
-def saved_numbers(backend: ModuleType, T: int, spec: OVQSpec) -> int:
-    """Numbers that the backward pass holds on to, each storage once."""
+def saved_elements(backend: ModuleType, T: int, spec: OVQSpec) -> int:
+    """Number of elements saved for the backward pass, counting each storage once."""
     q, k, v, beta = (x.requires_grad_() for x in make_inputs((1, T, 4, 2, 8, 6), seed=10))
     held: dict[int, int] = {}
 
@@ -344,15 +344,15 @@ def saved_numbers(backend: ModuleType, T: int, spec: OVQSpec) -> int:
 
 
 @pytest.mark.parametrize("step", ["count", 0.3])
-def test_saved_memory_is_a_few_numbers_a_token_and_never_a_dictionary_a_chunk(step: str | float) -> None:
+def test_saved_memory_is_a_few_elements_per_token_and_never_a_dictionary_per_chunk(step: str | float) -> None:
     spec = OVQSpec(num_centroids=256, chunk_size=16, step_size=step)
     inputs_and_assignment = 4 * 8 + 2 * (8 + 6) + 2
     overwritten = 0 if step == "count" else 2 * (8 + 6 + 1)
-    growth = saved_numbers(fast, 512, spec) - saved_numbers(fast, 256, spec)
+    growth = saved_elements(fast, 512, spec) - saved_elements(fast, 256, spec)
     assert growth == 256 * (inputs_and_assignment + overwritten)
-    # The measure sees what it claims to rule out: autograd through the definition keeps dictionaries.
+    # The measurement does detect what it rules out: autograd through the reference saves dictionaries.
     dictionary = 2 * 256 * (8 + 6)
-    assert saved_numbers(reference, 512, spec) - saved_numbers(reference, 256, spec) > 16 * dictionary
+    assert saved_elements(reference, 512, spec) - saved_elements(reference, 256, spec) > 16 * dictionary
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -372,14 +372,14 @@ def test_output_before_t_ignores_token_t(variant: str) -> None:
 @pytest.mark.parametrize("backend", [reference, fast], ids=["reference", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_ties_go_to_the_lowest_index(backend: ModuleType, dtype: torch.dtype) -> None:
-    """Keys whose sums are exact, so that equal means are equal bits."""
+    """Keys whose sums are exact, so that equal means are bit-equal."""
     same = torch.full((1, 24, 1, 4), 0.5, dtype=dtype)
     spec = OVQSpec(num_centroids=8, chunk_size=8)
     v = make_inputs((1, 24, 1, 1, 4, 4), seed=13)[2].to(dtype)
     a = backend.forward(same, same, v, torch.ones(1), spec, empty(same, v, 8))[2].flatten().tolist()
-    # n = 4, 5, 6: the earliest of equally unlike keys found centroids; all others join the lowest of equal centroids.
+    # n = 4, 5, 6: the earliest of equally dissimilar keys found centroids; the others join the lowest equal centroid.
     assert a == [0, 1, 2, 3, 0, 0, 0, 0] + [4] + [0] * 7 + [5] + [0] * 7
-    # Centroids 1 and 2 are alike; a key between them and 0 is not a tie with 0.
+    # Centroids 1 and 2 are equal; a key equal to both is not a tie with 0.
     k = same.clone()
     k[:, 1:3] = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=dtype)
     k[:, 3] = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=dtype)
@@ -389,7 +389,7 @@ def test_ties_go_to_the_lowest_index(backend: ModuleType, dtype: torch.dtype) ->
 
 
 def test_all_keys_equal_gives_the_running_mean_of_values() -> None:
-    """Equal keys weigh alike, however they were assigned: counts make up for it exactly."""
+    """Equal keys have equal weight however they were assigned: the counts compensate exactly."""
     q, k, v, beta = make_inputs((2, 50, 2, 2, 8, 6), seed=14)
     k = k[:, :1].expand_as(k).contiguous()
     o, _ = ovq_attention(q, k, v, beta, num_centroids=8, chunk_size=8)
@@ -429,7 +429,7 @@ def test_grouped_heads_equal_repeated_ones() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, -3.0, 60.0])
-def test_any_inverse_temperature_is_served(beta: float) -> None:
+def test_any_inverse_temperature_equals_the_reference(beta: float) -> None:
     q, k, v, _ = make_inputs((1, 45, 2, 1, 8, 5), seed=17)
     inputs = [q, 5 * k, v, torch.full((2,), beta, dtype=torch.float64)]
     spec = OVQSpec(num_centroids=12, chunk_size=8)
@@ -454,11 +454,13 @@ def test_recomputing_a_checkpointed_call_gives_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("variant", ["default", "constant step"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_heads_on_several_cores_give_the_same(threads: int, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_on_several_cores_give_the_same_results(
+    threads: int, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = make_inputs((3, 37, 6, 2, 8, 6), seed=20)
     spec = spec_of(12, 8, **VARIANTS[variant])
     whole = run(fast, inputs, spec)
-    monkeypatch.setattr(fast, "SMALL_CALL", 0)  # however little there is to do, share it out
+    monkeypatch.setattr(fast, "SMALL_CALL", 0)  # parallelise even small calls
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -493,7 +495,7 @@ def test_four_pieces_share_the_cores_and_an_error_on_one_is_raised(threads: int,
     assert done and set(done) == {(False, cores_each)}
 
 
-def test_sizes_follow_the_law_of_growth() -> None:
+def test_dictionary_sizes_follow_the_growth_law() -> None:
     plateau = OVQSpec(num_centroids=1024, chunk_size=128)
     assert [plateau.size_at(t) for t in (0, 127, 128, 255, 256, 32768)] == [0, 0, 113, 113, 204, 992]
     linear = OVQSpec(num_centroids=100, chunk_size=10, growth="linear", growth_tokens=1000)
@@ -506,7 +508,7 @@ def test_sizes_follow_the_law_of_growth() -> None:
         assert all(0 <= b - a <= spec.chunk_size for a, b in zip(sizes, sizes[1:]))
 
 
-def test_random_seeding_depends_on_the_seed_and_the_position_alone() -> None:
+def test_random_seeding_depends_only_on_the_seed_and_the_position() -> None:
     q, k, v, beta = make_inputs((2, 32, 2, 2, 8, 6), seed=19)
     founders = {}
     for seed in (0, 1):
@@ -545,13 +547,13 @@ SMALL = (1, 10, 4, 2, 8, 6)
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
-def test_a_setting_that_cannot_be_used_is_named(settings: dict[str, Any], message: str) -> None:
+def test_an_illegal_setting_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         ovq_attention(*make_inputs(SMALL), **{"num_centroids": 8, **settings})
     assert "\n" not in str(caught.value)
 
 
-def test_tensors_that_do_not_fit_are_refused() -> None:
+def test_tensors_of_mismatched_shapes_are_rejected() -> None:
     q, k, v, beta = make_inputs(SMALL)
     for inputs, message in [
         ((q[:, :9], k, v, beta), "must agree in batch and tokens"),
@@ -569,7 +571,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
             ovq_attention(*inputs, num_centroids=8, cu_seqlens=bounds)
 
 
-def test_a_state_of_other_settings_is_refused() -> None:
+def test_a_state_of_other_settings_is_rejected() -> None:
     q, k, v, beta = make_inputs(SMALL)
     _, state = ovq_attention(q, k, v, beta, num_centroids=8, chunk_size=4, return_state=True)
     for settings, message in [

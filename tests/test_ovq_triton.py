@@ -1,7 +1,7 @@
-"""OVQ-attention's kernels without a GPU: `ovq_triton_cases.py` in Triton's interpreter, and what the host decides.
+"""Claims about OVQ-attention's kernels without a GPU: the cases in `ovq_triton_cases.py`, and the host's decisions.
 
-The interpreter must be chosen before Triton is imported, so those cases run in a process of their own. On a machine
-with a GPU they run there instead, compiled.
+Those cases run in Triton's interpreter, which must be selected before Triton is imported, and so in a separate process.
+On a machine with a GPU they run there instead, compiled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ configs = importlib.import_module("ovq.ops.ovq_attention.kernels.configs")
 
 
 @pytest.mark.slow
-def test_kernels_are_the_definition() -> None:
+def test_kernels_equal_the_reference() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
@@ -39,7 +39,7 @@ def test_kernels_are_the_definition() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, complaint",
+    "change, message",
     [
         ({"dtype": torch.bfloat16}, "interpreter silently computes bfloat16 incorrectly"),
         ({"dtype": torch.float64}, "needs float32, float16 or bfloat16, got torch.float64"),
@@ -50,25 +50,25 @@ def test_kernels_are_the_definition() -> None:
     ],
     ids=str,
 )
-def test_what_the_kernels_cannot_do_is_said(change: dict, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_are_explained(change: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     dtype, K, V = change.get("dtype", torch.float32), change.get("K", 16), change.get("V", 32)
     q, v = torch.randn(1, 20, 1, K).to(dtype), torch.randn(1, 20, 1, V).to(dtype)
     reason = kernels.unsupported(q, q, v, OVQSpec(20, change.get("chunk_size", 16)))
-    assert reason is not None and complaint in reason
+    assert reason is not None and message in reason
     assert kernels.unsupported(torch.randn(1, 20, 1, 16), q, torch.randn(1, 20, 1, 32), OVQSpec(20, 16)) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_a_machine_without_a_gpu_is_told_what_can() -> None:
+def test_without_a_gpu_the_error_names_a_backend_that_works() -> None:
     x = torch.randn(1, 20, 1, 16)
     with pytest.raises(ValueError, match="backend=triton of ovq_attention:? needs .*use backend=torch"):
         ovq_attention(x, x, x, torch.ones(1), num_centroids=20, chunk_size=16, backend="triton")
 
 
 @pytest.mark.parametrize("position", [0, 64])
-def test_a_plan_knows_every_size_and_no_table_overlaps(position: int) -> None:
+def test_a_plan_has_the_size_at_every_chunk_and_tables_do_not_overlap(position: int) -> None:
     spec = OVQSpec(100, 16)
     plan = plans.make_plan(spec, spec.size_at(position), position, (0, 16 * 20 + 5))
     assert (plan.committed, plan.documents) == (20, ((0, 20),))
@@ -82,7 +82,7 @@ def test_a_plan_knows_every_size_and_no_table_overlaps(position: int) -> None:
         assert all(end <= start for end, start in zip(ends, starts.tolist()[1:])) and ends[-1] <= size
 
 
-def test_a_plan_of_documents_has_each_of_them_and_one_chunk_more() -> None:
+def test_a_plan_of_documents_has_a_partial_chunk_after_each() -> None:
     plan = plans.make_plan(OVQSpec(100, 16), 0, 0, (0, 5, 5, 37, 69))
     assert plan.documents == ((0, 0), (1, 3), (4, 6))
     assert plan.starts.tolist() == [0, 5, 21, 37, 37, 53, 69]
@@ -94,7 +94,7 @@ def test_a_plan_of_documents_has_each_of_them_and_one_chunk_more() -> None:
 
 
 @pytest.mark.parametrize("entries", [1, 100, 1000, 10**9])
-def test_parts_of_a_table_are_all_of_it_and_within_bounds(entries: int) -> None:
+def test_parts_of_a_table_cover_it_and_stay_within_bounds(entries: int) -> None:
     plan = plans.make_plan(OVQSpec(300, 16), 0, 0, (0, 50, 600))
     chunks, centroids = plan.chunk_ranges(entries), plan.centroid_ranges(entries, 64)
     for parts, whole in ((chunks, plan.all_chunks), (centroids, plan.all_centroids)):
@@ -106,7 +106,7 @@ def test_parts_of_a_table_are_all_of_it_and_within_bounds(entries: int) -> None:
         assert low % 64 == 0
 
 
-def test_random_seeding_ranks_are_the_order_of_the_definition() -> None:
+def test_random_seeding_ranks_give_the_order_of_the_definition() -> None:
     spec = OVQSpec(100, 16, seeding="random", seed=3)
     for position, bounds in ((0, (0, 40)), (48, (0, 40)), (0, (0, 20, 60))):
         plan = plans.make_plan(spec, spec.size_at(position), position, bounds)
@@ -115,15 +115,15 @@ def test_random_seeding_ranks_are_the_order_of_the_definition() -> None:
             for c in range(first, last):
                 start = position + int(plan.starts[c] - plan.starts[first])
                 order = spec.hash_order(start, torch.device("cpu")).tolist()
-                if start == 0:  # the first key of all founds centroid 0
+                if start == 0:  # the very first key founds centroid 0
                     order = [0, *(place for place in order if place)]
                 assert ranks[c].argsort().tolist() == order
 
 
 @pytest.mark.parametrize("D, N, L", [(64, 2048, 128), (64, 16384, 128), (128, 16384, 128), (64, 2048, 16)])
 def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: int, L: int) -> None:
-    """What lives at once in the forward pass: what it was given and returns, its copy of the means and a table; in the
-    backward pass: what the forward operator left for it, the gradients, delta and a table."""
+    """Live at once in the forward pass: its inputs and outputs, its copy of the means, and a table; in the backward
+    pass: what the forward operator saved, the gradients, delta, and a table."""
     importlib.import_module("ovq.ops.ovq_attention.kernels")
     T, spec = 65536, OVQSpec(N, L)
     plan = plans.make_plan(spec, 0, 0, (0, T))
@@ -147,7 +147,7 @@ def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: i
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "interpreter"])
 def test_a_new_length_compiles_nothing(arch: str) -> None:
-    """No compile-time argument depends on tokens, heads or centroids, and numbers are never specialised on."""
+    """No compile-time argument depends on tokens, heads or centroids, and integer arguments are never specialised."""
     parameters = inspect.signature(configs.constants).parameters
     assert not {"T", "S", "N", "H", "G", "tokens"} & set(parameters)
     for stage in ("assign", "predict", "query_grad", "dictionary_grad", "chunk_grad"):
@@ -157,8 +157,8 @@ def test_a_new_length_compiles_nothing(arch: str) -> None:
             assert rows <= configs.padded(L) and settings["BLOCK_N"] >= 16
 
 
-def test_programs_that_share_a_walk_are_few_numbers_for_packed_documents() -> None:
-    """Every number is a build: of documents that come in any number, there may not be one for each."""
+def test_packed_documents_use_few_different_numbers_of_programs_per_walk() -> None:
+    """Each number needs its own build, so there must not be one for every possible number of documents."""
     splits = importlib.import_module("ovq.ops.ovq_attention.kernels.assign").splits
     with pytest.MonkeyPatch.context() as patch:
         properties = type("Properties", (), {"multi_processor_count": 132})
@@ -173,7 +173,7 @@ def test_programs_that_share_a_walk_are_few_numbers_for_packed_documents() -> No
 
 
 def test_every_shipped_kernel_names_all_its_arguments() -> None:
-    """Run apart, because this process may hold kernels for the interpreter."""
+    """Run in a separate process, because this one may have loaded kernels for the interpreter."""
     program = (
         "from ovq.ops.ovq_attention.kernels.shipped import KERNELS, shipped_kernels\n"
         "for arch in ('sm_80', 'sm_90', 'gfx942'):\n"

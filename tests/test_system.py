@@ -1,6 +1,6 @@
-"""Claims about whole runs: train.py in processes of its own that are killed, stopped, resumed, and given a full disk.
+"""Claims about whole runs: train.py in separate processes that are killed, stopped, resumed, or given a full disk.
 
-Runs are stopped at a place in their record, never after a time.
+Runs are stopped when their metrics reach a given step, never after a given time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 class Job:
-    """train.py on `run_dir` in processes of its own; `lines()` is what it printed."""
+    """train.py on `run_dir` in separate processes; `lines()` is what it has printed."""
 
     def __init__(self, run_dir: Path, overrides: list[str], processes: int = 1, **how: Any) -> None:
         self.run_dir = run_dir
@@ -83,7 +83,7 @@ class Job:
         return self.log.read_text()
 
     def when(self, reached: Callable[[list[dict[str, Any]]], bool], number: signal.Signals) -> int:
-        """Send a signal as soon as the rows of metrics.jsonl show that the run is there; the exit status."""
+        """Send a signal as soon as the rows of metrics.jsonl satisfy `reached`; returns the exit status."""
         while not reached(read_rows(self.run_dir / "metrics.jsonl")):
             assert self.process.poll() is None, self.lines()
             time.sleep(0.002)
@@ -99,7 +99,7 @@ def at_step(step: int) -> Callable[[list[dict[str, Any]]], bool]:
 
 
 def record(run_dir: Path) -> list[dict[str, Any]]:
-    """What of metrics.jsonl must be the same however a run was computed: not its speed and memory."""
+    """The parts of metrics.jsonl that must be the same however a run was computed: all but speed and memory."""
     varies = ("tokens_per_s", "data_wait", "mfu", "memory_gib")
     return [{k: v for k, v in row.items() if k not in varies} for row in read_rows(run_dir / "metrics.jsonl")]
 
@@ -115,14 +115,14 @@ def last_error(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
-    """The run folder of an unbroken run of one process."""
+    """The run folder of an uninterrupted run of one process."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     job = Job(run_dir, corpus)
     assert job.status() == 0, job.lines()
     return run_dir
 
 
-def test_an_unbroken_run_leaves_everything_it_promises(whole: Path) -> None:
+def test_an_uninterrupted_run_writes_everything_it_promises(whole: Path) -> None:
     assert len(losses(whole)) == STEPS and losses(whole)[-1] < losses(whole)[0] - 1
     names = {path.name for path in whole.iterdir()}
     assert names >= {"config.yaml", "metrics.jsonl", "per_position_loss.parquet", "plots", "summary.json", "tokenizer"}
@@ -132,16 +132,14 @@ def test_an_unbroken_run_leaves_everything_it_promises(whole: Path) -> None:
     assert [row["step"] for row in record(whole) if "eval/loss" in row] == [20, 40]
 
 
-def test_killed_and_resumed_twice_gives_the_same_losses_to_the_last_bit(
-    whole: Path, tmp_path: Path, corpus: list[str]
-) -> None:
+def test_a_run_killed_twice_resumes_bit_exact(whole: Path, tmp_path: Path, corpus: list[str]) -> None:
     run_dir = tmp_path / "run"
     latest = run_dir / "checkpoints" / "latest"
     resumed_at = [0]
     for kill_at in (8, 23):
         job = Job(run_dir, corpus)
         there = at_step(kill_at)
-        least = f"step_{kill_at // 5 * 5:08d}"  # steps may be ahead of what is being written beside them
+        least = f"step_{kill_at // 5 * 5:08d}"  # steps may be ahead of the checkpoint still being written
         reached = lambda rows: there(rows) and latest.exists() and latest.resolve().name >= least  # noqa: B023, E731
         assert job.when(reached, signal.SIGKILL) == -signal.SIGKILL
         resumed_at.append(checkpoint.step_of(latest.resolve()))
@@ -152,12 +150,12 @@ def test_killed_and_resumed_twice_gives_the_same_losses_to_the_last_bit(
     assert record(run_dir) == record(whole)
 
 
-def test_one_then_two_then_one_process_give_one_loss_curve_and_one_order_of_tokens(
+def test_changing_the_number_of_processes_keeps_losses_and_token_order(
     whole: Path, tmp_path: Path, corpus: list[str]
 ) -> None:
-    """Stopped in an evaluation and in training: status 0 both times, and the evaluation is made after all."""
+    """One process, then two, then one; stopped during an evaluation, which is then repeated, and during training."""
     run_dir = tmp_path / "run"
-    first = Job(run_dir, [*corpus, "eval.piece=8"])  # long enough to be hit
+    first = Job(run_dir, [*corpus, "eval.piece=8"])  # slow enough for the signal to arrive during it
     assert first.when(at_step(EVAL_EVERY), signal.SIGTERM) == 0, first.lines()
     assert [row["step"] for row in record(run_dir)] == list(range(1, EVAL_EVERY + 1))
     assert f"stopped by SIGTERM at step {EVAL_EVERY} of {STEPS}" in first.lines()
@@ -176,7 +174,7 @@ def test_one_then_two_then_one_process_give_one_loss_curve_and_one_order_of_toke
     got, want = record(run_dir), record(whole)
     assert [row["step"] for row in got] == [row["step"] for row in want]
     for a, b in zip(got, want):
-        assert a.keys() == b.keys()  # each layer's health also
+        assert a.keys() == b.keys()  # including each layer's health
         if "loss" in b:
             assert (a["token_hash"], a["tokens"]) == (b["token_hash"], b["tokens"])
             assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
@@ -204,7 +202,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing_saved(
     run_dir = copy_of(whole, tmp_path / "run")
     longer = [*corpus, "trainer.steps=50", "eval.at_end=false"]
 
-    def full() -> None:  # no file can grow beyond this
+    def full() -> None:  # limits the size of every file
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
     job = Job(run_dir, longer, preexec_fn=full)
@@ -215,7 +213,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing_saved(
     assert checkpoint.choose(run_dir) == run_dir / "checkpoints" / "step_00000040"
 
 
-# --- in this process: what ends before or soon after it begins -------------------------------------------------------
+# --- in this process: runs that end before or soon after they start --------------------------------------------------
 
 
 def test_an_absurd_learning_rate_stops_with_step_documents_and_last_good_checkpoint(
@@ -232,7 +230,7 @@ def test_an_absurd_learning_rate_stops_with_step_documents_and_last_good_checkpo
     assert checkpoint.verify(checkpoint.choose(run_dir) or "")["step"] == last - 1
 
 
-def test_a_finished_run_started_again_makes_no_step(
+def test_restarting_a_finished_run_trains_no_step(
     whole: Path, tmp_path: Path, corpus: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = copy_of(whole, tmp_path / "run")
@@ -251,7 +249,7 @@ def test_a_finished_run_started_again_makes_no_step(
         ("resume=never", "resume=never, but"),
     ],
 )
-def test_another_config_in_the_same_run_folder_is_refused_by_name(
+def test_a_different_config_in_the_same_run_folder_is_rejected_by_setting(
     whole: Path, corpus: list[str], capsys: pytest.CaptureFixture[str], change: str, named: str
 ) -> None:
     def written() -> dict[Path, int]:
@@ -263,8 +261,8 @@ def test_another_config_in_the_same_run_folder_is_refused_by_name(
     assert written() == before
 
 
-def test_triton_kernels_train_sharded_as_the_torch_backend_does_alone(corpus: list[str], tmp_path: Path) -> None:
-    """FSDP over two processes, blocks computed again in the backward pass, and packed documents."""
+def test_sharded_training_on_triton_kernels_equals_one_process_on_torch(corpus: list[str], tmp_path: Path) -> None:
+    """FSDP over two processes, blocks recomputed in the backward pass, and packed documents."""
     pytest.importorskip("triton")
     settings = ["trainer.steps=2", "trainer.context=64", "trainer.global_batch=2", "trainer.micro_batch=1"]
     settings += ["data.isolate_documents=true", "trainer.activation_checkpointing=full", "optim.lr=1e-4"]
@@ -279,7 +277,7 @@ def test_triton_kernels_train_sharded_as_the_torch_backend_does_alone(corpus: li
     assert [row["grad_norm"] for row in got] == pytest.approx([row["grad_norm"] for row in want], rel=1e-3)
 
 
-# --- two processes, many claims: tests/two_ranks.py ------------------------------------------------------------------
+# --- two processes, many claims in one launch: tests/two_ranks.py ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +316,7 @@ def test_bf16_on_two_processes_is_near_float32(two_ranks: Any, one_rank: Path) -
 
 
 @pytest.mark.parametrize("model", ["sw_ovq", "sw_vq"])
-def test_a_checkpoint_of_two_processes_is_that_of_one(two_ranks: Any, one_rank: Path, model: str) -> None:
+def test_a_checkpoint_of_two_processes_equals_that_of_one(two_ranks: Any, one_rank: Path, model: str) -> None:
     shards = two_ranks[0] / {"sw_ovq": "full", "sw_vq": "vq"}[model]
     assert checkpoint.verify(shards / "checkpoints" / "step_00000006")["processes"] == 2
     a, b = (trainer_for(folder, model=model) for folder in (shards, one_rank / model))
@@ -332,20 +330,20 @@ def test_the_codebook_is_the_same_on_every_rank(two_ranks: Any) -> None:
     assert two_ranks[1]["buffers"] == {"count": 3, "equal": True}
 
 
-def test_a_signal_to_one_process_ends_all_after_the_same_step(two_ranks: Any) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two_ranks: Any) -> None:
     assert two_ranks[1]["stopped"] == [[2, "a signal to another process"], [2, "SIGTERM"]]
 
 
-def test_a_disk_full_for_one_process_is_the_same_error_on_all(two_ranks: Any) -> None:
+def test_a_full_disk_on_one_process_is_the_same_error_on_all(two_ranks: Any) -> None:
     first, second = two_ranks[1]["full"]
     assert first == second and first.startswith("CheckpointError: the checkpoint of step 3 could not be written")
     assert "the disk is full" in first and "step_00000002 is intact" in first
     assert two_ranks[1]["choice"] == [str(two_ranks[0] / "signal" / "checkpoints" / "step_00000003")] * 2
 
 
-def test_an_error_of_rank_0_is_raised_on_every_rank(two_ranks: Any) -> None:
+def test_an_error_on_rank_0_is_raised_on_every_rank(two_ranks: Any) -> None:
     assert two_ranks[1]["on_main"] == ["ValueError: invalid literal for int() with base 10: 'no number'"] * 2
 
 
-def test_only_what_training_waits_for_gets_the_short_time_out(two_ranks: Any) -> None:
+def test_only_collectives_that_training_waits_for_get_the_short_timeout(two_ranks: Any) -> None:
     assert two_ranks[1]["timeouts"] == [77, 6 * 3600]

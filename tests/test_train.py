@@ -1,4 +1,4 @@
-"""Claims about the training loop, its optimizer, its record and its stopping, on one process."""
+"""Claims about the training loop, its optimizer, its metrics and how it stops, on one process."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def evaluation_rows(run_dir: Path) -> list[dict[str, Any]]:
         ("constant", {5: 0.5, 10: 1.0, 100: 1.0}),
     ],
 )
-def test_learning_rate_of_a_step(schedule: str, at: dict[int, float]) -> None:
+def test_the_learning_rate_follows_its_schedule(schedule: str, at: dict[int, float]) -> None:
     settings = ["trainer.steps=100", "optim.warmup_steps=10", "optim.lr=2", "optim.min_lr_ratio=0.1"]
     cfg = small_config("sw", *settings, "optim.decay_share=0.2", f"optim.schedule={schedule}")
     assert {step: lr_at(step, cfg) / 2 for step in at} == pytest.approx(at)
@@ -82,7 +82,7 @@ def test_matrices_decay_and_vectors_and_the_embedding_do_not() -> None:
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
 
 
-def test_clipping_scales_to_the_norm_and_reports_the_one_before() -> None:
+def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:
     model = small_model("sw", vocab_size=31)
     for scale, max_norm, after in ((3.0, 1.0, 1.0), (0.1, 1.0, None), (3.0, 0.0, None)):
         for seed, p in enumerate(model.parameters()):
@@ -115,7 +115,7 @@ def test_a_bad_step_leaves_no_trace_in_parameters_or_moments(fused: str) -> None
 # --- a step ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_divided_by_the_number_of_labels_of_the_whole_step(tmp_path: Path) -> None:
+def test_the_loss_is_divided_by_the_number_of_labels_in_the_whole_step(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, "trainer.micro_batch=1", "trainer.steps=1")
     inputs, targets = rows(trainer.cfg, 0)
     logits = trainer.model(inputs).logits.detach()
@@ -151,7 +151,7 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path, model: str) -> 
         assert same(runs[how][1], runs["none"][1])
 
 
-def test_z_loss_is_trained_on_and_logged_but_no_part_of_the_loss(tmp_path: Path) -> None:
+def test_z_loss_is_trained_on_and_logged_but_not_part_of_the_loss(tmp_path: Path) -> None:
     plain, pulled = trainer_for(tmp_path / "plain"), trainer_for(tmp_path / "pulled", "trainer.z_loss=1")
     inputs, targets = rows(plain.cfg, 0)
     valid = targets != -100
@@ -163,7 +163,7 @@ def test_z_loss_is_trained_on_and_logged_but_no_part_of_the_loss(tmp_path: Path)
     assert with_z["loss"] == without["loss"] and with_z["grad_norm"] > 1.01 * without["grad_norm"]
 
 
-def test_health_of_each_layer_is_logged_at_its_interval_only(tmp_path: Path) -> None:
+def test_the_health_of_each_layer_is_logged_only_at_its_interval(tmp_path: Path) -> None:
     trainer_for(tmp_path, "trainer.health_every=3", "trainer.micro_batch=2").fit()
     found = {row["step"]: {k for k in row if k.startswith("health/")} for row in read_rows(tmp_path / "metrics.jsonl")}
     names = ("fill", "used_once", "mean_count", "beta")
@@ -171,7 +171,7 @@ def test_health_of_each_layer_is_logged_at_its_interval_only(tmp_path: Path) -> 
     assert not any(found[step] for step in (1, 2, 4, 5))
 
 
-def test_waiting_for_the_device_rarely_gives_the_same_record(tmp_path: Path) -> None:
+def test_waiting_less_often_for_the_device_gives_the_same_metrics(tmp_path: Path) -> None:
     for every in (1, 4):
         trainer_for(tmp_path / str(every), f"trainer.log_every={every}").fit()
     a, b = (
@@ -184,16 +184,16 @@ def test_waiting_for_the_device_rarely_gives_the_same_record(tmp_path: Path) -> 
     assert a == b and len(a) == 6
 
 
-# --- what is not finite ----------------------------------------------------------------------------------------------
+# --- non-finite values -----------------------------------------------------------------------------------------------
 
 
 def poisoned(trainer: Trainer, *steps: int) -> Trainer:
-    """Gradients are NaN in these steps; the loss is not."""
+    """Make gradients NaN in these steps; the loss stays finite."""
     trainer.model.norm.weight.register_hook(lambda g: g * (np.nan if trainer.step + 1 in steps else 1.0))
     return trainer
 
 
-def test_a_non_finite_gradient_stops_before_the_step_is_made(tmp_path: Path) -> None:
+def test_a_non_finite_gradient_stops_the_run_before_the_update(tmp_path: Path) -> None:
     trainer = poisoned(trainer_for(tmp_path, "trainer.checkpoint_every=2"), 5)
     after: dict[int, list[torch.Tensor]] = {}
     flush = trainer.flush
@@ -219,7 +219,7 @@ def test_a_bad_step_found_late_is_never_saved(tmp_path: Path) -> None:
     assert checkpoint.choose(tmp_path) is None
 
 
-def test_a_skipped_step_leaves_parameters_and_codebook_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_skipped_step_changes_no_parameter_or_codebook_and_training_continues(tmp_path: Path) -> None:
     trainer = poisoned(trainer_for(tmp_path, "trainer.nonfinite=skip", model="sw_vq"), 3)
     before, batches = {}, iter(trainer.loader)
     for step in range(1, 6):
@@ -230,7 +230,7 @@ def test_a_skipped_step_leaves_parameters_and_codebook_and_training_goes_on(tmp_
     assert [row.get("skipped", False) for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 0, 1, 0, 0]
 
 
-def test_too_many_skipped_steps_in_a_row_stop(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     settings = ("trainer.nonfinite=skip", "trainer.max_skipped_steps=1")
     poisoned(trainer_for(tmp_path / "apart", *settings), 2, 4).fit()
     with pytest.raises(TrainingError, match=r"^step 4: .*\(2 steps in a row\)"):
@@ -241,7 +241,7 @@ def test_too_many_skipped_steps_in_a_row_stop(tmp_path: Path) -> None:
 
 
 def noisy(model: nn.Module) -> None:
-    """Dropout, so that a wrong generator shows."""
+    """Add dropout, so that a wrongly restored generator shows."""
     model.layers[0].mlp.register_forward_hook(lambda m, _, out: F.dropout(out, 0.2, m.training))  # type: ignore
 
 
@@ -281,7 +281,7 @@ def test_a_stopped_run_resumes_bit_exact(tmp_path: Path, number: signal.Signals)
     assert [row["step"] for row in evaluation_rows(run_dir)] == [2, 4, 6]
 
 
-def test_an_evaluation_cut_short_is_made_again(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_is_repeated_on_resume(tmp_path: Path) -> None:
     finished: list[int] = []
 
     def evaluate(model: nn.Module, step: int, should_stop: Any) -> dict[str, float] | None:
@@ -301,10 +301,10 @@ def test_an_evaluation_cut_short_is_made_again(tmp_path: Path) -> None:
     assert second.fit()["step"] == 6 and finished == [-4, 4, 6]
     assert evaluation_rows(tmp_path) == [{"step": 4, "eval/loss": 1.5}, {"step": 6, "eval/loss": 1.5}]
     third = trainer_for(tmp_path, "trainer.eval_every=4", evaluate=evaluate)
-    assert third.fit()["step"] == 6 and finished == [-4, 4, 6]  # nothing is left to do
+    assert third.fit()["step"] == 6 and finished == [-4, 4, 6]  # nothing left to do
 
 
-def test_a_second_signal_ends_the_process_unless_it_is_the_same_one_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_ends_the_process_unless_it_is_the_first_one_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, exits = [100.0], []
     monkeypatch.setattr(stop_module.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(stop_module.os, "_exit", exits.append)
@@ -312,17 +312,17 @@ def test_a_second_signal_ends_the_process_unless_it_is_the_same_one_passed_on(mo
         assert stop.name is None
         os.kill(os.getpid(), signal.SIGINT)
         clock[0] += 1
-        os.kill(os.getpid(), signal.SIGTERM)  # a launcher passing on what the terminal also sent
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher forwards the signal that the terminal also sent
         assert (stop.name, exits) == ("SIGINT", [])
         clock[0] += 2
         os.kill(os.getpid(), signal.SIGTERM)
         assert exits == [128 + signal.SIGTERM]
 
 
-# --- the record ------------------------------------------------------------------------------------------------------
+# --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_record_drops_what_will_be_made_again_and_a_torn_line(tmp_path: Path) -> None:
+def test_resumed_metrics_drop_steps_that_will_be_repeated_and_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     rows_before = [{"step": n, "loss": 1.0 / n} for n in (1, 2, 3, 4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_before) + '{"step": 5, "lo')
@@ -333,7 +333,7 @@ def test_a_resumed_record_drops_what_will_be_made_again_and_a_torn_line(tmp_path
     assert read_rows(path) == [*rows_before[:2], {"step": 3, "loss": 7.0}]
 
 
-def test_lines_that_a_full_disk_refuses_are_written_once_there_is_room(
+def test_lines_that_a_full_disk_rejects_are_written_once_there_is_room(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = Metrics(tmp_path, small_config("sw"))
@@ -362,7 +362,7 @@ def test_a_broken_wandb_does_not_stop_training(
     assert "logger=wandb does not work here, going on without" in capsys.readouterr().err
 
 
-def test_the_hash_of_a_step_does_not_depend_on_how_its_rows_are_dealt() -> None:
+def test_the_hash_of_a_step_does_not_depend_on_how_its_rows_are_divided() -> None:
     generator = np.random.default_rng(0)
     inputs, targets = generator.integers(0, 50_000, (6, 33)), generator.integers(-100, 50_000, (6, 33))
     whole = token_hash(list(range(6)), inputs, targets)
@@ -381,7 +381,7 @@ def test_the_hash_of_a_step_does_not_depend_on_how_its_rows_are_dealt() -> None:
         assert token_hash(lanes, x, y) != whole, change
 
 
-def test_the_progress_shows_loss_speed_peak_memory_and_time_left(tmp_path: Path) -> None:
+def test_progress_shows_loss_speed_peak_memory_and_time_left(tmp_path: Path) -> None:
     plain, terminal = io.StringIO(), io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     for stream in (plain, terminal):
@@ -404,7 +404,7 @@ def test_the_progress_shows_loss_speed_peak_memory_and_time_left(tmp_path: Path)
     assert all(row["mfu"] > 0 for row in read_rows(tmp_path / "True" / "metrics.jsonl"))
 
 
-def test_the_summary_says_what_happened_and_what_to_run_next(tmp_path: Path) -> None:
+def test_the_summary_reports_the_run_and_what_to_run_next(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
     text = summary_text(trainer.fit(), trainer.cfg, tmp_path)
     first, last = losses(tmp_path)[0], losses(tmp_path)[-1]
@@ -413,7 +413,7 @@ def test_the_summary_says_what_happened_and_what_to_run_next(tmp_path: Path) -> 
     assert len(text.splitlines()) < 25
 
 
-def test_the_peak_is_the_setting_or_measured() -> None:
+def test_the_peak_rate_is_the_setting_or_measured() -> None:
     device = torch.device("cpu")
     assert machine.peak_flops(device, "fp32", 2.5) == (2.5e12, "trainer.peak_tflops")
     flops, source = machine.peak_flops(device, "fp32")
@@ -421,10 +421,10 @@ def test_the_peak_is_the_setting_or_measured() -> None:
     assert [progress.duration(s) for s in (5, 95, 3700)] == ["0:05", "1:35", "1:01:40"]
 
 
-# --- parallelism, as far as one process shows it ---------------------------------------------------------------------
+# --- parallelism, as far as one process can show it ------------------------------------------------------------------
 
 
-def test_mesh_shapes_and_what_is_refused() -> None:
+def test_mesh_shapes_follow_the_sharding_and_must_fit_the_processes() -> None:
     assert mesh_shape("full", 1, 8) == ((8,), ("shard",))
     assert mesh_shape("hybrid", 2, 8) == ((2, 4), ("replicate", "shard"))
     assert mesh_shape("none", 1, 8) == ((8, 1), ("replicate", "shard"))
@@ -433,7 +433,7 @@ def test_mesh_shapes_and_what_is_refused() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_one_clear_line() -> None:
+def test_a_missing_gpu_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match=r"trainer.device=cuda needs 1 GPU\(s\) here and finds 0"):
         processes.init(small_config("sw", "trainer.device=cuda").trainer)
 
