@@ -102,7 +102,7 @@ class TrainerConfig:
     loss_chunk_tokens: int = setting(2048, "tokens whose logits are in memory at once", at_least=1)
     nonfinite: str = one_of("stop", "skip", help="on a non-finite loss or gradient, stop the run or skip the step")
     max_skipped_steps: int = setting(10, "consecutive skipped steps tolerated before the run stops anyway", at_least=0)
-    log_every: int = setting(1, "steps between waits for the device; every step is logged all the same", at_least=1)
+    log_every: int = setting(1, "steps between waits for the device; every step is still logged", at_least=1)
     health_every: int = setting(50, "steps between reports of the mixers' health; 0: none", at_least=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", at_least=0)
     checkpoint_every: int = setting(500, "steps between checkpoints", at_least=1)

@@ -35,7 +35,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         sync(scratch)
         os.replace(scratch, path)
     except BaseException:
-        # The scratch file may not exist yet, or the disk may refuse everything: it is the first error that matters.
+        # The scratch file may not exist yet, or the disk may fail every operation: only the first error matters.
         with contextlib.suppress(OSError):
             scratch.unlink()
         raise

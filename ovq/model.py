@@ -170,8 +170,8 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """GPT-2's initialisation: normal with `init_std`, output projections divided by sqrt(2 layers), norms at 1.
 
-        Computed on the CPU as a pure function of the seed and the architecture, so every rank and every world size
-        starts from the same weights.
+        On the CPU it is a pure function of the seed and the architecture, so every rank and every world size starts
+        from the same weights.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
