@@ -85,7 +85,7 @@ def test_a_mixer_from_outside_meets_the_common_contract(outside: Path, monkeypat
     contract.test_a_state_is_not_modified_by_using_it("leaky")
     contract.test_packed_documents_do_not_see_each_other("leaky")
     contract.test_every_parameter_and_the_input_get_a_finite_gradient("leaky")
-    contract.test_state_size_matches_what_is_held("leaky")
+    contract.test_state_size_is_what_is_held("leaky")
 
 
 def test_the_contract_rejects_a_mixer_that_looks_ahead(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
