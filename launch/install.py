@@ -210,7 +210,8 @@ def pip(arguments: list[str], lock: Path | None = None) -> None:
         assert process.stdout is not None
         lines = []
         for line in process.stdout:
-            lines.append(line)
+            if not line.startswith("Requirement already satisfied"):
+                lines.append(line)
             if line.startswith("WARNING"):
                 print(line, end="", file=sys.stderr)
     if process.returncode:
