@@ -6,10 +6,11 @@ gloo half, so that Python objects, stop flags and token counts are agreed withou
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import gc
 import os
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,13 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
 
 T = TypeVar("T")
 FIRST_STEP_TIMEOUT_S = 1800  # compiling kernels and resolving data may differ by minutes between processes
-GLOO_SETTLES_S = 0.3
 BACKGROUND_TIMEOUT_S = 6 * 3600  # writing a checkpoint: a shared disk may be slow, and training goes on meanwhile
 
 
@@ -102,13 +103,26 @@ def init(trainer: TrainerConfig) -> World:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; its threads are joined when the process exits.
+
+    The last collective's tensors are released by a thread of gloo, which needs the interpreter's lock for it. Once the
+    interpreter is finalizing, Python ends such a thread and C++ the process: "terminate called without an active
+    exception", status 134. Only the destructor of a group joins its threads, and references outlive the call: in our
+    caller's model and checkpointer, and in the meshes that DTensor's caches keep.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A gloo thread that drops the last collective's tensor takes the interpreter's lock for it. If the interpreter
-        # has begun to end, Python ends that thread, and C++ the process with it: "terminate called without an active
-        # exception", status 134, now and then on a busy machine, after all is done.
-        time.sleep(GLOO_SETTLES_S)
+        _BACKGROUND.clear()
+        atexit.unregister(_release_groups)
+        atexit.register(_release_groups)
+
+
+def _release_groups() -> None:
+    """Drop what still refers to process groups, while the interpreter is whole and the caller's frames are gone."""
+    for item in gc.get_objects():
+        if type(item) is DeviceMesh:
+            item._pg_registry.clear()
+    gc.collect()
 
 
 def lower_timeout(seconds: int) -> None:
