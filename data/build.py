@@ -169,6 +169,7 @@ def build_loader(cfg: Config, tokenizer: Tokenizer, world: World, state: dict[st
         "world_size": world.data.size,
         "num_workers": data.num_workers,
         "prefetch": data.prefetch,
+        "timeout_s": trainer.timeout_s,
         "state": state,
     }
     if is_task(cfg):

@@ -60,6 +60,9 @@ class BuiltinCorpus:
     def __setstate__(self, state: dict[str, str]) -> None:
         self.__init__(state["split"])  # type: ignore[misc]
 
+    def locate(self, index: int) -> str:
+        return f"embedded document {self._documents[index][0]}"
+
     def read(self, index: int) -> Text:
         title, text = self._documents[index]
         return Text(text, title)

@@ -72,6 +72,10 @@ class Corpus(Protocol):
 
     def read(self, index: int) -> Text: ...
 
+    def locate(self, index: int) -> str:
+        """File and position of document `index`, for messages."""
+        ...
+
     def sizes(self) -> np.ndarray:
         """About how many bytes each document has, int64, without reading any."""
         ...
@@ -91,6 +95,10 @@ class Tokens(Protocol):
 
     def read(self, index: int) -> TokenisedDocument: ...
 
+    def locate(self, index: int) -> str:
+        """File and position of document `index`, for messages."""
+        ...
+
 
 def fingerprint_of(kind: str, identity: list[str], documents: int, **more: Any) -> dict[str, Any]:
     """A corpus' fingerprint from one string a shard (name, size and content hash)."""
@@ -106,6 +114,9 @@ class TokenisedCorpus:
 
     def __len__(self) -> int:
         return len(self.corpus)
+
+    def locate(self, index: int) -> str:
+        return self.corpus.locate(index)
 
     def read(self, index: int) -> TokenisedDocument:
         document = self.corpus.read(index)
@@ -173,6 +184,15 @@ class ShardCorpus:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_ahead": None}
 
+    def _position(self, index: int) -> tuple[int, int, int]:
+        """Shard, row group and row within the group of document `index`."""
+        unit = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return *self._units[unit], index - int(self._starts[unit])
+
+    def locate(self, index: int) -> str:
+        s, group, row = self._position(index)
+        return f"{self.shards[s].file.path} document {row + sum(self.shards[s].rows[:group])}"
+
     def read(self, index: int) -> Text:
         """Document `index` in 0..len-1.
 
@@ -180,9 +200,7 @@ class ShardCorpus:
             DataError: it cannot be read, and data.on_bad_shard is "error"; otherwise it counts as empty and unreadable.
         """
         in_order, self._last = index == self._last + 1, index
-        unit = int(np.searchsorted(self._starts, index, side="right")) - 1
-        s, group = self._units[unit]
-        row = index - int(self._starts[unit])
+        s, group, row = self._position(index)
         shard = self.shards[s]
         number = row + sum(shard.rows[:group])
         fallback = f"{shard.file.name}#{number}"

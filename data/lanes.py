@@ -82,6 +82,10 @@ class LaneReader:
         # Every epoch has a permutation of its own; seeds of different runs and epochs never coincide below 2**32.
         return permute(position, len(self.tokens), self.seed << 32 | epoch) if self.shuffle else position
 
+    def describe(self, lane: int, state: LaneState) -> str:
+        """Where the lane's next row starts reading."""
+        return self.tokens.locate(self.document_of(state["ordinal"]))
+
     def row(self, lane: int, state: LaneState) -> Row:
         """The lane's next row and the state after it.
 

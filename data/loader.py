@@ -11,11 +11,10 @@ workers and any micro-batch resumes.
 
 from __future__ import annotations
 
-import atexit
+import functools
+import itertools
 import math
-import signal
-import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +23,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data.lanes import LaneState, Row, first_state
 from data.order import token_hash
+from data.workers import RowWorkers
 from ovq.errors import ConfigError
+from ovq.processes import FIRST_STEP_TIMEOUT_S
 
 Fingerprint = dict[str, Any]
 
@@ -68,6 +69,10 @@ class RowSource(Protocol):
 
     def row(self, lane: int, state: LaneState) -> Row: ...
 
+    def describe(self, lane: int, state: LaneState) -> str:
+        """Where the lane's next row comes from, for messages."""
+        ...
+
 
 class LaneDataset(IterableDataset):
     """The rows of some lanes for ever: one row of each lane in turn. Its state is the lanes' states."""
@@ -97,10 +102,14 @@ class LaneDataset(IterableDataset):
 
 
 class Loader:
-    """Micro-batches of one rank, for ever, from where its state says.
+    """Micro-batches of one rank, without end, starting where its state says.
 
     `state_dict()` describes the batches handed out so far; save it at a step's end and give the ranks' states, merged
     by `merge_states`, to `build_loader(..., state=...)`.
+
+    Iteration ends only if `should_stop()`, asked about every second while waiting for a worker, is true. It may end
+    within a step: see `rewind`. It raises DataError if a worker dies, fails, or delivers nothing for `timeout_s`
+    seconds (in the first step at least FIRST_STEP_TIMEOUT_S).
     """
 
     def __init__(
@@ -117,6 +126,7 @@ class Loader:
         prefetch: int = 4,
         isolate_documents: bool = False,
         state: dict[str, Any] | None = None,
+        timeout_s: float = FIRST_STEP_TIMEOUT_S,
     ) -> None:
         if global_batch % (world_size * micro_batch):
             raise ConfigError(
@@ -128,7 +138,8 @@ class Loader:
         owned = global_batch // world_size
         # Workers get equal shares of the lanes, so that taking a row from each in turn keeps the lanes' order.
         self.num_workers = max((k for k in range(1, num_workers + 1) if owned % k == 0), default=0)
-        self.prefetch = prefetch
+        self.prefetch, self.timeout_s, self.rank = prefetch, timeout_s, rank
+        self.should_stop: Callable[[], bool] = lambda: False
         self._source = source
         lanes = range(rank * owned, (rank + 1) * owned)
         self.micro_batches_per_step = owned // micro_batch
@@ -141,39 +152,46 @@ class Loader:
             self.lanes = {lane: saved[lane] for lane in lanes}
             # Counts are totals of the job: one rank carries on those of the ranks before.
             self.counts = dict(state["counts"]) if rank == 0 else {}
+        self._step_began = dict(self.lanes), dict(self.counts)
 
     def __iter__(self) -> Generator[Batch]:
-        rows = iter(self._rows())
-        end_workers = getattr(rows, "_shutdown_workers", lambda: None)
-        atexit.register(end_workers)  # or Python would wait at exit for workers that ignore its SIGTERM
+        owned = list(self.lanes)
+        lanes = LaneDataset(self._source, self.lanes)
+        workers = self._start_workers(lanes) if self.num_workers else None
+        in_process = iter(lanes)
         try:
-            while True:
-                batch = self._collate([next(rows) for _ in range(self.micro_batch)])
+            for number in itertools.count():
+                step, micro = divmod(number, self.micro_batches_per_step)
+                if micro == 0:
+                    self._step_began = dict(self.lanes), dict(self.counts)
+                # The first step may have to download files.
+                timeout_s = self.timeout_s if step else max(FIRST_STEP_TIMEOUT_S, self.timeout_s)
+                rows: list[Row] = []
+                for lane in owned[micro * self.micro_batch :][: self.micro_batch]:
+                    doing = functools.partial(self._doing, lane)
+                    row = workers.take(timeout_s, self.should_stop, doing) if workers else next(in_process)
+                    if row is None:
+                        return
+                    rows.append(row)
+                batch = self._collate(rows)
                 self.lanes.update(batch.lanes)
                 _add(self.counts, batch.counts)
                 yield batch
         finally:
-            end_workers()
-            atexit.unregister(end_workers)
+            if workers:
+                workers.close()
 
-    def _rows(self) -> Iterable[Row]:
-        from torchdata.stateful_dataloader import StatefulDataLoader
+    def _start_workers(self, lanes: LaneDataset) -> RowWorkers:
+        ahead = max(2, math.ceil(self.prefetch * self.micro_batch / self.num_workers))
+        return RowWorkers(lanes, self.num_workers, ahead, self.rank)
 
-        workers = self.num_workers
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
-            return StatefulDataLoader(
-                LaneDataset(self._source, self.lanes),
-                batch_size=None,
-                num_workers=workers,
-                # Of its own, or starting would draw from the global one and a resumed run would differ.
-                generator=torch.Generator(),
-                # Every row brings its lane's state along; a snapshot of all lanes with each would cost more than a row
-                # (measured with 512 lanes: 160 thousand tokens/s instead of 4 million).
-                snapshot_every_n_steps=1 << 30,
-                prefetch_factor=max(2, math.ceil(self.prefetch * self.micro_batch / workers)) if workers else None,
-                worker_init_fn=_outlive_signals,
-            )
+    def _doing(self, lane: int) -> str:
+        state = self.lanes[lane]
+        return f"making row {state['rows'] + 1} of lane {lane} ({self._source.describe(lane, state)})"
+
+    def rewind(self) -> None:
+        """Forget the batches of the step under way, so that the state is the one before it. Iterate afresh after it."""
+        self.lanes, self.counts = self._step_began
 
     def state_dict(self) -> dict[str, Any]:
         """Plain dictionaries, strings and integers: fingerprint, this rank's lanes, and its counts."""
@@ -233,12 +251,6 @@ def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
 def _add(counts: dict[str, int], more: dict[str, int]) -> None:
     for name, count in more.items():
         counts[name] = counts.get(name, 0) + count
-
-
-def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a job; the trainer still needs its workers to finish."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _short(value: Any) -> str:

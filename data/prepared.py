@@ -100,6 +100,11 @@ class PreparedTokens:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
+    def locate(self, index: int) -> str:
+        p = int(np.searchsorted(self._starts, index, side="right")) - 1
+        folder, part = self._parts[p]
+        return f"{folder / part['name']}.tokens document {index - int(self._starts[p])}"
+
     def read(self, index: int) -> TokenisedDocument:
         """Document `index` in 0..len-1.
 

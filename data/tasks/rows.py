@@ -42,6 +42,9 @@ class TaskRows:
     def __init__(self, task: Task, context: int, seed: int) -> None:
         self.task, self.context, self.seed = task, context, seed
 
+    def describe(self, lane: int, state: LaneState) -> str:
+        return f"a generated sequence of task {self.task.name}"
+
     def row(self, lane: int, state: LaneState) -> Row:
         step = state["rows"]
         count = self.task.sequences_at(step)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import sys
 import time
@@ -72,8 +73,11 @@ class Loader(Protocol):
     """What the loop asks of `data.loader.Loader`."""
 
     micro_batches_per_step: int
+    should_stop: Callable[[], bool]
 
     def __iter__(self) -> Generator[MicroBatch]: ...
+
+    def rewind(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -172,6 +176,7 @@ class Trainer:
             self.peak = peak_flops(self.world.device, self.world.precision, trainer.peak_tflops)
         self.model.train()
         gc.disable()
+        self.loader.should_stop = lambda: self.signal.name is not None
         try:
             with self.signal, contextlib.closing(iter(self.loader)) as batches:
                 self._run(batches)
@@ -216,7 +221,11 @@ class Trainer:
         watched = trainer.health_every > 0 and step % trainer.health_every == 0
         self.optimizer.zero_grad()
         micro_batches = self._fetch(batches)
-        valid, token_hash, counts = self._agree_on_data(micro_batches)
+        agreed = self._agree_on_data(micro_batches)
+        if agreed is None:  # told to stop while a rank waited for data: this step is not made
+            self.loader.rewind()
+            return
+        valid, token_hash, counts = agreed
 
         self._buffers.snapshot()
         losses = torch.zeros(3, device=self.world.device)
@@ -239,9 +248,9 @@ class Trainer:
         self.step = step
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> list[MicroBatch]:
-        """The micro-batches of a step; the time it takes is reported as waiting for data."""
+        """The micro-batches of a step, fewer if told to stop meanwhile; the time is reported as waiting for data."""
         began = time.perf_counter()
-        fetched = [next(batches) for _ in range(self.loader.micro_batches_per_step)]
+        fetched = list(itertools.islice(batches, self.loader.micro_batches_per_step))
         self._data_wait += time.perf_counter() - began
         return fetched
 
@@ -258,12 +267,18 @@ class Trainer:
         zero = torch.zeros((), device=out.loss.device)
         return torch.stack([zero if p is None else p.detach().float() for p in (out.loss, out.z_loss, out.aux_loss)])
 
-    def _agree_on_data(self, micro_batches: list[MicroBatch]) -> tuple[int, str, dict[str, int]]:
-        """Labels, hash of the tokens and counts of the step over all ranks. On the CPU: the device is not asked."""
+    def _agree_on_data(self, micro_batches: list[MicroBatch]) -> tuple[int, str, dict[str, int]] | None:
+        """Labels, hash of the tokens and counts of the step over all ranks; None if one lacks a micro-batch.
+
+        On the CPU: the device is not asked.
+        """
         valid = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
         digest = sum(batch.token_hash() for batch in micro_batches) % (1 << 64)
         counts = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in COUNTED]
-        total = processes.sum_integers([valid, digest >> 32, digest & 0xFFFFFFFF, *counts])
+        missing = self.loader.micro_batches_per_step - len(micro_batches)
+        *total, missing = processes.sum_integers([valid, digest >> 32, digest & 0xFFFFFFFF, *counts, missing])
+        if missing:
+            return None
         combined = ((total[1] << 32) + total[2]) % (1 << 64)
         return max(1, total[0]), f"{combined:016x}", dict(zip(COUNTED, total[3:]))
 
