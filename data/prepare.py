@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from data.files import AtomicFile
 from data.prepared import DOCUMENT, INDEX, SUFFIXES, VERSION, load_index, save_index, verify_prepared
 from data.sources import SPLITS, DataError
 from data.tokenizer import Tokenizer
+from data.workers import die_with_parent
 from ovq.cli import command
 from ovq.compose import compose
 from ovq.config import Config
@@ -264,14 +264,7 @@ def _begin(job: Job) -> None:
     global _mine
     _mine = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parts begun are finished
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)  # or a killed command would leave its processes waiting for ever
-
-    threading.Thread(target=follow, daemon=True).start()
+    die_with_parent()
 
 
 def _make_mine(wanted: Range) -> Part:
