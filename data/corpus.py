@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.sources import DataError, Shard, open_file
+from data.sources import ChangedError, DataError, Shard, footer_hash, open_file
 from data.tokenizer import Tokenizer
 from ovq.config import DataConfig
 
@@ -153,7 +154,7 @@ class ShardCorpus:
         ]
         sizes = [shards[s].rows[g] if shards[s].lines is None else shards[s].documents for s, g in self._units]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        self._open: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int], _Opened] = OrderedDict()
         self._ahead: _Ahead | None = None
         self._last = -1  # document read last
         self.documents_decoded = 0  # including those passed over on the way to the one asked for
@@ -198,6 +199,7 @@ class ShardCorpus:
 
         Raises:
             DataError: it cannot be read, and data.on_bad_shard is "error"; otherwise it counts as empty and unreadable.
+            ChangedError: the file is no longer the one that was indexed.
         """
         in_order, self._last = index == self._last + 1, index
         s, group, row = self._position(index)
@@ -210,6 +212,8 @@ class ShardCorpus:
             )
             if not in_order:
                 self._ahead = None  # holds a page, which is for nothing if the next document stands elsewhere
+        except ChangedError:
+            raise
         except Exception as error:  # readers of three formats raise a dozen types; the document is named in each case
             cause = " ".join(str(error).split())
             if not self.skip_bad:
@@ -250,11 +254,14 @@ class ShardCorpus:
         return ahead.batch
 
     def _jsonl(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
-        stream, lines = self._reader(s), self.shards[s].lines
-        assert lines is not None
-        stream.seek(int(lines[row]))
+        stream, shard = self._reader(s), self.shards[s]
+        assert shard.lines is not None and shard.line_crcs is not None
+        stream.seek(int(shard.lines[row]))
         self.documents_decoded += 1
-        line, bad = decode_utf8(stream.readline())
+        raw_line = stream.readline()
+        if zlib.crc32(raw_line) != shard.line_crcs[row]:
+            raise ChangedError(shard.file.path, f"another line stands where document {row} was")
+        line, bad = decode_utf8(raw_line)
         record = json.loads(line)
         if self.text_field not in record:
             raise DataError(f"field '{self.text_field}' is not in {sorted(record)}; set data.text_field")
@@ -267,25 +274,60 @@ class ShardCorpus:
         stream = self._reader(s)
         stream.seek(0)
         self.documents_decoded += 1
-        return stream.read(), os.path.splitext(self.shards[s].file.name)[0], 0
+        raw = stream.read()
+        if hashlib.sha256(raw).hexdigest() != self.shards[s].digest:
+            raise ChangedError(self.shards[s].file.path, "another hash")
+        return raw, os.path.splitext(self.shards[s].file.name)[0], 0
 
     def _reader(self, s: int) -> Any:
         """The open file of a shard; few are kept, and none is shared with a forked process (they share offsets)."""
         key = (os.getpid(), s)
-        if key in self._open:
+        if (opened := self._open.get(key)) and opened.modified == _modified(opened.stream):
             self._open.move_to_end(key)
-            return self._open[key]
-        source = open_file(self.shards[s].file)
-        if self.kind == "parquet":
-            import pyarrow.parquet as pq
-
-            reader = pq.ParquetFile(source, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True)
-        else:
-            reader = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115 (closed when evicted)
-        self._open[key] = reader
+            return opened.reader
+        self._open[key] = opened = self._open_shard(s)
+        self._open.move_to_end(key)
         if len(self._open) > _OPEN_FILES:
-            self._open.popitem(last=False)[1].close()
-        return reader
+            self._open.popitem(last=False)[1].reader.close()
+        return opened.reader
+
+    def _open_shard(self, s: int) -> _Opened:
+        """Open a shard. JSON lines and text are verified where they are read, Parquet here, by its footer."""
+        shard = self.shards[s]
+        source = open_file(shard.file)
+        if self.kind != "parquet":
+            stream = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115 (closed when evicted)
+            return _Opened(stream, stream, None)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        stream = pa.OSFile(source, "r") if isinstance(source, str) else source
+        modified = _modified(stream)  # taken first, so that a change during the check is noticed by the next read
+        try:
+            footer = footer_hash(stream)
+        except DataError as error:
+            raise ChangedError(shard.file.path, str(error)) from None
+        if footer != shard.footer:
+            raise ChangedError(shard.file.path, "another footer")
+        reader = pq.ParquetFile(stream, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True)
+        return _Opened(stream, reader, modified)
+
+
+@dataclass
+class _Opened:
+    stream: Any
+    reader: Any
+    modified: tuple[int, int] | None
+
+
+def _modified(stream: Any) -> tuple[int, int] | None:
+    """Size and time of the last write to an open local Parquet file; None for other files."""
+    import pyarrow as pa
+
+    if not isinstance(stream, pa.OSFile):
+        return None
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def decode_utf8(raw: bytes) -> tuple[str, int]:

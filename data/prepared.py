@@ -79,7 +79,7 @@ class PreparedTokens:
         self._starts = np.cumsum([0, *(part["documents"] for _, part in self._parts)], dtype=np.int64)
         self.dtype = np.dtype(indices[0]["plan"]["dtype"])
         self._open: OrderedDict[int, _Part] = OrderedDict()
-        self._proved: set[int] = set()
+        self._verified: dict[Path, tuple[int, ...]] = {}  # what _identity was when the hash was right
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -130,7 +130,7 @@ class PreparedTokens:
         return TokenisedDocument(ids, title, int(record["bytes"]), int(record["words"]), flags)
 
     def _part(self, p: int) -> _Part:
-        """A part's records and titles, mapped; hashed when a process first meets them."""
+        """A part's records and titles, mapped; hashed when opened, unless nothing has touched the files since."""
         if p in self._open:
             self._open.move_to_end(p)
             return self._open[p]
@@ -139,17 +139,25 @@ class PreparedTokens:
         for suffix, dtype in (("documents", DOCUMENT), ("titles", np.dtype(np.uint8))):
             path = folder / f"{part['name']}.{suffix}"
             try:
-                if p not in self._proved and sha256_of(path) != part["files"][suffix]["sha256"]:
-                    raise DataError(f"{path} is damaged; see: python -m data.prepare verify {folder}")
+                identity = _identity(path)
+                if self._verified.get(path) != identity:
+                    if sha256_of(path) != part["files"][suffix]["sha256"]:
+                        raise DataError(f"{path} is damaged; see: python -m data.prepare verify {folder}")
+                    self._verified[path] = identity
                 # An empty file cannot be mapped.
                 opened.append(np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype))
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-        self._proved.add(p)
         self._open[p] = _Part(*opened)
         if len(self._open) > _OPEN_PARTS:
             self._open.popitem(last=False)
         return self._open[p]
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Changes with every write to the file and with its replacement; not even `touch` restores the change time."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def load_index(folder: Path | str) -> Index:

@@ -22,6 +22,7 @@ import hashlib
 import os
 import re
 import sys
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO, TypeVar
@@ -43,6 +44,16 @@ class DataError(Failure, RuntimeError):
     """Data that cannot be read. The message is one line: the file, what is wrong, and the setting that mends it."""
 
 
+class ChangedError(DataError):
+    """A file is no longer the one that was indexed: a document of the run is gone, whatever data.on_bad_shard says."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(
+            f"{path} has changed since this run opened its data ({what}); put the original file back and the same "
+            "command resumes from the last checkpoint, or use another run_dir"
+        )
+
+
 @dataclass(frozen=True)
 class File:
     """One file of a split, found but not opened. `size` in bytes; `digest` only where a listing already gives it."""
@@ -56,13 +67,18 @@ class File:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file with what is needed to read any document of it: `rows` per Parquet row group, or line offsets in bytes."""
+    """A file with what is needed to read any document of it, and to notice that it is no longer the same file.
+
+    `digest` is a SHA-256: the hub's of the file, else that of a Parquet footer, or of all of a JSON-lines or text file.
+    """
 
     file: File
     digest: str
-    rows: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()  # of each Parquet row group
     row_bytes: tuple[int, ...] = ()  # uncompressed size of each row group's text
-    lines: np.ndarray | None = None
+    footer: str = ""  # SHA-256 of the Parquet footer
+    lines: np.ndarray | None = None  # int64: offset of each JSON line in bytes
+    line_crcs: np.ndarray | None = None  # uint32: CRC-32 of each JSON line
 
     @property
     def documents(self) -> int:
@@ -243,15 +259,7 @@ def _index_parquet(file: File, data: DataConfig) -> Shard:
     import pyarrow.parquet as pq
 
     with _open_for_index(file) as stream:
-        if file.size < 12:
-            raise DataError(f"not a Parquet file ({file.size} bytes)")
-        stream.seek(-8, os.SEEK_END)
-        tail = stream.read(8)
-        length = int.from_bytes(tail[:4], "little")
-        if tail[4:] != b"PAR1" or length + 12 > file.size:
-            raise DataError("not a whole Parquet file (cut short or damaged)")
-        stream.seek(-8 - length, os.SEEK_END)
-        digest = hashlib.sha256(stream.read(length)).hexdigest()
+        footer = footer_hash(stream)
         metadata = pq.ParquetFile(stream).metadata
         schema = metadata.schema.to_arrow_schema()
         for key, column in (("text_field", data.text_field), ("title_field", data.title_field)):
@@ -264,24 +272,46 @@ def _index_parquet(file: File, data: DataConfig) -> Shard:
         text = [metadata.schema.column(c).path for c in range(metadata.num_columns)].index(data.text_field)
     return Shard(
         file,
-        file.digest or digest,
+        file.digest or footer,
         tuple(group.num_rows for group in groups),
         tuple(group.column(text).total_uncompressed_size for group in groups),
+        footer,
     )
 
 
+def footer_hash(stream: Any) -> str:
+    """SHA-256 of the footer of an open Parquet file.
+
+    Raises:
+        DataError: it is not a Parquet file, or not all of it.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    if size < 12:
+        raise DataError(f"not a Parquet file ({size} bytes)")
+    stream.seek(size - 8)
+    tail = stream.read(8)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or length + 12 > size:
+        raise DataError("not a whole Parquet file (cut short or damaged)")
+    stream.seek(size - 8 - length)
+    return hashlib.sha256(stream.read(length)).hexdigest()
+
+
 def _index_jsonl(file: File, data: DataConfig) -> Shard:
-    """Byte offsets of the lines that are not blank, and the hash of the whole file, in one pass of bounded memory."""
+    """Offset and CRC of each line that is not blank, and the hash of the whole file, in one pass of bounded memory."""
     digest = hashlib.sha256()
     offsets: list[int] = []
+    crcs: list[int] = []
     position = 0
     with _open_for_index(file) as stream:
         for line in stream:
             digest.update(line)
             if line.strip():
                 offsets.append(position)
+                crcs.append(zlib.crc32(line))
             position += len(line)
-    return Shard(file, digest.hexdigest(), lines=np.asarray(offsets, np.int64))
+    lines, line_crcs = np.asarray(offsets, np.int64), np.asarray(crcs, np.uint32)
+    return Shard(file, digest.hexdigest(), lines=lines, line_crcs=line_crcs)
 
 
 def _index_text(file: File, data: DataConfig) -> Shard:

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from data.lanes import LaneReader
+from data.prepare import prepare
+from data.prepared import SUFFIXES
 from data.sources import DataError
 from ovq.config import Config
-from tests.data_helpers import config, loader, steps, text_of, tokens_of, write_parquet
-from tests.faults import Fault, children_of, command, wait_until
+from tests.data_helpers import config, loader, steps, text_of, tokens_of, write_jsonl, write_parquet
+from tests.faults import Fault, children_of, command, truncate, wait_until
 
 LONG = 1 << 17  # tokens in a row that does not fit into a pipe
 
@@ -211,3 +213,87 @@ def test_a_run_whose_worker_hangs_saves_on_sigterm_and_resumes(books: Path, tmp_
     assert ended.returncode == 1 and steps_of(tmp_path) == 7, ended.stderr
     assert lines[-1].startswith("error: loader worker 0 of 1 on rank 0, process ") and "Traceback" not in ended.stderr
     assert "has delivered nothing for 2 s (trainer.timeout_s) while making row 8 of lane 0" in lines[-1]
+
+
+# --- files that change under a run -----------------------------------------------------------------------------------
+
+
+def write_shard(kind: str, path: Path, letter: str) -> Path:
+    """Four documents of equal length; another letter changes their bytes but no size, offset or count."""
+    if kind == "text":
+        path.write_text(letter * 40)
+    elif kind == "jsonl":
+        write_jsonl(path, [letter * 40] * 4)
+    else:
+        write_parquet(path, [letter * 40] * 4)
+    return path
+
+
+def replace(kind: str, path: Path, letter: str) -> None:
+    os.replace(write_shard(kind, path.with_suffix(".new"), letter), path)
+
+
+def overwrite(kind: str, path: Path, letter: str) -> None:
+    path.write_bytes(write_shard(kind, path.with_suffix(".new"), letter).read_bytes())
+    path.with_suffix(".new").unlink()
+    os.utime(path, (1, 1))  # another time than before, however coarse the clock of the file system
+
+
+def reading(kind: str, folder: Path, *overrides: str) -> Any:
+    for name in ("a", "b"):
+        write_shard(kind, folder / f"{name}.{kind}", name)
+    files = f"data.train=[{folder}/a.{kind},{folder}/b.{kind}]"
+    made = loader(config(f"data={kind}", files, "data.num_workers=0", "data.shuffle=false", *overrides))
+    batches = iter(made)
+    next(batches)  # both kinds of shards: one that is open already and one that is not
+    return batches
+
+
+@pytest.mark.parametrize("change", [replace, overwrite])
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("bad_shard", ["error", "skip"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text"])
+def test_a_shard_that_changes_in_mid_run_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, bad_shard: str, name: str, change: Any
+) -> None:
+    """Not a single wrong token is handed out, whether the shard was open or not, replaced or overwritten."""
+    monkeypatch.setattr("data.corpus._OPEN_FILES", 1)
+    batches = reading(kind, tmp_path, f"data.on_bad_shard={bad_shard}")
+    change(kind, tmp_path / f"{name}.{kind}", "z")
+    read = []
+    with pytest.raises(DataError, match=rf"{name}.{kind} has changed since this run opened its data .*; put the orig"):
+        for batch in islice(batches, 400):
+            read.append(batch.inputs)
+    assert not any((inputs == ord("z")).any() for inputs in read)
+
+
+@pytest.mark.parametrize("change", [replace, overwrite])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text"])
+def test_a_shard_replaced_by_an_equal_one_is_the_same_shard(tmp_path: Path, kind: str, change: Any) -> None:
+    batches = reading(kind, tmp_path)
+    for name in ("a", "b"):
+        change(kind, tmp_path / f"{name}.{kind}", name)
+    assert len(list(islice(batches, 400))) == 400
+
+
+def test_a_shard_cut_short_in_mid_run_is_refused_by_name(tmp_path: Path) -> None:
+    batches = reading("parquet", tmp_path)
+    truncate(tmp_path / "b.parquet", 100)
+    with pytest.raises(DataError, match=r"b.parquet has changed .*not a whole Parquet file"):
+        list(islice(batches, 400))
+
+
+def test_a_prepared_part_replaced_in_mid_run_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records and tokens of another preparation fit each other, so only the record's own hash can tell."""
+    monkeypatch.setattr("data.prepared._OPEN_PARTS", 1)
+    for name in "ab":
+        source = write_jsonl(tmp_path / f"{name}.jsonl", [name * 40, name * 40])
+        prepare(config("data=jsonl", f"data.train=[{source}]"), tmp_path / name, processes=1, part_mb=40 / 2**20)
+    batches = iter(loader(config("data=memmap", f"data.train=[{tmp_path}/a]", "data.shuffle=false")))
+    list(islice(batches, 40))
+    for suffix in SUFFIXES:
+        os.replace(tmp_path / "b" / f"train-00000.{suffix}", tmp_path / "a" / f"train-00000.{suffix}")
+    with pytest.raises(DataError, match=r"train-00000.(documents|tokens) is damaged"):
+        list(islice(batches, 400))
