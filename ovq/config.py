@@ -108,7 +108,7 @@ class TrainerConfig:
     checkpoint_every: int = setting(500, "steps between checkpoints", at_least=1)
     keep_last: int = setting(2, "number of complete checkpoints to keep", at_least=1)
     async_checkpoint: bool = setting(True, "write checkpoints in a background thread while training continues")
-    timeout_s: int = setting(600, "timeout of a collective after the first step, in seconds", at_least=1)
+    timeout_s: int = setting(600, "seconds a collective or a row of data may take, after the first step", at_least=1)
     peak_tflops: float | None = setting(
         None, "peak TFLOP/s of one device, for MFU; null: from a table of known GPUs, else measured", above=0
     )
