@@ -1,15 +1,22 @@
-"""Files with their hash."""
+"""Files with their hash, and folders held by one process at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
+from data.sources import DataError
 from ovq.files import replacing
 
 HASH_BLOCK = 1 << 20
+LOCK = ".lock"
 
 
 class AtomicFile:
@@ -49,3 +56,40 @@ def sha256_of(path: Path | str) -> str:
         while block := stream.read(HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process; the lock file is removed at the end, and freed by the kernel after a kill.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        with path.open("a+") as file:
+            _lock(file, folder)
+            # The process that held it before may have removed the file between our opening and locking it.
+            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                continue
+            try:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {os.uname().nodename}")
+                file.flush()
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read() or "another process"
+        raise DataError(f"{folder} is being written by {owner}; wait for it, or use another out=DIR") from None
+    except OSError as error:
+        warning = f"this file system has no locks ({error}); make sure that only one process writes to it"
+        print(f"warning: {folder}: {warning}", file=sys.stderr)

@@ -29,7 +29,7 @@ import numpy as np
 
 from data.build import build_corpus, build_tokenizer, splits_of
 from data.corpus import FLAGS, TokenisedCorpus
-from data.files import AtomicFile
+from data.files import AtomicFile, hold
 from data.prepared import DOCUMENT, INDEX, SUFFIXES, VERSION, load_index, save_index, verify_prepared
 from data.sources import SPLITS, DataError
 from data.tokenizer import Tokenizer
@@ -80,33 +80,48 @@ def prepare(
 
     Raises:
         ConfigError: nothing to prepare, or `out` holds another preparation.
-        DataError: a document cannot be read or a file not be written; finished parts are kept.
+        DataError: a document cannot be read, a file cannot be written, or another process is writing the folder;
+            finished parts are kept.
     """
     folder = Path(out).expanduser()
     tokenizer = build_tokenizer(cfg)
     job, plan, ranges = _plan(cfg, tokenizer, folder, splits, part_mb)
-    if (folder / INDEX).exists():
-        _refuse_another(folder, load_index(folder)["plan"], plan)
-        print(f"{folder} is already prepared; check it with: python -m data.prepare verify {folder}", file=sys.stderr)
-        return load_index(folder)
+    if (folder / INDEX).exists() and not (folder / PLAN).exists():
+        return _already_there(folder, plan)
     try:
-        if (folder / PLAN).exists():
-            _refuse_another(folder, json.loads((folder / PLAN).read_text()), plan)
-        else:
-            write_whole(folder / PLAN, json.dumps(plan, indent=1).encode())
-        tokenizer.save(folder / "tokenizer")
-        for scratch in folder.glob("*.tmp"):  # of a process that was killed
-            scratch.unlink()
-        done = {r.name: part for r in ranges if (part := _finished(folder, r))}
-        done |= _make_all(job, [r for r in ranges if r.name not in done], ranges, processes)
-        index = {"plan": plan, "splits": {split: _split_index(split, ranges, done) for split in job.tokens}}
-        save_index(folder, index)
+        with hold(folder):
+            if (folder / INDEX).exists():  # finished in the meantime, or killed just before it tidied up
+                _tidy(folder)
+                return _already_there(folder, plan)
+            if (folder / PLAN).exists():
+                _refuse_another(folder, json.loads((folder / PLAN).read_text()), plan)
+            else:
+                write_whole(folder / PLAN, json.dumps(plan, indent=1).encode())
+            tokenizer.save(folder / "tokenizer")
+            for scratch in folder.glob("*.tmp"):  # of a process that was killed
+                scratch.unlink()
+            done = {r.name: part for r in ranges if (part := _finished(folder, r))}
+            done |= _make_all(job, [r for r in ranges if r.name not in done], ranges, processes)
+            index = {"plan": plan, "splits": {split: _split_index(split, ranges, done) for split in job.tokens}}
+            save_index(folder, index)
+            _tidy(folder)
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: {error.strerror or error}; finished parts are kept, the same command goes on"
         ) from None
-    for leftover in [folder / PLAN, *(_record(folder, r.name) for r in ranges)]:
+    return index
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only an unfinished preparation needs; the plan last, as its presence says that this is to be done."""
+    for leftover in [*folder.glob("*.tmp"), *folder.glob("*.done"), folder / PLAN]:
         leftover.unlink(missing_ok=True)
+
+
+def _already_there(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    index = load_index(folder)
+    _refuse_another(folder, index["plan"], plan)
+    print(f"{folder} is already prepared; check it with: python -m data.prepare verify {folder}", file=sys.stderr)
     return index
 
 

@@ -162,6 +162,16 @@ def children_of(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
+def running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie, which its parent has only to collect."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_until(happened: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait for something that another process does.
 

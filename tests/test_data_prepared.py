@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import subprocess
 import sys
 from itertools import islice
@@ -24,6 +23,7 @@ from data.sources import DataError
 from ovq.config import Config
 from ovq.errors import ConfigError
 from tests.data_helpers import config, loader, steps, texts, tokens_of, tree, write_jsonl, write_parquet
+from tests.faults import children_of, running, wait_until
 
 PART_MB = 100 / 2**20  # parts of about 100 bytes of text, so that there are several
 
@@ -178,21 +178,52 @@ def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
     assert tree(out) == tree(prepared)
 
 
-def test_rerunning_after_kill_9_of_all_processes_completes_the_preparation(
+def test_kill_9_of_the_command_ends_its_processes_and_the_next_goes_on(
     folder: Path, source: Config, prepared: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "data.prepare", "data=parquet", f"part_mb={PART_MB:.12f}", "processes=1"]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data.prepare", "data=parquet", f"part_mb={PART_MB:.12f}", "processes=2"]
     command += [f"data.train=[{folder}/train-0.parquet,{folder}/train-1.parquet]", "data.title_field=short_book_title"]
-    command += [f"data.validation=[{folder}/validation.parquet]", f"out={tmp_path}/out"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
-    while not list((tmp_path / "out").glob("*.done")) and process.poll() is None:
-        os.sched_yield()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    command += [f"data.validation=[{folder}/validation.parquet]", f"out={out}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_until(lambda: any(out.glob("*.done")) or process.poll() is not None, 120)
+    children = children_of(process.pid) if process.poll() is None else []
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(running(child) for child in children), 3)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "data=memmap 'data.train=[" in again.stdout, again.stderr
-    assert tree(tmp_path / "out").keys() == tree(prepared).keys()
-    assert load_index(tmp_path / "out")["splits"] == load_index(prepared)["splits"]
+    assert tree(out).keys() == tree(prepared).keys()
+    assert load_index(out)["splits"] == load_index(prepared)["splits"]
+
+
+def test_a_second_preparation_of_a_folder_leaves_the_first_alone(
+    source: Config, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, refused = preparing.make_part, []
+
+    def make(job: Any, wanted: Any) -> Any:
+        monkeypatch.setattr(preparing, "make_part", original)
+        (tmp_path / "out" / "half.tmp").write_bytes(b"of the first")
+        with pytest.raises(DataError, match=rf"out is being written by process {os.getpid()} on .*; wait for it") as no:
+            prepare(source, tmp_path / "out", processes=1, part_mb=PART_MB)
+        assert (tmp_path / "out" / "half.tmp").exists()
+        refused.append(no)
+        return original(job, wanted)
+
+    monkeypatch.setattr(preparing, "make_part", make)
+    prepare(source, tmp_path / "out", processes=1, part_mb=PART_MB)
+    assert len(refused) == 1 and tree(tmp_path / "out") == tree(prepared), "no lock is left either"
+
+
+def test_what_a_kill_between_index_and_tidying_leaves_is_removed_later(
+    source: Config, prepared: Path, tmp_path: Path
+) -> None:
+    out = copy(prepared, tmp_path / "out")
+    for name in (preparing.PLAN, "train-00000.done"):
+        (out / name).write_text("{}")
+    prepare(source, out, processes=1, part_mb=PART_MB)
+    assert tree(out) == tree(prepared)
 
 
 def test_a_full_disk_stops_preparation_in_one_line_and_it_resumes_later(

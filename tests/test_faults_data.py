@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -21,7 +20,7 @@ from data.prepared import SUFFIXES
 from data.sources import DataError
 from ovq.config import Config
 from tests.data_helpers import config, loader, steps, text_of, tokens_of, write_jsonl, write_parquet
-from tests.faults import Fault, children_of, command, truncate, wait_until
+from tests.faults import Fault, children_of, command, running, truncate, wait_until
 
 LONG = 1 << 17  # tokens in a row that does not fit into a pipe
 
@@ -52,7 +51,7 @@ def command_of(books: Path, run_dir: Path, faults: list[Fault], *overrides: str)
 
 
 def gone(pids: list[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
+    return not any(map(running, pids))
 
 
 def steps_of(run_dir: Path) -> int:
