@@ -146,6 +146,8 @@ class RowWorkers:
 
     def close(self) -> None:
         """End the workers at once: what they have prepared ahead is prepared again by those of the next run."""
+        if self._closed:  # by atexit; an iterator that is collected after it finds no modules left
+            return
         self._closed = True
         workers = set(multiprocessing.active_children()) - self._others
         for worker in workers:

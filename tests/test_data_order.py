@@ -260,7 +260,7 @@ next(batches)
 print("read")
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stdout.strip()) == (0, "read"), ended.stderr
+    assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, "read", "")
 
 
 def test_changed_data_are_rejected_with_everything_that_changed(corpus: Path, tmp_path: Path) -> None:
