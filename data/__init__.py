@@ -1,4 +1,4 @@
-"""Text and generated tasks into batches: files, tokenizers, the order of tokens, and loaders that resume exactly.
+"""From text and generated tasks to batches: files, tokenizers, the order of tokens, loaders that resume exactly.
 
-`data.build` makes all of it from a config; the other modules do not know of each other's construction.
+`data.build` constructs everything from a config; the other modules receive what they need ready-made.
 """

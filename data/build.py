@@ -1,4 +1,4 @@
-"""What a config asks for, built: corpora, tokens, tokenizers, tasks and loaders; and described, for a dry run."""
+"""Builds what a config specifies: corpora, tokens, tokenizers, tasks and loaders. Describes it for a dry run."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FROM_FILES = ("parquet", "jsonl", "text")  # kinds whose splits are the files th
 
 
 def is_task(cfg: Config) -> bool:
-    """Whether the data are a generated task, which has no text and so no loss by position."""
+    """Whether the data come from a generated task, which has no text and therefore no loss by position."""
     return cfg.data.kind == "task"
 
 
 def splits_of(cfg: Config) -> list[str]:
-    """The splits that a config's data have."""
+    """The splits that a config's data provide."""
     data = cfg.data
     if data.kind == "task":
         return ["train"]
@@ -40,7 +40,7 @@ def splits_of(cfg: Config) -> list[str]:
         try:
             return list(load_index(data.train[0])["splits"])
         except ConfigError:
-            return ["train"]  # its description is the error
+            return ["train"]  # describing it reports the error
     return [split for split in SPLITS if data.kind == "builtin" or getattr(data, split)]
 
 
@@ -48,10 +48,10 @@ def splits_of(cfg: Config) -> list[str]:
 
 
 def build_corpus(cfg: Config, split: str, commit: str | None = None) -> Corpus:
-    """The texts of a split; not for data=memmap, which has none.
+    """The text of a split. Not for data=memmap, which stores none.
 
     Raises:
-        ConfigError: nothing is found, a shard is bad (unless skipped), or a named column does not exist.
+        ConfigError: no file is found, a shard is bad (unless skipped), or a named column does not exist.
     """
     data = cfg.data
     if data.kind == "builtin":
@@ -76,7 +76,7 @@ def heldout_documents(
 ) -> Iterator[Document]:
     """Documents of a held-out split with at least `min_tokens` ids, in file order, one in memory at a time.
 
-    Not collective: each process that calls it reads for itself.
+    Not collective: each process that calls it reads the files itself.
 
     Raises:
         ConfigError: the split does not exist.
@@ -98,19 +98,19 @@ def heldout_documents(
 
 
 def build_tokenizer(cfg: Config, run_dir: Path | str | None = None) -> Tokenizer:
-    """The tokenizer of a run: of its text, or the symbols of its task.
+    """The tokenizer of a run: for its text, or for the symbols of its task.
 
     Raises:
-        ConfigError: no model file, or the run was made with another tokenizer.
+        ConfigError: there is no model file, or the run was made with another tokenizer.
     """
     return TaskTokenizer(build_task(cfg)) if is_task(cfg) else build_text_tokenizer(cfg.tokenizer, run_dir)
 
 
 def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None) -> Tokenizer:
-    """A tokenizer of text; the run's own stored copy if it has one and the model file is gone.
+    """A tokenizer for text. If the model file is gone, the copy stored in the run folder is used.
 
     Raises:
-        ConfigError: no model file, or the run was made with another tokenizer.
+        ConfigError: there is no model file, or the run was made with another tokenizer.
     """
     folder = Path(run_dir) / "tokenizer" if run_dir else None
     card = (
@@ -140,7 +140,7 @@ def build_task(cfg: Config) -> Task:
     """The generated task of a config: the class named by `data.task._target_` with the other keys as settings.
 
     Raises:
-        ConfigError: no task, a class that is none, or a setting that is unknown or has an illegal value.
+        ConfigError: no task is set, the class is not a Task, or a setting is unknown or has an illegal value.
     """
     if not cfg.data.task:
         raise ConfigError("data.task is empty; choose a task with data=task data/task=NAME")
@@ -151,14 +151,15 @@ def build_task(cfg: Config) -> Task:
 
 
 def build_loader(cfg: Config, tokenizer: Tokenizer, world: World, state: dict[str, Any] | None = None) -> Loader:
-    """The loader of one rank. Collective where there are several: rank 0 finds and indexes the files.
+    """The loader of one rank. Collective if there are several processes: rank 0 finds and indexes the files.
 
     Args:
-        world: this process; ranks along the data axis read different rows.
-        state: of `data.loader.merge_states`, to go on where that run stopped.
+        world: this process. Ranks along the data axis read different rows.
+        state: returned by `data.loader.merge_states`; the loader resumes from it.
 
     Raises:
-        ConfigError: nothing to read, a batch that cannot be dealt, or data that differ from those of `state`.
+        ConfigError: there is nothing to read, the batch cannot be divided among the ranks, or the data differ from
+            those of `state`.
     """
     trainer, data = cfg.trainer, cfg.data
     common: dict[str, Any] = {
@@ -226,9 +227,9 @@ def _task_loader(cfg: Config, tokenizer: Tokenizer, common: dict[str, Any]) -> T
 
 
 def describe(cfg: Config) -> dict[str, dict[str, Any]]:
-    """For each split: shards, bytes on disk, documents where that is cheap to know, or the error that opening gives.
+    """For each split: shards, bytes on disk, documents if cheap to count; or why it cannot be opened.
 
-    Hub and bucket files are listed but not opened. A generated task has one split: what a training sequence holds.
+    Hub and bucket files are listed but not opened. A generated task has one split, and describes a training sequence.
     """
     return {split: _describe(cfg, split) for split in splits_of(cfg)}
 

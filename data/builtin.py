@@ -1,10 +1,10 @@
-"""The embedded corpus: Python's own standard library, as long documents, from the interpreter that runs this.
+"""The built-in corpus: long documents made from the standard library of the running Python interpreter.
 
-Nothing is downloaded and nothing is stored: sources come from the interpreter's library folder (the base
-interpreter's, in a virtual environment), the language reference's help topics from `pydoc_data`. Files of one package
-follow each other in one document, single modules are joined in alphabetical order until they make a long one, so that
-documents are long enough for loss by position at 16k bytes and beyond. Left out: tests, generated character maps.
-About 10-13 MB; another Python version is another corpus, and the data fingerprint says so.
+Nothing is downloaded or stored. Sources come from the interpreter's library folder (that of the base interpreter, in a
+virtual environment), the help topics of the language reference from `pydoc_data`. The files of a package are
+concatenated into documents of their own; single modules are joined in alphabetical order. Documents are therefore long
+enough for loss by position at 16k bytes and beyond. Tests and generated character maps are left out. The corpus has
+about 10-13 MB. Another Python version gives another corpus, with another data fingerprint.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import numpy as np
 from data.corpus import Text, decode_utf8, fingerprint_of
 from ovq.errors import ConfigError
 
-_LONG = 72 * 1024  # bytes after which a document is closed
-_SHORT = 66 * 1024  # a last piece below this joins the one before it: every document allows 64k positions
+_LONG = 72 * 1024  # bytes at which a document is complete
+_SHORT = 66 * 1024  # a shorter last document is appended to the one before it, so that all hold 64k positions
 _SKIP = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 _HELD_OUT = {
     3: "validation",
     11: "validation",
     7: "test",
-}  # by the document's number modulo 16; the rest is for training
+}  # by document number modulo 16; the others are for training
 
 
 class BuiltinCorpus:
-    """Documents of one split of the embedded corpus; of every sixteen, two are for validation and one for test."""
+    """One split of the built-in corpus. Of every sixteen documents, two are for validation and one is for testing."""
 
     bad_shards = 0
 
@@ -41,7 +41,7 @@ class BuiltinCorpus:
         self.split = split
         documents = _documents()
         if len(documents) < 32:
-            raise ConfigError(f"data=builtin: this Python's library has no sources in {_library()}; use data=text")
+            raise ConfigError(f"data=builtin: this Python has no library sources in {_library()}; use data=text")
         self._documents = [doc for i, doc in enumerate(documents) if _HELD_OUT.get(i % 16, "train") == split]
 
     def __len__(self) -> int:
@@ -55,13 +55,13 @@ class BuiltinCorpus:
         return fingerprint_of("builtin", identity, len(self))
 
     def __getstate__(self) -> dict[str, str]:
-        return {"split": self.split}  # a worker reads the library itself
+        return {"split": self.split}  # a worker reads the library for itself
 
     def __setstate__(self, state: dict[str, str]) -> None:
         self.__init__(state["split"])  # type: ignore[misc]
 
     def locate(self, index: int) -> str:
-        return f"embedded document {self._documents[index][0]}"
+        return f"built-in document {self._documents[index][0]}"
 
     def read(self, index: int) -> Text:
         title, text = self._documents[index]
@@ -107,13 +107,13 @@ def _source(library: Path, path: Path) -> list[tuple[str, str]]:
 def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # some distributions package it separately
         return {}
     return dict(topics)
 
 
 def _join(name: str, parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Parts headed by their names, in documents of at least _SHORT bytes (unless there is less in all)."""
+    """Parts under their names as headings, joined into documents of at least _SHORT bytes (if there is that much)."""
     pieces: list[list[str]] = []
     size = _LONG
     for title, text in parts:

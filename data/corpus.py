@@ -1,12 +1,13 @@
 """Random access to the documents of a split, holding one document at a time.
 
-A `Corpus` gives the text of document i; `Tokens` gives it tokenised. Nothing here knows about ranks or order. Parquet
-is read batch by batch within a row group with only the needed columns, so that memory is bounded by a page and a few
-documents, not by a row group (PG19's are over 100 MB).
+A `Corpus` returns the text of document i, `Tokens` its token ids. Nothing here knows about ranks or order. Parquet row
+groups are read in batches and only the needed columns, so memory is bounded by a page and a few documents rather than
+by a row group (those of PG19 exceed 100 MB).
 
-Disadvantages: a document deep in a row group costs decompressing what stands before it, unless documents are read in
-file order; and a page is the least that can be decompressed, so a file whose writer put a thousand books into one page
-(pyarrow's default `write_batch_size` does) takes that much for a moment. `python -m data.prepare` pays both once.
+Disadvantages: unless documents are read in file order, reading one deep in a row group means decompressing everything
+before it. A page is the smallest unit that can be decompressed, so a file whose writer put a thousand books into one
+page (as pyarrow's default `write_batch_size` does) needs that much memory for a moment. `python -m data.prepare` pays
+both costs once.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from ovq.config import DataConfig
 
 _READ_BYTES = 1 << 20  # of compressed column data read, and of text decoded, at a time
 _OPEN_FILES = 8
-FLAGS = ("bad_utf8", "unreadable_documents", "untitled_documents")  # what can be out of order with a document
+FLAGS = ("bad_utf8", "unreadable_documents", "untitled_documents")  # what can be wrong with a document
 
 
 @dataclass
 class Text:
-    """A document as read. `flags` counts what was out of order, by the names in FLAGS."""
+    """A document as read. `flags` counts what was wrong with it, by the names in FLAGS."""
 
     text: str
     title: str
@@ -43,7 +44,7 @@ class Text:
 
 @dataclass
 class TokenisedDocument:
-    """A document's token ids without separators (integers of any width), with its size in UTF-8 bytes and words."""
+    """Token ids of a document without separators (integers of any width), and its size in UTF-8 bytes and in words."""
 
     ids: np.ndarray
     title: str
@@ -56,7 +57,7 @@ class TokenisedDocument:
 class Document:
     """A held-out document. `tokens` int64 [n + 2]: separator, ids, separator; so tokens[:-1] predict tokens[1:].
 
-    `num_bytes` (UTF-8) and `num_words` (split at whitespace) are the whole document's; for a part of it use
+    `num_bytes` (UTF-8) and `num_words` (split at whitespace) refer to the whole document; for a part of it use
     `tokenizer.num_bytes(ids)` and `len(tokenizer.decode(ids).split())`.
     """
 
@@ -78,11 +79,11 @@ class Corpus(Protocol):
         ...
 
     def sizes(self) -> np.ndarray:
-        """About how many bytes each document has, int64, without reading any."""
+        """Approximate bytes of each document, int64 [documents], without reading any."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the documents are: corpora with equal fingerprints hold equal documents in equal order."""
+        """Identity of the contents: corpora with equal fingerprints hold the same documents in the same order."""
         ...
 
     @property
@@ -102,7 +103,7 @@ class Tokens(Protocol):
 
 
 def fingerprint_of(kind: str, identity: list[str], documents: int, **more: Any) -> dict[str, Any]:
-    """A corpus' fingerprint from one string a shard (name, size and content hash)."""
+    """The fingerprint of a corpus, from one string per shard (name, size and content hash)."""
     files = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return {"kind": kind, "files": files, "shards": len(identity), "documents": documents, **more}
 
@@ -130,7 +131,7 @@ class TokenisedCorpus:
 
 @dataclass
 class _Ahead:
-    """A reader inside a row group of an open file, and the batch it gave last."""
+    """A reader within a row group of an open file, and the batch it returned last."""
 
     reader: Any
     group: int
@@ -146,7 +147,7 @@ class ShardCorpus:
         self.kind, self.text_field, self.title_field = data.kind, data.text_field, data.title_field
         self.skip_bad = data.on_bad_shard == "skip"
         self.shards, self._bad_shards = shards, bad_shards
-        # A unit is what a reader starts from: a row group, a JSON-lines file, a text file.
+        # A unit is where a reader can start: a row group, a JSON-lines file, a text file.
         self._units = [
             (s, g)
             for s, shard in enumerate(shards)
@@ -156,8 +157,8 @@ class ShardCorpus:
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._open: OrderedDict[tuple[int, int], _Opened] = OrderedDict()
         self._ahead: _Ahead | None = None
-        self._last = -1  # document read last
-        self.documents_decoded = 0  # including those passed over on the way to the one asked for
+        self._last = -1  # index of the document read last
+        self.documents_decoded = 0  # including those skipped to reach the requested one
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -174,7 +175,7 @@ class ShardCorpus:
     def fingerprint(self) -> dict[str, Any]:
         identity = [f"{shard.file.name}:{shard.file.size}:{shard.digest}" for shard in self.shards]
         field_ = None if self.kind == "text" else self.text_field
-        # The hub commit that the files come from, if they do.
+        # The hub commit of the files, if they come from the hub.
         commit = next((shard.file.commit for shard in self.shards if shard.file.commit), None)
         return fingerprint_of(self.kind, identity, len(self), text_field=field_, commit=commit)
 
@@ -211,10 +212,10 @@ class ShardCorpus:
                 s, group, row
             )
             if not in_order:
-                self._ahead = None  # holds a page, which is for nothing if the next document stands elsewhere
+                self._ahead = None  # it holds a page, which is useless if the next document is elsewhere
         except ChangedError:
             raise
-        except Exception as error:  # readers of three formats raise a dozen types; the document is named in each case
+        except Exception as error:  # the readers of three formats raise a dozen types; the document is always named
             cause = " ".join(str(error).split())
             if not self.skip_bad:
                 raise DataError(f"{shard.file.path} document {number}: {cause} (data.on_bad_shard=skip)") from None
@@ -232,21 +233,21 @@ class ShardCorpus:
         batch = self._batch(s, group, row // size, size)
         text = batch.column(self.text_field)[row % size]
         title = batch.column(self.title_field)[row % size] if self.title_field else None
-        # as_py would raise on bad UTF-8, which is ours to replace and count.
+        # as_py would raise on bad UTF-8, which is replaced and counted instead.
         raw = text.as_buffer().to_pybytes() if text.is_valid else b""
         return raw, str(title.as_py()) if title is not None and title.is_valid else None, 0
 
     def _batch(self, s: int, group: int, wanted: int, size: int) -> Any:
-        """Batch number `wanted` of a row group; goes on from the batch before it if that was read last."""
+        """Batch number `wanted` of a row group; continues from the batch read last if that comes before it."""
         reader, ahead = self._reader(s), self._ahead
-        self._ahead = None  # a reader that raised is of no more use
+        self._ahead = None  # a reader that has raised cannot be used again
         if ahead is None or ahead.reader is not reader or ahead.group != group or ahead.number > wanted:
             columns = [self.text_field, *([self.title_field] if self.title_field else [])]
-            # Without threads: decoding ahead would hold more than the batch, and workers are the parallelism here.
+            # Without threads: decoding ahead would hold more than a batch, and parallelism comes from the workers.
             batches = reader.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
             ahead = _Ahead(reader, group, batches)
         while ahead.number < wanted:
-            ahead.batch = None  # never two at once
+            ahead.batch = None  # so that two are never held at once
             ahead.batch = next(ahead.batches)
             ahead.number += 1
             self.documents_decoded += ahead.batch.num_rows
@@ -266,7 +267,7 @@ class ShardCorpus:
         if self.text_field not in record:
             raise DataError(f"field '{self.text_field}' is not in {sorted(record)}; set data.text_field")
         title = record.get(self.title_field) if self.title_field else None
-        # JSON can escape half a surrogate pair, which is no character: decoded (and counted) like any bad UTF-8.
+        # JSON can escape half a surrogate pair, which is not a character: treated and counted like any bad UTF-8.
         raw = (record[self.text_field] or "").encode("utf-8", "surrogatepass")
         return raw, None if title is None else str(title), bad
 
@@ -280,7 +281,7 @@ class ShardCorpus:
         return raw, os.path.splitext(self.shards[s].file.name)[0], 0
 
     def _reader(self, s: int) -> Any:
-        """The open file of a shard; few are kept, and none is shared with a forked process (they share offsets)."""
+        """The open file of a shard. Few stay open, and none is shared with a forked process, as offsets would be."""
         key = (os.getpid(), s)
         if (opened := self._open.get(key)) and opened.modified == _modified(opened.stream):
             self._open.move_to_end(key)
@@ -331,7 +332,7 @@ def _modified(stream: Any) -> tuple[int, int] | None:
 
 
 def decode_utf8(raw: bytes) -> tuple[str, int]:
-    """Text of the bytes, each invalid sequence replaced by U+FFFD, and how many were replaced."""
+    """The decoded text, with each invalid sequence replaced by U+FFFD, and the number of replacements."""
     try:
         return raw.decode(), 0
     except UnicodeDecodeError:

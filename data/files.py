@@ -1,4 +1,4 @@
-"""Files with their hash, and folders held by one process at a time."""
+"""Files and their hashes, and folders that one process at a time may write to."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LOCK = ".lock"
 
 
 class AtomicFile:
-    """A file written piece by piece, whole or not at all (see `replacing`), with the hash and size of what was written.
+    """A file written in pieces that appears complete or not at all (see `replacing`), with its hash and size.
 
-    It takes its name at the end of the `with` block.
+    It gets its name at the end of the `with` block.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -50,7 +50,7 @@ class AtomicFile:
 
 
 def sha256_of(path: Path | str) -> str:
-    """Hash of a file, in bounded memory."""
+    """Hexadecimal SHA-256 of a file, in bounded memory."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(HASH_BLOCK):
@@ -60,7 +60,7 @@ def sha256_of(path: Path | str) -> str:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process; the lock file is removed at the end, and freed by the kernel after a kill.
+    """Keep other processes out of a folder. The lock file is removed at the end; after a kill the kernel frees it.
 
     Raises:
         DataError: another process holds it.

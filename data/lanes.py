@@ -1,12 +1,12 @@
-"""Which tokens stand in which row of which step: a pure function of (documents, seed, global batch, context).
+"""Which tokens make up which row of which step: a pure function of (documents, seed, global batch, context).
 
 A *lane* is one row of the global batch, followed through all steps. Lane g reads the documents with ordinals g, g + G,
 g + 2G, ... of an endless sequence (G rows in the global batch): ordinal o is document `o % n` of epoch `o // n`, in
-that epoch's own seeded permutation of all n documents. A lane's state is (ordinal, offset in that document, rows read),
-so ranks, workers and accumulation steps only deal the lanes differently, and resuming needs nothing else. Every
-ordinal belongs to one lane, which reads it from its first token to its last: nothing is read twice or lost.
+that epoch's own seeded permutation of all n documents. A lane's state is (ordinal, offset in that document, rows read).
+Ranks, workers and accumulation steps only divide the lanes differently, and resuming needs nothing else. Every ordinal
+belongs to one lane, which reads it from its first token to its last: nothing is read twice or lost.
 
-A document d_1..d_n gives the n + 1 pairs (separator, d_1), (d_1, d_2), ..., (d_n, separator) of input and label.
+A document d_1..d_n yields the n + 1 pairs (separator, d_1), (d_1, d_2), ..., (d_n, separator) of input and label.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LaneState = dict[str, int]  # ordinal, offset (pairs of that document already re
 
 @dataclass
 class Row:
-    """One row of one step: `inputs` and `targets` int32 [T] (-100: no label), where documents start in it, and counts.
+    """One row of one step: `inputs` and `targets` int32 [T] (-100: no label), offsets at which documents start, counts.
 
-    `counts`: tokens (labels), bytes (of the labels' text), and, for documents that begin in the row, documents, words,
-    short_documents (fewer pairs than the context), empty_documents (passed over), bad_utf8 (sequences replaced),
-    unreadable_documents, untitled_documents; in packing "document" also padding and truncated (pairs not read).
+    `counts`: tokens (labels) and bytes (of the labels' text). For documents that begin in the row: documents, words,
+    short_documents (fewer pairs than the context), empty_documents (skipped), bad_utf8 (sequences replaced),
+    unreadable_documents, untitled_documents. With packing "document" also padding and truncated (pairs not read).
     """
 
     lane: int
@@ -43,7 +43,7 @@ class Row:
 
 
 def first_state(lane: int) -> LaneState:
-    """Where a lane starts."""
+    """The state of a lane before its first row."""
     return {"ordinal": lane, "offset": 0, "rows": 0}
 
 
@@ -57,7 +57,7 @@ class _Held(NamedTuple):
 
 
 class LaneReader:
-    """Rows of lanes, in any order of lanes; holds one tokenised document for each lane it serves."""
+    """Rows of lanes, in any order. Holds one tokenised document for each lane it serves."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class LaneReader:
     def document_of(self, ordinal: int) -> int:
         """Index in the corpus of the document with this ordinal."""
         epoch, position = divmod(ordinal, len(self.tokens))
-        # Every epoch has a permutation of its own; seeds of different runs and epochs never coincide below 2**32.
+        # Every epoch has its own permutation; seeds of different runs and epochs never coincide below 2**32.
         return permute(position, len(self.tokens), self.seed << 32 | epoch) if self.shuffle else position
 
     def describe(self, lane: int, state: LaneState) -> str:
@@ -90,7 +90,7 @@ class LaneReader:
         """The lane's next row and the state after it.
 
         Raises:
-            DataError: a whole epoch of this lane's documents is empty.
+            DataError: every document is empty, or one cannot be read.
         """
         context, packed = self.context, self.packing == "packed"
         inputs = np.full(context, self.separator_id, np.int32)
@@ -128,7 +128,7 @@ class LaneReader:
         return row
 
     def _document(self, lane: int, ordinal: int) -> tuple[np.ndarray, str, dict[str, int]]:
-        """The ids of the lane's document between two separators, its title, and what to count where it begins."""
+        """The ids of a document of the lane between two separators, its title, and what to count where it begins."""
         held = self._held.get(lane)
         if held is None or held.ordinal != ordinal:
             document = self.tokens.read(self.document_of(ordinal))

@@ -1,12 +1,12 @@
-"""Batches for one rank: lanes dealt to ranks and workers, and the state that resumes them anywhere.
+"""Batches for one rank: how lanes are divided among ranks and workers, and the state that resumes them anywhere.
 
     rank r owns the lanes [r G/W, (r+1) G/W)       G rows in the global batch, W ranks
-    worker w of K makes the rows of every K-th of them
-    a micro-batch is m neighbouring lanes           G/(W m) micro-batches make the rank's share of a step
+    worker w of K makes the rows of every K-th lane of its rank
+    a micro-batch is m neighbouring lanes           G/(W m) micro-batches are a rank's share of a step
 
-Every row carries the state of its lane after it, so the loader's state is that of the rows handed out: what workers
-have prepared ahead does not count, and a state saved on W ranks is the union of their lanes, which any number of ranks,
-workers and any micro-batch resumes.
+Every row carries the state of its lane after it, so the state of the loader is that of the rows it has handed out: rows
+that workers have prepared ahead do not count. The state saved by W ranks is the union of their lanes. It can be resumed
+by any number of ranks and workers, with any micro-batch.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Fingerprint = dict[str, Any]
 class Batch:
     """A micro-batch of m rows of T tokens.
 
-    `inputs`, `targets`: int64 [m, T]; a target of -100 is no label. `cu_seqlens`: int32, offsets into the m * T
-    flattened tokens at which a document or a row begins, and m * T; None unless data.isolate_documents. `documents`:
-    titles in it. `lanes`: each row's lane, in order, and its state after this batch. `counts`: see `data.lanes.Row`.
+    `inputs`, `targets`: int64 [m, T]; -100 marks a position without label. `cu_seqlens`: int32, offsets into the m * T
+    flattened tokens at which a document or a row begins, then m * T; None unless data.isolate_documents. `documents`:
+    titles. `lanes`: the lane of each row, in order, and its state after this batch. `counts`: see `data.lanes.Row`.
     """
 
     inputs: torch.Tensor
@@ -47,11 +47,11 @@ class Batch:
     counts: dict[str, int] = field(default_factory=dict)
 
     def token_hash(self) -> int:
-        """64-bit hash of the rows' tokens; of the micro-batches of a step it is summed, modulo 2^64."""
+        """64-bit hash of the rows' tokens. Over the micro-batches of a step it is summed, modulo 2^64."""
         return token_hash(list(self.lanes), self.inputs.numpy(), self.targets.numpy())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device; to a GPU through pinned memory, without waiting for the copy."""
+        """The batch on a device. Copies to a GPU go through pinned memory and are not waited for."""
         device = torch.device(device)
 
         def move(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -65,7 +65,7 @@ class Batch:
 
 
 class RowSource(Protocol):
-    """What makes rows: a pure function of lane and state, picklable, with a cache of its own at most."""
+    """Makes rows: a pure function of lane and state. Picklable; its only state may be a cache."""
 
     def row(self, lane: int, state: LaneState) -> Row: ...
 
@@ -75,12 +75,12 @@ class RowSource(Protocol):
 
 
 class LaneDataset(IterableDataset):
-    """The rows of some lanes for ever: one row of each lane in turn. Its state is the lanes' states."""
+    """Endless rows of some lanes, one row of each lane in turn. Its state is that of the lanes."""
 
     def __init__(self, source: RowSource, lanes: dict[int, LaneState]) -> None:
         super().__init__()
         self.source, self.lanes = source, {lane: dict(state) for lane, state in lanes.items()}
-        # A lane that a restored StatefulDataLoader has read once more than the others is where it goes on.
+        # Index of the lane whose row is next; not 0 if a StatefulDataLoader restored a state within a round of lanes.
         self._next = 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -136,7 +136,7 @@ class Loader:
         self.fingerprint = fingerprint
         self.context, self.micro_batch, self.isolate_documents = context, micro_batch, isolate_documents
         owned = global_batch // world_size
-        # Workers get equal shares of the lanes, so that taking a row from each in turn keeps the lanes' order.
+        # Workers get equal shares of the lanes, so that taking a row from each in turn preserves the order of lanes.
         self.num_workers = max((k for k in range(1, num_workers + 1) if owned % k == 0), default=0)
         self.prefetch, self.timeout_s, self.rank = prefetch, timeout_s, rank
         self.should_stop: Callable[[], bool] = lambda: False
@@ -150,7 +150,7 @@ class Loader:
             check_fingerprint(state["fingerprint"], fingerprint)
             saved = {int(lane): dict(s) for lane, s in state["lanes"].items()}
             self.lanes = {lane: saved[lane] for lane in lanes}
-            # Counts are totals of the job: one rank carries on those of the ranks before.
+            # Counts are totals of the job, so one rank continues those of all ranks of the previous run.
             self.counts = dict(state["counts"]) if rank == 0 else {}
         self._step_began = dict(self.lanes), dict(self.counts)
 
@@ -190,7 +190,7 @@ class Loader:
         return f"making row {state['rows'] + 1} of lane {lane} ({self._source.describe(lane, state)})"
 
     def rewind(self) -> None:
-        """Forget the batches of the step under way, so that the state is the one before it. Iterate afresh after it."""
+        """Restore the state before the step in progress. Batches must then be taken from a new iterator."""
         self.lanes, self.counts = self._step_began
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,10 +217,10 @@ class Loader:
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One state of all ranks' states, in any order: every lane once, counts added up.
+    """Merge the states of all ranks, in any order: every lane once, counts added up.
 
     Raises:
-        ConfigError: the ranks read different data, a rank is missing, or they stand at different steps.
+        ConfigError: the ranks read different data, a rank is missing, or the lanes are at different steps.
     """
     for state in states[1:]:
         check_fingerprint(states[0]["fingerprint"], state["fingerprint"])
@@ -233,7 +233,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
         )
     rows = {s["rows"] for s in lanes.values()}
     if len(rows) > 1:
-        raise ConfigError(f"the data states stand at different steps ({min(rows)} to {max(rows)}): saved within a step")
+        raise ConfigError(f"the data states are at different steps ({min(rows)} to {max(rows)}): saved within a step")
     counts: dict[str, int] = {}
     for state in states:
         _add(counts, state["counts"])
@@ -241,7 +241,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
-    """Raise ConfigError naming everything in which the data of a state and of this run differ."""
+    """Raise ConfigError if the data of a saved state and of this run differ, naming every difference."""
     keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
     if keys:
         changes = "; ".join(f"{key}: {_short(saved.get(key))} -> {_short(current.get(key))}" for key in keys)

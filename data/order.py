@@ -1,4 +1,4 @@
-"""Pure functions that decide, and name, which tokens stand in a step: a seeded permutation and a hash of rows."""
+"""Pure functions that decide and identify the tokens of a step: a seeded permutation and a hash of rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _MASK = (1 << 64) - 1
 def permute(index: int, size: int, seed: int) -> int:
     """The image of `index` under a seeded permutation of range(size).
 
-    A six-round Feistel network on the next even power of two, walked until it lands inside `size`: O(1) memory for any
-    number of documents, and, unlike a library's shuffle, the same numbers for ever.
+    A six-round Feistel network over the next even power of two, applied until the result is below `size`. It takes O(1)
+    memory for any number of documents and, unlike the shuffle of a library, never changes between versions.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -33,8 +33,8 @@ def _mix(value: int, seed: int, key: int) -> int:
 
 
 def token_hash(lanes: list[int], inputs: np.ndarray, targets: np.ndarray) -> int:
-    """64-bit hash of rows of tokens [m, T] and their lanes: a sum over rows, so however the rows of a step are dealt
-    to ranks and micro-batches, the sum modulo 2^64 of their hashes is the same. It names the step's data."""
+    """64-bit hash of rows of tokens [m, T] and their lanes, identifying the data of a step. It is a sum over rows, so
+    however these are divided among ranks and micro-batches, the hashes add up to the same value modulo 2^64."""
     with np.errstate(over="ignore"):
         position = np.arange(inputs.shape[1], dtype=np.uint64)
         pairs = inputs.astype(np.uint64) * np.uint64(2**32) + (targets.astype(np.int64) & 0xFFFFFFFF).astype(np.uint64)
@@ -43,7 +43,7 @@ def token_hash(lanes: list[int], inputs: np.ndarray, targets: np.ndarray) -> int
 
 
 def _mix_array(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser."""
+    """SplitMix64's finaliser over an array."""
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,12 +1,12 @@
-"""Tokenise a data set once, so that training needs neither text nor network and resumes at once.
+"""Tokenise a data set once, so that training needs neither text nor network and resumes without delay.
 
     python -m data.prepare data=parquet 'data.train=[books/*.parquet]' out=DIR [processes=4] [splits=[train]] [key=..]
     python -m data.prepare verify DIR             hash every file of a prepared folder
 
-The documents of a split are cut into parts of about `part_mb` megabytes of text; a part is a pure function of its
-documents and the tokenizer, written by any process, whole or not at all, and remembered by a small record. So the same
-command goes on after a kill, a crash or a full disk with the parts that are missing, and leaves the same bytes as a
-run that was never stopped. prepared.json, which makes the folder usable, is written last. See data/prepared.py.
+The documents of a split are divided into parts of about `part_mb` megabytes of text. A part is a pure function of its
+documents and the tokenizer, is written by any process, completely or not at all, and is recorded in a small file. After
+a kill, a crash or a full disk the same command therefore continues with the missing parts and produces the same bytes
+as an uninterrupted run. prepared.json, which makes the folder usable, is written last. See data/prepared.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Part = dict[str, Any]
 
 @dataclass
 class Job:
-    """What a process needs to make any part: where to write, and the tokenised documents of each split."""
+    """What a process needs to make any part: the output folder and the tokenised documents of each split."""
 
     folder: Path
     dtype: str
@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Range:
-    """The documents start..stop-1 of a split, which become the files `name`.*; about `size` bytes of text."""
+    """Documents start..stop-1 of a split, which become the files `name`.*; about `size` bytes of text."""
 
     split: str
     name: str
@@ -76,10 +76,10 @@ def prepare(
     processes: int | None = None,
     part_mb: float = PART_MB,
 ) -> dict[str, Any]:
-    """Tokenise the splits of a config (all it has, unless named) into the folder `out`; returns the index.
+    """Tokenise the named splits of a config (default: all) into the folder `out`. Returns the index.
 
     Raises:
-        ConfigError: nothing to prepare, or `out` holds another preparation.
+        ConfigError: there is nothing to prepare, or `out` holds another preparation.
         DataError: a document cannot be read, a file cannot be written, or another process is writing the folder;
             finished parts are kept.
     """
@@ -90,7 +90,7 @@ def prepare(
         return _already_there(folder, plan)
     try:
         with hold(folder):
-            if (folder / INDEX).exists():  # finished in the meantime, or killed just before it tidied up
+            if (folder / INDEX).exists():  # finished meanwhile, or killed before tidying up
                 _tidy(folder)
                 return _already_there(folder, plan)
             if (folder / PLAN).exists():
@@ -98,7 +98,7 @@ def prepare(
             else:
                 write_whole(folder / PLAN, json.dumps(plan, indent=1).encode())
             tokenizer.save(folder / "tokenizer")
-            for scratch in folder.glob("*.tmp"):  # of a process that was killed
+            for scratch in folder.glob("*.tmp"):  # left by a process that was killed
                 scratch.unlink()
             done = {r.name: part for r in ranges if (part := _finished(folder, r))}
             done |= _make_all(job, [r for r in ranges if r.name not in done], ranges, processes)
@@ -107,13 +107,14 @@ def prepare(
             _tidy(folder)
     except OSError as error:
         raise DataError(
-            f"{error.filename or folder}: {error.strerror or error}; finished parts are kept, the same command goes on"
+            f"{error.filename or folder}: {error.strerror or error}; finished parts are kept, "
+            "the same command continues"
         ) from None
     return index
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what only an unfinished preparation needs; the plan last, as its presence says that this is to be done."""
+    """Remove what only an unfinished preparation needs; the plan last, as its presence marks this as not done."""
     for leftover in [*folder.glob("*.tmp"), *folder.glob("*.done"), folder / PLAN]:
         leftover.unlink(missing_ok=True)
 
@@ -128,7 +129,7 @@ def _already_there(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
 def _plan(
     cfg: Config, tokenizer: Tokenizer, folder: Path, splits: list[str] | None, part_mb: float
 ) -> tuple[Job, dict[str, Any], list[Range]]:
-    """What will be made, before anything is: two preparations with equal plans leave equal folders."""
+    """What will be made, decided beforehand: two preparations with equal plans produce equal folders."""
     wanted = splits or splits_of(cfg)
     if not wanted:
         raise ConfigError("data.train, data.validation and data.test are empty: nothing to prepare")
@@ -155,7 +156,7 @@ def _plan(
 
 
 def _cut(split: str, sizes: np.ndarray, part_bytes: int) -> list[Range]:
-    """Neighbouring documents, cut wherever another `part_bytes` of text have gone by."""
+    """Divide the documents, in order, after every `part_bytes` of text."""
     before = np.cumsum(sizes) - sizes
     bounds = [*np.flatnonzero(np.diff(before // part_bytes, prepend=-1)).tolist(), len(sizes)]
     return [
@@ -174,7 +175,7 @@ def _refuse_another(folder: Path, there: dict[str, Any], wanted: dict[str, Any])
 
 
 def make_part(job: Job, wanted: Range) -> Part:
-    """Write the three files and the record of one part; holds one document at a time."""
+    """Write the three files and the record of one part, with one document in memory at a time."""
     rows = np.zeros(wanted.stop - wanted.start, DOCUMENT)
     titles = bytearray()
     start = 0
@@ -210,7 +211,7 @@ def _record(folder: Path, name: str) -> Path:
 
 
 def _finished(folder: Path, wanted: Range) -> Part | None:
-    """The record of a part whose files are all there."""
+    """The record of a part, if all its files are complete."""
     try:
         part = json.loads(_record(folder, wanted.name).read_text())
         there = all(
@@ -227,7 +228,7 @@ def _split_index(split: str, ranges: list[Range], done: dict[str, Part]) -> dict
 
 
 def _make_all(job: Job, todo: list[Range], ranges: list[Range], processes: int | None) -> dict[str, Part]:
-    """Make the missing parts, with a bar that counts megabytes of text."""
+    """Make the missing parts, with a progress bar in bytes of text."""
     from tqdm import tqdm
 
     sizes = {r.name: r.size for r in ranges}
@@ -241,7 +242,7 @@ def _make_all(job: Job, todo: list[Range], ranges: list[Range], processes: int |
         mininterval=0.1 if sys.stderr.isatty() else 10,
     )
     if len(todo) < len(ranges):
-        bar.write(f"goes on: {len(ranges) - len(todo)} of {len(ranges)} parts are there", file=sys.stderr)
+        bar.write(f"continuing: {len(ranges) - len(todo)} of {len(ranges)} parts are complete", file=sys.stderr)
     made: dict[str, Part] = {}
     with bar:
         for part in _run(job, todo, min(processes or _cores(), len(todo))):
@@ -265,20 +266,20 @@ def _run(job: Job, todo: list[Range], processes: int) -> Iterator[Part]:
                 yield future.result()
         except BrokenProcessPool:
             raise DataError(
-                "a process was killed, perhaps for want of memory; finished parts are kept, the same command goes on; "
-                "lower processes"
+                "a process was killed, perhaps because memory ran out; finished parts are kept, the same command "
+                "continues (if memory is short, lower processes=)"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_mine: Job | None = None  # of a worker process
+_mine: Job | None = None  # in a worker process
 
 
 def _begin(job: Job) -> None:
     global _mine
     _mine = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parts begun are finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parts in progress are finished
     die_with_parent()
 
 
@@ -292,7 +293,7 @@ def _cores() -> int:
 
 
 def _summary(folder: Path, index: dict[str, Any], seconds: float) -> str:
-    """What was made, with everything that was not as it should be, and how to use it."""
+    """What was made, every irregularity that was counted, and how to use the result."""
     lines = []
     for split, made in index["splits"].items():
         size = sum(part["files"][suffix]["bytes"] for part in made["parts"] for suffix in SUFFIXES)
@@ -316,9 +317,9 @@ def _summary(folder: Path, index: dict[str, Any], seconds: float) -> str:
 @dataclass
 class Options:
     out: str | None = setting(None, "where to write (required)")
-    splits: list[str] = setting([], "splits to prepare; empty: all that the data have", choices=SPLITS)
-    processes: int | None = setting(None, "processes that tokenise; null: as many as cores", at_least=1)
-    part_mb: float = setting(PART_MB, "megabytes of text a part", above=0)
+    splits: list[str] = setting([], "splits to prepare; empty: all that the data provide", choices=SPLITS)
+    processes: int | None = setting(None, "processes that tokenise; null: one per core", at_least=1)
+    part_mb: float = setting(PART_MB, "megabytes of text per part", above=0)
 
 
 @command(Options, overrides=True, words=True)
@@ -335,7 +336,7 @@ def main(options: Options, overrides: list[str], words: list[str]) -> int:
             compose(overrides), folder, splits=options.splits, processes=options.processes, part_mb=options.part_mb
         )
     except KeyboardInterrupt:
-        print("\nstopped; finished parts are kept, the same command goes on", file=sys.stderr)
+        print("\nstopped; finished parts are kept, the same command continues", file=sys.stderr)
         return 130
     print(_summary(folder, index, time.perf_counter() - began))
     return 0
@@ -343,7 +344,7 @@ def main(options: Options, overrides: list[str], words: list[str]) -> int:
 
 def _verify(words: list[str]) -> int:
     if words[0] != "verify" or len(words) < 2:
-        raise ConfigError(f"'{' '.join(words)}' cannot be read; give key=value settings, or: verify DIR")
+        raise ConfigError(f"'{' '.join(words)}' is not understood; give key=value settings, or: verify DIR")
     status = 0
     for folder in words[1:]:
         problems = verify_prepared(folder)

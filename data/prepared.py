@@ -1,17 +1,17 @@
-"""A data set tokenised once: what `python -m data.prepare` leaves in a folder, and how it is read.
+"""A data set tokenised in advance: the folder that `python -m data.prepare` writes, and how it is read.
 
     prepared.json            everything about the folder, written last: source, tokenizer, and every file's sha256
     tokenizer/               the tokenizer, as in a run folder
-    train-00000.tokens       ids of some documents, one after another, no separators: np.memmap(path, "uint16")
-    train-00000.documents    a DOCUMENT record for each: where its ids stand, bytes, words, flags, CRC-32
-    train-00000.titles       their titles in UTF-8, one after another
+    train-00000.tokens       ids of some documents, concatenated without separators: np.memmap(path, "uint16")
+    train-00000.documents    a DOCUMENT record for each: offset of its ids, bytes, words, flags, CRC-32
+    train-00000.titles       their titles in UTF-8, concatenated
 
-Opening costs prepared.json and a look at each file's size, wherever a run goes on; no text and no network are needed.
-A file of another size is refused when the folder is opened, a changed byte when a document that holds it is read;
+Opening a folder reads prepared.json and the size of each file, wherever a run resumes; no text and no network are
+needed. A file of the wrong size is refused when the folder is opened, a changed byte when its document is read.
 `python -m data.prepare verify DIR` hashes everything at once.
 
-Ids are read with one ordinary read a document: a mapping would save a copy, but a mapped file that is cut short under
-a running job kills it without a word.
+Ids are read with one ordinary read per document. Mapping them would save a copy, but a mapped file that is truncated
+under a running job kills it without a message.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class _Part:
 class PreparedTokens:
     """The tokenised documents of one split in one or more prepared folders. Also the corpus that identifies them.
 
-    The fingerprint of a single folder is that of the files it was made of: a run sees the same rows from either.
+    The fingerprint of a single folder is that of the files it was made from, as a run sees the same rows.
 
     Raises:
-        ConfigError: no folder, not prepared to the end, no such split, another tokenizer, or a file of another size.
+        ConfigError: no folder is given, or one is incomplete, lacks the split, was made with another tokenizer, or has
+            a file of the wrong size.
     """
 
     def __init__(self, folders: list[str], split: str, tokenizer: Tokenizer) -> None:
@@ -79,7 +80,7 @@ class PreparedTokens:
         self._starts = np.cumsum([0, *(part["documents"] for _, part in self._parts)], dtype=np.int64)
         self.dtype = np.dtype(indices[0]["plan"]["dtype"])
         self._open: OrderedDict[int, _Part] = OrderedDict()
-        self._verified: dict[Path, tuple[int, ...]] = {}  # what _identity was when the hash was right
+        self._verified: dict[Path, tuple[int, ...]] = {}  # _identity of each file when its hash was verified
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -109,7 +110,7 @@ class PreparedTokens:
         """Document `index` in 0..len-1.
 
         Raises:
-            DataError: a file is gone or not as it was written.
+            DataError: a file is missing or damaged.
         """
         p = int(np.searchsorted(self._starts, index, side="right")) - 1
         folder, part = self._parts[p]
@@ -144,7 +145,7 @@ class PreparedTokens:
                     if sha256_of(path) != part["files"][suffix]["sha256"]:
                         raise DataError(f"{path} is damaged; see: python -m data.prepare verify {folder}")
                     self._verified[path] = identity
-                # An empty file cannot be mapped.
+                # An empty file cannot be memory-mapped.
                 opened.append(np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype))
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -155,7 +156,7 @@ class PreparedTokens:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Changes with every write to the file and with its replacement; not even `touch` restores the change time."""
+    """Differs after every write to the file and after its replacement; not even `touch` restores the change time."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -164,26 +165,26 @@ def load_index(folder: Path | str) -> Index:
     """prepared.json of a folder, checked against its own hash.
 
     Raises:
-        ConfigError: it does not exist, is damaged, or is of another version of this program.
+        ConfigError: it does not exist, is damaged, or was written by another version of this program.
     """
     path = Path(folder).expanduser() / INDEX
     try:
         index = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(
-            f"{folder} is not prepared to the end: it has no {INDEX}; run: python -m data.prepare data=... out={folder}"
+            f"{folder} is not completely prepared: it has no {INDEX}; run: python -m data.prepare data=... out={folder}"
         ) from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(index, dict) or index.pop("sha256", None) != _digest(index):
-        raise ConfigError(f"{path} is damaged: it is not as it was written")
+        raise ConfigError(f"{path} is damaged: its hash is wrong")
     if index["plan"]["version"] != VERSION:
-        raise ConfigError(f"{path} is of version {index['plan']['version']}, this program reads {VERSION}")
+        raise ConfigError(f"{path} has version {index['plan']['version']}; this program reads version {VERSION}")
     return index
 
 
 def save_index(folder: Path | str, index: Index) -> None:
-    """Write prepared.json with its own hash, whole or not at all."""
+    """Write prepared.json with its own hash, completely or not at all."""
     text = json.dumps({**index, "sha256": _digest(index)}, indent=1)
     write_whole(Path(folder) / INDEX, text.encode())
 
@@ -205,7 +206,7 @@ def _check_tokenizer(folder: Path, index: Index, tokenizer: Tokenizer) -> None:
 
 
 def _wrong_sizes(folder: Path, index: Index, split: str) -> list[str]:
-    """What is wrong with a split's files as far as their sizes tell."""
+    """Problems with the files of a split that their sizes reveal."""
     problems = []
     for part in index["splits"][split]["parts"]:
         for suffix in SUFFIXES:
@@ -218,7 +219,7 @@ def _wrong_sizes(folder: Path, index: Index, split: str) -> list[str]:
 
 
 def verify_prepared(folder: Path | str) -> list[str]:
-    """Hash every file of a prepared folder; what is not as it was written, in words."""
+    """Hash every file of a prepared folder. Returns a description of each file that is missing or damaged."""
     folder = Path(folder).expanduser()
     index = load_index(folder)
     problems = []
@@ -234,7 +235,7 @@ def verify_prepared(folder: Path | str) -> list[str]:
                 path = folder / f"{part['name']}.{suffix}"
                 known = any(problem.startswith(f"{path} ") for problem in wrong)
                 if not known and sha256_of(path) != part["files"][suffix]["sha256"]:
-                    problems.append(f"{path} is damaged: its hash is not the one it was written with")
+                    problems.append(f"{path} is damaged: its hash is wrong")
     return problems
 
 

@@ -1,17 +1,17 @@
-"""Which files a data set consists of, found once per job and described by name, size and content hash.
+"""The files of a data set, found once per job and described by name, size and content hash.
 
 A pattern is a local path or glob, `hf://datasets/OWNER/NAME/PATH`, or any fsspec address (`s3://bucket/...`). Rank 0
-looks them up and tells the other ranks, so that a hub or a bucket sees one client however many processes train. Hub
-files are pinned to a commit, which the data fingerprint records: a resumed run reads that commit even if the setting
-`data.revision` is null and the branch has moved on. A repository is listed once a process.
+looks them up and broadcasts them, so that a hub or a bucket sees one client however many processes train. Hub files are
+pinned to a commit, which the data fingerprint records: a resumed run reads that commit even if `data.revision` is null
+and the branch has moved on. A repository is listed once per process.
 
-Hub files come through `huggingface_hub` and are read with pyarrow. `datasets` is left out on purpose: its streaming
-holds whole row groups (measured beforehand: 670 MB for a group of 114 MB), gives no access to document i, which an
-order that is a pure function of the step needs, and loses its shuffle buffer when resumed.
+Hub files come through `huggingface_hub` and are read with pyarrow. `datasets` is deliberately not used: its
+streaming holds whole row groups (measured: 670 MB for a group of 114 MB) and loses its shuffle buffer when resumed, and
+it has no access to document i, which an order that is a pure function of the step needs.
 
-A shard is missing when a path without wildcards does not exist or when a pattern finds a series `NAME-00003-of-00008`
-with a hole, and corrupt when it cannot be indexed. `data.on_bad_shard` decides: "error" stops before anything runs,
-"skip" leaves the shard out, prints its name and counts it.
+A shard is missing if a path without wildcards does not exist, or if a pattern matches a series `NAME-00003-of-00008`
+with gaps. It is corrupt if it cannot be indexed. With `data.on_bad_shard` "error" the job stops before anything runs;
+with "skip" the shard is left out, named in a warning and counted.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ T = TypeVar("T")
 
 
 class DataError(Failure, RuntimeError):
-    """Data that cannot be read. The message is one line: the file, what is wrong, and the setting that mends it."""
+    """Data that cannot be read. The message is one line: the file, what is wrong, and which setting to change."""
 
 
 class ChangedError(DataError):
-    """A file is no longer the one that was indexed: a document of the run is gone, whatever data.on_bad_shard says."""
+    """A file is no longer the one that was indexed. An error even if data.on_bad_shard is "skip"."""
 
     def __init__(self, path: str, what: str) -> None:
         super().__init__(
@@ -56,7 +56,7 @@ class ChangedError(DataError):
 
 @dataclass(frozen=True)
 class File:
-    """One file of a split, found but not opened. `size` in bytes; `digest` only where a listing already gives it."""
+    """One file of a split, found but not opened. `size` in bytes; `digest` only if a listing provides it."""
 
     path: str
     name: str
@@ -86,10 +86,10 @@ class Shard:
 
 
 def find_files(data: DataConfig, split: str, commit: str | None = None) -> tuple[list[File], list[str]]:
-    """The files of a split in a fixed order (patterns as given, names sorted within one), and those that are missing.
+    """The files of a split in a fixed order (patterns as given, names sorted within each), and those that are missing.
 
     Args:
-        commit: hub commit to read instead of `data.revision`; a resumed run passes the one it began with.
+        commit: hub commit to read instead of `data.revision`; a resumed run passes the one it started with.
 
     Raises:
         ConfigError: a pattern matches nothing, or files are missing and data.on_bad_shard is "error".
@@ -120,7 +120,7 @@ def find_files(data: DataConfig, split: str, commit: str | None = None) -> tuple
 
 
 def index_shards(data: DataConfig, split: str, commit: str | None = None) -> tuple[list[Shard], int]:
-    """The split's shards, indexed without reading their text, and how many were left out as missing or corrupt."""
+    """The shards of a split, indexed, and how many were left out as missing or corrupt."""
     files, missing = find_files(data, split, commit)
     shards: list[Shard] = []
     corrupt: list[str] = []
@@ -129,14 +129,16 @@ def index_shards(data: DataConfig, split: str, commit: str | None = None) -> tup
             shards.append(_INDEX[data.kind](file, data))
         except ConfigError:
             raise
-        except Exception as error:  # whatever the reader of the format raises: the file is named and the cause quoted
+        except (
+            Exception
+        ) as error:  # whatever the reader of the format raises; the message names the file and quotes the cause
             corrupt.append(f"{file.path}: {one_line(error)}")
     _bad_shards(data, corrupt, split, left=len(shards))
     return shards, len(missing) + len(corrupt)
 
 
 def open_file(file: File) -> BinaryIO | str:
-    """What readers open: a local path (hub files are fetched into the local cache first), or a seekable remote file."""
+    """What readers open: a local path (hub files are downloaded to the local cache first) or a seekable remote file."""
     if file.path.startswith(HUB):
         return hub_download(file)
     if "://" in file.path:
@@ -149,8 +151,8 @@ def open_file(file: File) -> BinaryIO | str:
 def hub_download(file: File) -> str:
     """Local path of a hub file, downloaded on first use.
 
-    huggingface_hub holds a file lock for the download and asks nobody for a file of a known commit that it has: one
-    process a node downloads each shard, the others wait for it.
+    huggingface_hub holds a file lock during the download, and makes no request for a cached file of a known commit. So
+    one process per node downloads each shard while the others wait.
     """
     from huggingface_hub import hf_hub_download
 
@@ -171,7 +173,7 @@ def _hub_files(pattern: str, revision: str | None) -> list[File]:
     revision = named or revision or _COMMITS.get(repo)
     try:
         commit, entries = _list_hub(repo, revision)
-    except Exception as error:  # no network, no such repository, no such revision: the cause is in the message
+    except Exception as error:  # no network, no such repository or revision: the message quotes the cause
         raise ConfigError(
             f"{pattern} (revision {revision}) cannot be listed: {one_line(error)}; without a network, train from a "
             "folder made by python -m data.prepare (data=memmap)"
@@ -190,13 +192,13 @@ def _hub_files(pattern: str, revision: str | None) -> list[File]:
     ]
 
 
-# The commit that this process reads of a repository when no revision is named: all splits of a run come from one.
+# The commit of each repository that is read if no revision is named, so that all splits of a run come from one commit.
 _COMMITS: dict[str, str] = {}
 
 
 @lru_cache(maxsize=16)
 def _list_hub(repo: str, revision: str | None) -> tuple[str, list[Any]]:
-    """The commit that a revision is, and its files by path."""
+    """The commit that a revision refers to, and its files sorted by path."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -225,10 +227,10 @@ def _local_paths(pattern: str) -> list[str]:
 
 
 def _holes(files: list[File], pattern: str) -> list[str]:
-    """Files of a numbered series (train-00003-of-00008.parquet) that the pattern asks for and that are not there.
+    """Missing files of a numbered series (train-00003-of-00008.parquet) that match the pattern.
 
-    Names may end in a hash, as the hub's do. Shards that the pattern leaves out, by a range or by naming one file, are
-    not missing.
+    Names may end in a hash, as on the hub. Shards that the pattern excludes, by a range or by naming one file, are not
+    missing.
     """
     series: dict[tuple[str, str], dict[int, re.Match[str]]] = {}
     for file in files:
@@ -264,7 +266,9 @@ def _index_parquet(file: File, data: DataConfig) -> Shard:
         schema = metadata.schema.to_arrow_schema()
         for key, column in (("text_field", data.text_field), ("title_field", data.title_field)):
             if column and column not in schema.names:
-                raise ConfigError(f"data.{key}={column} is no column of {file.path}; legal: {', '.join(schema.names)}")
+                raise ConfigError(
+                    f"data.{key}={column} is not a column of {file.path}; legal: {', '.join(schema.names)}"
+                )
         kind = schema.field(data.text_field).type
         if str(kind) not in ("string", "large_string", "binary", "large_binary"):
             raise ConfigError(f"data.text_field={data.text_field} of {file.path} holds {kind}, not text")

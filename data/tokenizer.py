@@ -1,8 +1,7 @@
-"""Tokenizers that give back every text exactly: raw bytes, and SentencePiece unigram models trained for it
-(`data.train_tokenizer`).
+"""Lossless tokenizers: raw bytes, and SentencePiece unigram models trained to be lossless (`data.train_tokenizer`).
 
 One id separates documents (`separator_id`, also called bos and eos): it is fed before a document's first token and
-predicted after its last. Every id stands for a fixed byte string, so bytes (for bits per byte) are counted by a table
+predicted after its last. Every id represents a fixed byte string, so bytes (for bits per byte) are counted by table
 look-up and decoding is concatenation.
 """
 
@@ -18,12 +17,12 @@ import numpy as np
 from ovq.errors import ConfigError
 from ovq.files import write_whole
 
-_SPACE = "\u2581"  # how SentencePiece spells a space
+_SPACE = "\u2581"  # how SentencePiece writes a space
 _PROBE = " a\n\n\tb  c\r\n\u2581 \u00e9\u0301\ufb01 \U0001f9ea\u3000\x00 "
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back without loss."""
+    """Converts text to ids and back without loss."""
 
     vocab_size: int
     separator_id: int
@@ -36,24 +35,24 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int: ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, uint16 (uint32 from 65,536 ids on), without separators."""
+        """Ids of the text without separators, uint16 (uint32 if the vocabulary exceeds 65,536 ids)."""
         ...
 
     def decode(self, ids: Any) -> str:
-        """The text of ids; separators give nothing, a cut character gives U+FFFD."""
+        """The text of ids. Separators decode to nothing, a character that is cut off to U+FFFD."""
         ...
 
     def num_bytes(self, ids: Any) -> int:
-        """UTF-8 bytes that ids stand for; negative ids (ignored labels) and separators count nothing."""
+        """UTF-8 bytes that ids represent. Negative ids (ignored labels) and separators count as none."""
         ...
 
     def save(self, folder: Path | str) -> None:
-        """Write what `data.build.build_tokenizer(..., run_dir)` needs to make this tokenizer again."""
+        """Write what `data.build.build_tokenizer(..., run_dir)` needs to restore this tokenizer."""
         ...
 
 
 class _TableTokenizer:
-    """What both kinds share once every id has its byte string."""
+    """What both kinds share, given the byte string of every id."""
 
     def __init__(self, pieces: list[bytes], separator_id: int, fingerprint: str) -> None:
         self.vocab_size, self.separator_id, self.fingerprint = len(pieces), separator_id, fingerprint
@@ -83,7 +82,7 @@ class _TableTokenizer:
 
 
 class ByteTokenizer(_TableTokenizer):
-    """One id a byte, 256 is the separator. Needs no model."""
+    """One id per byte; 256 is the separator. Needs no model."""
 
     def __init__(self) -> None:
         super().__init__([bytes([b]) for b in range(256)] + [b""], 256, "byte:1")
@@ -108,7 +107,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         try:
             self._processor = processor = SentencePieceProcessor(model_proto=model)
         except Exception as error:
-            raise ConfigError(f"tokenizer.model_path={origin} is no SentencePiece model: {error}") from None
+            raise ConfigError(f"tokenizer.model_path={origin} is not a SentencePiece model: {error}") from None
         self._model = model
         separator = processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id()
         if separator < 0:
@@ -133,7 +132,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace(_SPACE, " ").encode()
 
     def encode(self, text: str) -> np.ndarray:
-        # The library reads U+2581 as a space; in the text itself it stands for itself, spelled in bytes.
+        # SentencePiece takes U+2581 for a space, so where the text contains it, it is encoded as bytes.
         parts = [self._processor.encode(part) for part in text.split(_SPACE)]
         ids = parts[0]
         for part in parts[1:]:

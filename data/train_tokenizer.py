@@ -23,13 +23,13 @@ from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
 from ovq.schema import REQUIRED, setting
 
-_LINE_LIMIT = 4000  # bytes of a line fed to training; SentencePiece drops longer ones
+_LINE_LIMIT = 4000  # bytes of a line used for training; SentencePiece drops longer lines
 
 
 @dataclass
 class Options:
     out: str = setting(REQUIRED, "where to write the model")
-    vocab_size: int = setting(16384, "pieces, the 256 bytes among them", at_least=1)
+    vocab_size: int = setting(16384, "pieces, including the 256 bytes", at_least=1)
     sample_mb: float = setting(30.0, "megabytes of text to train on", above=0)
 
 
@@ -42,7 +42,7 @@ def main(options: Options, overrides: list[str]) -> int:
     tokenizer = train_sentencepiece(lines, options.vocab_size, options.out, cfg.seed)
     text = corpus.read(0).text[: 1 << 20]
     ids = tokenizer.encode(text)
-    print(f"{options.out}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
+    print(f"{options.out}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
     print(f"use it with: tokenizer=sentencepiece tokenizer.model_path={options.out}   ({tokenizer.fingerprint})")
     return 0
 
@@ -50,7 +50,7 @@ def main(options: Options, overrides: list[str]) -> int:
 def train_sentencepiece(
     lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0
 ) -> SentencePieceTokenizer:
-    """Train a lossless unigram model on lines (without line ends, which become a piece of their own) and write it.
+    """Train a lossless unigram model on lines (without newlines, which have a piece of their own) and write it.
 
     Raises:
         ConfigError: the text is too small for the vocabulary.
@@ -92,18 +92,18 @@ def train_sentencepiece(
 
 
 def sample_lines(corpus: Corpus, num_bytes: int, seed: int) -> Iterator[str]:
-    """Lines of about `num_bytes` of text in all, one stretch of each of a seeded choice of documents."""
+    """Lines of about `num_bytes` of text in total, from one excerpt of each document in a seeded selection."""
     share = max(1 << 14, num_bytes // max(1, len(corpus)))
     order = np.array([permute(i, len(corpus), seed) for i in range(len(corpus))], np.int64)
     taken = np.minimum(corpus.sizes()[order], share)
     before = np.cumsum(taken) - taken
     left = num_bytes
-    # In file order, which is the fast one; should sizes have been overestimated, the rest follows.
+    # In file order, which is fastest. The other documents follow in case sizes were overestimated.
     for index in [*sorted(order[before < num_bytes]), *order[before >= num_bytes]]:
         if left <= 0:
             return
         text = corpus.read(int(index)).text
-        # A stretch from the middle of a book is more typical than its title page.
+        # An excerpt from the middle of a book is more typical than its title page.
         start = max(0, (len(text) - share) // 2)
         stretch = text[start : start + min(share, left)]
         left -= len(stretch.encode())

@@ -56,7 +56,7 @@ def test_a_pickled_corpus_is_small_and_rereads_its_documents() -> None:
 
 def test_a_python_without_its_sources_fails_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.builtin._documents", lambda: [("a", "b")])
-    with pytest.raises(ConfigError, match="no sources in .*; use data=text"):
+    with pytest.raises(ConfigError, match="no library sources in .*; use data=text"):
         build_corpus(config("data=builtin"), "train")
 
 

@@ -264,9 +264,11 @@ def test_bad_and_empty_and_untitled_documents_are_counted(tmp_path: Path) -> Non
 
 def test_wrong_columns_are_rejected_with_the_legal_ones(shards: Path) -> None:
     pattern = shards / "train-*.parquet"
-    with pytest.raises(ConfigError, match=r"data.text_field=body is no column of .*legal: short_book_title, .*, text"):
+    with pytest.raises(
+        ConfigError, match=r"data.text_field=body is not a column of .*legal: short_book_title, .*, text"
+    ):
         loader(parquet(pattern, "data.text_field=body", "data.on_bad_shard=skip"))
-    with pytest.raises(ConfigError, match="data.title_field=name is no column"):
+    with pytest.raises(ConfigError, match="data.title_field=name is not a column"):
         loader(parquet(pattern, "data.title_field=name"))
     with pytest.raises(ConfigError, match="data.text_field=publication_date of .* holds int32, not text"):
         loader(parquet(pattern, "data.text_field=publication_date"))

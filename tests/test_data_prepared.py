@@ -167,7 +167,7 @@ def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
         monkeypatch.setattr(preparing, "make_part", dies_at(count))
         with pytest.raises(Killed):
             prepare(source, out, processes=1, part_mb=PART_MB)
-        with pytest.raises(ConfigError, match="is not prepared to the end"):
+        with pytest.raises(ConfigError, match="is not completely prepared"):
             loader(from_memmap(out))
     monkeypatch.setattr(preparing, "make_part", dies_at(-1))
     prepare(source, out, processes=1, part_mb=PART_MB)
@@ -234,7 +234,7 @@ def test_a_full_disk_stops_preparation_in_one_line_and_it_resumes_later(
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))  # prepared.json is larger than this, parts are not
     try:
         with pytest.raises(
-            DataError, match=r"File too large; finished parts are kept, the same command goes on"
+            DataError, match=r"File too large; finished parts are kept, the same command continues"
         ) as error:
             prepare(source, out, processes=1, part_mb=PART_MB)
     finally:

@@ -155,7 +155,7 @@ def test_a_run_keeps_its_tokenizer_and_rejects_another(folder: Path, model: Path
     content = bytearray((run / "tokenizer/tokenizer.model").read_bytes())
     content[-200] ^= 1
     (run / "tokenizer/tokenizer.model").write_bytes(bytes(content))
-    with pytest.raises(ConfigError, match="tokenizer differs|no SentencePiece model|changes text"):
+    with pytest.raises(ConfigError, match="tokenizer differs|not a SentencePiece model|changes text"):
         build_tokenizer(of(tmp_path / "moved.model"), run)
 
 
@@ -211,7 +211,7 @@ def test_models_that_change_text_are_rejected(folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             SentencePieceTokenizer(trained(**{**lossless, **change}))
-    with pytest.raises(ConfigError, match="tokenizer.model_path=x is no SentencePiece model"):
+    with pytest.raises(ConfigError, match="tokenizer.model_path=x is not a SentencePiece model"):
         SentencePieceTokenizer(b"not a model", "x")
 
 

@@ -1,7 +1,7 @@
-"""Generated tasks: one file each, all with the interface of `base.Task`.
+"""Generated tasks, one file each, all with the interface of `base.Task`.
 
-A task is named in a config by its class path (`_target_`), so nothing is registered here and one from outside the
-package works the same way.
+A config names a task by its class path (`_target_`), so nothing is registered here, and a task from outside the package
+works the same way.
 """
 
 from data.tasks.base import IGNORE, Task

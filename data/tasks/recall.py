@@ -2,9 +2,9 @@
 
     k1 v1 k2 v2 k3 v3 ... | k2 v2 k7 v7 k1 v1 ...
 
-All keys of a sequence differ; queries come in random order, each key at most once; only the values of queries carry a
-label, so loss and accuracy are those of answers. Which value belongs to which key is drawn independently for every
-sequence, so looking back is all that can be learned.
+All keys of a sequence differ. Queries come in random order, each key at most once. Only the values of queries have
+labels, so loss and accuracy are those of the answers. The value of each key is drawn independently for every sequence,
+so nothing can be learned but to look back.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import numpy as np
 from data.tasks.base import IGNORE, Task
 from ovq.errors import ConfigError
 
-BLANK = 0  # fills what does not divide into pairs
+BLANK = 0  # fills positions left over after the last whole pair
 
 
 class RecallTask(Task):
-    """Ids: blank, then keys, then values, then fillers if there are any.
+    """Ids: the blank, then keys, then values, then fillers, if any.
 
     Args:
         key_tokens, value_tokens: tokens of a key and of a value.
-        key_vocab, value_vocab: different tokens that keys and values are made of.
-        queried: queries in the sequence, as a share of its pairs.
-        filler: share of the sequence that is random filler between pairs and between queries.
-        filler_vocab: different filler tokens.
+        key_vocab, value_vocab: number of distinct tokens that keys and values consist of.
+        queried: number of queries as a fraction of the number of pairs.
+        filler: fraction of the sequence that is random filler between pairs and between queries.
+        filler_vocab: number of distinct filler tokens.
         short_steps, short_factor: the curriculum, see `Task`.
 
     Raises:
-        ConfigError: a size below 1, or a share outside its range.
+        ConfigError: a size is below 1, or a fraction is outside its range.
     """
 
     name = "recall"
@@ -72,7 +72,7 @@ class RecallTask(Task):
 
     @property
     def item(self) -> int:
-        """Tokens of a pair or of an answered query."""
+        """Tokens of a pair, or of a query with its answer."""
         return self.key_tokens + self.value_tokens
 
     def sizes(self, length: int) -> tuple[int, int, int]:
@@ -105,7 +105,7 @@ class RecallTask(Task):
         values = rng.integers(self.value_vocab, size=(pairs, self.value_tokens))
         items = np.concatenate([1 + digits, 1 + self.key_vocab + values], axis=1)
         items = np.concatenate([items, items[rng.permutation(pairs)[:queries]]])
-        # Filler falls into the gaps before each item; what then is left over stands, blank, at the very start.
+        # Filler goes into the gaps before items. Positions left over are blanks at the start of the sequence.
         gaps = np.bincount(rng.integers(len(items), size=filler), minlength=len(items))
         left_over = length - filler - items.size
         starts = left_over + np.cumsum(gaps) + self.item * np.arange(len(items))
@@ -120,7 +120,7 @@ class RecallTask(Task):
         return tokens, targets
 
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
-        """Looks every key up that has occurred before."""
+        """Looks up every key that has occurred before."""
         first_value, keys = 1 + self.key_vocab, self.key_tokens
         book: dict[tuple[int, ...], np.ndarray] = {}
         predicted = np.full(len(inputs), IGNORE, np.int64)
@@ -139,7 +139,7 @@ class RecallTask(Task):
         return predicted
 
     def score(self, predicted: np.ndarray, targets: np.ndarray) -> tuple[int, int]:
-        """An answer is right when all its tokens are."""
+        """An answer is correct if all its tokens are."""
         answered = targets != IGNORE
         right = (predicted == targets)[answered].reshape(-1, self.value_tokens).all(axis=1)
         return int(right.sum()), len(right)

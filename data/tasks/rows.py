@@ -1,4 +1,4 @@
-"""Rows and batches of a generated task: what the loader and a test read from it."""
+"""Rows of a generated task for the loader, and batches of test sequences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data.tasks.base import IGNORE, TEST, TRAIN, Task
 
 
 class TaskTokenizer:
-    """Stands where a run expects a tokenizer: the task's own symbols, which spell no text."""
+    """The tokenizer of a run on a task: the symbols of the task, which represent no text."""
 
     separator_id = bos_id = eos_id = 0
 
@@ -33,11 +33,11 @@ class TaskTokenizer:
         return 0
 
     def save(self, folder: Path | str) -> None:
-        """Nothing to keep: the symbols follow from the config."""
+        """Nothing to save: the symbols follow from the config."""
 
 
 class TaskRows:
-    """The row source of `data.loader.Loader`: the row of a lane at a step, from nothing but their numbers."""
+    """The row source of `data.loader.Loader`: a row is a pure function of its lane and step."""
 
     def __init__(self, task: Task, context: int, seed: int) -> None:
         self.task, self.context, self.seed = task, context, seed
@@ -60,9 +60,9 @@ class TaskRows:
 
 
 class TaskLoader(Loader):
-    """`data.loader.Loader` whose early micro-batches of m rows come out as m x short_factor shorter ones.
+    """A `data.loader.Loader` that splits early micro-batches of m rows into m x short_factor shorter rows.
 
-    `Batch.lanes` then has an entry for each of those: lane x short_factor + its place in the row.
+    `Batch.lanes` then has an entry for each of them: lane x short_factor + its index in the original row.
     """
 
     def __init__(self, task: Task, *args: Any, **settings: Any) -> None:
@@ -80,11 +80,11 @@ class TaskLoader(Loader):
 
 
 def test_batches(task: Task, length: int, *, seed: int, rows: int, batch: int) -> Iterator[Batch]:
-    """`rows` test sequences of `length` tokens, `batch` at a time; the same for every model."""
+    """Test sequences: `rows` of `length` tokens, `batch` at a time, the same for every model."""
     for start in range(0, rows, batch):
         made = [task.make(length, seed, TEST, 0, row) for row in range(start, min(start + batch, rows))]
         inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*made))
         yield Batch(inputs, targets)
 
 
-test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test where it is imported
+test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it as a test wherever it is imported
