@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ovq.errors import ConfigError, Failure, omegaconf_message, one_line
+from ovq.report import lasting_streams
 from ovq.schema import describe, problems
 
 T = TypeVar("T")
@@ -67,21 +68,60 @@ def command(
     return decorate
 
 
-def guarded(body: Callable[[], int | None]) -> int:
-    """Run `body` and return the exit status. Errors a user can act on become one line on stderr; others propagate."""
-    try:
-        return body() or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    except Exception as error:
-        status = status_of(error)
-        if status is None:
-            raise
-        # A wrong setting is wrong on every rank, so only rank 0 reports it; any other failure may be a single rank's.
-        if status != 2 or os.environ.get("RANK", "0") == "0":
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        return status
+def stay(status: int | None, error: BaseException) -> None:
+    """What `guarded` does after a failure unless it is told otherwise: nothing."""
+
+
+def guarded(body: Callable[[], int | None], leave: Callable[[int | None, BaseException], None] = stay) -> int:
+    """Run `body`; an error that a user can act on is one line on stderr, any other a traceback.
+
+    Nothing that is printed meanwhile can fail (see `ovq.report`).
+
+    Args:
+        body: returns the exit status; None: 0.
+        leave: called as leave(status, error) after a failure was printed, and as leave(None, error) before a fault of
+            the program is raised; it may end the process.
+
+    Returns:
+        The exit status.
+    """
+    with lasting_streams():
+        try:
+            return body() or 0
+        except (KeyboardInterrupt, Exception) as error:
+            status, message = failure_of(error)
+            if message:
+                print(message, file=sys.stderr, flush=True)
+            leave(status, error)
+            if status is None:
+                raise
+            return status
+
+
+def failure_of(error: BaseException) -> tuple[int | None, str]:
+    """(exit status of an error, the line to print); (None, "") for a fault of the program."""
+    if interrupted(error):
+        return 130, "interrupted"
+    assert isinstance(error, Exception)
+    status = status_of(error)
+    if status is None:
+        return None, ""
+    if status > 128:  # stopped by a signal: not an error
+        return status, one_line(error)
+    rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
+    if status == ConfigError.status:
+        # A wrong setting is the same on every rank, so rank 0 alone names it.
+        return status, f"error: {one_line(error)}" if rank == "0" else ""
+    return status, f"error: {one_line(error)}" if alone else f"error: rank {rank}: {one_line(error)}"
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether an error is a KeyboardInterrupt, or what native code that was being imported made of one."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def status_of(error: Exception) -> int | None:

@@ -146,7 +146,7 @@ class Trainer:
         self.pending: list[StepRecord] = []
         self.tokens_per_s: list[float] = []
         self.peak = (0.0, "")
-        self.progress: Progress | None = None
+        self.progress: Progress | None = None  # until `fit`
         self.signal = StopSignal(announce=world.is_main)
         self._buffers = LearnedBuffers(model)
         self._window, self._data_wait = 0.0, 0.0
@@ -396,7 +396,7 @@ class Trainer:
         """One line on the main process's stderr."""
         if not self.world.is_main:
             return
-        if self.progress is not None and self.progress.enabled:
+        if self.progress is not None:
             self.progress.say(text)
         else:
             print(text, file=sys.stderr, flush=True)

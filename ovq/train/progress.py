@@ -6,11 +6,18 @@ import sys
 import time
 from typing import Any, TextIO
 
-PROGRESS_LINE_S = 10.0  # between progress lines where stderr is no terminal
+PROGRESS_LINE_S = 10.0  # between progress lines where stderr is not a terminal
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line at the first and last step and every ten seconds between."""
+    """A bar on a terminal; elsewhere a line at the first and last step and every ten seconds between.
+
+    Args:
+        steps: of the whole run.
+        start: steps done before this process began.
+        enabled: show progress; `say` writes its line either way.
+        stream: where to write; None: sys.stderr.
+    """
 
     def __init__(self, steps: int, start: int, enabled: bool, stream: TextIO | None = None) -> None:
         self.steps, self.start = steps, start
@@ -27,7 +34,7 @@ class Progress:
             )
 
     def update(self, step: int, facts: dict[str, str]) -> None:
-        """Show that `step` steps are done, with already formatted facts (loss, tokens/s, ...)."""
+        """Show that `step` steps are done, with facts that are formatted already (loss, tokens/s, ...)."""
         if not self.enabled:
             return
         if self._bar is not None:
@@ -39,12 +46,10 @@ class Progress:
             self._last_line = now
             eta = (now - self._began) / max(1, step - self.start) * (self.steps - step)
             shown = "  ".join(f"{key} {value}" for key, value in facts.items())
-            print(f"step {step}/{self.steps}  {shown}  ETA {duration(eta)}", file=self.stream, flush=True)
+            self.say(f"step {step}/{self.steps}  {shown}  ETA {duration(eta)}")
 
     def say(self, text: str) -> None:
-        """One line that does not tear the bar."""
-        if not self.enabled:
-            return
+        """Write a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         else:

@@ -1,4 +1,4 @@
-"""What a run came to, as text and as the last file it writes."""
+"""The outcome of a run, as text and as the last file it writes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from ovq.config import Config
 from ovq.files import write_whole
 
 FILE = "summary.json"
+FIELDS = {"step", "stopped_by", "tokens", "last_loss", "checkpoint"}  # without which a file is no summary of a run
 
 
 def finish(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
-    """Print the summary; a finished run also leaves it as summary.json, the last file it writes."""
-    print(summary_text(summary, cfg, run_dir))
+    """Write summary.json, the last file of a finished run, then print the summary."""
     if summary["stopped_by"] is None:
         write_whole(run_dir / FILE, json.dumps(summary, indent=1) + "\n")
+    print(summary_text(summary, cfg, run_dir), flush=True)
+
+
+def read_finished(run_dir: Path) -> dict[str, Any] | None:
+    """The summary that `finish` wrote in this run folder; None if the run did not finish there."""
+    try:
+        summary = json.loads((run_dir / FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) and summary.keys() >= FIELDS and summary["stopped_by"] is None else None
 
 
 def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:

@@ -1,0 +1,96 @@
+"""Output that cannot stop the work: a closed pipe, a full disk under a log or a missing glyph costs text, not a run.
+
+`lasting_streams` is installed once, by `ovq.cli.guarded`, and covers whatever writes to sys.stdout and sys.stderr:
+print, warnings, logging, progress bars, libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+LOST = (OSError, ValueError)  # a broken pipe, a full disk, a terminal that was closed; a file object that was closed
+
+
+class LastingStream:
+    """A text stream whose `write` and `flush` never raise; everything else is the stream's own.
+
+    Text that the stream cannot encode is written with backslash escapes; text that it cannot take is dropped.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except LOST:
+            pass
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*LOST):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Make sys.stdout and sys.stderr lasting within the `with` block.
+
+    A stream that turns out broken is redirected to /dev/null at the end: Python flushes both once more at exit, and
+    would turn status 0 into 120 if that failed.
+    """
+    if isinstance(sys.stdout, LastingStream) and isinstance(sys.stderr, LastingStream):
+        yield
+        return
+    _open_missing()
+    with open(os.devnull, "w") as nowhere:
+        before = sys.stdout, sys.stderr
+        streams = [stream or nowhere for stream in before]  # None where the process began without one
+        sys.stdout, sys.stderr = (LastingStream(stream) for stream in streams)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for stream in streams:
+                _flush_or_discard(stream)
+
+
+def write_error(text: str) -> None:
+    """Write to file descriptor 2 unbuffered, for signal handlers: they may have interrupted a `print`."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def _open_missing() -> None:
+    """Open descriptors 0 to 2 where they are closed, or the next file opened would receive what is meant for stderr."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+
+
+def _flush_or_discard(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except LOST:
+        with contextlib.suppress(*LOST):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            stream.flush()
