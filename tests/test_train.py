@@ -29,7 +29,7 @@ from ovq.train.metrics import Metrics, read_rows
 from ovq.train.optim import build_optimizer, clip_gradients, lr_at, persistent_buffers, step_unless
 from ovq.train.parallelize import mesh_shape, parallelize
 from ovq.train.progress import Progress
-from ovq.train.stop import StopSignal
+from ovq.train.stop import SIGNALS, StopSignal
 from ovq.train.summary import summary_text
 from tests.helpers import relative_error, small_config, small_model
 from tests.training import losses, rows, trainer_for
@@ -261,19 +261,19 @@ def send_at(trainer: Trainer, step: int, number: signal.Signals) -> None:
     trainer.train_step = step_then_signal  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_stopped_run_resumes_bit_exact(tmp_path: Path, number: signal.Signals) -> None:
     how: dict[str, Any] = {"prepare": noisy, "evaluate": drawing, "model": "sw_vq"}
     whole = trainer_for(tmp_path / "whole", "trainer.eval_every=2", **how)
     assert whole.fit()["stopped_by"] is None
-    run_dir, handlers = tmp_path / "stopped", [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    run_dir, handlers = tmp_path / "stopped", [signal.getsignal(n) for n in SIGNALS]
     for at in (3, 4):
         trainer = trainer_for(run_dir, "trainer.eval_every=2", **how)
         send_at(trainer, at, number)
         summary = trainer.fit()
         assert (summary["stopped_by"], summary["step"]) == (number.name, at)
         assert summary["checkpoint"] == str(run_dir / "checkpoints" / checkpoint.name_of(at))
-        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+        assert [signal.getsignal(n) for n in SIGNALS] == handlers
     last = trainer_for(run_dir, "trainer.eval_every=2", **how)
     assert last.fit()["stopped_by"] is None
     assert losses(run_dir) == losses(tmp_path / "whole")
@@ -319,7 +319,38 @@ def test_a_second_signal_ends_the_process_unless_it_is_the_first_one_forwarded(m
         assert exits == [128 + signal.SIGTERM]
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.name is None
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.name == "SIGUSR1"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_forked_worker_does_not_act_on_the_trainers_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopSignal(announce=True) as stop:
+        parent = os.getpid()
+        monkeypatch.setattr(stop_module.os, "getpid", lambda: parent + 1)
+        os.kill(parent, signal.SIGUSR2)
+        assert stop.name is None
+
+
+def test_handlers_stay_until_the_outermost_block_ends() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignal() as stop:
+        with stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # passed on by a launcher after the last step
+        assert stop.name == "SIGTERM"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
 
 
 def test_resumed_metrics_drop_steps_that_will_be_repeated_and_a_torn_line(tmp_path: Path) -> None:

@@ -8,35 +8,58 @@ import time
 from types import FrameType
 from typing import Any
 
-SAME_SIGNAL_S = 2.0  # a launcher passes on what the terminal also sent
+from ovq.report import write_error
+
+SAME_SIGNAL_S = 2.0  # a launcher passes on what the terminal has also sent
+# What schedulers, launchers, terminals and people send to end a job; SLURM's --signal=USR1@90 is a warning before it.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
-    """SIGTERM and SIGINT raise a flag that the loop polls; a second one ends the process at once.
+    """Any of SIGNALS raises a flag that the loop polls; one that comes more than SAME_SIGNAL_S later ends the process
+    immediately.
 
-    A context manager: the handlers before it are put back at the end. `announce`: say so on stderr. A torchrun that
-    gets the signal passes it on, waits 30 s for its processes, and itself ends with status 1 though theirs is 0.
+    A reentrant context manager: leaving the outermost block restores the previous handlers. A SIGHUP that the parent
+    set to be ignored (nohup) stays ignored. Forked children inherit the handler, in which it does nothing: loader
+    workers are needed until the last batch.
+
+    A torchrun that receives SIGTERM, SIGINT or SIGHUP passes on SIGTERM, waits 30 s for its processes and exits with
+    status 1, though theirs is 0. SIGUSR1 and SIGUSR2 end torchrun itself unless it is given --signals-to-handle.
+
+    Args:
+        announce: write a line to stderr when the flag is raised.
     """
 
     def __init__(self, announce: bool = False) -> None:
         self.name: str | None = None
         self.announce = announce
         self._since = 0.0
+        self._depth = self._pid = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._depth += 1
+        if self._depth == 1:
+            self._pid = os.getpid()
+            for number in SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
         if self.name is not None:
             if time.monotonic() - self._since > SAME_SIGNAL_S:
                 os._exit(128 + number)
             return
         self.name, self._since = signal.Signals(number).name, time.monotonic()
-        if self.announce:  # print() may be what was interrupted, and must not be entered twice
-            os.write(2, f"\n{self.name}: saving after this step (a second signal quits at once)\n".encode())
+        if self.announce:
+            write_error(f"\n{self.name}: saving after this step (a second signal quits at once)\n")
