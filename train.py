@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 train.py experiment=pg19_150m    one process a GPU, sharded with FSDP
     python train.py --help                                       every setting
 
-Exit status: 0 finished, or stopped by a signal after saving; 1 training or data failed; 2 a setting is wrong.
+Exit status: 0 finished, or stopped by a signal after saving; 1 training or data failed; 2 a setting is wrong;
+130 interrupted before training began.
 """
 
 from __future__ import annotations
@@ -15,29 +16,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovq import compose, config
-from ovq.cli import HELP, guarded
-from ovq.config import Config
-from ovq.errors import ConfigError
-
-if TYPE_CHECKING:  # torch is imported once the command line is known to be right
+if TYPE_CHECKING:  # imported within functions: a Ctrl-C during imports is one line, and a typo needs no torch
     from data.tokenizer import Tokenizer
+    from ovq.config import Config
     from ovq.model import Transformer
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Errors that a user can mend are one line."""
+    """Run the command line; returns the exit status. Errors that a user can act on are one line."""
+    from ovq import peers
+    from ovq.cli import guarded
+
     argv = sys.argv[1:] if argv is None else argv
-    if any(word in argv for word in HELP):
-        print(compose.help_text())
-        return 0
-    return guarded(lambda: run(argv))
+    return guarded(lambda: run(argv), peers.leave)
 
 
 def run(argv: list[str]) -> None:
+    from ovq import compose, peers
+    from ovq.cli import HELP
+
+    if any(word in argv for word in HELP):
+        print(compose.help_text())
+        return
     cfg = compose.compose(argv)  # before torch is imported: a typo is refused at once
     run_dir = compose.run_dir_of(cfg, argv)
-    (dry_run if cfg.dry_run else train)(cfg, run_dir)
+    with peers.watched(run_dir / "checkpoints"):
+        (dry_run if cfg.dry_run else train)(cfg, run_dir)
 
 
 def dry_run(cfg: Config, run_dir: Path) -> None:
@@ -103,18 +107,20 @@ def train(cfg: Config, run_dir: Path) -> None:
     if extra:
         trainer.resume(extra)
         trainer.say(f"resumed from {start} at step {trainer.step}")
-    try:
-        summary = trainer.fit()
-    finally:
-        metrics.close()
-    if world.is_main:
-        finish(summary, cfg, run_dir)
-    processes.shutdown()
+    with trainer.signal:  # until the end: a launcher may pass the signal on after the last step
+        try:
+            summary = trainer.fit()
+        finally:
+            metrics.close()
+        if world.is_main:
+            finish(summary, cfg, run_dir)
+        processes.shutdown()
 
 
 def check_held_out(cfg: Config) -> None:
     """Refuse a run that would train for days and then have nothing to evaluate on."""
     from data.build import FROM_FILES
+    from ovq.errors import ConfigError
 
     wanted = cfg.eval.at_end or cfg.trainer.eval_every
     if wanted and cfg.data.kind in FROM_FILES and not getattr(cfg.data, cfg.eval.split):
@@ -126,6 +132,8 @@ def check_held_out(cfg: Config) -> None:
 
 def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer of another size than the config promises."""
+    from ovq.errors import ConfigError
+
     if cfg.tokenizer.vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(
             f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but {cfg.tokenizer.model_path} has "
@@ -135,6 +143,8 @@ def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
 
 def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
     """Make the run folder this run's: refuse one made with other settings, then store config and tokenizer in it."""
+    from ovq import config
+    from ovq.errors import ConfigError
     from ovq.processes import on_main
     from ovq.train.checkpoint import hold
     from ovq.train.summary import FILE
@@ -155,4 +165,8 @@ def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while the command line itself was being imported
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -7,11 +7,15 @@ gloo half, so that Python objects, stop flags and token counts are agreed withou
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import datetime
 import gc
 import os
 import random
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +30,7 @@ from ovq.errors import ConfigError
 
 T = TypeVar("T")
 FIRST_STEP_TIMEOUT_S = 1800  # compiling kernels and resolving data may differ by minutes between processes
+WAITING_S = 1.0  # between looks at whether the other ranks are still there
 BACKGROUND_TIMEOUT_S = 6 * 3600  # writing a checkpoint: a shared disk may be slow, and training goes on meanwhile
 
 
@@ -147,6 +152,39 @@ def background_group() -> dist.ProcessGroup | None:
 
 
 _BACKGROUND: list[dist.ProcessGroup] = []
+
+
+def in_background(work: Callable[..., T], *args: Any) -> Future[T]:
+    """Run `work(*args)` in a thread that an orderly exit of the process waits for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="background", daemon=False)
+    _THREADS[:] = [other for other in _THREADS if other.is_alive()] + [thread]
+    thread.start()
+    return future
+
+
+_THREADS: list[threading.Thread] = []
+
+
+def join_background(seconds: float) -> None:
+    """Wait at most this long for what `in_background` runs."""
+    end = time.monotonic() + seconds
+    for thread in _THREADS:
+        thread.join(max(0.0, end - time.monotonic()))
+
+
+def done_everywhere(future: Future[Any]) -> bool:
+    """Whether `future` is done on every rank, after waiting a moment for this one's. A collective: ranks that wait for
+    something slow ask it in a loop, and so notice within the time limit of a collective that a peer is lost."""
+    concurrent.futures.wait([future], timeout=WAITING_S if distributed() else None)
+    return not any_flag(not future.done())
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:

@@ -17,7 +17,7 @@ moment is counted in the process where it happens; workers of the loader inherit
     action       does
     kill         SIGKILL to this process
     stop         SIGSTOP to this process
-    freeze       blocks for ever, deaf to SIGTERM and SIGINT
+    freeze       blocks this thread for ever; the main thread is deaf to SIGTERM and SIGINT then
     term usr1 usr2 hup int      that signal to this process
     raise        an OSError
     full         every later write to a file of the run folder fails: no space left on device
@@ -33,7 +33,10 @@ import importlib
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +78,24 @@ def command(faults: list[Fault], overrides: list[str], processes: int = 1) -> li
     return [sys.executable, *program, plan, *overrides]
 
 
+def ranks(faults: list[Fault], overrides: list[str], processes: int, logs: Path) -> list[subprocess.Popen[bytes]]:
+    """Start the ranks of a job without a launcher, so that nothing else ends them; rank r prints to `logs`/r.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs.mkdir(parents=True, exist_ok=True)
+    started = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = os.environ | {key: str(value) for key, value in place.items()}
+        with (logs / f"{rank}.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(command(faults, overrides), stdout=log, stderr=log, env=environment, cwd=ROOT)
+            )
+    return started
+
+
 def install(faults: list[Fault]) -> None:
     """Patch the moments of the faults that are this rank's."""
     rank = int(os.environ.get("RANK", 0))
@@ -112,8 +133,9 @@ def act(action: str) -> None:
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
     elif action == "freeze":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         while True:
             time.sleep(3600)
     else:

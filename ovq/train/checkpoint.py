@@ -70,8 +70,6 @@ class Checkpointer:
         self.keep_last, self.asynchronous = keep_last, asynchronous
         self.last: Path | None = None  # the newest complete one that this process has saved or resumed from
         self._group = processes.background_group()
-        # Not a daemon: a process that ends for another reason still completes what is being written.
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[Path] | None = None
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
@@ -98,14 +96,16 @@ class Checkpointer:
         writer = dcp.FileSystemWriter(scratch, sync_files=True)
         if self.asynchronous:
             state = writer.stage(state)
-        self._writing = self._thread.submit(self._write, step, writer, state, extra)
+        self._writing = processes.in_background(self._write, step, writer, state, extra)
         if not self.asynchronous:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what went wrong with it, once."""
+        """Until nothing is being written on any rank. Raises what went wrong with it, once. A collective."""
         writing, self._writing = self._writing, None
         if writing is not None:
+            while not processes.done_everywhere(writing):
+                pass
             self.last = writing.result()
 
     # --- in the thread -----------------------------------------------------------------------------------------------

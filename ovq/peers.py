@@ -1,0 +1,178 @@
+"""How a rank of a job ends after a failure: in bounded time, and naming the ranks that failed or do not answer.
+
+A rank that is frozen or lost shows up on the others as an error of some collective, which names at best a neighbour.
+So every rank that meets such an error reports to the store that the ranks met through, and the ones that have not
+reported after a few seconds are the ones to look at. torchrun's own summary calls the first rank to exit the root
+cause; the error file it provides makes it quote this explanation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ovq.errors import Failure, one_line
+
+ROLL_CALL_S = 5.0  # ranks meet the same failure within moments of each other
+GRACE_S = 20.0  # for a checkpoint that is being written; torchrun kills after 30 s
+LAST_STAGE_S = 5.0
+
+
+class PeerLost(Failure, RuntimeError):
+    """Another rank failed or stopped answering. The message is one line: which one, what is intact, what to do."""
+
+
+def in_job() -> bool:
+    """Whether this process is one rank of several; does not import torch."""
+    processes = sys.modules.get("ovq.processes")
+    return processes is not None and processes.distributed()
+
+
+def is_communication_error(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is of the communication between ranks."""
+    import torch.distributed as dist
+
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def watched(checkpoints: Path) -> Iterator[None]:
+    """Turn a communication error into `PeerLost`, and report any other failure of this rank to its peers.
+
+    Args:
+        checkpoints: the run's folder of checkpoints, whose newest one the message names.
+
+    Raises:
+        PeerLost: another rank failed, was lost or does not answer.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not in_job():
+            raise
+        outlast_signals()
+        if is_communication_error(error):
+            absent, failed = roll_call()
+            raise PeerLost(explanation(absent, failed, one_line(error), checkpoints)) from error
+        report_failure(f"{type(error).__name__}: {one_line(error)}")
+        raise
+
+
+def outlast_signals() -> None:
+    """Ignore SIGTERM from now on: torchrun sends it once one rank has exited, and the others must still report."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def roll_call() -> tuple[list[int], dict[int, str]]:
+    """Report to the store and wait up to ROLL_CALL_S for the others.
+
+    Returns:
+        The ranks that did not report, and the failures that ranks have reported, by rank. If rank 0 hosts the store
+        and is lost, nothing is known of the others: it alone is returned.
+    """
+    from ovq import processes
+
+    absent, failed = set(range(processes.world_size())), dict[int, str]()
+    # In a thread of its own: a store on a frozen host blocks without a time limit.
+    thread = threading.Thread(target=_strike_off, args=(absent, failed), daemon=True)
+    thread.start()
+    thread.join(2 * ROLL_CALL_S)
+    if len(absent) == processes.world_size():  # not even this rank could report
+        return [] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0], failed
+    return sorted(absent), failed
+
+
+def _strike_off(absent: set[int], failed: dict[int, str]) -> None:
+    from ovq import processes
+
+    store, end = _store(), time.monotonic() + ROLL_CALL_S
+    with contextlib.suppress(RuntimeError):  # rank 0 may host the store, and end before the others
+        store.set(f"ovq/present/{processes.rank()}", "")
+        while absent and time.monotonic() < end:
+            for rank in sorted(absent):
+                if store.check([f"ovq/failed/{rank}"]):
+                    failed[rank] = store.get(f"ovq/failed/{rank}").decode()
+                    absent.discard(rank)
+                elif store.check([f"ovq/present/{rank}"]):
+                    absent.discard(rank)
+            if absent:
+                time.sleep(0.05)
+
+
+def report_failure(text: str) -> None:
+    """Let the other ranks know why this one ends."""
+    from ovq import processes
+
+    def report() -> None:
+        with contextlib.suppress(RuntimeError):
+            _store().set(f"ovq/failed/{processes.rank()}", text)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    thread.join(ROLL_CALL_S)
+
+
+def _store() -> Any:
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
+
+
+def explanation(absent: list[int], failed: dict[int, str], seen: str, checkpoints: Path) -> str:
+    """One line: what happened, what is intact, what to do."""
+    said = [f"rank {rank} failed ({text})" for rank, text in failed.items()]
+    if absent:
+        ranks = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
+        said.append(f"{ranks} did not answer (killed, stopped or frozen)")
+    if not said:
+        said = [f"communication with the other ranks failed, and none of them is known to be lost ({seen})"]
+    complete = sorted(checkpoints.glob("step_*/manifest.json"))
+    kept = f"the newest checkpoint, {complete[-1].parent}, is intact" if complete else "there is no checkpoint yet"
+    advice = "end any process that is left and start the same command again"
+    return f"{'; '.join(said)}; {kept}; {advice}"
+
+
+def leave(status: int | None, error: BaseException) -> None:
+    """End this rank of a job after a failure, within GRACE_S; in a lone process, return.
+
+    A checkpoint that is being written is completed if that takes no longer. An orderly exit would wait for it, and for
+    the process group, without such a limit: hours, where a peer is frozen.
+
+    Args:
+        status: exit status of an error that has been printed; None for one whose traceback has not, with status 1.
+    """
+    if not in_job():
+        return
+    outlast_signals()
+    if status is None:
+        traceback.print_exception(error)
+    tell_launcher(one_line(error))
+    from ovq import processes
+
+    # Without a peer, all that a checkpoint can still complete is its last stage on rank 0.
+    processes.join_background(LAST_STAGE_S if isinstance(error, PeerLost) else GRACE_S)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # lasting streams: it cannot fail
+    os._exit(1 if status is None else status)
+
+
+def tell_launcher(message: str) -> None:
+    """Give torchrun the message for its summary, in the format of torch.distributed.elastic."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
