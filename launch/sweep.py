@@ -3,20 +3,26 @@
     python -m launch.sweep experiment=cpu_demo model=sw,sw_nope,sw_ovq seed=0,1
     python -m launch.sweep --gpus 8 --per-job 2 experiment=pg19_70m model=sw_ovq,sw_nope
 
-The values are Hydra's own sweep syntax. Every job is `train.py` with one combination of them, so its run folder is the
-one that the same command finds by hand: finished jobs are skipped, broken ones are resumed from their last checkpoint.
-A finished job whose settings have changed since is refused before anything starts. A failure does not stop the others
-(unless --stop-on-failure); a table of failures ends the sweep.
+The values use Hydra's sweep syntax. Every job is `train.py` with one combination of them, so its run folder is the one
+that the same command uses when it is run by hand: finished jobs are skipped, others resume from their last checkpoint.
+A finished job whose settings have changed since is refused before anything starts. A failure does not stop the other
+jobs (unless --stop-on-failure); the sweep ends with a table of failures.
+
+A signal that stops the sweep stops its jobs too: they save, the sweep prints where they stand and exits with status
+128 + the signal's number, and the same sweep continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +32,21 @@ from hydra.errors import HydraException
 from ovq import config
 from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, Stopped
+from ovq.train.stop import SIGNALS
+from ovq.train.summary import read_finished
 
 ROOT = Path(__file__).resolve().parent.parent
+POLL_S = 0.2
 
 
 @dataclass
 class Job:
-    """One combination of overrides and what has become of it."""
+    """One combination of overrides and its state."""
 
     overrides: list[str]
     run_dir: Path
-    status: str = "waiting"  # waiting | finished before | running | finished | failed
+    status: str = "waiting"  # waiting | finished before | running | finished | stopped | failed
     code: int | None = None
 
     @property
@@ -74,56 +83,95 @@ def expand(overrides: list[str]) -> list[Job]:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether training ended here as planned: `summary.json` is the last thing that train.py writes."""
-    return (run_dir / "summary.json").is_file()
+    """Whether training finished here: summary.json is the last file that train.py writes."""
+    return read_finished(run_dir) is not None
 
 
 def mark_finished(jobs: list[Job]) -> None:
-    """Mark the jobs that are done.
+    """Mark the jobs that are finished already.
 
     Raises:
         ConfigError: a finished run has other settings than its job: the experiment was edited in between.
     """
     for job in jobs:
         if is_finished(job.run_dir):
-            made, asked = config.load(job.run_dir), compose(job.overrides)
-            changed = config.changed_identity(made, asked)
-            if made.trainer.steps != asked.trainer.steps:  # may change at a resume, but this run ended as planned
-                changed.append(f"trainer.steps: {made.trainer.steps} -> {asked.trainer.steps}")
+            stored, requested = config.load(job.run_dir), compose(job.overrides)
+            changed = config.changed_identity(stored, requested)
+            if stored.trainer.steps != requested.trainer.steps:  # may change at a resume, but this run has finished
+                changed.append(f"trainer.steps: {stored.trainer.steps} -> {requested.trainer.steps}")
             if changed:
                 raise ConfigError(f"{job.run_dir} was made with other settings ({'; '.join(changed)}); remove it")
             job.status = "finished before"
 
 
 def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool) -> None:
-    """Run the waiting jobs, as many at a time as there are groups of GPUs (one at a time without)."""
+    """Run the waiting jobs, as many at a time as there are groups of GPUs (one at a time without).
+
+    No job outlives this function: if it ends early, it stops the running jobs and waits for them to save.
+
+    Raises:
+        Stopped: by a signal, after the jobs have saved.
+    """
     slots = [list(range(at, at + per_job)) for at in range(0, gpus - per_job + 1, per_job)] or [[]]
-    free, running = list(slots), {}  # type: ignore[var-annotated]
+    free, running = list(slots), dict[subprocess.Popen[bytes], tuple[Job, list[int]]]()
     waiting = [job for job in jobs if job.status == "waiting"]
+    with noted_signals() as received:
+        passed_on = 0
+        try:
+            while running or (waiting and not received):
+                while waiting and free and not received:
+                    job, slot = waiting.pop(0), free.pop(0)
+                    running[start(job, slot)] = (job, slot)
+                time.sleep(POLL_S)
+                if len(received) > passed_on:
+                    passed_on = len(received)
+                    print(f"{received[0].name}: waiting for the running jobs to save", flush=True)
+                    stop(running)
+                for process in [process for process in running if process.poll() is not None]:
+                    job, slot = running.pop(process)
+                    free.append(slot)
+                    job.code = process.returncode
+                    job.status = "finished" if job.code == 0 and is_finished(job.run_dir) else "failed"
+                    if received and job.status == "failed":
+                        job.status = "stopped"
+                    print(f"{job.status:<9} {job.run_dir}", flush=True)
+                    if job.status == "failed" and stop_on_failure:
+                        waiting.clear()
+        finally:
+            if running:  # an error of the sweep itself
+                stop(running)
+                for process in running:
+                    process.wait()
+    if received:
+        raise Stopped(received[0], f"stopped by {received[0].name}; the same sweep continues from here")
+
+
+def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Tell jobs to save and exit. SIGTERM, whatever the sweep received: torchrun handles it, and train.py takes any."""
+    for process in processes:
+        process.terminate()
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[signal.Signals]]:
+    """The signals received within the `with` block, in order, in place of their effect."""
+    received: list[signal.Signals] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if number != signal.SIGHUP or handler is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
     try:
-        while waiting or running:
-            while waiting and free:
-                job, slot = waiting.pop(0), free.pop(0)
-                running[start(job, slot)] = (job, slot)
-            time.sleep(0.2)
-            for process in [process for process in running if process.poll() is not None]:
-                job, slot = running.pop(process)
-                free.append(slot)
-                job.code = process.returncode
-                job.status = "finished" if job.code == 0 and is_finished(job.run_dir) else "failed"
-                print(f"{job.status:<9} {job.run_dir}", flush=True)
-                if job.status == "failed" and stop_on_failure:
-                    waiting.clear()
-    except KeyboardInterrupt:
-        # train.py saves and exits on SIGINT, which the terminal has sent to it as well.
-        print("interrupted: waiting for the running jobs to save", flush=True)
-        for process in running:
-            process.wait()
-        raise
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(job: Job, slot: list[int]) -> subprocess.Popen[bytes]:
-    """Start one job in a process of its own, its output in <run folder>/sweep.log."""
+    """Start one job, its output in <run folder>/sweep.log.
+
+    In a session of its own: a Ctrl-C in the terminal reaches the sweep alone, which passes it on once.
+    """
     job.status = "running"
     job.run_dir.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, slot))} if slot else {})
@@ -133,7 +181,7 @@ def start(job: Job, slot: list[int]) -> subprocess.Popen[bytes]:
     print(f"started   {job.run_dir}   log: {job.log}", flush=True)
     with job.log.open("ab") as log:
         command = [*launcher, str(ROOT / "train.py"), *job.overrides, "trainer.progress=false"]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
 def table(jobs: list[Job]) -> str:
@@ -142,7 +190,7 @@ def table(jobs: list[Job]) -> str:
 
 
 def failures(jobs: list[Job]) -> str:
-    """The failed jobs with the last line each one printed."""
+    """The failed jobs, each with the last line that it printed."""
     lines = []
     for job in jobs:
         if job.status == "failed":
@@ -164,14 +212,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Show the jobs, run those that are not finished, and list what failed."""
+    """Show the jobs, run those that are not finished, and list the failures."""
     jobs = expand(options.overrides)
     mark_finished(jobs)
     print(table(jobs), flush=True)
     if options.plan:
         return 0
-    run(jobs, gpus=options.gpus, per_job=options.per_job, stop_on_failure=options.stop_on_failure)
-    print(f"\n{table(jobs)}")
+    try:
+        run(jobs, gpus=options.gpus, per_job=options.per_job, stop_on_failure=options.stop_on_failure)
+    finally:
+        print(f"\n{table(jobs)}")
     if broken := failures(jobs):
         print(f"\nfailed; the same sweep resumes them:\n{broken}", file=sys.stderr)
     return 1 if broken else 0

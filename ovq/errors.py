@@ -18,6 +18,14 @@ class ConfigError(Failure, ValueError):
     status = 2
 
 
+class Stopped(Failure):
+    """A signal ended the work in an orderly way. The message is one line: what is kept, and how to continue."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+
+
 def omegaconf_message(error: Exception) -> str:
     """OmegaConf's message on one line, with the key in front."""
     key = getattr(error, "full_key", None)
