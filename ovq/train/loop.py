@@ -1,11 +1,11 @@
 """The training loop. `Trainer.train_step` tells the whole story of a step, `Trainer.fit` that of a run.
 
 - A step's loss is divided once, by the number of valid tokens in the step over all ranks and micro-batches.
-- The host waits for the device every `trainer.log_every` steps only, yet every step has its line in metrics.jsonl.
-  Whether a step is finite is decided on the device, which then leaves parameters and moments as they are.
-- Stopping is agreed: a signal to any process ends all of them after the same step, with a checkpoint, and `fit`
-  returns (train.py then exits with status 0; the run is finished only once summary.json is there).
-- A checkpoint is taken before the evaluation of its step, so an evaluation that was cut short is made again at resume.
+- The host waits for the device only every `trainer.log_every` steps, yet every step has its line in metrics.jsonl.
+  The device itself decides whether a step is finite, and leaves parameters and moments unchanged if it is not.
+- Ranks agree on stopping: a signal to any process ends all of them after the same step, with a checkpoint, and `fit`
+  returns (train.py then exits with status 0; a run is finished only once summary.json exists).
+- A checkpoint precedes the evaluation of its step, so an interrupted evaluation is repeated at resume.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import gc
 import itertools
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -34,10 +35,11 @@ from ovq.train.checkpoint import Checkpointer
 from ovq.train.metrics import Metrics, read_rows
 from ovq.train.optim import LearnedBuffers, clip_gradients, lr_at, step_unless
 from ovq.train.parallelize import reshard, sync_gradients
-from ovq.train.progress import Progress
+from ovq.train.progress import Progress, shown
 from ovq.train.stop import StopSignal
+from ovq.train.summary import recorded
 
-# Which of a batch's counts are summed over ranks and logged: amounts of text, and everything irregular in it.
+# The counts of a batch that are summed over ranks and logged: amounts of text, and irregularities in it.
 COUNTED = (
     "bytes",
     "documents",
@@ -50,13 +52,13 @@ COUNTED = (
     "padding",
     "truncated",
 )
-GARBAGE_EVERY = 100  # steps; Python's own timing would stop ranks at different moments
+GARBAGE_EVERY = 100  # steps; left to Python, collections would pause ranks at different moments
 
 Evaluate = Callable[[Transformer, int, Callable[[], bool]], "dict[str, float] | None"]
 
 
 class MicroBatch(Protocol):
-    """What the loop asks of `data.loader.Batch`."""
+    """What the loop uses of `data.loader.Batch`."""
 
     inputs: Tensor
     targets: Tensor
@@ -70,7 +72,7 @@ class MicroBatch(Protocol):
 
 
 class Loader(Protocol):
-    """What the loop asks of `data.loader.Loader`."""
+    """What the loop uses of `data.loader.Loader`."""
 
     micro_batches_per_step: int
     should_stop: Callable[[], bool]
@@ -83,15 +85,15 @@ class Loader(Protocol):
 
 
 class TrainingError(Failure, RuntimeError):
-    """Training cannot go on; the message is one line that says where it stands and what was not done."""
+    """Training cannot continue; the message is one line that names the step and what was not done."""
 
 
 @dataclass
 class StepRecord:
-    """A step whose numbers may still be on the device: `numbers` is [loss, z-loss, aux loss, gradient norm, bad]."""
+    """A step whose results may still be on the device: `results` is [loss, z-loss, aux loss, gradient norm, bad]."""
 
     step: int
-    numbers: Tensor
+    results: Tensor
     lr: float
     valid: int  # labels, over all ranks
     token_hash: str
@@ -107,15 +109,15 @@ class Trainer:
         cfg: the run's config.
         model: after `parallelize`.
         optimizer: over the model's parameters.
-        loader: `data.Loader`, already where the run goes on.
+        loader: `data.Loader`, positioned where the run continues.
         checkpointer: `ovq.train.checkpoint.Checkpointer`.
         metrics: the run's log.
         world: this process and its device.
         run_dir: the run folder.
-        merge_states: `data.merge_states`, which makes one data state of all ranks'.
-        evaluate: called as evaluate(model, step, should_stop); returns its numbers, or None if should_stop() said so.
-            With several processes should_stop is a collective: every rank has to ask it equally often.
-        flops_per_token: training FLOPs a token, for MFU.
+        merge_states: `data.merge_states`, which merges the data states of all ranks into one.
+        evaluate: called as evaluate(model, step, should_stop); returns its metrics, or None once should_stop() is true.
+            With several processes should_stop is a collective: every rank must call it equally often.
+        flops_per_token: training FLOPs per token, for MFU.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class Trainer:
         self._window, self._data_wait = 0.0, 0.0
 
     def resume(self, extra: dict[str, Any]) -> None:
-        """Take up the counters of the checkpoint that `extra` came with."""
+        """Restore the counters and generators of the checkpoint that `extra` came with."""
         self.step = self.start = self.saved_step = int(extra["step"])
         self.tokens, self.skipped_in_row = int(extra["tokens"]), int(extra["skipped_in_row"])
         self.checkpointer.last = Path(extra["checkpoint"])
@@ -182,7 +184,7 @@ class Trainer:
                 self._run(batches)
         finally:
             gc.enable()
-            gc.collect()  # the loader's workers end with their iterator; at exit, Python would wait for them for ever
+            gc.collect()  # ends the loader's workers with their iterator; at exit, Python would wait for them
             self.progress.close()
         return self.summary()
 
@@ -208,14 +210,14 @@ class Trainer:
         self.checkpointer.wait()
 
     def should_stop(self) -> bool:
-        """Whether any process was told to stop. A collective: every rank gets the same answer."""
+        """Whether any process was told to stop. A collective with the same result on every rank."""
         self.stopping = self.stopping or processes.any_flag(self.signal.name is not None)
         return self.stopping
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, batches: Iterator[MicroBatch]) -> None:
-        """One optimizer step on `trainer.global_batch` rows; its numbers stay on the device until `flush`."""
+        """One optimizer step on `trainer.global_batch` rows; its results stay on the device until `flush`."""
         trainer = self.cfg.trainer
         step = self.step + 1
         watched = trainer.health_every > 0 and step % trainer.health_every == 0
@@ -241,10 +243,10 @@ class Trainer:
         step_unless(self.optimizer, bad, lr)
         self._buffers.restore_if(bad)
 
-        numbers = torch.cat([losses, norm.float().view(1), bad.float().view(1)])
+        results = torch.cat([losses, norm.float().view(1), bad.float().view(1)])
         documents = [title for batch in micro_batches for title in batch.documents]
         health = self.model.health() if watched else {}
-        self.pending.append(StepRecord(step, numbers, lr, valid, token_hash, counts, documents, health))
+        self.pending.append(StepRecord(step, results, lr, valid, token_hash, counts, documents, health))
         self.step = step
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> list[MicroBatch]:
@@ -255,7 +257,7 @@ class Trainer:
         return fetched
 
     def _forward_backward(self, batch: MicroBatch, valid: int, *, report: bool) -> Tensor:
-        """Add the gradient of a micro-batch's share of the step's loss; returns its [loss, z, aux] sums [3]."""
+        """Accumulate the gradient of a micro-batch's share of the step's loss; returns its loss, z and aux sums [3]."""
         batch = batch.to(self.world.device)
         self.model.collect_health(report)
         out = self.model(
@@ -263,14 +265,14 @@ class Trainer:
         )
         parts = [part for part in (out.loss, out.z_loss, out.aux_loss) if part is not None and part.requires_grad]
         (torch.stack([part.float() for part in parts]).sum() / valid).backward()
-        self.model.collect_health(False)  # only now: activation checkpointing has repeated the forward pass
+        self.model.collect_health(False)  # not earlier: activation checkpointing repeats the forward pass in backward
         zero = torch.zeros((), device=out.loss.device)
         return torch.stack([zero if p is None else p.detach().float() for p in (out.loss, out.z_loss, out.aux_loss)])
 
     def _agree_on_data(self, micro_batches: list[MicroBatch]) -> tuple[int, str, dict[str, int]] | None:
         """Labels, hash of the tokens and counts of the step over all ranks; None if one lacks a micro-batch.
 
-        On the CPU: the device is not asked.
+        On the CPU, without a device synchronisation.
         """
         valid = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
         digest = sum(batch.token_hash() for batch in micro_batches) % (1 << 64)
@@ -282,14 +284,14 @@ class Trainer:
         combined = ((total[1] << 32) + total[2]) % (1 << 64)
         return max(1, total[0]), f"{combined:016x}", dict(zip(COUNTED, total[3:]))
 
-    # --- what happens beside the steps -------------------------------------------------------------------------------
+    # --- between steps -----------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Fetch the numbers of the steps since the last flush, log them, and stop or go on at a non-finite one."""
+        """Fetch and log the results of the steps since the last flush; a non-finite one may end the run."""
         if not self.pending:
             return
         records, self.pending = self.pending, []
-        fetched = torch.stack([record.numbers for record in records]).tolist()  # the host waits for the device here
+        fetched = torch.stack([record.results for record in records]).tolist()  # the host waits for the device here
         tokens = len(records) * self.cfg.trainer.global_batch * self.cfg.trainer.context
         elapsed = max(1e-9, time.perf_counter() - self._window)
         speed = {"tokens_per_s": round(tokens / elapsed, 1), "data_wait": round(self._data_wait / elapsed, 4)}
@@ -298,13 +300,14 @@ class Trainer:
             speed["mfu"] = round(achieved / (self.peak[0] * self.world.size), 4)
         speed["memory_gib"] = round(peak_memory_gib(self.world.device), 3)
         self.tokens_per_s.append(speed["tokens_per_s"])
-        for record, numbers in zip(records, fetched):
-            self._log_step(record, numbers, speed)
-        self._show(records[-1], fetched[-1], speed)
+        for record, results in zip(records, fetched):
+            self._log_step(record, results, speed)
+        if self.progress is not None:
+            self.progress.update(self.step, shown(fetched[-1][0], speed, self.peak[1]))
         self._restart_window()
 
-    def _log_step(self, record: StepRecord, numbers: list[float], speed: dict[str, float]) -> None:
-        loss, z, aux, norm, bad = numbers
+    def _log_step(self, record: StepRecord, results: list[float], speed: dict[str, float]) -> None:
+        loss, z, aux, norm, bad = results
         self.tokens += record.valid
         row: dict[str, Any] = {"step": record.step, "loss": _finite(loss), "grad_norm": _finite(norm), "lr": record.lr}
         row |= {"tokens": self.tokens, "token_hash": record.token_hash, **speed}
@@ -323,7 +326,7 @@ class Trainer:
             self._refuse(record, loss, norm)
 
     def _refuse(self, record: StepRecord, loss: float, norm: float) -> None:
-        """Every rank comes here with the same numbers."""
+        """Raise TrainingError. All ranks call this for the same step, with the same values."""
         self.checkpointer.wait()
         titles = dict.fromkeys(t for rank in processes.gather_objects(record.documents) for t in rank)
         shown = ", ".join(list(titles)[:8]) + (f" and {len(titles) - 8} more" if len(titles) > 8 else "")
@@ -332,15 +335,15 @@ class Trainer:
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise TrainingError(
             f"step {record.step}: loss {loss:g}, gradient norm {norm:g}{skipped}; documents: {shown or 'untitled'}. "
-            f"The optimizer step was not made and nothing was saved over: {kept}. "
+            f"The optimizer step was skipped and no checkpoint was overwritten: {kept}. "
             "Lower optim.lr or trainer.grad_clip, or set trainer.nonfinite=skip"
         )
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one."""
+        """Save a checkpoint of this step unless there is one."""
         if self.saved_step == self.step:
             return
-        self.flush()  # what is not finite must never be saved
+        self.flush()  # raises if a step was not finite: such a state must never be saved
         self.metrics.sync()
         data = self.merge_states(processes.gather_objects(self.loader.state_dict()))
         extra = {
@@ -355,7 +358,7 @@ class Trainer:
         self._restart_window()
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate after every `eval_every`-th step and, with eval.at_end, the last; once for each step."""
+        """Evaluate after every `eval_every`-th step and, with eval.at_end, after the last; once per step."""
         trainer, step = self.cfg.trainer, self.step
         due = (trainer.eval_every and step and step % trainer.eval_every == 0) or (
             self.cfg.eval.at_end and step == trainer.steps
@@ -384,16 +387,8 @@ class Trainer:
     def _restart_window(self) -> None:
         self._window, self._data_wait = time.perf_counter(), 0.0
 
-    def _show(self, record: StepRecord, numbers: list[float], speed: dict[str, float]) -> None:
-        facts = {"loss": f"{numbers[0]:.4f}", "tok/s": f"{speed['tokens_per_s']:,.0f}"}
-        if "mfu" in speed:
-            facts["MFU" if "sheet" in self.peak[1] else "of peak"] = f"{100 * speed['mfu']:.1f}%"
-        facts["mem"] = f"{speed['memory_gib']:.2f}G"
-        if self.progress is not None:
-            self.progress.update(record.step, facts)
-
     def say(self, text: str) -> None:
-        """One line on the main process's stderr."""
+        """Write one line to the stderr of the main process."""
         if not self.world.is_main:
             return
         if self.progress is not None:
@@ -402,23 +397,18 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
 
     def summary(self) -> dict[str, Any]:
-        """What a run came to; losses are those of the whole run, also of the processes before this one."""
-        rows = read_rows(self.metrics.path) if self.world.is_main else []
-        losses = [row["loss"] for row in rows if row.get("loss") is not None]
-        evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
+        """The outcome of the run; losses and evaluation include steps made by earlier processes."""
         return {
             "step": self.step,
             "stopped_by": (self.signal.name or "a signal to another process") if self.stopping else None,
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
+            **recorded(read_rows(self.metrics.path) if self.world.is_main else []),
             "tokens": self.tokens,
-            "tokens_per_s": sorted(self.tokens_per_s)[len(self.tokens_per_s) // 2] if self.tokens_per_s else None,
+            "tokens_per_s": statistics.median_high(self.tokens_per_s) if self.tokens_per_s else None,
             "memory_gib": peak_memory_gib(self.world.device),
-            "evaluation": evaluations[-1] if evaluations else {},
             "checkpoint": str(self.checkpointer.last),
         }
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN: null stands for what is not finite."""
+    """The value, or None (null in JSON, which has no NaN) if it is not finite."""
     return value if math.isfinite(value) else None

@@ -45,8 +45,8 @@ class Progress:
         if step in (self.start + 1, self.steps) or now - self._last_line >= PROGRESS_LINE_S:
             self._last_line = now
             eta = (now - self._began) / max(1, step - self.start) * (self.steps - step)
-            shown = "  ".join(f"{key} {value}" for key, value in facts.items())
-            self.say(f"step {step}/{self.steps}  {shown}  ETA {duration(eta)}")
+            text = "  ".join(f"{key} {value}" for key, value in facts.items())
+            self.say(f"step {step}/{self.steps}  {text}  ETA {duration(eta)}")
 
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
@@ -58,6 +58,14 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def shown(loss: float, speed: dict[str, float], peak_source: str) -> dict[str, str]:
+    """The facts beside the progress: loss, tokens/s, share of the peak (MFU if that is a data sheet's), memory."""
+    facts = {"loss": f"{loss:.4f}", "tok/s": f"{speed['tokens_per_s']:,.0f}"}
+    if "mfu" in speed:
+        facts["MFU" if "sheet" in peak_source else "of peak"] = f"{100 * speed['mfu']:.1f}%"
+    return facts | {"mem": f"{speed['memory_gib']:.2f}G"}
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from ovq.config import Config
 from ovq.files import write_whole
 
 FILE = "summary.json"
-FIELDS = {"step", "stopped_by", "tokens", "last_loss", "checkpoint"}  # without which a file is no summary of a run
+FIELDS = {"step", "stopped_by", "tokens", "last_loss", "checkpoint"}  # of any summary that `finish` writes
 
 
 def finish(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
@@ -29,8 +29,19 @@ def read_finished(run_dir: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) and summary.keys() >= FIELDS and summary["stopped_by"] is None else None
 
 
+def recorded(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entries of a summary that are read from the rows of metrics.jsonl."""
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    return {
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "evaluation": evaluations[-1] if evaluations else {},
+    }
+
+
 def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:
-    """One screen: what happened, where everything lies, what to run next."""
+    """One screen: the outcome, where the files are, what to run next."""
     step = summary["step"]
     if summary["stopped_by"]:
         lines = [
@@ -52,7 +63,7 @@ def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:
     lines += [f"    {path}" for path in sorted((run_dir / "plots").glob("*.png"))]
     if not summary["stopped_by"]:
         lines.append("next:")
-        if cfg.data.kind != "task":  # whose sequences have no loss by position
+        if cfg.data.kind != "task":  # loss by position is not defined for a task
             longer = f"run={run_dir} context={4 * cfg.eval.context}"
             lines.append(f"  python -m eval.per_position {longer}     loss at longer positions")
         lines.append(f"  python -m eval.plot runs=[{run_dir}]     overlay several runs")
