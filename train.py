@@ -118,7 +118,7 @@ def train(cfg: Config, run_dir: Path) -> None:
 
 
 def check_held_out(cfg: Config) -> None:
-    """Refuse a run that would train for days and then have nothing to evaluate on."""
+    """Refuse a run that would have nothing to evaluate on after days of training."""
     from data.build import FROM_FILES
     from ovq.errors import ConfigError
 
@@ -131,7 +131,7 @@ def check_held_out(cfg: Config) -> None:
 
 
 def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer of another size than the config promises."""
+    """Refuse a tokenizer whose size differs from the config's."""
     from ovq.errors import ConfigError
 
     if cfg.tokenizer.vocab_size not in (None, tokenizer.vocab_size):
@@ -142,7 +142,7 @@ def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
 
 
 def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
-    """Make the run folder this run's: refuse one made with other settings, then store config and tokenizer in it."""
+    """Claim the run folder: refuse one made with other settings, then store config and tokenizer in it."""
     from ovq import config
     from ovq.errors import ConfigError
     from ovq.processes import on_main
@@ -150,14 +150,14 @@ def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
     from ovq.train.summary import FILE
 
     def store() -> None:
-        hold(run_dir / "checkpoints")  # before a byte of a run that is under way is touched
+        hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
         if cfg.resume == "never" and any((run_dir / "checkpoints").glob("step_*")):
             raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
         if (run_dir / "config.yaml").exists() and cfg.resume != "never":
             changed = config.changed_identity(config.load(run_dir), cfg)
             if changed:
                 raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")
-        (run_dir / FILE).unlink(missing_ok=True)  # whoever waits for it must not take an older run's
+        (run_dir / FILE).unlink(missing_ok=True)  # or a process waiting for it would take that of an earlier run
         tokenizer.save(run_dir / "tokenizer")
         config.save(cfg, run_dir)
 

@@ -1,7 +1,7 @@
-"""Processes and devices: who this process is, along which axes the processes are arranged, and how they agree.
+"""Processes and devices: this process's rank and device, the axes of the process mesh, and collectives of objects.
 
 One process per device, under torchrun or alone; NCCL between GPUs, gloo between CPU processes. Every group also has a
-gloo half, so that Python objects, stop flags and token counts are agreed without touching a GPU's stream.
+gloo backend, so that ranks exchange Python objects, stop flags and token counts without touching a GPU's stream.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
 
 T = TypeVar("T")
-FIRST_STEP_TIMEOUT_S = 1800  # compiling kernels and resolving data may differ by minutes between processes
-WAITING_S = 1.0  # between looks at whether the other ranks are still there
-BACKGROUND_TIMEOUT_S = 6 * 3600  # writing a checkpoint: a shared disk may be slow, and training goes on meanwhile
+FIRST_STEP_TIMEOUT_S = 1800  # the time to compile kernels and resolve data may differ by minutes between processes
+WAITING_S = 1.0  # between checks that the other ranks still answer
+BACKGROUND_TIMEOUT_S = 6 * 3600  # for writing a checkpoint: a shared disk may be slow, and training continues meanwhile
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Processes arranged along one dimension: "data" (each has other rows of the batch) or "context" (each has other
-    tokens of the same rows).
+    """One dimension of the process mesh: "data" (each process holds different rows of the batch) or "context" (each
+    holds different tokens of the same rows).
 
-    `group` is None where the axis is all processes, or this one alone.
+    `group` is None if the axis spans all processes, or only this one.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Axis:
     group: dist.ProcessGroup | None = None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the axis in place, in the order of the device's stream (the host does not wait)."""
+        """Sum over the axis in place, ordered on the device's stream (the host does not wait)."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
@@ -56,9 +56,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is. `device` is its own; `precision` is "fp32" or "bf16", of compute.
+    """This process's rank, device and compute precision ("fp32" or "bf16"), and the number of processes, `size`.
 
-    `data` and `context` are the axes along which the processes are arranged; their sizes multiply to `size`.
+    `data` and `context` are the axes of the process mesh; the product of their sizes is `size`.
     """
 
     rank: int = 0
@@ -74,15 +74,15 @@ class World:
         return self.rank == 0
 
     def local_tokens(self, tokens: int) -> int:
-        """Tokens of a sequence of `tokens` that this process holds."""
+        """How many tokens of a sequence of `tokens` this process holds."""
         return tokens // self.context.size
 
 
 def init(trainer: TrainerConfig) -> World:
-    """Join the other processes (torchrun's environment) or run alone, and choose the device.
+    """Join the other processes (by torchrun's environment) or run alone, and choose the device.
 
     Raises:
-        ConfigError: a device that is not there, or more processes on this machine than GPUs.
+        ConfigError: the device does not exist, or there are more processes on this machine than GPUs.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -98,7 +98,7 @@ def init(trainer: TrainerConfig) -> World:
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    if size > 1 or precision == "bf16":  # FSDP is also what gives a lone device bf16 compute on float32 parameters
+    if size > 1 or precision == "bf16":  # a single device too needs FSDP for bf16 compute on float32 parameters
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s)),
@@ -131,19 +131,19 @@ def _release_groups() -> None:
 
 
 def lower_timeout(seconds: int) -> None:
-    """From now on a collective that waits longer than this fails: some process is lost.
+    """From now on, a collective that waits longer than this fails: a process is assumed lost.
 
-    Called after the first step of this process, when nothing slow (compiling, finding data) is left.
+    Called after this process's first step, when nothing slow (compiling, resolving data) is left.
     """
     if distributed():
-        gather_objects(None)  # a process still in its first step must not be given up by one that is not
+        gather_objects(None)  # wait for every process to finish its first step, under the long timeout
         for group in list(dist.distributed_c10d._world.pg_map):
             if group not in _BACKGROUND:
                 dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def background_group() -> dist.ProcessGroup | None:
-    """A gloo group of all processes for a thread of its own, patient enough for slow disks; None for a lone process."""
+    """A gloo group of all processes for a background thread, with a timeout for slow disks; None for a lone process."""
     if not distributed():
         return None
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=BACKGROUND_TIMEOUT_S))
@@ -181,14 +181,17 @@ def join_background(seconds: float) -> None:
 
 
 def done_everywhere(future: Future[Any]) -> bool:
-    """Whether `future` is done on every rank, after waiting a moment for this one's. A collective: ranks that wait for
-    something slow ask it in a loop, and so notice within the time limit of a collective that a peer is lost."""
+    """Whether `future` is done on every rank, after waiting a moment for this rank's.
+
+    A collective: ranks that wait for something slow call it in a loop, and so notice a lost peer within the timeout of
+    a collective.
+    """
     concurrent.futures.wait([future], timeout=WAITING_S if distributed() else None)
     return not any_flag(not future.done())
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, numpy and torch, alike on every rank: what differs by rank comes from the data alone."""
+    """Seed Python, numpy and torch identically on every rank: ranks differ only in their data."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -198,7 +201,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of this process's random-number generators, as plain values and tensors."""
+    """The states of this process's random number generators, as plain values and tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -220,7 +223,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# --- agreeing across ranks -------------------------------------------------------------------------------------------
+# --- collectives -----------------------------------------------------------------------------------------------------
 
 
 def distributed() -> bool:
@@ -237,14 +240,14 @@ def world_size() -> int:
 
 
 def on_main(compute: Callable[[], T]) -> T:
-    """`compute()` of rank 0, its result or its error, on every rank."""
+    """Run `compute()` on rank 0 and return its result, or raise its error, on every rank."""
     if not distributed():
         return compute()
     outcome: Any = None
     if rank() == 0:
         try:
             outcome = (True, compute())
-        except Exception as error:  # the others must not wait for a rank that has given up
+        except Exception as error:  # or the others would wait for a rank that has failed
             outcome = (False, error)
     good, value = broadcast_object(outcome)
     if not good:
@@ -253,7 +256,7 @@ def on_main(compute: Callable[[], T]) -> T:
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """Rank 0's object, on every rank."""
+    """Rank 0's object on every rank."""
     if not distributed():
         return value
     box = [value]
@@ -262,7 +265,7 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's object, in the order of ranks, on every rank."""
+    """The objects of all ranks, in rank order, on every rank."""
     if not distributed():
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
@@ -271,7 +274,7 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def sum_integers(values: list[int]) -> list[int]:
-    """Sums over ranks of small lists of integers (each below 2^47), on the CPU: no GPU is made to wait."""
+    """Element-wise sums over ranks of short lists of integers (each below 2^47), on the CPU: no GPU synchronisation."""
     if not distributed():
         return values
     total = torch.tensor(values, dtype=torch.int64)
@@ -280,12 +283,12 @@ def sum_integers(values: list[int]) -> list[int]:
 
 
 def any_flag(flag: bool) -> bool:
-    """Whether the flag is up on any rank; every rank must ask."""
+    """Whether the flag is set on any rank. A collective."""
     return sum_integers([int(flag)])[0] > 0
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:
-    """Sum over ranks in place, in the order of the device's stream (no host wait)."""
+    """Sum over ranks in place, ordered on the device's stream (the host does not wait)."""
     if distributed():
         dist.all_reduce(tensor)
     return tensor

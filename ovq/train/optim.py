@@ -1,4 +1,4 @@
-"""AdamW and the learning rate, which is a pure function of the step: there is no scheduler state to save or to lose."""
+"""AdamW and the learning rate, a pure function of the step: there is no scheduler state to save or lose."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from ovq.config import Config, OptimConfig
 from ovq.model import Transformer
 
-# Parameters of these modules take no weight decay, nor do vectors (norms, biases, temperatures): decay pulls weights
-# that multiply activations towards zero, and the rows of a look-up table multiply nothing.
+# Weight decay is not applied to parameters of these modules, nor to vectors (norms, biases, temperatures): it is meant
+# for weights that multiply activations, and the rows of a look-up table multiply nothing.
 UNDECAYED = ("embed.",)
 
 
 def lr_at(step: int, cfg: Config) -> float:
     """Learning rate of step `step` (the first step is 1): linear warm-up, then `optim.schedule`.
 
-    "cosine" and "linear" reach lr * min_lr_ratio at the last step; "wsd" stays at lr until the last `decay_share` of
-    the steps and goes down linearly; "constant" stays.
+    "cosine" and "linear" reach lr * min_lr_ratio at the last step; "wsd" stays at lr and decays linearly over the last
+    `decay_share` of the steps; "constant" stays at lr.
     """
     optim, steps = cfg.optim, cfg.trainer.steps
     if step < optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
-    share = min(1.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))  # of the way after warm-up
+    share = min(1.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))  # of the steps after warm-up
     if optim.schedule == "cosine":
         height = 0.5 * (1 + math.cos(math.pi * share))
     elif optim.schedule == "linear":
@@ -37,7 +37,10 @@ def lr_at(step: int, cfg: Config) -> float:
 
 
 def build_optimizer(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with two groups: matrices decay, vectors and `UNDECAYED` do not. Call after sharding."""
+    """AdamW (arXiv 1711.05101) with weight decay for matrices, but not for vectors and `UNDECAYED`.
+
+    Call after sharding.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim >= 2 and not name.startswith(UNDECAYED)]
     rest = [p for name, p in named if p.ndim < 2 or name.startswith(UNDECAYED)]
@@ -52,9 +55,10 @@ def build_optimizer(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale gradients to a global norm of at most `max_norm` (0: leave them); returns the norm before, on the device.
+    """Scale gradients to a global norm of at most `max_norm` (0: do not scale).
 
-    The norm is over all shards, so every rank sees the same number and decides alike.
+    Returns:
+        The norm before scaling, a scalar on the device. It spans all shards, so every rank has the same value.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
@@ -66,10 +70,10 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor, lr: float) -> None:
-    """One optimizer step at learning rate `lr`, or none where `bad` (scalar bool on the device) is true.
+    """One optimizer step at learning rate `lr`, or none if `bad` (bool scalar on the device) is true.
 
-    The fused kernel reads the flag on the device (it is the one gradient scalers use), so the host does not wait;
-    the unfused optimizer needs the answer first.
+    The fused kernel reads the flag on the device (the same one that gradient scalers set), so the host does not wait;
+    the unfused optimizer needs its value on the host.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -82,25 +86,25 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor, lr: float) -> Non
 
 
 class LearnedBuffers:
-    """The buffers that a forward pass changes (a codebook and its averages), which a step that is not made must not
-    leave changed."""
+    """The buffers that a forward pass changes (a codebook and its averages), which a skipped step must leave as they
+    were."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = persistent_buffers(model)
         self._before: list[Tensor] = []
 
     def snapshot(self) -> None:
-        """Keep the buffers as they are before a step."""
+        """Copy the buffers before a step."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def restore_if(self, bad: Tensor) -> None:
-        """Put them back where `bad` (scalar bool on the device) is true; the host does not wait."""
+        """Restore the copies if `bad` (bool scalar on the device) is true; the host does not wait."""
         for buffer, before in zip(self._buffers, self._before):
             buffer.copy_(torch.where(bad, before, buffer))
 
 
 def persistent_buffers(model: nn.Module) -> list[Tensor]:
-    """Buffers that training changes and checkpoints hold (a codebook and its averages); tables are not among them."""
+    """Buffers that training changes and checkpoints hold (a codebook and its averages), not precomputed tables."""
     return [
         buffer
         for module in model.modules()

@@ -1,9 +1,9 @@
-"""Sharding, recomputation and compilation, applied to a model from outside: the model knows nothing of them.
+"""Sharding, recomputation and compilation, applied to a model from outside: the model itself is unaware of them.
 
-- `parallelize` puts FSDP2 around each block and around the model. `shard=full` shards over all processes,
-  `hybrid` over groups of them with `replicas` copies (HSDP), `none` keeps whole copies (HSDP with groups of one).
+- `parallelize` wraps each block and the model in FSDP2. `shard=full` shards over all processes, `hybrid` over groups
+  of them with `replicas` copies (HSDP), `none` keeps whole copies (HSDP with groups of one).
 - Gradients are *summed* over processes. The loss is divided once, by the global count of valid tokens, before
-  backward, so that 1 process and N processes compute the same thing.
+  backward, so that one process and N processes compute the same gradients.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ovq.processes import World
 
 
 def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Transformer:
-    """Apply activation checkpointing, compilation and sharding to `model.layers` and to the model, and move it.
+    """Apply activation checkpointing, compilation and sharding, and move the model to the device.
 
-    Parameter names do not change, so checkpoints do not depend on how a run was parallelised. A lone process in
-    float32 gets the plain module.
+    Parameter names do not change, so checkpoints do not depend on how a run was parallelised. For a lone process in
+    float32 the module is not wrapped.
 
     Raises:
-        ConfigError: replicas that do not divide the number of processes, or nothing to compile with.
+        ConfigError: replicas do not divide the number of processes, or there is no compiler.
     """
     if trainer.compile and world.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
-        raise ConfigError("trainer.compile=true needs a C++ compiler on a CPU and finds none; install g++ or set CXX")
+        raise ConfigError("trainer.compile=true needs a C++ compiler on a CPU and found none; install g++ or set CXX")
     model.loss_chunk_tokens = trainer.loss_chunk_tokens
     for mixer in model.mixers():
         mixer.data_axis = world.data
@@ -46,7 +46,7 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
         if trainer.activation_checkpointing == "full":
             block.forward = recomputed(block.forward)  # type: ignore[method-assign]
         elif trainer.activation_checkpointing == "selective":
-            # The mixer is the costly, sequential part: keep its activations, recompute the MLP's, the largest ones.
+            # The mixer is the slow, sequential part: keep its activations and recompute the MLP's, which are larger.
             block.mlp.forward = recomputed(block.mlp.forward)  # type: ignore[method-assign]
     if world.size == 1 and world.precision == "fp32":
         return model.to(world.device)
@@ -56,7 +56,7 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if world.precision == "bf16" else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # a carried state holds float32 sums that must stay float32
+        cast_forward_inputs=False,  # a carried state holds sums that must stay in float32
     )
     for block in model.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -68,7 +68,7 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
 
 
 def mesh_shape(shard: str, replicas: int, size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(shape, names) of the device mesh: one dimension to shard over, or replicas x shards."""
+    """(shape, names) of the device mesh: (shard,) or (replicate, shard)."""
     if shard == "full":
         return (size,), ("shard",)
     if shard == "none":
@@ -84,19 +84,19 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:
-    """Reduce gradients over processes in the next backward only if it is the step's last one."""
+    """Make the next backward pass reduce gradients over processes only if it is the last of the step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters, after forward passes that no backward follows."""
+    """Free gathered parameters after forward passes without a backward pass."""
     for module in sharded_modules(model):
         module.reshard()
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with its activations recomputed in backward instead of kept."""
+    """The same function, with its activations recomputed in the backward pass instead of kept."""
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

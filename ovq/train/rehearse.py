@@ -1,4 +1,4 @@
-"""A rehearsal of the first step, so that a GPU without enough memory is met before any data is opened."""
+"""A rehearsal of the first step, so that a lack of GPU memory shows before any data is opened."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ovq.train.parallelize import sync_gradients
 
 
 def rehearse(model: Transformer, cfg: Config, vocab_size: int, world: World) -> None:
-    """One forward and backward pass on made-up tokens, on a GPU: out of memory is met here, before data is opened.
+    """Run one forward and backward pass on random tokens, on a GPU: running out of memory shows here, early.
 
     Raises:
-        TrainingError: it does not fit, with the settings that would help.
+        TrainingError: the step does not fit in memory; names the settings that help.
     """
     if world.device.type != "cuda":
         return
@@ -27,7 +27,7 @@ def rehearse(model: Transformer, cfg: Config, vocab_size: int, world: World) -> 
     buffers = LearnedBuffers(model)
     buffers.snapshot()
     try:
-        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW will hold as much
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # as much as AdamW will hold
         sync_gradients(model, True)
         model(tokens, targets_BT=tokens).loss.backward()
     except torch.cuda.OutOfMemoryError:
