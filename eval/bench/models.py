@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,16 @@ class RandomTokens:
         self.shape = (cfg.trainer.micro_batch, cfg.trainer.context)
         self.vocab_size = vocab_size
         self.generator = torch.Generator().manual_seed(cfg.seed)
+        self.should_stop: Callable[[], bool] = lambda: False
 
     def __iter__(self) -> Generator[Batch]:
         lanes = {row: first_state(row) for row in range(self.shape[0])}
         while True:
             tokens = torch.randint(self.vocab_size, self.shape, generator=self.generator)
             yield Batch(tokens, tokens.roll(-1, 1), lanes=lanes)
+
+    def rewind(self) -> None:
+        """Every step is complete: these batches never wait."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
