@@ -62,6 +62,12 @@ def watched(checkpoints: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if not in_job():
+            size = os.environ.get("WORLD_SIZE", "1")
+            if size != "1" and "torch.distributed" in sys.modules and is_communication_error(error):
+                raise PeerLost(
+                    f"the {size} ranks of the job did not find each other ({one_line(error)}); check that all of them "
+                    "started with the same MASTER_ADDR and MASTER_PORT, and start them again"
+                ) from error
             raise
         outlast_signals()
         if is_communication_error(error):

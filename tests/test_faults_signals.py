@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ovq import peers
 from ovq.report import LastingStream, lasting_streams
@@ -240,6 +241,15 @@ def test_errors_of_communication_are_told_from_faults_of_the_program() -> None:
     wrapped.__cause__ = gloo
     assert peers.is_communication_error(wrapped)
     assert not peers.is_communication_error(RuntimeError("shapes [2] and [3] do not match"))
+
+
+def test_ranks_that_never_meet_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = r"the 2 ranks of the job did not find each other \(1/2 clients joined\)"
+    with pytest.raises(peers.PeerLost, match=message), peers.watched(tmp_path):
+        raise torch.distributed.DistStoreError("1/2 clients joined")
+    with pytest.raises(KeyError), peers.watched(tmp_path):
+        raise KeyError("a fault of the program")
 
 
 @pytest.fixture(autouse=True)
