@@ -140,7 +140,7 @@ class RowWorkers:
             raise DataError(self._failed(row, doing()))
         if isinstance(row, BaseException):
             self._check_alive(doing)
-            raise row
+            raise DataError(f"loader workers on rank {self.rank} cannot be read: {one_line(row)}") from row
         self.taken += 1
         return row
 

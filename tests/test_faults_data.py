@@ -176,6 +176,13 @@ def test_a_killed_worker_is_one_line_with_its_signal(books: Path, context: int) 
     assert "while making row" in said and "\n" not in said
 
 
+def test_a_worker_that_dies_while_starting_is_one_line(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.workers.die_with_parent", lambda: os._exit(3))
+    with pytest.raises(DataError, match=r"^loader workers on rank 0 cannot be read: .* exited unexpectedly$"):
+        next(iter(loader(parquet(books))))
+    assert not workers()
+
+
 def test_an_exception_in_a_worker_is_one_line_with_its_place(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(self: LaneReader, lane: int, state: Any) -> Any:
         raise {}["no such key"]
