@@ -11,8 +11,11 @@ Only the standard library is imported, so that every command can use this module
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,12 +27,12 @@ def replacing(path: Path | str) -> Iterator[Path]:
     Readers find the old file or the new one, never a partial one, and so does the machine after a crash and a reboot:
     the content is on disk (fsync) before the rename. If anything fails, the old file is left unchanged, the scratch
     file is removed and the error propagates (an OSError if the disk is full). A killed process may leave its scratch
-    file, NAME.*.tmp, which nothing reads. If several processes write at once, on one machine or several, exactly one of
+    file, NAME.*.tmp, which nothing reads and `remove_leftovers` removes. If several processes write at once, on one machine or several, exactly one of
     their files survives, complete. Parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    scratch = path.with_name(f"{path.name}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield scratch
         sync(scratch)
@@ -45,6 +48,50 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
     """Write a whole file atomically through `replacing`; text is encoded as UTF-8."""
     with replacing(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+ABANDONED_S = 3600  # a temporary file whose writer cannot be looked up is a leftover after this time
+_SCRATCH = re.compile(r".+?\.(?:(?P<machine>[0-9a-f]{8})\.(?P<pid>\d+)\.)?[0-9a-f]{8}\.tmp")
+
+
+def remove_leftovers(folder: Path | str) -> list[Path]:
+    """Remove the temporary files of `replacing` whose writers were killed, in a folder and its direct subfolders.
+
+    A file stays while the process that its name holds is alive. One of another machine stays for `ABANDONED_S` after
+    its last write. Returns what was removed.
+    """
+    removed = []
+    for path in [*Path(folder).glob("*.tmp"), *Path(folder).glob("*/*.tmp")]:
+        with contextlib.suppress(OSError):  # its writer has just finished
+            found = _SCRATCH.fullmatch(path.name)
+            if found and path.is_file() and not _in_use(path, found["machine"], found["pid"]):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _in_use(path: Path, machine: str | None, pid: str | None) -> bool:
+    if machine != _machine() or pid is None:
+        return time.time() - path.stat().st_mtime < ABANDONED_S
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's
+        return True
+    return True
+
+
+def _machine() -> str:
+    """A file name's word for this machine."""
+    return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
+
+
+def check_writable(folder: Path | str) -> None:
+    """Raise OSError, with its reason, unless a file can be written in an existing folder now."""
+    with replacing(Path(folder) / ".writable") as scratch:
+        scratch.write_bytes(b"\n")
+    (Path(folder) / ".writable").unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
