@@ -1,7 +1,7 @@
 """Pretrain a language model at long context: the whole of a run, top to bottom.
 
     python train.py experiment=cpu_demo                          one process, GPU or CPU
-    torchrun --nproc_per_node 8 train.py experiment=pg19_150m    one process a GPU, sharded with FSDP
+    torchrun --nproc_per_node 8 train.py experiment=pg19_150m    one process per GPU, sharded with FSDP
     python train.py --help                                       every setting
 
 Exit status: 0 finished, or stopped by a signal after saving; 1 training or data failed; 2 a setting is wrong;
@@ -83,7 +83,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     check_capacity(model, cfg)
     rehearse(model, cfg, tokenizer.vocab_size, world)
 
-    start = checkpoint.choose(run_dir, cfg.resume)
+    start = checkpoint.choose(run_dir, cfg.resume, cfg.trainer.keep_last)
     extra = checkpoint.load(start, model, optimizer) if start else None
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
 
@@ -151,7 +151,7 @@ def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
 
     def store() -> None:
         hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
-        if cfg.resume == "never" and any((run_dir / "checkpoints").glob("step_*")):
+        if cfg.resume == "never" and any((run_dir / "checkpoints").glob("*step_*")):
             raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
         if (run_dir / "config.yaml").exists() and cfg.resume != "never":
             changed = config.changed_identity(config.load(run_dir), cfg)

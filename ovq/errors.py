@@ -26,6 +26,10 @@ class Stopped(Failure):
         self.status = 128 + number
 
 
+class TrainingError(Failure, RuntimeError):
+    """Training cannot go on; the message is one line that says at which step, and what was not done."""
+
+
 def omegaconf_message(error: Exception) -> str:
     """OmegaConf's message on one line, with the key in front."""
     key = getattr(error, "full_key", None)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ovq import processes
-from ovq.train import checkpoint
+from ovq.train import checkpoint, checkpoint_choice, checkpoint_files
 from ovq.train.checkpoint import Checkpointer, CheckpointError, choose, load, verify
 from ovq.train.optim import build_optimizer
 from tests.helpers import small_config, small_model
@@ -226,9 +226,9 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
 
 def test_a_checkpoint_without_a_manifest_is_not_complete(run_dir: Path) -> None:
     (folder(run_dir, 2) / "manifest.json").unlink()
-    assert choose(run_dir) == folder(run_dir, 1)
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         choose(run_dir, str(folder(run_dir, 2)))
+    assert choose(run_dir) == folder(run_dir, 1)
 
 
 def test_no_good_checkpoint_left_is_an_error_and_not_a_fresh_start(run_dir: Path) -> None:
@@ -266,7 +266,7 @@ def test_rank_0_chooses_and_the_others_do_not_look(run_dir: Path, monkeypatch: p
     monkeypatch.setattr(processes, "distributed", lambda: True)
     monkeypatch.setattr(processes, "rank", lambda: 1)
     monkeypatch.setattr(processes, "broadcast_object", lambda value, group=None: (True, Path("what rank 0 says")))
-    monkeypatch.setattr(checkpoint, "_choose", None)
+    monkeypatch.setattr(checkpoint_choice, "_choose", None)
     assert choose(run_dir) == Path("what rank 0 says")
 
 
@@ -278,7 +278,7 @@ def test_a_run_folder_in_use_by_another_process_is_rejected(run_dir: Path) -> No
         [sys.executable, "-c", holder, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        checkpoint._HELD.pop(Path(lock).resolve(), None)
+        checkpoint_files._HELD.pop(Path(lock).resolve(), None)
         with pytest.raises(CheckpointError, match=r"in use by another process \(process 7\)"):
             choose(run_dir)
         process.communicate("\n")

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from ovq import processes
 from ovq.config import Config, to_dict
-from ovq.errors import Failure
+from ovq.errors import TrainingError
 from ovq.machine import peak_flops, peak_memory_gib
 from ovq.model import Transformer
 from ovq.processes import World
-from ovq.train.checkpoint import Checkpointer
+from ovq.train.checkpoint import Checkpointer, ways_on
 from ovq.train.metrics import Metrics, read_rows
 from ovq.train.optim import LearnedBuffers, clip_gradients, lr_at, step_unless
 from ovq.train.parallelize import reshard, sync_gradients
@@ -82,10 +82,6 @@ class Loader(Protocol):
     def rewind(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
-
-
-class TrainingError(Failure, RuntimeError):
-    """Training cannot continue; the message is one line that names the step and what was not done."""
 
 
 @dataclass
@@ -331,12 +327,9 @@ class Trainer:
         titles = dict.fromkeys(t for rank in processes.gather_objects(record.documents) for t in rank)
         shown = ", ".join(list(titles)[:8]) + (f" and {len(titles) - 8} more" if len(titles) > 8 else "")
         skipped = f" ({self.skipped_in_row} steps in a row)" if self.cfg.trainer.nonfinite == "skip" else ""
-        last = self.checkpointer.last
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise TrainingError(
             f"step {record.step}: loss {loss:g}, gradient norm {norm:g}{skipped}; documents: {shown or 'untitled'}. "
-            f"The optimizer step was skipped and no checkpoint was overwritten: {kept}. "
-            "Lower optim.lr or trainer.grad_clip, or set trainer.nonfinite=skip"
+            f"The optimizer step was not made and nothing was saved over: {ways_on(self.checkpointer.last)}"
         )
 
     def save(self) -> None:

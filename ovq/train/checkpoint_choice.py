@@ -1,0 +1,152 @@
+"""Which checkpoint a run goes on from, and the repair of what a killed process left in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ovq import processes
+from ovq.files import remove_leftovers, sync, write_whole
+from ovq.train.checkpoint_files import (
+    LATEST,
+    CheckpointError,
+    complete,
+    hold,
+    named,
+    prune,
+    remove,
+    set_aside,
+    step_of,
+    verify,
+)
+
+ORIGIN = "origin.json"
+
+
+@dataclass
+class Origin:
+    """The checkpoint that a run branched from: the path that resume= gave, the folder it led to, and its step.
+
+    Paths are absolute, but a folder beside the record is a name, so that a run folder can be moved.
+    """
+
+    given: str
+    checkpoint: str
+    step: int
+
+
+def choose(run_dir: Path | str, resume: str = "auto", keep_last: int | None = None) -> Path | None:
+    """The checkpoint to resume from, chosen by rank 0 for every rank; None: start at step 0.
+
+    - "auto": the newest one in the run folder whose files match its manifest. Damaged newer ones are named in a warning
+      and set aside. A run that branched from a checkpoint elsewhere and has none of its own yet starts from that.
+    - a checkpoint's folder: the run branches from it. Checkpoints of the run folder that are not older are set aside.
+      The branch is recorded: the same command started again goes on from the newest checkpoint made since.
+    - "never": none.
+
+    Also locks the run folder for this process, and repairs what a kill has left: partial saves, temporary files, a
+    stale `latest`, and checkpoints beyond the newest `keep_last` (None: all stay).
+
+    Raises:
+        CheckpointError: the named one is damaged; all of the folder's are, or were set aside; or another process
+            trains in this run folder.
+    """
+    return processes.on_main(lambda: _choose(Path(run_dir) / "checkpoints", resume, keep_last))
+
+
+def _choose(root: Path, resume: str, keep_last: int | None) -> Path | None:
+    hold(root)
+    for leftover in [*root.glob("saving_*"), *root.glob("removing_*")]:
+        remove(leftover)
+    remove_leftovers(root.parent)
+    if resume == "never":
+        (root / ORIGIN).unlink(missing_ok=True)
+        return None
+    chosen = _newest_good(root) if resume == "auto" else _branch(root, resume)
+    if keep_last is not None:
+        prune(root, keep_last)
+    point_latest(root)
+    return chosen
+
+
+def _newest_good(root: Path) -> Path | None:
+    candidates, origin = named(root), read_origin(root)
+    if origin and root / origin.checkpoint not in candidates:
+        # What is in the folder and not newer belongs to another history.
+        candidates = [root / origin.checkpoint, *(path for path in candidates if step_of(path) > origin.step)]
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for path in reversed(candidates):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damaged.append((path, error))
+            continue
+        for bad, why in damaged:  # only now: if all are damaged, the folder stays as it is
+            print(f"{why}; not used, set aside as {set_aside(bad)}", file=sys.stderr, flush=True)
+        return path
+    if damaged:
+        raise CheckpointError(
+            f"every checkpoint in {root} is damaged, the newest so: {damaged[0][1]}. Nothing was changed; restore one, "
+            "or start again with another run_dir"
+        )
+    if aside := sorted(path.name for path in root.glob("aside_step_*")):
+        raise CheckpointError(
+            f"{root} holds only checkpoints that were set aside ({', '.join(aside)}), and training does not go back to "
+            "step 0 by itself; name one of them with resume=, or start again with another run_dir"
+        )
+    return None
+
+
+def _branch(root: Path, resume: str) -> Path | None:
+    given, path, origin = os.path.abspath(resume), Path(resume).resolve(), read_origin(root)
+    stored = path.name if path.parent == root.resolve() else str(path)
+    again = origin is not None and (given == origin.given or stored == origin.checkpoint)
+    if origin and again and any(step_of(own) > origin.step for own in named(root)):
+        chosen = _newest_good(root)
+        print(
+            f"{root.parent} has branched from {resume} already and goes on from {chosen}; to branch again, use "
+            f"another run_dir or remove {root / ORIGIN}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return chosen
+    step = int(verify(path)["step"])
+    for own in named(root):
+        if own.resolve() != path and step_of(own) >= step:
+            print(f"resuming from step {step}: {own} is set aside as {set_aside(own)}", file=sys.stderr, flush=True)
+    # Last, so that a kill before this line makes the same branch again.
+    write_whole(root / ORIGIN, json.dumps(asdict(Origin(given, stored, step)), indent=1) + "\n")
+    return path
+
+
+def read_origin(root: Path) -> Origin | None:
+    """The record of the checkpoint that a run branched from; None if it began at step 0.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    path = root / ORIGIN
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        return Origin(str(values["given"]), str(values["checkpoint"]), int(values["step"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); remove it and name the checkpoint to go on from with resume="
+        ) from None
+
+
+def point_latest(root: Path) -> None:
+    """Make `latest` the newest complete checkpoint, atomically; remove it where there is none."""
+    kept, latest, link = complete(root), root / LATEST, root / f"saving_{LATEST}"
+    link.unlink(missing_ok=True)
+    if not kept:
+        latest.unlink(missing_ok=True)
+    elif not (latest.is_symlink() and os.readlink(latest) == kept[-1].name):
+        link.symlink_to(kept[-1].name)
+        os.replace(link, latest)
+        sync(root)
