@@ -1,8 +1,8 @@
 """What a run records: metrics.jsonl always, Weights & Biases on request.
 
-metrics.jsonl has one line a training step, {"step": n, "loss": ...}, and one line an evaluation, whose keys begin with
-"eval/". It is the record that survives: after a resume there is still exactly one line a step. Reporting never stops
-training: lines that a full disk refuses are kept and written once there is room.
+metrics.jsonl has one line per training step, {"step": n, "loss": ...}, and one line per evaluation, whose keys begin
+with "eval/". It is the record that survives: after a resume there is still exactly one line per step. Reporting never
+stops training: lines that a full disk refuses are kept and written once there is room.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Metrics:
         run_dir: where metrics.jsonl lies.
         cfg: logger settings and, for Weights & Biases, the config shown there.
         main: whether this rank writes.
-        start_step: the step of the checkpoint resumed from (0: a new run). Lines of later steps are dropped: those
-            steps will be made again.
+        start_step: the step of the checkpoint resumed from (0: a new run). Lines of later steps are dropped, as those
+            steps will be repeated. Damaged lines are dropped and missing ones counted, with a warning.
     """
 
     def __init__(self, run_dir: Path | str, cfg: Config, *, main: bool = True, start_step: int = 0) -> None:
@@ -40,14 +40,18 @@ class Metrics:
         self._wandb: Any = None
         if not main:
             return
-        kept = [json.dumps(row) for row in read_rows(self.path) if row["step"] <= start_step]
+        rows, damaged = _parse(self.path)
+        rows = [row for row in rows if row["step"] <= start_step]
+        if flaws := _flaws(rows, damaged, start_step):
+            print(f"{self.path}: {flaws}; training is not affected", file=sys.stderr, flush=True)
+        kept = [json.dumps(row) for row in rows]
         write_whole(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
         if cfg.logger.name == "wandb":
             self._wandb = start_wandb(Path(run_dir), cfg)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one line; `row["step"]` is required. The line outlives this process, however it ends."""
+        """Append one line; `row["step"]` is required. Once written it survives this process, however that ends."""
         if self._file is None:
             return
         self._write(json.dumps(row).encode() + b"\n")
@@ -60,11 +64,11 @@ class Metrics:
         try:
             call(self._wandb)
         except Exception as error:
-            print(f"logger=wandb fails, going on without: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"logger=wandb failed, going on without: {' '.join(str(error).split())}", file=sys.stderr)
             self._wandb = None
 
     def _write(self, line: bytes) -> None:
-        """Write what could not be written before, and this; a line that is cut off is completed the next time."""
+        """Write this after what could not be written before; a line that is cut short is completed the next time."""
         assert self._file is not None
         waited = bool(self._unwritten)
         self._unwritten += line
@@ -74,11 +78,12 @@ class Metrics:
         except OSError as error:
             if not waited:
                 print(
-                    f"{self.path} cannot be written ({error.strerror}); its lines are kept meanwhile", file=sys.stderr
+                    f"{self.path} cannot be written ({error.strerror}); lines are kept in memory until it can",
+                    file=sys.stderr,
                 )
 
     def sync(self) -> None:
-        """Ask for the lines so far to be on the disk: a checkpoint must not outlive the record of its steps."""
+        """Flush the lines so far to the disk: a checkpoint must not outlive the record of its steps."""
         if self._file is not None:
             self._write(b"")
             with contextlib.suppress(OSError):
@@ -89,7 +94,7 @@ class Metrics:
             self._write(b"")
             if self._unwritten:
                 lost = self._unwritten.count(b"\n")
-                print(f"{self.path} could not be written to the end: {lost} line(s) are lost", file=sys.stderr)
+                print(f"{self.path} could not be completed: {lost} line(s) are lost", file=sys.stderr)
             self._file.close()
             self._file = None
         self._tell_wandb(lambda run: run.finish())
@@ -97,23 +102,42 @@ class Metrics:
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A last line that a killed process left unfinished is left out."""
-    path = Path(path)
+    """The rows of a metrics.jsonl, each with an integer "step"; none where there is no file. Damaged lines are left
+    out, as is a last line that a killed process left unfinished."""
+    return _parse(Path(path))[0]
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and the number of damaged lines."""
     if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+        return [], 0
+    *lines, unfinished = path.read_bytes().split(b"\n")
+    rows = [_row(line) for line in lines if line.strip()]
+    good = [row for row in [*rows, _row(unfinished)] if row is not None]
+    return good, rows.count(None)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode())
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _flaws(rows: list[dict[str, Any]], damaged: int, last_step: int) -> str:
+    """What is wrong with the record of the steps up to `last_step`, for a message; empty if nothing is."""
+    parts = [f"{damaged} damaged line(s) dropped"] if damaged else []
+    steps = {row["step"] for row in rows if "loss" in row}
+    missing = [step for step in range(min(steps, default=last_step), last_step + 1) if step not in steps]
+    if steps and missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        parts.append(f"{len(missing)} step(s) up to step {last_step} have no line ({shown})")
+    return "; ".join(parts)
 
 
 def start_wandb(run_dir: Path, cfg: Config) -> Any:
-    """A Weights & Biases run that a resumed job continues, or None with a warning: logging never stops training."""
+    """A Weights & Biases run that a resumed job continues; None after a warning, as logging never stops training."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
@@ -136,10 +160,10 @@ def start_wandb(run_dir: Path, cfg: Config) -> Any:
 
 
 def show_in_wandb(name: str, picture: Path, rows: list[dict[str, Any]], step: int | None = None) -> None:
-    """A picture and the table behind it, in the Weights & Biases run that this process has open, if there is one.
+    """Log a picture and the table behind it to the Weights & Biases run that this process has open, if there is one.
 
     Args:
-        step: the run's step; None where the run was reopened after its end, which takes no earlier step.
+        step: the run's step; None for a run that was reopened after its end, which accepts no earlier step.
     """
     wandb = sys.modules.get("wandb")
     run = getattr(wandb, "run", None)
