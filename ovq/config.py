@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ovq.environment import freeze, plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.files import write_whole
+from ovq.instantiate import is_ours
 from ovq.schema import REQUIRED, one_of, problems, setting
 
 
@@ -189,9 +192,12 @@ FREE_AT_RESUME = (
 
 
 def check(cfg: Config) -> None:
-    """Raise ConfigError unless every value is legal and the settings are compatible with each other."""
-    for problem in problems(Config, cfg):
-        raise ConfigError(problem)
+    """Raise ConfigError unless every value is legal and the settings are compatible."""
+    try:
+        for problem in problems(Config, cfg):
+            raise ConfigError(problem)
+    except OmegaConfBaseException as error:  # an interpolation that cannot be resolved
+        raise ConfigError(omegaconf_message(error)) from None
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"these settings have no value: {', '.join(missing)}")
     for name in cfg.model.pattern:
@@ -223,18 +229,17 @@ def check(cfg: Config) -> None:
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
-    """The config as plain dictionaries, lists and scalars."""
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    """The config as plain dictionaries, lists and scalars, fit to be stored and shown: see `ovq.environment.plain`."""
+    return plain(cfg)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`, checked against the schema.
-
-    Raises:
-        ConfigError: a setting is unknown, or has the wrong type or an illegal value.
-    """
+def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
+    """The inverse of `to_dict`, checked against the schema. Of a `stored` config, what it reads of the environment is
+    limited by `ovq.environment.freeze`."""
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), values)
+        if stored:
+            freeze(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_message(error)) from None
     check(cfg)  # type: ignore[arg-type]
@@ -244,24 +249,46 @@ def from_dict(values: dict[str, Any]) -> Config:
 def save(cfg: Config, run_dir: Path | str) -> Path:
     """Write run_dir/config.yaml atomically. Called by rank 0 only."""
     path = Path(run_dir) / "config.yaml"
-    write_whole(path, OmegaConf.to_yaml(cfg, resolve=True))
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
     return path
 
 
-def load(run_dir: Path | str) -> Config:
-    """The config a run folder was created with.
+def load(run_dir: Path | str, trust: Collection[str] | None = None) -> Config:
+    """The config that a run folder was made with.
+
+    Args:
+        trust: class paths outside this project that the config may name, if something is to be built from it; None:
+            the config is only read, and may name anything.
 
     Raises:
-        ConfigError: not a run folder, or its config.yaml cannot be read.
+        ConfigError: no run folder, a config.yaml that cannot be read, or a class that is not trusted.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_dir} is not a run folder: it has no config.yaml")
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
-    return from_dict(upgrade(values))
+        cfg = from_dict(upgrade(values), stored=True)
+    except Exception as error:  # damaged YAML, or anything at all in the place of a config
+        raise ConfigError(
+            f"{path} cannot be used: {one_line(error)}. If it is damaged, move it away: the command that trained the "
+            "run writes it again"
+        ) from None
+    if trust is not None:
+        for where, target in targets(cfg):
+            if target not in trust and not is_ours(target, Path(run_dir)):
+                raise ConfigError(
+                    f"{path} names {where}={target}, which is not part of this project, and importing it would run "
+                    f"code; if you trust it, add trust=[{target}]"
+                )
+    return cfg
+
+
+def targets(cfg: Config) -> list[tuple[str, str]]:
+    """The classes that a config names, as (setting, class path)."""
+    named = [(f"model.mixers.{name}._target_", mixer.get("_target_")) for name, mixer in cfg.model.mixers.items()]
+    named.append(("data.task._target_", cfg.data.task.get("_target_")))
+    return [(where, str(target)) for where, target in named if target is not None]
 
 
 # --- what was renamed ------------------------------------------------------------------------------------------------
@@ -302,7 +329,7 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(cfg: Config) -> dict[str, Any]:
-    """Dotted key -> value, for comparing two configs."""
+    """Dotted key -> value, to compare two configs."""
 
     def walk(node: Any, prefix: str) -> dict[str, Any]:
         if isinstance(node, dict):

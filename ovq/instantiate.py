@@ -1,18 +1,38 @@
-"""Objects of classes that a config names by `_target_`, with their settings as keyword arguments."""
+"""Builds objects of classes that a config names by `_target_`, with their settings as keyword arguments."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ovq.errors import ConfigError, one_line
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("ovq", "data")  # packages whose classes any config may name
+
+
+def is_ours(path: str, run_dir: Path) -> bool:
+    """Whether a class path leads to a source file of this project, by name alone: nothing is imported.
+
+    Run folders may lie among the packages; what they hold is not ours.
+    """
+    parts = path.split(".")
+    if len(parts) < 2 or parts[0] not in OURS or not all(part.isidentifier() for part in parts):
+        return False
+    packages = [ROOT.joinpath(*parts[:depth]) for depth in range(1, len(parts) - 1)]
+    found = ROOT.joinpath(*parts[:-1])
+    file = found / "__init__.py" if found.is_dir() else found.with_suffix(".py")
+    regular = all((package / "__init__.py").is_file() for package in packages)
+    return regular and file.is_file() and not file.resolve().is_relative_to(run_dir.resolve())
 
 
 def get_class(path: str, kind: type[T], where: str) -> type[T]:
-    """The class at a dotted path.
+    """The class at a dotted path. Imports its module; nothing of it is used before its kind is checked.
+
+    A path that a stored config gives must have passed `ovq.config.load(..., trust=...)`.
 
     Raises:
         ConfigError: it cannot be imported, or is not a subclass of `kind`.
@@ -28,10 +48,10 @@ def get_class(path: str, kind: type[T], where: str) -> type[T]:
 
 
 def settings_of(cls: type, given: dict[str, Any], where: str) -> dict[str, Any]:
-    """All settings of a class, its defaults replaced by those given, in the order of its signature.
+    """All settings of a class in the order of its signature: its defaults, replaced by those given.
 
     Raises:
-        ConfigError: one that the class does not have, or one without a default that is not given.
+        ConfigError: a setting that the class does not have, or one without a default that is missing.
     """
     keywords = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for key in given:
@@ -45,7 +65,8 @@ def settings_of(cls: type, given: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def instantiate(config: dict[str, Any], kind: type[T], where: str, *args: Any) -> T:
-    """`kind`'s subclass named by config["_target_"], called with `args` and the other entries as keywords.
+    """An object of the subclass of `kind` that config["_target_"] names, made with `args` and the other entries as
+    keywords.
 
     Raises:
         ConfigError: the class cannot be used, or a setting is unknown or has an illegal value.

@@ -111,7 +111,7 @@ def _of_run(run: str) -> tuple[Config, float]:
     Raises:
         ConfigError: the run has not logged a step yet.
     """
-    cfg = config.load(run)
+    cfg = config.load(run, trust=())
     speeds = [row["tokens_per_s"] for row in read_rows(Path(run) / "metrics.jsonl") if "tokens_per_s" in row]
     if not speeds:
         raise ConfigError(f"{run}/metrics.jsonl has no step yet, so the speed of its model is unknown")
