@@ -3,14 +3,17 @@
     run = load_run("runs/cpu_demo")
     run.model, run.tokenizer, run.cfg, run.world, run.step
 
-Nothing in the folder is changed, so a run can be evaluated while it trains. Works alone and under torchrun, on the
-device of `trainer.device`; the model is sharded over the processes there are.
+Nothing in the folder is changed, so a run can be evaluated while it trains: the checkpoint being read is locked against
+the trainer's removal of old ones. The folder is read as data, which may be anyone's: classes outside this project are
+imported only if the caller trusts them by name. Works alone and under torchrun, on the device of `trainer.device`; the
+model is sharded over all processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
@@ -25,49 +28,62 @@ from data.tokenizer import Tokenizer
 from ovq import config, processes
 from ovq.config import Config
 from ovq.errors import ConfigError, one_line
+from ovq.files import check_writable
 from ovq.model import Transformer, build_model
 from ovq.processes import World
 from ovq.schema import REQUIRED, setting
 from ovq.train import checkpoint
+from ovq.train.checkpoint_files import reading
 from ovq.train.parallelize import parallelize
 
-# How the run was computed does not matter here: as many processes as there are, nothing kept for a backward pass.
+# How the run was computed does not matter here: any number of processes, and no backward pass.
 COMPUTED = {
     "trainer.compile": False,
     "trainer.activation_checkpointing": "none",
     "trainer.shard": "full",
     "trainer.replicas": 1,
 }
-# What an evaluation may change of a run's settings; the rest is what was trained.
+# The settings of a run that an evaluation may change; the others define what was trained.
 CHANGEABLE = ("eval", "data", "trainer", "logger", "model.mixers")
 
 
 @dataclass
 class RunOptions:
-    """Options of every tool that evaluates a run. Options that are None stay as the run has them."""
+    """Options of every tool that evaluates a run. Those that are None keep the run's own value."""
 
     run: str = setting(REQUIRED, "the run folder")
     checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one")
+    trust: list[str] = setting([], "class paths outside this project that the run's config may name; their code runs")
 
     def open(self, overrides: Sequence[str] = ()) -> Run:
-        """The run, with the tool's other options and `overrides` (full names) in place of its own settings.
+        """Open the run, with the tool's other options and `overrides` (full names) replacing its own settings.
 
         Raises:
-            ConfigError, CheckpointError: as `load_run`.
+            ConfigError, CheckpointError: as `load_run`; the run folder, where results go, cannot be written to.
         """
         names = [item.name for item in fields(self)]
         for text in overrides:
             if "." not in (key := text.partition("=")[0]):
                 raise ConfigError(f"there is no option '{key}'; legal: {', '.join(names)}, and settings by full name")
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("run", "checkpoint")}
+        which = [item.name for item in fields(RunOptions)]
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in which}
         short = [f"eval.{name}={value}" for name, value in own.items() if value is not None]
         at = int(self.checkpoint) if self.checkpoint and self.checkpoint.isdigit() else self.checkpoint
-        return load_run(Path(self.run), [*short, *overrides], checkpoint_at=at)
+        config.load(self.run)  # a folder that is not a run is left alone
+        try:
+            check_writable(self.run)  # before an hour's work, not after it
+        except OSError as error:
+            raise ConfigError(
+                f"the results would go to {self.run}, which cannot be written to ({one_line(error)}); nothing was "
+                "computed. Make room, or evaluate a copy of the run folder"
+            ) from None
+        return load_run(Path(self.run), [*short, *overrides], checkpoint_at=at, trust=self.trust)
 
 
 @dataclass
 class Run:
-    """`step` is that of the weights; `model` is in evaluation mode, on `world.device`, sharded if there are several."""
+    """An opened run. `step` is that of the weights; `model` is in evaluation mode, on `world.device`, and sharded if
+    there are several processes."""
 
     run_dir: Path
     cfg: Config
@@ -78,52 +94,87 @@ class Run:
     checkpoint: Path
 
 
-def load_run(run_dir: Path | str, overrides: Sequence[str] = (), *, checkpoint_at: str | int | None = None) -> Run:
+def load_run(
+    run_dir: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint_at: str | int | None = None,
+    trust: Collection[str] = (),
+) -> Run:
     """Open a run with the weights of its newest good checkpoint. Collective: joins the other processes of torchrun.
 
     Args:
         overrides: key=value settings for the evaluation, for instance eval.context=65536.
-        checkpoint_at: a checkpoint's folder, its name, or its step; None: the newest that is good.
+        checkpoint_at: a checkpoint's folder, its name, or its step; None: the newest good one.
+        trust: class paths outside this project that the run's config may name.
 
     Raises:
-        ConfigError: no such run or setting, another tokenizer than the run's, or an unusable device.
-        CheckpointError: no checkpoint, or a damaged one was asked for.
+        ConfigError: no such run or setting, a class that is not trusted, another tokenizer than the run's, or an
+            unusable device.
+        CheckpointError: no checkpoint, a damaged one was named, or one that holds more than data.
     """
     run_dir = Path(run_dir)
-    cfg = override(config.load(run_dir), [*(f"{key}={value}" for key, value in COMPUTED.items()), *overrides])
+    no_imports_from(run_dir)
+    cfg = override(config.load(run_dir, trust), [*(f"{key}={value}" for key, value in COMPUTED.items()), *overrides])
     world = processes.init(cfg.trainer)
-    chosen = processes.on_main(lambda: choose(run_dir, checkpoint_at))
-    tokenizer = build_tokenizer(cfg, run_dir)
-    model = parallelize(build_model(cfg.model, tokenizer.vocab_size), cfg.trainer, world)
-    step = int(checkpoint.load(chosen, model)["step"])
+    with contextlib.ExitStack() as lease:
+        chosen = processes.on_main(lambda: choose(run_dir, checkpoint_at, lease))
+        tokenizer = build_tokenizer(cfg, run_dir)
+        model = parallelize(build_model(cfg.model, tokenizer.vocab_size), cfg.trainer, world)
+        step = int(checkpoint.load(chosen, model)["step"])
+        processes.gather_objects(None)  # rank 0 holds the lease until every rank has read its part
     return Run(run_dir, cfg, tokenizer, model.eval(), world, step, chosen)
 
 
-def choose(run_dir: Path, at: str | int | None) -> Path:
+def no_imports_from(folder: Path) -> None:
+    """Take a folder, and what is in it, off the import path: Python puts the current one there, which it may be."""
+    root = folder.resolve()
+    sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(root)]
+
+
+def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack | None = None) -> Path:
     """The checkpoint to evaluate, verified: the newest good one of the run folder, or the one named.
 
-    Unlike `checkpoint.choose` this leaves the run folder alone: a damaged one is named on stderr and passed over.
+    Unlike `checkpoint.choose` this leaves the run folder alone: a damaged one is named on stderr and passed over. Until
+    `lease` is closed, a trainer does not remove the checkpoint.
+
+    Raises:
+        CheckpointError: the one named is missing or damaged, or there is no good one.
     """
     if at is not None:
         folder = run_dir / "checkpoints"
         named = folder / checkpoint.name_of(at) if isinstance(at, int) else Path(at)
         path = named if named.is_dir() or (folder / named).parent != folder else folder / named
-        checkpoint.verify(path)
+        _verify(path, lease)
         return path
-    for path in reversed(checkpoint.find(run_dir)):
+    passed_over: set[Path] = set()
+    while candidates := [path for path in checkpoint.find(run_dir) if path not in passed_over]:
+        path = candidates[-1]
         try:
-            checkpoint.verify(path)
+            _verify(path, lease)
             return path
         except checkpoint.CheckpointError as error:
-            print(f"{error}; the one before it is used", file=sys.stderr, flush=True)
+            if path.is_dir():
+                print(f"{error}; the one before it is used", file=sys.stderr, flush=True)
+                passed_over.add(path)
+            # Otherwise the trainer has removed it meanwhile, and made a newer one before it did.
     raise checkpoint.CheckpointError(f"{run_dir} holds no good checkpoint; train it first, or name one: checkpoint=DIR")
 
 
+def _verify(path: Path, lease: contextlib.ExitStack | None) -> None:
+    """Verify a checkpoint, and keep it locked until the lease is closed if it is good."""
+    with contextlib.ExitStack() as attempt:
+        attempt.enter_context(reading(path))
+        checkpoint.verify(path)
+        if lease is not None:
+            lease.push(attempt.pop_all())
+
+
 def override(cfg: Config, overrides: Sequence[str]) -> Config:
-    """The config with key=value settings of `CHANGEABLE` replaced, checked as a whole.
+    """The config with key=value settings replaced, which must lie below `CHANGEABLE`; checked as a whole.
 
     Raises:
-        ConfigError: an unknown key, one that is part of what was trained, or an illegal value.
+        ConfigError: an unknown key, one that defines what was trained, or an illegal value.
     """
     known, node = config.flatten(cfg), cast(DictConfig, cfg)
     for text in overrides:
