@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def read(run_dir: Path | str) -> list[Row]:
     """All rows in the order they were written; empty if there is no table.
 
     Raises:
-        ConfigError: the file is not such a table.
+        ConfigError: the file is damaged, or is not such a table.
     """
     path = Path(run_dir) / FILE
     if not path.exists():
@@ -50,7 +52,7 @@ def read(run_dir: Path | str) -> list[Row]:
     except (pa.ArrowException, OSError, ValueError) as error:
         cause = " ".join(str(error).split())[:120]
         raise ConfigError(
-            f"{path} is not a table of loss by position; move it away and evaluate again ({cause})"
+            f"{path} is not a table of loss by position ({cause}); the next evaluation renames it and begins a new one"
         ) from None
 
 
@@ -60,10 +62,26 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 
 def write(run_dir: Path | str, rows: list[Row]) -> Path:
-    """Add the rows of one evaluation, replacing earlier rows with the same key. Atomic. Returns the table's path."""
+    """Add the rows of one evaluation, replacing an earlier one with the same key; whole or not at all.
+
+    A damaged table is renamed, with a warning, and a new one begun: the evaluation just made must not be lost to it.
+    """
     path = Path(run_dir) / FILE
+    try:
+        before = read(run_dir)
+    except ConfigError as error:
+        print(f"{error}: it is now {_set_aside(path)}", file=sys.stderr, flush=True)
+        before = []
     fresh = {key_of(row) for row in rows}
-    kept = [row for row in read(run_dir) if key_of(row) not in fresh]
+    kept = [row for row in before if key_of(row) not in fresh]
     with replacing(path) as scratch:
         pq.write_table(pa.Table.from_pylist(kept + rows, schema=SCHEMA), scratch, write_page_checksum=True)
     return path
+
+
+def _set_aside(path: Path) -> str:
+    number = 0
+    while (target := path.with_name(f"{path.stem}.damaged{number or ''}{path.suffix}")).exists():
+        number += 1
+    os.replace(path, target)
+    return target.name

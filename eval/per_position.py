@@ -226,11 +226,10 @@ def evaluate_strictly(
         progress: as in `measure`.
 
     Raises:
-        ConfigError, DataError: as in `measure`, or the table in the run folder is damaged.
-        OSError: the run folder cannot be written.
+        ConfigError, DataError: as in `measure`.
+        OSError: the run folder cannot be written to.
     """
     run_dir = Path(run_dir)
-    processes.on_main(lambda: len(loss_table.read(run_dir)))  # find a damaged table before the work, not after it
     measured = measure(model, cfg, tokenizer, world, should_stop, progress=progress)
     if measured is None:
         return None

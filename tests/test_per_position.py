@@ -312,7 +312,7 @@ def test_fewer_documents_than_requested_are_used_and_reported(
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 not a table PAR1", "foreign columns", "flipped bit"])
-def test_damaged_table_is_one_line_and_is_not_overwritten(
+def test_damaged_table_is_renamed_in_one_line_and_the_evaluation_is_kept(
     tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str], content: bytes | str
 ) -> None:
     path = tmp_path / loss_table.FILE
@@ -326,12 +326,16 @@ def test_damaged_table_is_one_line_and_is_not_overwritten(
         at = whole.index(struct.pack("<d", 2.5))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     damaged = path.read_bytes()
-    cfg = small_config("sw", *texts)
-    assert evaluate(Ruler(), cfg, build_tokenizer(cfg), World(), tmp_path, 5, go_on) == {"documents": 0}  # type: ignore[arg-type]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{path} is not a table of loss by position" in line and path.read_bytes() == damaged
+    cfg = small_config("sw", *texts, "eval.documents=4")
     with pytest.raises(ConfigError, match="is not a table of loss by position"):
         loss_table.read(tmp_path)
+    results = evaluate(Ruler(), cfg, build_tokenizer(cfg), World(), tmp_path, 5, go_on)  # type: ignore[arg-type]
+    assert results is not None and results["documents"] == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path} is not a table of loss by position" in line
+    assert line.endswith("it is now per_position_loss.damaged.parquet")
+    assert path.with_name("per_position_loss.damaged.parquet").read_bytes() == damaged
+    assert {row["step"] for row in loss_table.read(tmp_path)} == {5}
 
 
 def test_open_wandb_run_gets_the_plot_and_the_table(
@@ -452,7 +456,7 @@ def test_command_line_evaluates_the_newest_checkpoint(
     [
         ([], "run= is required: the run folder"),
         (["run=no/such/run"], "no/such/run is not a run folder"),
-        (["run=RUN", "contxt=5"], "there is no option 'contxt'; legal: run, checkpoint, context"),
+        (["run=RUN", "contxt=5"], "there is no option 'contxt'; legal: run, checkpoint, trust, context"),
         (["run=RUN", "eval.contxt=5"], "the run has no setting 'eval.contxt'"),
         (["run=RUN", "model.dim=64"], "model.dim is part of what was trained"),
         (["run=RUN", "context=long"], "context=long must be a whole number"),
