@@ -150,7 +150,7 @@ def _fill() -> None:
     """From now on files that are opened for writing refuse what is written, as on a full disk."""
     import resource
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails with EFBIG
+    # A write then fails with EFBIG: Python ignores SIGXFSZ from its start.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
