@@ -27,8 +27,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
     Readers find the old file or the new one, never a partial one, and so does the machine after a crash and a reboot:
     the content is on disk (fsync) before the rename. If anything fails, the old file is left unchanged, the scratch
     file is removed and the error propagates (an OSError if the disk is full). A killed process may leave its scratch
-    file, NAME.*.tmp, which nothing reads and `remove_leftovers` removes. If several processes write at once, on one machine or several, exactly one of
-    their files survives, complete. Parent folders are created.
+    file, NAME.*.tmp, which nothing reads and `remove_leftovers` removes. If several processes write at once, on one
+    machine or several, exactly one of their files survives, complete. Parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,6 @@ MOST_LINES = 400
 LONG = {
     "ovq/ops/ovq_attention/kernels/assign.py": "a kernel, with the maths of its stages",
     "ovq/ops/ovq_attention/kernels/backward.py": "kernels, with the maths of their stages",
-    "ovq/train/loop.py": "one class that reads as the course of a run",
-    "ovq/train/checkpoint.py": "saving, choosing and loading share the meaning of folder names",
 }
 
 

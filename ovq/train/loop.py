@@ -17,10 +17,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ovq.errors import TrainingError
 from ovq.machine import peak_flops, peak_memory_gib
 from ovq.model import Transformer
 from ovq.processes import World
+from ovq.train.batches import Loader, MicroBatch
 from ovq.train.checkpoint import Checkpointer, ways_on
 from ovq.train.metrics import Metrics, read_rows
 from ovq.train.optim import LearnedBuffers, clip_gradients, lr_at, step_unless
@@ -55,33 +56,6 @@ COUNTED = (
 GARBAGE_EVERY = 100  # steps; left to Python, collections would pause ranks at different moments
 
 Evaluate = Callable[[Transformer, int, Callable[[], bool]], "dict[str, float] | None"]
-
-
-class MicroBatch(Protocol):
-    """What the loop uses of `data.loader.Batch`."""
-
-    inputs: Tensor
-    targets: Tensor
-    cu_seqlens: Tensor | None
-    documents: list[str]
-    counts: dict[str, int]
-
-    def token_hash(self) -> int: ...
-
-    def to(self, device: torch.device) -> MicroBatch: ...
-
-
-class Loader(Protocol):
-    """What the loop uses of `data.loader.Loader`."""
-
-    micro_batches_per_step: int
-    should_stop: Callable[[], bool]
-
-    def __iter__(self) -> Generator[MicroBatch]: ...
-
-    def rewind(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass
