@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ovq.errors import Failure, one_line
+from ovq.files import write_whole
 
 ROLL_CALL_S = 5.0  # ranks meet the same failure within moments of each other
 GRACE_S = 20.0  # for a checkpoint that is being written; torchrun kills after 30 s
@@ -181,4 +182,5 @@ def tell_launcher(message: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+            # Whole or not at all: torchrun ends in a traceback of its own over half a file.
+            write_whole(path, json.dumps({"message": {"message": message, "extraInfo": extra}}))
