@@ -51,7 +51,14 @@ SETTINGS = [
     *("trainer.device=cpu", "trainer.timeout_s=20", "trainer.progress=false", "optim.warmup_steps=3"),
     *("eval.context=512", "eval.piece=128", "eval.documents=2"),
 ]
-KIND = re.compile(r" (?:at|from|after|of) ")  # what of a fault's description comes before it is its kind
+KIND = re.compile(r" (?:\d|checkpoints|from|after|of) ?")  # what of a fault's description comes before it is its kind
+KILLED_WRITER = """
+import os, signal, sys
+from ovq.files import replacing
+with replacing(sys.argv[1]) as scratch:
+    scratch.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 ENDS_WELL = ("term", "usr1", "usr2", "hup", "int")  # saved, status 0
 
 
@@ -141,22 +148,20 @@ def kill_all(mark: str) -> None:
 def injure(one: Round, dice: random.Random) -> None:
     """Start the run with a fault in it, or damage its files at rest; checks how it ended."""
     rank = dice.randrange(one.processes)
-    kind = dice.choice(["signal", "signal", "crash", "crash", "crash", "outside", "closed", "full", "damage", "damage"])
+    kind = dice.choice([*4 * ["signal"], *6 * ["crash"], *2 * ["outside", "closed", "full"], *4 * ["damage"], "freeze"])
     if kind == "signal":
         action, step = dice.choice(ENDS_WELL), dice.randrange(1, STEPS + 1)
         one.done.append(f"{action} at step {step} of rank {rank}")
         status, said = one.start([Fault("step", step, action, rank)])
-        good = status == 0 or one.processes > 1  # torchrun reports 1 for a job that a signal has stopped
-        if not good or "Traceback" in said:
+        if one.processes == 1 and (status or "Traceback" in said):  # torchrun reports 1, with a traceback of its own
             raise Broken(f"{one.done[-1]}: status {status}, {said[-300:]}")
     elif kind == "crash":
-        moment = dice.choice(["step", "step", "save", "write", "renamed", "evaluate", "start"])
-        count = {"step": dice.randrange(1, STEPS + 1), "start": 1, "evaluate": dice.randrange(1, 3)}.get(
-            moment, dice.randrange(1, 1 + STEPS // SAVE_EVERY)
-        )
+        moment = dice.choice(["step", "step", "save", "write", "renamed", "evaluate", "start", "row"])
+        limit = {"step": STEPS, "start": 1, "evaluate": 2, "row": 4 * STEPS}.get(moment, STEPS // SAVE_EVERY)
+        count = dice.randrange(1, limit + 1)
         rank = 0 if moment == "renamed" else rank
         one.done.append(f"kill at {moment} {count} of rank {rank}")
-        one.start([Fault(moment, count, "kill", rank)])
+        one.start([Fault(moment, count, "kill", rank)])  # of a row: the worker that makes it, if there is one
     elif kind == "outside":
         seconds = dice.uniform(3, 9)
         one.done.append(f"kill -9 of all after {seconds:.1f} s")
@@ -172,7 +177,16 @@ def injure(one: Round, dice: random.Random) -> None:
         step = dice.randrange(1, STEPS + 1)
         one.done.append(f"disk full from step {step}")
         status, said = one.start([Fault("step", step, "full", None)])
-        if status == 0 or "Traceback" in said:
+        if status == 0 or (one.processes == 1 and "Traceback" in said):  # the log lies on the full disk, too
+            raise Broken(f"{one.done[-1]}: status {status}, {said[-300:]}")
+    elif kind == "freeze":
+        # A lone trainer that freezes is for whoever started it; a worker, or one rank of several, is for the trainer.
+        moment = "row" if one.processes == 1 else "step"
+        count = dice.randrange(20, 60) if moment == "row" else dice.randrange(3, STEPS)
+        one.workers = 1
+        one.done.append(f"freeze at {moment} {count} of rank {rank}")
+        status, said = one.start([Fault(moment, count, "freeze", rank)])
+        if status == 0 or "error: " not in said:
             raise Broken(f"{one.done[-1]}: status {status}, {said[-300:]}")
     else:
         damage(one, dice)
@@ -199,7 +213,7 @@ def damage(one: Round, dice: random.Random) -> None:
             log.write(b'{"step": 999, "lo\xff')
         one.done.append(f"half a line that is not UTF-8 in metrics.jsonl after step {step}")
     else:
-        (one.run_dir / "summary.json.deadbeef.tmp").write_text("half")
+        subprocess.run([sys.executable, "-c", KILLED_WRITER, one.run_dir / "summary.json"], cwd=faults.ROOT)
         (one.run_dir / "checkpoints" / f"saving_{saved[-1].name}").mkdir(exist_ok=True)
         one.done.append(f"temporary files of a killed writer after step {step}")
 

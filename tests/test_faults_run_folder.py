@@ -587,7 +587,8 @@ def test_a_disk_full_on_both_of_two_ranks_is_called_so_with_the_ranks(tmp_path: 
     assert ended.returncode != 0
     assert "unexpected pos" not in ended.stderr and "inline_container" not in ended.stderr
     assert re.search(
-        r"error: rank \d: the checkpoint of step 2 .*\(rank 0, 1: the disk is full: .*step_00000001 is intact", ended.stderr
+        r"error: rank \d: the checkpoint of step 2 .*\(rank 0, 1: the disk is full: .*step_00000001 is intact",
+        ended.stderr,
     )
     assert steps_on_disk(tmp_path) == [1]
 
