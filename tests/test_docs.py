@@ -147,3 +147,11 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         assert cli.main([*command.split(), "--help"]) == 0
     said = capsys.readouterr().out
     assert len(said.splitlines()) > 5, said
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", (ROOT / "docs" / "promises.md").read_text()))
+    written = {
+        name for file in (ROOT / "tests").glob("*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert len(named) > 20 and not named - written, named - written
