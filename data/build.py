@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.builtin import BuiltinCorpus
-from data.corpus import Corpus, Document, ShardCorpus, TokenisedCorpus, Tokens
+from data.corpus import Corpus, Document, Identified, ShardCorpus, TokenisedCorpus, Tokens
 from data.lanes import LaneReader
 from data.loader import Loader
 from data.prepared import PreparedTokens, describe_prepared, load_index
@@ -62,11 +62,11 @@ def build_corpus(cfg: Config, split: str, commit: str | None = None) -> Corpus:
     return ShardCorpus(data, shards, bad)
 
 
-def build_tokens(cfg: Config, tokenizer: Tokenizer, split: str, commit: str | None = None) -> tuple[Tokens, Corpus]:
+def build_tokens(cfg: Config, tokenizer: Tokenizer, split: str, commit: str | None = None) -> tuple[Tokens, Identified]:
     """The split's tokenised documents, and the corpus that identifies them."""
     if cfg.data.kind == "memmap":
         prepared = PreparedTokens(list(getattr(cfg.data, split) or cfg.data.train), split, tokenizer)
-        return prepared, prepared  # type: ignore[return-value]
+        return prepared, prepared
     corpus = build_corpus(cfg, split, commit)
     return TokenisedCorpus(corpus, tokenizer), corpus
 

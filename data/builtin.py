@@ -38,6 +38,9 @@ class BuiltinCorpus:
     bad_shards = 0
 
     def __init__(self, split: str) -> None:
+        self._open(split)
+
+    def _open(self, split: str) -> None:
         self.split = split
         documents = _documents()
         if len(documents) < 32:
@@ -58,7 +61,7 @@ class BuiltinCorpus:
         return {"split": self.split}  # a worker reads the library for itself
 
     def __setstate__(self, state: dict[str, str]) -> None:
-        self.__init__(state["split"])  # type: ignore[misc]
+        self._open(state["split"])
 
     def locate(self, index: int) -> str:
         return f"built-in document {self._documents[index][0]}"

@@ -67,7 +67,18 @@ class Document:
     num_words: int
 
 
-class Corpus(Protocol):
+class Identified(Protocol):
+    """What the identity of a data set is taken from: text shards, or the folders they were prepared into."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Identity of the contents: equal fingerprints mean the same documents in the same order."""
+        ...
+
+    @property
+    def bad_shards(self) -> int: ...
+
+
+class Corpus(Identified, Protocol):
     """Documents by index. Implementations are picklable and open their files lazily, once per process."""
 
     def __len__(self) -> int: ...
@@ -81,13 +92,6 @@ class Corpus(Protocol):
     def sizes(self) -> np.ndarray:
         """Approximate bytes of each document, int64 [documents], without reading any."""
         ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Identity of the contents: corpora with equal fingerprints hold the same documents in the same order."""
-        ...
-
-    @property
-    def bad_shards(self) -> int: ...
 
 
 class Tokens(Protocol):

@@ -200,7 +200,7 @@ def failures(jobs: list[Job]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=__doc__.split("\n")[0])  # type: ignore
+    parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("overrides", nargs="*", help="settings in Hydra's syntax; key=a,b sweeps")
     parser.add_argument(
         "--gpus", type=int, default=0, help="GPUs of this machine to use (0: run on what train.py picks)"

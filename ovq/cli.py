@@ -27,7 +27,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ovq.errors import ConfigError, Failure, omegaconf_message, one_line
 from ovq.report import lasting_streams
@@ -170,7 +170,7 @@ def parse(options: type[T], argv: list[str]) -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    fields = {item.name: item for item in dataclasses.fields(options)}  # type: ignore[arg-type]
+    fields = {item.name: item for item in dataclasses.fields(cast(Any, options))}
     values = {}
     for arg in argv:
         key, _, text = arg.partition("=")
@@ -185,7 +185,7 @@ def parse(options: type[T], argv: list[str]) -> T:
         raise ConfigError(f"{name}= is required: {fields[name].metadata['help']}")
     for problem in problems(options, merged):
         raise ConfigError(problem)
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    return cast(T, OmegaConf.to_object(merged))
 
 
 KINDS = {

@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -242,8 +242,9 @@ def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
             freeze(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_message(error)) from None
-    check(cfg)  # type: ignore[arg-type]
-    return cfg  # type: ignore[return-value]  # a DictConfig that behaves as a Config
+    config = cast(Config, cfg)  # a DictConfig that behaves as one
+    check(config)
+    return config
 
 
 def save(cfg: Config, run_dir: Path | str) -> Path:

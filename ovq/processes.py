@@ -99,10 +99,11 @@ def init(trainer: TrainerConfig) -> World:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if size > 1 or precision == "bf16":  # a single device too needs FSDP for bf16 compute on float32 parameters
+        alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s)),
-            **({} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),  # type: ignore[arg-type]
+            **alone,
         )
     return World(rank, size, local_rank, device, precision, data=Axis("data", rank, size))
 

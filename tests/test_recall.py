@@ -13,7 +13,7 @@ from data.build import build_loader, build_tokenizer, describe
 from data.loader import merge_states
 from data.tasks.base import TEST, TRAIN
 from data.tasks.recall import RecallTask
-from data.tasks.rows import test_batches as batches_for_test
+from data.tasks.rows import sequences_for_test
 from ovq.compose import compose
 from ovq.errors import ConfigError
 from ovq.processes import World
@@ -145,8 +145,8 @@ def test_the_curriculum_gives_more_and_shorter_sequences_first() -> None:
 
 def test_test_sequences_do_not_depend_on_how_they_are_batched() -> None:
     task = TASKS[2]
-    one = torch.cat([b.inputs for b in batches_for_test(task, 64, seed=0, rows=7, batch=3)])
-    assert torch.equal(one, next(batches_for_test(task, 64, seed=0, rows=7, batch=7)).inputs) and len(one) == 7
+    one = torch.cat([b.inputs for b in sequences_for_test(task, 64, seed=0, rows=7, batch=3)])
+    assert torch.equal(one, next(sequences_for_test(task, 64, seed=0, rows=7, batch=7)).inputs) and len(one) == 7
 
 
 def test_an_answer_is_correct_only_if_all_its_tokens_are() -> None:

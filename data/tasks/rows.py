@@ -79,12 +79,9 @@ class TaskLoader(Loader):
             yield batch
 
 
-def test_batches(task: Task, length: int, *, seed: int, rows: int, batch: int) -> Iterator[Batch]:
+def sequences_for_test(task: Task, length: int, *, seed: int, rows: int, batch: int) -> Iterator[Batch]:
     """Test sequences: `rows` of `length` tokens, `batch` at a time, the same for every model."""
     for start in range(0, rows, batch):
         made = [task.make(length, seed, TEST, 0, row) for row in range(start, min(start + batch, rows))]
         inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*made))
         yield Batch(inputs, targets)
-
-
-test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it as a test wherever it is imported

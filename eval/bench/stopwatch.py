@@ -6,6 +6,7 @@ are warmed up first and then interleaved, so that a change in clock speed or loa
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -107,13 +108,13 @@ class Stopwatch:
             timings[name].whole_ms.append(whole)
 
         for name in calls:
-            attempt(name, lambda name=name: warm_up(name))  # type: ignore[misc]
+            attempt(name, functools.partial(warm_up, name))
         began = time.monotonic()
         for done in range(most):
             if done >= least and time.monotonic() - began > seconds:
                 break
             for name in calls:
-                attempt(name, lambda name=name: repeat(name))  # type: ignore[misc]
+                attempt(name, functools.partial(repeat, name))
         return timings
 
 

@@ -29,7 +29,7 @@ import torch
 
 from data.build import build_task
 from data.tasks.base import Task
-from data.tasks.rows import test_batches
+from data.tasks.rows import sequences_for_test
 from eval import style
 from launch import sweep
 from ovq import config
@@ -139,7 +139,7 @@ def test(model: Transformer, device: torch.device, task: Task, length: int, at_l
     """(correct answers, answers) on as many whole test sequences as hold `at_least` answers in total."""
     rows = math.ceil(at_least / task.describe(length)["answers"])
     right = answers = 0
-    for batch in test_batches(task, length, seed=TEST_SEED, rows=rows, batch=max(1, TOKENS_AT_ONCE // length)):
+    for batch in sequences_for_test(task, length, seed=TEST_SEED, rows=rows, batch=max(1, TOKENS_AT_ONCE // length)):
         predicted = model(batch.inputs.to(device)).logits.argmax(-1)
         got = task.score(predicted.cpu().numpy(), batch.targets.numpy())
         right, answers = right + got[0], answers + got[1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ovq.mixers.base import MixerShape, SequenceMixer
+from ovq.ops.common import work_dtype
 
 
 @dataclass
@@ -36,11 +37,12 @@ class AttentionLayer(SequenceMixer):
     """Query, key, value and output projections around a softmax attention.
 
     With `qk_norm`, queries and keys have unit norm and the logits are beta_h sqrt(K) cos(q, k), with beta_h learned and
-    initialised to 1. This is OVQ's parameterisation, so that models differ only in what they remember.
+    initialised to `beta_init`. This is OVQ's parameterisation, so that models differ only in what they remember.
     """
 
-    def __init__(self, shape: MixerShape, *, qk_norm: bool = False) -> None:
+    def __init__(self, shape: MixerShape, *, qk_norm: bool = False, beta_init: float = 1.0) -> None:
         super().__init__(shape)
+        self.beta_init = beta_init
         width = shape.num_heads * shape.head_dim
         kv_width = shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.dim, width, bias=False)
@@ -52,7 +54,7 @@ class AttentionLayer(SequenceMixer):
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
         if self.beta is not None:
-            nn.init.ones_(self.beta)
+            nn.init.constant_(self.beta, self.beta_init)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k and v [B, T, G, K]; q and k have unit norm with `qk_norm`."""
@@ -70,6 +72,16 @@ class AttentionLayer(SequenceMixer):
         if self.beta is None:
             return q_BTHK
         return q_BTHK * (self.beta * self.shape.head_dim).to(q_BTHK.dtype)[:, None]
+
+    def inverse_temperature(self) -> Tensor:
+        """beta_h sqrt(K) [H] in float32 or float64, of a layer with `qk_norm`."""
+        assert self.beta is not None
+        return self.beta.to(work_dtype(self.beta)) * self.shape.head_dim**0.5
+
+    def mean_beta(self) -> Tensor:
+        """Mean beta of the heads, for health reports."""
+        assert self.beta is not None
+        return self.beta.detach().float().mean()
 
     def project_out(self, o_BTHK: Tensor) -> Tensor:
         return self.out_proj(o_BTHK.flatten(2))

@@ -14,12 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
-from ovq.mixers.recurrent import inverse_temperature
 from ovq.ops.common import each_document, work_dtype
 from ovq.ops.memory_attention import memory_attention
 
@@ -74,14 +73,14 @@ class MemoryLayer(AttentionLayer):
     """
 
     def __init__(self, shape: MixerShape, *, capacity: int, chunk_size: int, beta_init: float, backend: str) -> None:
-        super().__init__(shape, qk_norm=True)
+        super().__init__(shape, qk_norm=True, beta_init=beta_init)
         name = type(self).__name__
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} of {name} must be at least 1")
         if backend not in ("auto", "reference", "torch"):
             raise ValueError(f"backend={backend} of {name} is not a legal value; legal: auto, reference, torch")
         self.set_capacity(capacity)
-        self.chunk_size, self.beta_init, self.backend = chunk_size, beta_init, backend
+        self.chunk_size, self.backend = chunk_size, backend
 
     @property
     def capacity(self) -> int:
@@ -133,10 +132,6 @@ class MemoryLayer(AttentionLayer):
         """Number of entries that `chunks` chunks add, before any are dropped."""
         return chunks * self.chunk_size
 
-    def init_weights(self, std: float) -> None:
-        super().init_weights(std)
-        nn.init.constant_(self.beta, self.beta_init)  # type: ignore[arg-type]
-
     def forward(
         self,
         x_BTD: Tensor,
@@ -157,7 +152,7 @@ class MemoryLayer(AttentionLayer):
             state = MemoryState(self.empty(k), k[:, :0], v[:, :0], 0)
         memory, L, position = state.memory, self.chunk_size, state.position
         own_k, own_v = torch.cat([state.pending_key, k], dim=1), torch.cat([state.pending_value, v], dim=1)
-        beta = inverse_temperature(self)
+        beta = self.inverse_temperature()
         end, first = position + q.shape[1], position - state.pending_key.shape[1]  # own_k[:, 0] is token `first`
         rows = []
         for start in range(first, end, L):

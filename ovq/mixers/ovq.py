@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
@@ -41,8 +41,7 @@ class OVQ(AttentionLayer):
         beta_init: float = 1.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(shape, qk_norm=True)
-        self.beta_init = beta_init
+        super().__init__(shape, qk_norm=True, beta_init=beta_init)
         self.backend = backend
         self.spec = OVQSpec(
             num_centroids=num_centroids,
@@ -63,10 +62,6 @@ class OVQ(AttentionLayer):
     def set_capacity(self, capacity: int) -> None:
         self.spec = dataclasses.replace(self.spec, num_centroids=capacity)  # validates the capacity
 
-    def init_weights(self, std: float) -> None:
-        super().init_weights(std)
-        nn.init.constant_(self.beta, self.beta_init)  # type: ignore[arg-type]
-
     def forward(
         self,
         x_BTD: Tensor,
@@ -76,7 +71,7 @@ class OVQ(AttentionLayer):
         return_state: bool = False,
     ) -> tuple[Tensor, OVQState | None]:
         q, k, v = self.project(x_BTD)
-        beta = self.beta.float() * self.shape.head_dim**0.5  # type: ignore[union-attr]
+        beta = self.inverse_temperature()
         report = self.collect_health and cu_seqlens is None
         o, new_state = self._attend(
             q, k, v, beta, cu_seqlens=cu_seqlens, state=state, return_state=return_state or report
@@ -108,7 +103,7 @@ class OVQ(AttentionLayer):
             "fill": used.new_tensor(state.size / self.spec.num_centroids),
             "used_once": (used == 1).float().mean(),
             "mean_count": used.mean(),
-            "beta": self.beta.detach().float().mean(),  # type: ignore[union-attr]
+            "beta": self.mean_beta(),
         }
 
     def state_size(self, context: int) -> int:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
 from ovq.ops.common import work_dtype
 
@@ -64,12 +63,6 @@ class DecayGate(nn.Module):
 def width(shape: MixerShape) -> int:
     """The inner width of attention in this model, to which the recurrent mixers are sized."""
     return shape.num_heads * shape.head_dim
-
-
-def inverse_temperature(layer: AttentionLayer) -> Tensor:
-    """beta_h sqrt(K) [H], in float32 or float64."""
-    assert layer.beta is not None
-    return layer.beta.to(work_dtype(layer.beta)) * layer.shape.head_dim**0.5
 
 
 def require_positive(name: str, **settings: float) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape
-from ovq.mixers.recurrent import inverse_temperature
 from ovq.ops.common import work_dtype
 from ovq.ops.vq_attention import VQState, assign, vq_attention
 
@@ -65,7 +64,7 @@ class VQ(AttentionLayer):
         beta_init: float = 1.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(shape, qk_norm=True)
+        super().__init__(shape, qk_norm=True, beta_init=beta_init)
         if num_codes < 1 or block_size < 1:
             raise ValueError(f"num_codes={num_codes} and block_size={block_size} of vq must be at least 1")
         if not 0 <= ema_decay < 1 or laplace < 0 or dead_below < 0 or commitment < 0:
@@ -75,7 +74,7 @@ class VQ(AttentionLayer):
             )
         self.num_codes, self.block_size, self.quantize_recent = num_codes, block_size, quantize_recent
         self.ema_decay, self.laplace, self.dead_below = ema_decay, laplace, dead_below
-        self.commitment, self.beta_init, self.backend = commitment, beta_init, backend
+        self.commitment, self.backend = commitment, backend
         G, K = shape.num_kv_heads, shape.head_dim
         # The codebook in use, and the averages that the next one is computed from.
         self.register_buffer("codebook", torch.zeros(G, num_codes, K))
@@ -85,7 +84,6 @@ class VQ(AttentionLayer):
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
-        nn.init.constant_(self.beta, self.beta_init)  # type: ignore[arg-type]
         with torch.no_grad():
             # Random directions for the first pass, whose keys then replace them.
             nn.init.normal_(self.codebook)
@@ -113,7 +111,7 @@ class VQ(AttentionLayer):
             v,
             # The averages are updated after this pass, and the backward pass may still need the old codes.
             self.codebook.clone() if learns else self.codebook,
-            inverse_temperature(self),
+            self.inverse_temperature(),
             block_size=self.block_size,
             quantize_recent=self.quantize_recent,
             cu_seqlens=cu_seqlens,
@@ -183,7 +181,7 @@ class VQ(AttentionLayer):
         entropy = -(share * share.clamp_min(1e-20).log()).sum(-1)
         self.health = {
             "code_perplexity": entropy.exp().mean(),
-            "beta": self.beta.detach().float().mean(),  # type: ignore[union-attr]
+            "beta": self.mean_beta(),
         }
 
     def state_size(self, context: int) -> int:

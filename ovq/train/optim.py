@@ -61,7 +61,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
         The norm before scaling, a scalar on the device. It spans all shards, so every rank has the same value.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
     if max_norm > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from ovq.ops import fla_backend
@@ -48,14 +50,9 @@ def mesa(
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
     if fla_backend.uses_fla(backend, q_BTHK, "mesa"):
         return _kernel(*tensors, lamb_HK, iterations, cu_seqlens, state)
-    settings = {"iterations": iterations, "chunk_size": chunk_size, "backend": backend}
     if cu_seqlens is not None:
-        return each_document(
-            lambda *x: mesa(*x, lamb_HK, **settings)[0],  # type: ignore[call-arg, arg-type]
-            cu_seqlens,
-            tensors,
-            state,
-        ), None
+        alone = functools.partial(mesa, lamb_HK=lamb_HK, iterations=iterations, chunk_size=chunk_size, backend=backend)
+        return each_document(lambda *x: alone(*x)[0], cu_seqlens, tensors, state), None
     if backend == "reference":
         return reference.forward(*tensors, lamb_HK, state)
     return chunked.forward(*tensors, lamb_HK, iterations=iterations, chunk_size=chunk_size, state=state)

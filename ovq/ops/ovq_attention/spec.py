@@ -105,8 +105,8 @@ class OVQSpec:
 
 def check_step_size(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a legal `step_size`; the message calls it `name`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value != "count" and not (number and 0 < value <= 1):  # type: ignore[operator]
+    constant = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+    if value != "count" and not constant:
         raise ValueError(f"{name}={value} is not a legal value; legal: count, or a number in (0, 1]")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from ovq.ops.common import each_document
@@ -53,12 +55,10 @@ def vq_attention(
     if backend not in ("auto", "reference", "torch"):
         raise ValueError(f"backend={backend} of vq_attention is not a legal value; legal: auto, reference, torch")
     forward = reference.forward if backend == "reference" else chunked.forward
-    settings = {"block_size": block_size, "quantize_recent": quantize_recent}
+    attend = functools.partial(
+        forward, codebook_GNK=codebook_GNK, beta_H=beta_H, block_size=block_size, quantize_recent=quantize_recent
+    )
+    tensors = (q_BTHK, k_BTGK, v_BTGV)
     if cu_seqlens is not None:
-        return each_document(
-            lambda q, k, v: forward(q, k, v, codebook_GNK, beta_H, **settings)[0],  # type: ignore[arg-type]
-            cu_seqlens,
-            (q_BTHK, k_BTGK, v_BTGV),
-            state,
-        ), None
-    return forward(q_BTHK, k_BTGK, v_BTGV, codebook_GNK, beta_H, state=state, **settings)  # type: ignore[arg-type]
+        return each_document(lambda *x: attend(*x)[0], cu_seqlens, tensors, state), None
+    return attend(*tensors, state=state)
