@@ -227,9 +227,18 @@ def record(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def listing(run_dir: Path) -> list[str]:
-    """The files of a run folder but those that say where it was hurt."""
+    """The files of a run folder, without those that say where it was hurt.
+
+    A run that was told to stop saves at a step of its own, which may then be the last but one that is kept: the number
+    of checkpoints counts, and the step of the last.
+    """
     names = [str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if not p.is_dir()]
-    return sorted(name for name in names if "aside_" not in name)
+    last = f"step_{STEPS:08d}"
+    return sorted(
+        re.sub(r"step_\d{8}", lambda found: found[0] if found[0] == last else "step_earlier", name)
+        for name in names
+        if "aside_" not in name
+    )
 
 
 def check(one: Round, unbroken: Path) -> None:
