@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Failure(Exception):
-    """Something a user can act on. The message is one line: what failed, and how to mend it.
+    """Something a user can act on. The message is one line: what failed, and what to do about it.
 
     `status` is the exit status of a command that ends with it: 1 where work failed, 2 where a setting is wrong.
     """

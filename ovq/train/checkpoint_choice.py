@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and the repair of what a killed process left in the folder."""
+"""Which checkpoint a run resumes from, and the repair of what a killed process left in the folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def choose(run_dir: Path | str, resume: str = "auto", keep_last: int | None = No
     - "auto": the newest one in the run folder whose files match its manifest. Damaged newer ones are named in a warning
       and set aside. A run that branched from a checkpoint elsewhere and has none of its own yet starts from that.
     - a checkpoint's folder: the run branches from it. Checkpoints of the run folder that are not older are set aside.
-      The branch is recorded: the same command started again goes on from the newest checkpoint made since.
+      The branch is recorded: the same command started again resumes from the newest checkpoint made since.
     - "never": none.
 
     Also locks the run folder for this process, and repairs what a kill has left: partial saves, temporary files, a

@@ -51,7 +51,7 @@ def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:
     else:
         lines = [f"finished: {step} steps, {summary['tokens']:,} tokens"]
     if summary["first_loss"] is not None:
-        lines.append(f"  loss          {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} nats a token")
+        lines.append(f"  loss          {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} nats per token")
     if summary["tokens_per_s"]:
         lines.append(f"  speed         {summary['tokens_per_s']:,.0f} tokens/s (median)")
     lines.append(f"  peak memory   {summary['memory_gib']:.2f} GiB a process")
