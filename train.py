@@ -151,7 +151,8 @@ def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
 
     def store() -> None:
         hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
-        if cfg.resume == "never" and any((run_dir / "checkpoints").glob("*step_*")):
+        saved = [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "checkpoints").glob("aside_step_*")]
+        if cfg.resume == "never" and saved:
             raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
         if (run_dir / "config.yaml").exists() and cfg.resume != "never":
             changed = config.changed_identity(config.load(run_dir), cfg)

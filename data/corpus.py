@@ -265,7 +265,7 @@ class ShardCorpus:
         self.documents_decoded += 1
         raw_line = stream.readline()
         if zlib.crc32(raw_line) != shard.line_crcs[row]:
-            raise ChangedError(shard.file.path, f"another line stands where document {row} was")
+            raise ChangedError.of(shard.file.path, f"another line stands where document {row} was")
         line, bad = decode_utf8(raw_line)
         record = json.loads(line)
         if self.text_field not in record:
@@ -281,7 +281,7 @@ class ShardCorpus:
         self.documents_decoded += 1
         raw = stream.read()
         if hashlib.sha256(raw).hexdigest() != self.shards[s].digest:
-            raise ChangedError(self.shards[s].file.path, "another hash")
+            raise ChangedError.of(self.shards[s].file.path, "another hash")
         return raw, os.path.splitext(self.shards[s].file.name)[0], 0
 
     def _reader(self, s: int) -> Any:
@@ -311,9 +311,9 @@ class ShardCorpus:
         try:
             footer = footer_hash(stream)
         except DataError as error:
-            raise ChangedError(shard.file.path, str(error)) from None
+            raise ChangedError.of(shard.file.path, str(error)) from None
         if footer != shard.footer:
-            raise ChangedError(shard.file.path, "another footer")
+            raise ChangedError.of(shard.file.path, "another footer")
         reader = pq.ParquetFile(stream, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True)
         return _Opened(stream, reader, modified)
 

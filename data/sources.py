@@ -47,8 +47,10 @@ class DataError(Failure, RuntimeError):
 class ChangedError(DataError):
     """A file is no longer the one that was indexed. An error even if data.on_bad_shard is "skip"."""
 
-    def __init__(self, path: str, what: str) -> None:
-        super().__init__(
+    @classmethod
+    def of(cls, path: str, what: str) -> ChangedError:
+        """The error for a file, and what of it is different."""
+        return cls(
             f"{path} has changed since this run opened its data ({what}); put the original file back and the same "
             "command resumes from the last checkpoint, or use another run_dir"
         )
@@ -251,7 +253,9 @@ def _bad_shards(data: DataConfig, bad: list[str], split: str, left: int) -> None
     if not bad:
         return
     shown = "; ".join(bad[:3]) + (f"; and {len(bad) - 3} more" if len(bad) > 3 else "")
-    if data.on_bad_shard == "error" or not left:
+    if not left:
+        raise ConfigError(f"data.{split}: no good shard is left: {shown}")
+    if data.on_bad_shard == "error":
         raise ConfigError(f"data.{split}: {shown} (data.on_bad_shard=skip leaves bad shards out and counts them)")
     print(f"warning: data.{split}: {len(bad)} shard(s) left out: {shown}", file=sys.stderr)
 

@@ -99,6 +99,7 @@ class RowWorkers:
         self._ready: queue.Queue[Any] = queue.Queue(2)
         self._closed = False
         self._workers: list[BaseProcess] = []  # in the order of their numbers, once all have started
+        self._exitcodes: list[int | None] | None = None  # of the workers when reading failed
         atexit.register(self.close)  # otherwise Python would wait at exit for processes that ignore its SIGTERM
         threading.Thread(target=self._receive, args=(loader,), name="loader", daemon=True).start()
 
@@ -112,6 +113,8 @@ class RowWorkers:
             while not self._closed:
                 self._ready.put(next(rows))
         except BaseException as error:  # raised by `take`
+            # Before this thread ends, and the kernel ends the healthy workers with it.
+            self._exitcodes = [worker.exitcode for worker in self._workers]
             self._ready.put(error)
 
     def take(self, timeout_s: float, should_stop: Callable[[], bool], doing: Callable[[], str]) -> Row | None:
@@ -162,8 +165,8 @@ class RowWorkers:
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def _check_alive(self, doing: Callable[[], str]) -> None:
-        for number, worker in enumerate(self._workers):
-            code = worker.exitcode
+        codes = self._exitcodes or [worker.exitcode for worker in self._workers]
+        for number, code in enumerate(codes):
             if code is None:
                 continue
             how = f"ended with status {code}"

@@ -23,7 +23,7 @@ from data.sources import DataError
 from data.tokenizer import Tokenizer
 from eval import loss_table, plot
 from eval.heldout import HeldOut, losses_by_position
-from ovq import processes
+from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError
@@ -287,19 +287,22 @@ class Options(RunOptions):
     split: str | None = setting(None, "held-out split", choices=("validation", "test"))
 
 
-@command(Options, overrides=True)
+@command(Options, overrides=True, leave=peers.leave)
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    run = options.open(overrides)
-    if run.cfg.logger.name == "wandb" and run.world.is_main:
-        start_wandb(run.run_dir, run.cfg)  # reopens the run; closed when this process ends
-    results = evaluate_strictly(
-        run.model, run.cfg, run.tokenizer, run.world, run.run_dir, run.step, lambda: False, progress=run.world.is_main
-    )
-    assert results is not None  # nothing could stop it
-    if run.world.is_main:
-        print(report(run.run_dir, run.cfg, run.step, results))
-    processes.shutdown()
+    with peers.watched(Path(options.run) / "checkpoints"):
+        run = options.open(overrides)
+        if run.cfg.logger.name == "wandb" and run.world.is_main:
+            start_wandb(run.run_dir, run.cfg)  # reopens the run; closed when this process ends
+        results = evaluate_strictly(
+            *(run.model, run.cfg, run.tokenizer, run.world, run.run_dir, run.step),
+            should_stop=lambda: False,
+            progress=run.world.is_main,
+        )
+        assert results is not None  # nothing could stop it
+        if run.world.is_main:
+            print(report(run.run_dir, run.cfg, run.step, results))
+        processes.shutdown()
     return 0
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from data.tokenizer import Tokenizer
 from eval.heldout import HeldOut, losses_by_position
 from eval.per_position import check_capacity, exp
-from ovq import processes
+from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError
@@ -97,18 +97,19 @@ def measure(
     }
 
 
-@command(Options, overrides=True)
+@command(Options, overrides=True, leave=peers.leave)
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    run = options.open(overrides)
-    results = measure(run.model, run.cfg, run.tokenizer, run.world, lambda: False, documents=options.documents)
-    assert results is not None  # nothing could stop it
-    if run.world.is_main:
-        path = save(run.run_dir, {"step": run.step, **results})
-        for name, value in results.items():
-            print(f"{name:<16} {value:,}" if isinstance(value, int) else f"{name:<16} {value}")
-        print(path)
-    processes.shutdown()
+    with peers.watched(Path(options.run) / "checkpoints"):
+        run = options.open(overrides)
+        results = measure(run.model, run.cfg, run.tokenizer, run.world, lambda: False, documents=options.documents)
+        assert results is not None  # nothing could stop it
+        if run.world.is_main:
+            path = save(run.run_dir, {"step": run.step, **results})
+            for name, value in results.items():
+                print(f"{name:<16} {value:,}" if isinstance(value, int) else f"{name:<16} {value}")
+            print(path)
+        processes.shutdown()
     return 0
 
 

@@ -35,6 +35,7 @@ from ovq.schema import describe, problems
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
+Leave = Callable[[int | None, BaseException], None]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -44,7 +45,7 @@ class NoOptions:
 
 
 def command(
-    options: type = NoOptions, *, overrides: bool = False, words: bool = False
+    options: type = NoOptions, *, overrides: bool = False, words: bool = False, leave: Leave | None = None
 ) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
     """Decorator that turns a function of a tool's options into `main(argv=None) -> exit status`.
 
@@ -52,16 +53,21 @@ def command(
         options: dataclass whose fields are `ovq.schema.setting`s; an instance is the function's first argument.
         overrides: also pass a list of the `key=value` arguments that are not options: overrides of the config.
         words: also pass, last, a list of the arguments without `=`.
+        leave: as for `guarded`.
     """
 
     def decorate(body: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(body)
         def main(argv: list[str] | None = None) -> int:
             given = sys.argv[1:] if argv is None else list(argv)
-            if any(word in given for word in HELP):
-                print(help_text(sys.modules[body.__module__].__doc__ or "", options, overrides))
-                return 0
-            return guarded(lambda: body(*_arguments(options, given, overrides, words)))
+
+            def run() -> int | None:
+                if any(word in given for word in HELP):
+                    print(help_text(sys.modules[body.__module__].__doc__ or "", options, overrides))
+                    return 0
+                return body(*_arguments(options, given, overrides, words))
+
+            return guarded(run, leave or stay)
 
         return main
 
@@ -72,7 +78,7 @@ def stay(status: int | None, error: BaseException) -> None:
     """What `guarded` does after a failure unless it is told otherwise: nothing."""
 
 
-def guarded(body: Callable[[], int | None], leave: Callable[[int | None, BaseException], None] = stay) -> int:
+def guarded(body: Callable[[], int | None], leave: Leave = stay) -> int:
     """Run `body`; an error that a user can act on is one line on stderr, any other a traceback.
 
     Nothing that is printed meanwhile can fail (see `ovq.report`).
@@ -109,10 +115,13 @@ def failure_of(error: BaseException) -> tuple[int | None, str]:
     if status > 128:  # stopped by a signal: not an error
         return status, one_line(error)
     rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
-    if status == ConfigError.status:
-        # A wrong setting is the same on every rank, so rank 0 alone names it.
-        return status, f"error: {one_line(error)}" if rank == "0" else ""
-    return status, f"error: {one_line(error)}" if alone else f"error: rank {rank}: {one_line(error)}"
+    named = f"error: {one_line(error)}" if alone else f"error: rank {rank}: {one_line(error)}"
+    if status != ConfigError.status:
+        return status, named
+    # A wrong setting is the same on every rank; what a machine lacks (a GPU, a compiler) is the same on all of its own.
+    if rank == "0":
+        return status, f"error: {one_line(error)}"
+    return status, named if os.environ.get("LOCAL_RANK") == "0" else ""
 
 
 def interrupted(error: BaseException | None) -> bool:
@@ -120,6 +129,8 @@ def interrupted(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
+        if not isinstance(error, ImportError | SystemError):
+            return False
         error = error.__cause__ or error.__context__
     return False
 
@@ -274,7 +285,11 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """The `ovq` command: the first words select the tool, the rest are its arguments. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _dispatch(given))
+
+
+def _dispatch(argv: list[str]) -> int:
     # Import this project's `data` and `eval`, even if the current folder contains folders with those names.
     sys.path.insert(0, str(ROOT))
     for count in (1, 2):

@@ -206,6 +206,9 @@ def check(cfg: Config) -> None:
                 f"model.pattern names the mixer '{name}', which model.mixers does not define; "
                 f"add it with +model/mixer@model.mixers.{name}={name}, or use one of: {', '.join(cfg.model.mixers)}"
             )
+    for where, target in targets(cfg):
+        if target in MOVED:
+            raise ConfigError(f"{where}={target} is now {MOVED[target]}")
     trainer = cfg.trainer
     if trainer.global_batch % trainer.micro_batch:
         raise ConfigError(
@@ -233,13 +236,13 @@ def to_dict(cfg: Config) -> dict[str, Any]:
     return plain(cfg)
 
 
-def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
-    """The inverse of `to_dict`, checked against the schema. Of a `stored` config, what it reads of the environment is
-    limited by `ovq.environment.freeze`."""
+def from_dict(values: dict[str, Any], *, stored: bool = False, trust: Collection[str] = ()) -> Config:
+    """The inverse of `to_dict`, checked against the schema. A `stored` config reads of the environment only the
+    variables NAME for which `trust` has "oc.env:NAME" (`ovq.environment.freeze`)."""
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), values)
         if stored:
-            freeze(cfg)
+            freeze(cfg, [name.removeprefix("oc.env:") for name in trust if name.startswith("oc.env:")])
     except OmegaConfBaseException as error:
         raise ConfigError(omegaconf_message(error)) from None
     config = cast(Config, cfg)  # a DictConfig that behaves as one
@@ -258,8 +261,9 @@ def load(run_dir: Path | str, trust: Collection[str] | None = None) -> Config:
     """The config that a run folder was made with.
 
     Args:
-        trust: class paths outside this project that the config may name, if something is to be built from it; None:
-            the config is only read, and may name anything.
+        trust: class paths outside this project that the config may name, if something is to be built from it, and
+            environment variables, as oc.env:NAME, that it may read; None: the config is only read, and may name any
+            class.
 
     Raises:
         ConfigError: no run folder, a config.yaml that cannot be read, or a class that is not trusted.
@@ -269,7 +273,7 @@ def load(run_dir: Path | str, trust: Collection[str] | None = None) -> Config:
         raise ConfigError(f"{run_dir} is not a run folder: it has no config.yaml")
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
-        cfg = from_dict(upgrade(values), stored=True)
+        cfg = from_dict(upgrade(values), stored=True, trust=trust or ())
     except Exception as error:  # damaged YAML, or anything at all in the place of a config
         raise ConfigError(
             f"{path} cannot be used: {one_line(error)}. If it is damaged, move it away: the command that trained the "
@@ -314,13 +318,15 @@ RECALL = "data.tasks.recall.RecallTask"
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     """A stored config under today's names, so that a run started before a renaming can be resumed after it."""
     for settings in values.get("model", {}).get("mixers", {}).values():
-        settings["_target_"] = MOVED.get(settings["_target_"], settings["_target_"])
-        for old, new in RENAMED.get(settings["_target_"], {}).items():
+        target = settings.get("_target_")
+        if target in MOVED:
+            target = settings["_target_"] = MOVED[target]
+        for old, new in RENAMED.get(target, {}).items():
             if old in settings:
                 settings[new] = settings.pop(old)
     data = values.get("data", {})
     if data.get("kind") == "recall":
-        data |= {"kind": "task", "task": {"_target_": RECALL, **data["task"]}}
+        data |= {"kind": "task", "task": {"_target_": RECALL, **(data.get("task") or {})}}
     elif data.get("task", {}) is None:
         data["task"] = {}
     return values

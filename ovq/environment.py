@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY", re.IGNORECASE)
+from ovq.errors import ConfigError
 
 
 def plain(node: Any) -> Any:
@@ -33,35 +33,54 @@ def _plain_item(node: Any, key: Any, raw: Any) -> Any:
     return raw if read and isinstance(value, str) else plain(value)
 
 
-def freeze(node: Any) -> None:
-    """Turn interpolations of a stored config that read an unset variable, or one named like a secret, into plain text.
+def freeze(node: Any, allowed: Collection[str] = ()) -> None:
+    """Turn what a stored config would read from the environment into plain text: "${oc.env:NAME}" stays as it stands.
 
-    Whoever wrote the config must not learn this machine's secrets by it, and a variable that was set only where the run
-    was trained must not prevent its evaluation elsewhere.
+    Whoever wrote the config must not learn what this machine's variables hold, and a variable that was set only where
+    the run was trained must not prevent its evaluation elsewhere.
+
+    Args:
+        node: a config node, changed in place.
+        allowed: variables that may be read all the same.
+
+    Raises:
+        ConfigError: a value that cannot be made plain text.
     """
     raw: Any = OmegaConf.to_container(node, resolve=False)
     for key, item in list(enumerate(raw) if isinstance(raw, list) else raw.items()):
         if isinstance(item, (dict, list)):
-            freeze(node[key])
+            freeze(node[key], allowed)
         elif isinstance(item, str) and "${" in item:
-            failed = False
-            with _reads() as read:
-                try:
-                    node[key]
-                except OmegaConfBaseException:
-                    failed = True
-            if read and (failed or any(map(SECRET.search, read))):
-                node[key] = item.replace("${", "\\${")
+            with _reads(show=False) as read, contextlib.suppress(OmegaConfBaseException):
+                node[key]
+            if set(read) - set(allowed):
+                _make_plain(node, key, item)
+
+
+def _make_plain(node: Any, key: Any, text: str) -> None:
+    """Set a value to `text`, escaped so that OmegaConf reads back just that."""
+    node[key] = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", text)
+    with _reads(show=False) as read:
+        try:
+            inert = node[key] == text
+        except OmegaConfBaseException:
+            inert = False
+    if read or not inert:
+        raise ConfigError(f"{key}={text} nests the environment in a way that cannot be kept as text; remove it")
 
 
 @contextlib.contextmanager
-def _reads() -> Iterator[list[str]]:
-    """The environment variables that interpolations read within the `with` block, however they are nested."""
+def _reads(*, show: bool = True) -> Iterator[list[str]]:
+    """The environment variables that interpolations read within the `with` block, however they are nested.
+
+    Args:
+        show: whether interpolations get the values; False: a stand-in, whatever is set.
+    """
     read: list[str] = []
 
     def watched(name: str, *default: Any) -> Any:
         read.append(name)
-        return oc.env(name, *default)
+        return oc.env(name, *default) if show else "unread"
 
     OmegaConf.register_new_resolver("oc.env", watched, replace=True)
     try:

@@ -23,7 +23,10 @@ class Stopped(Failure):
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
-        self.status = 128 + number
+        self.number, self.status = number, 128 + number
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.number, str(self))
 
 
 class TrainingError(Failure, RuntimeError):

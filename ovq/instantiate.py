@@ -76,5 +76,7 @@ def instantiate(config: dict[str, Any], kind: type[T], where: str, *args: Any) -
     settings = settings_of(cls, given, where)
     try:
         return cls(*args, **settings)
+    except ConfigError:  # names the setting already
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{where}: {error}") from None

@@ -5,7 +5,7 @@
 A round trains a small model in a fresh folder, hits it with one to three faults of `tests/faults.py` (or damages its
 files while it is down), starts it again without faults, and then compares: tokens, losses and evaluations of every step
 with those of an unbroken run (bit for bit on the same number of processes), the files left behind, and that no process,
-lock or temporary file remains. The seed is printed; it decides the faults, though not the moment at which a process
+lock or temporary file remains. The seed decides the faults of every round, though not the moment at which a process
 that is killed from outside is hit. The first round that fails ends the soak with status 1 and keeps its folder.
 """
 
@@ -51,7 +51,6 @@ SETTINGS = [
     *("trainer.device=cpu", "trainer.timeout_s=20", "trainer.progress=false", "optim.warmup_steps=3"),
     *("eval.context=512", "eval.piece=128", "eval.documents=2"),
 ]
-KIND = re.compile(r" (?:\d|checkpoints|from|after|of) ?")  # what of a fault's description comes before it is its kind
 KILLED_WRITER = """
 import os, signal, sys
 from ovq.files import replacing
@@ -83,10 +82,20 @@ class Round:
     workers: int
     processes: int
     done: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
         return self.folder / "run"
+
+    def note(self, kind: str, text: str = "") -> None:
+        """Record a fault before it is made."""
+        self.kinds.append(kind)
+        self.done.append(f"{kind}{text}")
+
+    def finished(self, status: int) -> bool:
+        """Whether the run ended before the fault was reached, as after an earlier one that took it past that step."""
+        return status == 0 and (self.run_dir / "summary.json").is_file()
 
     def start(self, planned: list[Fault], kill_after: float | None = None) -> tuple[int, str]:
         """train.py with the faults; its status and what it printed. `kill_after`: seconds until kill -9 of all.
@@ -151,7 +160,7 @@ def injure(one: Round, dice: random.Random) -> None:
     kind = dice.choice([*4 * ["signal"], *6 * ["crash"], *2 * ["outside", "closed", "full"], *4 * ["damage"], "freeze"])
     if kind == "signal":
         action, step = dice.choice(ENDS_WELL), dice.randrange(1, STEPS + 1)
-        one.done.append(f"{action} at step {step} of rank {rank}")
+        one.note(action, f" at step {step} of rank {rank}")
         status, said = one.start([Fault("step", step, action, rank)])
         if one.processes == 1 and (status or "Traceback" in said):  # torchrun reports 1, with a traceback of its own
             raise Broken(f"{one.done[-1]}: status {status}, {said[-300:]}")
@@ -160,33 +169,34 @@ def injure(one: Round, dice: random.Random) -> None:
         limit = {"step": STEPS, "start": 1, "evaluate": 2, "row": 4 * STEPS}.get(moment, STEPS // SAVE_EVERY)
         count = dice.randrange(1, limit + 1)
         rank = 0 if moment == "renamed" else rank
-        one.done.append(f"kill at {moment} {count} of rank {rank}")
+        one.note(f"kill at {moment}", f" {count} of rank {rank}")
         one.start([Fault(moment, count, "kill", rank)])  # of a row: the worker that makes it, if there is one
     elif kind == "outside":
         seconds = dice.uniform(3, 9)
-        one.done.append(f"kill -9 of all after {seconds:.1f} s")
+        one.note("kill -9 of all", f" after {seconds:.1f} s")
         one.start([], kill_after=seconds)
     elif kind == "closed":
         step = dice.randrange(1, STEPS + 1)
-        one.done.append(f"nobody reads stdout and stderr from step {step}")
+        one.note("nobody reads stdout and stderr", f" from step {step}")
         status, _ = one.start([Fault("step", step, "closed", None)])
         if status != 0 or not (one.run_dir / "summary.json").is_file():
             raise Broken(f"{one.done[-1]}: status {status}")
         shutil.rmtree(one.run_dir)  # it is finished: the next start would have nothing to do
     elif kind == "full":
         step = dice.randrange(1, STEPS + 1)
-        one.done.append(f"disk full from step {step}")
+        one.note("disk full", f" from step {step}")
         status, said = one.start([Fault("step", step, "full", None)])
-        if status == 0 or (one.processes == 1 and "Traceback" in said):  # the log lies on the full disk, too
+        # The log lies on the full disk, too.
+        if not one.finished(status) and (status == 0 or (one.processes == 1 and "Traceback" in said)):
             raise Broken(f"{one.done[-1]}: status {status}, {said[-300:]}")
     elif kind == "freeze":
         # A lone trainer that freezes is for whoever started it; a worker, or one rank of several, is for the trainer.
         moment = "row" if one.processes == 1 else "step"
         count = dice.randrange(20, 60) if moment == "row" else dice.randrange(3, STEPS)
         one.workers = 1
-        one.done.append(f"freeze at {moment} {count} of rank {rank}")
+        one.note(f"freeze at {moment}", f" {count} of rank {rank}")
         status, said = one.start([Fault(moment, count, "freeze", rank)])
-        if status == 0 or "error: " not in said:
+        if not one.finished(status) and (status == 0 or "error: " not in said):
             raise Broken(f"{one.done[-1]}: status {status}, {said[-300:]}")
     else:
         damage(one, dice)
@@ -198,7 +208,7 @@ def damage(one: Round, dice: random.Random) -> None:
     one.start([Fault("step", step, "kill", 0)])
     saved = sorted((one.run_dir / "checkpoints").glob("step_*"))
     if len(saved) < 2:
-        one.done.append("nothing to damage yet")
+        one.note("nothing to damage yet")
         return
     what = dice.choice(["flip", "truncate", "metrics", "temporary"])
     if what in ("flip", "truncate"):
@@ -207,15 +217,15 @@ def damage(one: Round, dice: random.Random) -> None:
             faults.flip(victim, dice.randrange(victim.stat().st_size))
         else:
             faults.truncate(victim, dice.randrange(victim.stat().st_size))
-        one.done.append(f"{what} {victim.relative_to(one.run_dir)} after step {step}")
+        one.note(f"{what} a file of the newest checkpoint", f", {victim.name}, after step {step}")
     elif what == "metrics":
         with (one.run_dir / "metrics.jsonl").open("ab") as log:
             log.write(b'{"step": 999, "lo\xff')
-        one.done.append(f"half a line that is not UTF-8 in metrics.jsonl after step {step}")
+        one.note("half a line that is not UTF-8 in metrics.jsonl", f" after step {step}")
     else:
         subprocess.run([sys.executable, "-c", KILLED_WRITER, one.run_dir / "summary.json"], cwd=faults.ROOT)
         (one.run_dir / "checkpoints" / f"saving_{saved[-1].name}").mkdir(exist_ok=True)
-        one.done.append(f"temporary files of a killed writer after step {step}")
+        one.note("temporary files of a killed writer", f" after step {step}")
 
 
 # --- what must hold --------------------------------------------------------------------------------------------------
@@ -287,11 +297,12 @@ def main(options: Options) -> int:
     base = Path(tempfile.mkdtemp(prefix="ovq-soak-"))
     print(f"seed={options.seed} in {base}", flush=True)
     make_corpus(base / "corpus")
-    dice, end = random.Random(options.seed), time.monotonic() + 60 * options.minutes
+    end = time.monotonic() + 60 * options.minutes
     unbroken: dict[tuple[str, int], Path] = {}
     counts: collections.Counter[str] = collections.Counter()
     rounds: list[list[str]] = []
     while time.monotonic() < end:
+        dice = random.Random(f"{options.seed}, round {len(rounds)}")
         data, processes = dice.choice(["text", "jsonl", "parquet"]), dice.choice(options.processes)
         if (data, processes) not in unbroken:
             whole = Round(base / f"whole-{data}-{processes}", data, 0, processes)
@@ -312,12 +323,19 @@ def main(options: Options) -> int:
         except Broken as error:
             raise Broken(f"seed={options.seed} round {len(rounds)} ({'; '.join(one.done)}): {error}") from None
         rounds.append([f"data={data}, {processes} process(es), {one.workers} worker(s)", *one.done])
-        counts.update(
-            text.split(" at ")[0].split(" from ")[0].split(" after ")[0].split(" of ")[0] for text in one.done
-        )
+        counts.update(one.kinds)
         print(f"round {len(rounds)}: {'; '.join(one.done)}: as the unbroken run", flush=True)
         shutil.rmtree(one.folder)
-    report = {"machine": describe_machine(), "seed": options.seed, "minutes": options.minutes, "rounds": len(rounds)}
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=faults.ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    report = {
+        "machine": describe_machine(),
+        "commit": commit,
+        "seed": options.seed,
+        "minutes": options.minutes,
+        "rounds": len(rounds),
+    }
     report |= {"faults": dict(counts.most_common()), "history": rounds}
     if options.out:
         write_whole(options.out, json.dumps(report, indent=1) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -121,3 +123,53 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
     assert all(f"ovq {name} " in listed for name in cli.COMMANDS)
+
+
+def failures(kind: type[Failure] = Failure) -> list[type[Failure]]:
+    return [kind, *(deeper for below in kind.__subclasses__() for deeper in failures(below))]
+
+
+def test_every_failure_reaches_another_process_as_it_is() -> None:
+    """They are sent between ranks, and from the processes of a pool."""
+    for module in ("data.sources", "ovq.peers", "ovq.train.checkpoint_files"):
+        importlib.import_module(module)
+    assert len(failures()) >= 7
+    for kind in failures():
+        made = kind(15, "what failed") if kind.__name__ == "Stopped" else kind("what failed")
+        again = pickle.loads(pickle.dumps(made))
+        assert (type(again), str(again), again.status) == (kind, "what failed", made.status)
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({}, "error: no GPU"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, "error: no GPU"),
+        ({"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}, ""),
+        ({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, "error: rank 8: no GPU"),
+    ],
+)
+def test_a_wrong_setting_is_named_once_on_every_machine(
+    environment: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.failure_of(ConfigError("no GPU")) == (2, line)
+
+
+def test_help_into_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m eval.plot --help | true; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_bug_met_while_handling_an_interrupt_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            cli.guarded(lambda: [][0] if False else (_ for _ in ()).throw(RuntimeError("a bug")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import train
@@ -292,16 +294,46 @@ def test_text_from_the_environment_is_stored_as_written(tmp_path: Path, monkeypa
     assert config.to_dict(cfg)["seed"] == 7  # a number is no secret, and decides what is computed
     made = config.load(tmp_path)
     assert config.changed_identity(made, cfg) == []
-    assert list(made.logger.tags) == ["team", "default"]
+    assert list(made.logger.tags) == ["${oc.env:TEAM}", "default"]
 
 
-def test_a_stored_config_reads_no_secret_and_needs_no_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+def test_a_stored_config_reads_nothing_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgres://secret")
     monkeypatch.setenv("TEAM", "team")
-    config.save(compose(["logger.project=${oc.env:HF_TOKEN}", "logger.entity=x-${oc.env:TEAM}"]), tmp_path)
+    config.save(compose(["logger.project=${oc.env:DATABASE_URL}", "logger.entity=x-${oc.env:TEAM}"]), tmp_path)
+    allowed = config.load(tmp_path, trust=["oc.env:TEAM"])
+    assert (allowed.logger.project, allowed.logger.entity) == ("${oc.env:DATABASE_URL}", "x-team")
     monkeypatch.delenv("TEAM")
     made = config.load(tmp_path)
-    assert (made.logger.project, made.logger.entity) == ("${oc.env:HF_TOKEN}", "x-${oc.env:TEAM}")
+    assert (made.logger.project, made.logger.entity) == ("${oc.env:DATABASE_URL}", "x-${oc.env:TEAM}")
+    again = copy.deepcopy(made)
+    assert again.logger.project == "${oc.env:DATABASE_URL}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"http://evil/\${oc.env:HF_TOKEN}${oc.env:HF_TOKEN}",
+        r"${oc.decode:'\${oc.env:HF_TOKEN}'}${oc.env:HF_TOKEN}",
+        r"a\\${oc.env:HF_TOKEN}",
+        r"${oc.select:${oc.env:HF_TOKEN},x}",
+        r"${oc.env:${oc.env:HF_TOKEN},${oc.env:HF_TOKEN}}",
+    ],
+)
+def test_no_nesting_or_escaping_makes_a_stored_config_read_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "sekret")
+    values = config.to_dict(compose(["model=sw"]))
+    values["data"]["validation"] = [text]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    try:
+        made = config.load(tmp_path, trust=())
+    except ConfigError as error:
+        assert "sekret" not in str(error)
+    else:
+        assert "sekret" not in str(list(made.data.validation)) + str(config.to_dict(made))
+        assert "sekret" not in str(list(copy.deepcopy(made).data.validation))
 
 
 def test_no_secret_is_in_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +408,7 @@ def test_a_requeued_branch_goes_on_from_its_own_checkpoints(tmp_path: Path, caps
         trained(branch, 3, resume=resume)
         capsys.readouterr()
         trained(branch, 5, resume=resume)
-        assert f"has branched from {resume} already and goes on from {folder(branch, 3)}" in capsys.readouterr().err
+        assert f"has branched from {resume} already and resumes from {folder(branch, 3)}" in capsys.readouterr().err
         trained(branch, 6, resume=resume)
         assert names(branch) == [".lock", "latest", "origin.json", *(f"step_{n:08d}" for n in (3, 4, 5, 6))]
         assert [row["loss"] for row in read_rows(branch / "metrics.jsonl")] == whole[2:]
@@ -421,7 +453,7 @@ def test_a_branch_killed_before_its_first_checkpoint_starts_from_its_origin_agai
 def test_a_branch_never_falls_back_to_another_history(tmp_path: Path) -> None:
     run_dir, other = trained(tmp_path / "run", 4), trained(tmp_path / "other", 3, "seed=1")
     trained(other, 5, resume=str(folder(run_dir, 3)))
-    assert steps_on_disk(other) == [1, 2, 4, 5]  # its own step 3 was set aside
+    assert steps_on_disk(other) == [4, 5]  # its own, of another history, were set aside
     for step in (4, 5):
         faults.truncate(folder(other, step) / "extra.pt", 10)
     assert choose(other) == folder(run_dir, 3)

@@ -14,6 +14,7 @@ the machine they were measured on.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -50,7 +51,7 @@ _SAMPLE_S = 2.0  # interval between samples of the processes' memory
 
 def measure(cfg: Config, workers: int, seconds: float) -> dict[str, Any]:
     """Measure the pipeline of `cfg` with this many workers, for at least `seconds`; returns a row of the table."""
-    cfg = config.from_dict(config.to_dict(cfg))
+    cfg = copy.deepcopy(cfg)
     cfg.data.num_workers = workers
     began = time.perf_counter()
     loader = build_loader(cfg, build_tokenizer(cfg), World())

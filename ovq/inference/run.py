@@ -53,7 +53,9 @@ class RunOptions:
 
     run: str = setting(REQUIRED, "the run folder")
     checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one")
-    trust: list[str] = setting([], "class paths outside this project that the run's config may name; their code runs")
+    trust: list[str] = setting(
+        [], "what the run's config may use: classes outside this project, whose code then runs, and oc.env:NAME"
+    )
 
     def open(self, overrides: Sequence[str] = ()) -> Run:
         """Open the run, with the tool's other options and `overrides` (full names) replacing its own settings.
@@ -106,7 +108,8 @@ def load_run(
     Args:
         overrides: key=value settings for the evaluation, for instance eval.context=65536.
         checkpoint_at: a checkpoint's folder, its name, or its step; None: the newest good one.
-        trust: class paths outside this project that the run's config may name.
+        trust: class paths outside this project that the run's config may name, and environment variables, as
+            oc.env:NAME, that it may read.
 
     Raises:
         ConfigError: no such run or setting, a class that is not trusted, another tokenizer than the run's, or an
@@ -116,6 +119,8 @@ def load_run(
     run_dir = Path(run_dir)
     no_imports_from(run_dir)
     cfg = override(config.load(run_dir, trust), [*(f"{key}={value}" for key, value in COMPUTED.items()), *overrides])
+    if not any(text.startswith("logger.") for text in overrides):
+        cfg.logger.mode = "offline"  # what a stored config names as its project need not be this user's
     world = processes.init(cfg.trainer)
     with contextlib.ExitStack() as lease:
         chosen = processes.on_main(lambda: choose(run_dir, checkpoint_at, lease))

@@ -219,13 +219,12 @@ def nonfinite(model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> l
 
 def ways_on(last: Path | None) -> str:
     """What to do once training has diverged, for messages. A run folder keeps its settings; others need a new one."""
-    change = "with a lower optim.lr or trainer.grad_clip"
+    change = "with a lower optim.lr or another trainer.grad_clip"
     if last is None:
         return f"there is no checkpoint yet. Start again {change} and another run_dir"
     quoted = str(last) if all(c.isalnum() or c in "/._-" for c in str(last)) else f"\"'{last}'\""
     return (
-        f"the last good checkpoint is {last}. Go on from it {change} in another run_dir: resume={quoted} run_dir=NEW. "
-        "In this one, trainer.nonfinite=skip can be set"
+        f"the last good checkpoint is {last}. Resume from it {change} in another run_dir: resume={quoted} run_dir=NEW"
     )
 
 

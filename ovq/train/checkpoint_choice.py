@@ -107,15 +107,16 @@ def _branch(root: Path, resume: str) -> Path | None:
     if origin and again and any(step_of(own) > origin.step for own in named(root)):
         chosen = _newest_good(root)
         print(
-            f"{root.parent} has branched from {resume} already and goes on from {chosen}; to branch again, use "
+            f"{root.parent} has branched from {resume} already and resumes from {chosen}; to branch again, use "
             f"another run_dir or remove {root / ORIGIN}",
             file=sys.stderr,
             flush=True,
         )
         return chosen
     step = int(verify(path)["step"])
-    for own in named(root):
-        if own.resolve() != path and step_of(own) >= step:
+    elsewhere = path.parent != root.resolve()
+    for own in named(root):  # what is not part of the branch's history must not be counted, or called intact
+        if own.resolve() != path and (elsewhere or step_of(own) >= step):
             print(f"resuming from step {step}: {own} is set aside as {set_aside(own)}", file=sys.stderr, flush=True)
     # Last, so that a kill before this line makes the same branch again.
     write_whole(root / ORIGIN, json.dumps(asdict(Origin(given, stored, step)), indent=1) + "\n")

@@ -301,9 +301,11 @@ class Trainer:
         titles = dict.fromkeys(t for rank in processes.gather_objects(record.documents) for t in rank)
         shown = ", ".join(list(titles)[:8]) + (f" and {len(titles) - 8} more" if len(titles) > 8 else "")
         skipped = f" ({self.skipped_in_row} steps in a row)" if self.cfg.trainer.nonfinite == "skip" else ""
+        stops = self.cfg.trainer.nonfinite == "stop"
+        skipping = ". In this one, such steps can be skipped: trainer.nonfinite=skip" if stops else ""
         raise TrainingError(
             f"step {record.step}: loss {loss:g}, gradient norm {norm:g}{skipped}; documents: {shown or 'untitled'}. "
-            f"The optimizer step was not made and nothing was saved over: {ways_on(self.checkpointer.last)}"
+            f"The optimizer step was not made and nothing was saved over: {ways_on(self.checkpointer.last)}{skipping}"
         )
 
     def save(self) -> None:
