@@ -144,6 +144,9 @@ def _message(error: Exception, overrides: list[str]) -> str:
         o for o in overrides if o in str(error) or o.lstrip("+~").partition("=")[0] in str(error)
     ]
     shown, _, message = omegaconf_message(cause).partition(": ")
+    if "is not in struct" in message and key:
+        where = "configs/data/task/<name>.yaml" if key.startswith("data.task.") else "python train.py --help"
+        return f"there is no setting '{key}'; the legal ones are in {where}"
     return f"{about[0] if about else shown}: {message}"
 
 

@@ -16,6 +16,7 @@ from ovq.errors import ConfigError
 from ovq.model import build_mixer
 
 WRONG = {
+    "data.task.colour=3": ["data.task.colour", "configs/data/task/"],
     "trainer.stepz=3": ["trainer.stepz", "did you mean trainer.steps", "global_batch"],
     "trainer.steps=abc": ["trainer.steps=abc", "Integer"],
     "model=nope": ["model=nope", "sw_ovq"],
