@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovq.mixers.base import MixerShape
 from ovq.mixers.memory_layer import Memory, MemoryLayer
 from ovq.ops.common import work_dtype
 
@@ -22,17 +21,6 @@ class KVM(MemoryLayer):
     shrinks by averaging; values are means. That paper's RoPE dimensions, decay and growing state are left out, so that
     the only differences from OVQ are that the memory fills up immediately and that keys are normalised.
     """
-
-    def __init__(
-        self,
-        shape: MixerShape,
-        *,
-        capacity: int = 2048,
-        chunk_size: int = 128,
-        beta_init: float = 1.0,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(shape, capacity=capacity, chunk_size=chunk_size, beta_init=beta_init, backend=backend)
 
     def empty(self, k_BTGK: Tensor) -> Memory:
         """Key and value sums in float32 (float64 for float64 inputs), and counts."""

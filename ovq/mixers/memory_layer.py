@@ -72,7 +72,15 @@ class MemoryLayer(AttentionLayer):
         ValueError: a capacity or chunk_size below 1, or an unknown backend.
     """
 
-    def __init__(self, shape: MixerShape, *, capacity: int, chunk_size: int, beta_init: float, backend: str) -> None:
+    def __init__(
+        self,
+        shape: MixerShape,
+        *,
+        capacity: int = 2048,
+        chunk_size: int = 128,
+        beta_init: float = 1.0,
+        backend: str = "auto",
+    ) -> None:
         super().__init__(shape, qk_norm=True, beta_init=beta_init)
         name = type(self).__name__
         if chunk_size < 1:
