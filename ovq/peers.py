@@ -141,14 +141,16 @@ def _store() -> Any:
 
 def explanation(absent: list[int], failed: dict[int, str], seen: str, checkpoints: Path) -> str:
     """One line: what happened, what is intact, what to do."""
+    from ovq.train.checkpoint_files import complete
+
     said = [f"rank {rank} failed ({text})" for rank, text in failed.items()]
     if absent:
         ranks = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
         said.append(f"{ranks} did not answer (killed, stopped or frozen)")
     if not said:
         said = [f"communication with the other ranks failed, and none of them is known to be lost ({seen})"]
-    complete = sorted(checkpoints.glob("step_*/manifest.json"))
-    kept = f"the newest checkpoint, {complete[-1].parent}, is intact" if complete else "there is no checkpoint yet"
+    saved = complete(checkpoints)
+    kept = f"the newest checkpoint, {saved[-1]}, is intact" if saved else "there is no checkpoint yet"
     advice = "end any process that is left and start the same command again"
     return f"{'; '.join(said)}; {kept}; {advice}"
 
