@@ -147,6 +147,8 @@ def _message(error: Exception, overrides: list[str]) -> str:
     if "is not in struct" in message and key:
         where = "configs/data/task/<name>.yaml" if key.startswith("data.task.") else "python train.py --help"
         return f"there is no setting '{key}'; the legal ones are in {where}"
+    if "is not a ListConfig" in message and key:
+        return f"{about[0] if about else shown}: a list is expected, as in {key}=[a,b]"
     return f"{about[0] if about else shown}: {message}"
 
 

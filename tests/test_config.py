@@ -21,6 +21,7 @@ WRONG = {
     "trainer.steps=abc": ["trainer.steps=abc", "Integer"],
     "model=nope": ["model=nope", "sw_ovq"],
     "modell=sw": ["modell", "did you mean model"],
+    "data.train=books/*.parquet": ["data.train", "a list is expected", "data.train=[a,b]"],
     "trainer.precision=fp8": ["trainer.precision=fp8", "bf16"],
     "model.mixers.ovq.num_centroid=3": ["num_centroid", "num_centroids"],
     "experiment=nope": ["experiment=nope", "cpu_demo"],
