@@ -160,7 +160,7 @@ def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack | No
             return path
         except checkpoint.CheckpointError as error:
             if path.is_dir():
-                print(f"{error}; the one before it is used", file=sys.stderr, flush=True)
+                print(f"{error}; not used", file=sys.stderr, flush=True)
                 passed_over.add(path)
             # Otherwise the trainer has removed it meanwhile, and made a newer one before it did.
     raise checkpoint.CheckpointError(f"{run_dir} holds no good checkpoint; train it first, or name one: checkpoint=DIR")
