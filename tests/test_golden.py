@@ -90,11 +90,12 @@ class Margins(TorchDispatchMode):
 
     def _record(self, func: Any, candidates: Tensor, arguments: dict[str, Any]) -> None:
         ordered = candidates.movedim(arguments.get("dim", -1), -1).sort(dim=-1).values
-        scale = ordered.abs().amax(-1)
+        scale = ordered.abs().nan_to_num(posinf=0).amax(-1)  # -inf: a candidate that is ruled out
         if func in self.CHOICES:
             ordered = ordered[..., -2:]
         if ordered.shape[-1] > 1:
-            self.smallest = min(self.smallest, float((ordered.diff(dim=-1).amin(-1) / scale).min()))
+            margin = ordered.diff(dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            self.smallest = min(self.smallest, float((margin.amin(-1) / scale).min()))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ovq.ops import OVQState, ovq_attention
 from ovq.ops.ovq_attention import chunked as fast
-from ovq.ops.ovq_attention import reference
+from ovq.ops.ovq_attention import pieces, reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 from ovq.ops.parallel import run_pieces
 from ovq.ops.position_hash import position_hash
@@ -346,10 +346,10 @@ def saved_elements(backend: ModuleType, T: int, spec: OVQSpec) -> int:
 @pytest.mark.parametrize("step", ["count", 0.3])
 def test_saved_memory_is_a_few_elements_per_token_and_never_a_dictionary_per_chunk(step: str | float) -> None:
     spec = OVQSpec(num_centroids=256, chunk_size=16, step_size=step)
-    inputs_and_assignment = 4 * 8 + 2 * (8 + 6) + 2
+    queries, keys = 4 * (8 + 1), 2 * (8 + 6 + 2)  # with the highest logits; with values, assignment and count
     overwritten = 0 if step == "count" else 2 * (8 + 6 + 1)
     growth = saved_elements(fast, 512, spec) - saved_elements(fast, 256, spec)
-    assert growth == 256 * (inputs_and_assignment + overwritten)
+    assert growth == 256 * (queries + keys + overwritten)
     # The measurement does detect what it rules out: autograd through the reference saves dictionaries.
     dictionary = 2 * 256 * (8 + 6)
     assert saved_elements(reference, 512, spec) - saved_elements(reference, 256, spec) > 16 * dictionary
@@ -460,12 +460,12 @@ def test_heads_on_several_cores_give_the_same_results(
     inputs = make_inputs((3, 37, 6, 2, 8, 6), seed=20)
     spec = spec_of(12, 8, **VARIANTS[variant])
     whole = run(fast, inputs, spec)
-    monkeypatch.setattr(fast, "SMALL_CALL", 0)  # parallelise even small calls
+    monkeypatch.setattr(pieces, "SMALL_CALL", 0)  # parallelise even small calls
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         for piece in (1, 3 * 8 * 20, 10**9):  # one head; a few; as few pieces as threads
-            monkeypatch.setattr(fast, "PIECE", piece)
+            monkeypatch.setattr(pieces, "PIECE", piece)
             assert_close(run(fast, inputs, spec), whole, output=1e-13, grad=1e-12)
             with torch.inference_mode():
                 q, k, v, beta = inputs

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+GRAIN = 32  # elements that CPU code handles at once: a few vector registers of float32
+
 
 class BackendError(ValueError):
     """The requested backend cannot run here; the message is one line that names one that can."""
@@ -31,3 +33,25 @@ def each_document(
 def work_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums and states: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum over the last dimension, and the index of the first element that has it, as `x.max(-1)` returns.
+
+    `Tensor.max` is slow on a CPU because it is not vectorised. Here the maximum of each grain is, and the index is found
+    in the first grain that has the largest.
+    """
+    n = x.shape[-1]
+    if x.device.type != "cpu" or n < 2 * GRAIN or not x.is_contiguous():
+        best, index = x.max(-1)
+        return best, index
+    whole = n - n % GRAIN
+    grains = x.view(-1, n)[:, :whole].unflatten(1, (-1, GRAIN))
+    best, grain = grains.amax(-1).max(-1)
+    inside = grains[torch.arange(len(grains)), grain].argmax(-1)
+    index = grain.mul_(GRAIN).add_(inside)
+    if whole < n:
+        rest, at = x.view(-1, n)[:, whole:].max(-1)
+        later = rest > best
+        best, index = torch.where(later, rest, best), torch.where(later, at + whole, index)
+    return best.view(x.shape[:-1]), index.view(x.shape[:-1])

@@ -1,38 +1,44 @@
 """OVQ-attention with a reversible backward pass: fast on a CPU, and runs on any device.
 
 What makes it fast:
-- The chunk's tokens and the centroids lie side by side as rows [value | key | log count] of one table. Prediction is a
-  matmul (a column of ones in the queries adds the log counts), a fused softmax and another matmul. Only the rows that a
-  chunk touches are rewritten, and the matmuls run over the centroids in use, not over the capacity.
-- The backward pass walks the chunks in reverse and undoes their updates, so that only q, k, v and one integer per token
-  are saved. Sums are undone in float64, where the rounding errors of long sums are negligible. A constant step cannot
-  be undone by division, so the rows that it overwrites, at most one per token, are saved instead.
+- The chunk's tokens and the centroids lie side by side as rows [value | key] of one table. Prediction is a matmul, a
+  softmax and another matmul. Only the rows that a chunk touches are rewritten, and the matmuls run over the centroids
+  in use, not over the capacity.
+- The backward pass walks the chunks in reverse and undoes their updates, so that only q, k, v and, per token, a few
+  numbers are saved. Sums are undone in float64, where the rounding errors of long sums are negligible. A constant step
+  cannot be undone by division, so the rows that it overwrites, at most one per token, are saved instead.
 - The gradient of a centroid's mean is accumulated by the matmul itself (`baddbmm_`) as long as its count does not
   change, and divided by the count only when the walk reaches a chunk that touched it.
-- Each core walks some of the heads and rows of the batch on its own (see `ovq.ops.parallel` for why).
+- Each core walks some of the heads and rows of the batch on its own (see `ovq.ops.parallel` for why). The walks share
+  Python's one lock, so they make few and large calls: inputs and outputs are rearranged for a block of chunks at once.
+- Probabilities are powers of 2 (the logits are scaled by log2 e), which torch computes faster than powers of e. The
+  backward pass takes them from the saved maximum and sums them again: divided by a saved sum, or by a log-sum-exp, they
+  would not add up to 1 to the last bit, and the gradients of q and beta would be several times less exact.
 
-Shapes: B batch, T queries, S tokens, L chunk, l tokens and t queries of one chunk, H query heads, G key/value heads,
-R = H / G, P = B G, N capacity, n centroids in use, K key width, V value width, W = V + K + 1 (width of a row).
+Shapes: B batch, T queries, S tokens, L chunk, l tokens and t queries of one chunk, m chunks of a block, H query heads,
+G key/value heads, R = H / G, P = B G, N capacity, n centroids in use, K key width, V value width, W = V + K.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.common import work_dtype
+from ovq.ops.ovq_attention.assign import Assignment
+from ovq.ops.ovq_attention.pieces import Outputs, Piece, pieces_of
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
-from ovq.ops.ovq_attention.table import Chunk, Table, chunks_of
+from ovq.ops.ovq_attention.table import Block, Chunk, Scratch, Table, blocks_of, chunks_of
+from ovq.ops.ovq_attention.views import Seen
 from ovq.ops.parallel import run_pieces
 
-# Thresholds on a CPU, counted in attention probabilities: the size of a call up to which one core alone is faster, and
-# the size of a chunk of one piece, which should stay in a core's caches from matmul to softmax to matmul.
-SMALL_CALL = 2**18
-PIECE = 2**19
+BLOCK = 2**18  # elements of the tokens [m, P, l, W] of a block: they should stay in a core's caches as well
+LOG2_E = math.log2(math.e)
 
 
 @torch.compiler.disable
@@ -57,24 +63,28 @@ class _OVQ(torch.autograd.Function):
         dictionary = Dictionary(key_sum, value_sum, count, *place)
         (B, T, H, _), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
         chunks = chunks_of(S, T, spec, dictionary)
-        whole = S // spec.chunk_size
+        whole, trained = S // spec.chunk_size, any(ctx.needs_input_grad)
         new = dictionary
         if whole:
             position = dictionary.position + whole * spec.chunk_size
             new = replace(dictionary.map(torch.empty_like), size=chunks[-1].after, position=position)
-        out = _Outputs(q.new_empty(B, T, H, V), torch.full((B, G, S), -1, dtype=torch.int32, device=q.device), new)
-        if spec.rate is not None and any(ctx.needs_input_grad):
-            out.overwritten = count.new_empty(B, whole, G, spec.chunk_size, k.shape[3] + V + 1)
+        out = Outputs(q.new_empty(B, T, H, V), torch.full((B, G, S), -1, dtype=torch.int32, device=q.device), new)
+        if trained:
+            out.top, out.count_BGS = count.new_empty(B, T, H, 1), count.new_ones(B, G, S)
+            if spec.rate is not None:
+                out.overwritten = count.new_empty(B, whole, G, spec.chunk_size, k.shape[3] + V + 1)
 
-        def walk(piece: _Piece) -> None:
+        def walk(piece: Piece) -> None:
             forced = None if assignment is None else piece.heads(assignment)
             _walk_forward(
                 *piece.inputs(q, k, v, beta), spec, piece.dictionary(dictionary), forced, piece.outputs(out), chunks
             )
 
-        run_pieces(walk, _pieces(q, G, chunks))
-        kept = () if out.overwritten is None else (out.overwritten, new.key_sum, new.value_sum, new.count)
-        ctx.save_for_backward(q, k, v, beta, key_sum, value_sum, count, out.a_BGS, *kept)
+        run_pieces(walk, pieces_of(q, G, chunks))
+        if trained:
+            last = (out.overwritten, new.key_sum, new.value_sum, new.count) if out.overwritten is not None else ()
+            kept = out.a_BGS, out.top, out.count_BGS
+            ctx.save_for_backward(q, k, v, beta, key_sum, value_sum, count, *kept, *last)
         ctx.spec, ctx.place = spec, place
         ctx.mark_non_differentiable(out.a_BGS)
         return out.o_BTHV, new, out.a_BGS
@@ -82,84 +92,26 @@ class _OVQ(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, key_sum, value_sum, count, a_BGS, *kept = ctx.saved_tensors
+        q, k, v, beta, key_sum, value_sum, count, a_BGS, top, count_BGS, *kept = ctx.saved_tensors
         dictionary = Dictionary(key_sum, value_sum, count, *ctx.place)
         chunks = chunks_of(k.shape[1], q.shape[1], ctx.spec, dictionary)
         last = Dictionary(kept[1], kept[2], kept[3], chunks[-1].after, 0) if kept else None
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dbeta_BH = torch.zeros(q.shape[0], q.shape[2], dtype=work_dtype(q), device=q.device)
+        saved = Outputs(do, a_BGS, dictionary, top, count_BGS, kept[0] if kept else None)
 
-        def walk(piece: _Piece) -> None:
-            overwritten = kept[0][piece.batch, :, piece.groups] if kept else None
+        def walk(piece: Piece) -> None:
             _walk_backward(
-                piece.tokens(do, queries=True),
                 *piece.inputs(q, k, v, beta),
                 ctx.spec,
-                piece.dictionary(dictionary),
-                piece.heads(a_BGS),
+                piece.outputs(saved),
                 piece.dictionary(last) if last else None,
-                overwritten,
                 (piece.tokens(dq, queries=True), piece.tokens(dk), piece.tokens(dv), piece.queries(dbeta_BH)),
                 chunks,
             )
 
-        run_pieces(walk, _pieces(q, k.shape[2], chunks))
+        run_pieces(walk, pieces_of(q, k.shape[2], chunks))
         return dq, dk, dv, dbeta_BH.sum(0).to(beta.dtype), *[None] * 6
-
-
-@dataclass
-class _Outputs:
-    o_BTHV: Tensor
-    a_BGS: Tensor
-    new: Dictionary
-    overwritten: Tensor | None = None  # [B, whole chunks, G, L, W]: sums before each chunk, for a constant step
-
-
-class _Piece(NamedTuple):
-    """Some rows of the batch and some key/value heads, with their R query heads each: the work of one core."""
-
-    batch: slice
-    groups: slice
-    R: int
-
-    def tokens(self, x_BSGK: Tensor, *, queries: bool = False) -> Tensor:
-        return x_BSGK[self.batch, :, self._query_heads() if queries else self.groups]
-
-    def heads(self, x_BG: Tensor) -> Tensor:
-        return x_BG[self.batch, self.groups]
-
-    def queries(self, x_BH: Tensor) -> Tensor:
-        return x_BH[self.batch, self._query_heads()]
-
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, beta_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.tokens(q, queries=True), self.tokens(k), self.tokens(v), beta_H[self._query_heads()]
-
-    def dictionary(self, d: Dictionary) -> Dictionary:
-        return d.map(self.heads)
-
-    def outputs(self, out: _Outputs) -> _Outputs:
-        rows = None if out.overwritten is None else out.overwritten[self.batch, :, self.groups]
-        return _Outputs(self.tokens(out.o_BTHV, queries=True), self.heads(out.a_BGS), self.dictionary(out.new), rows)
-
-    def _query_heads(self) -> slice:
-        return slice(self.groups.start * self.R, self.groups.stop * self.R)
-
-
-def _pieces(q: Tensor, G: int, chunks: list[Chunk]) -> list[_Piece]:
-    """At least one piece per core if there is enough work, each small enough for a core's own cache."""
-    B, H = q.shape[0], q.shape[2]
-    rows, R = B * G, H // G
-    probabilities = max(c.length * R * (c.length + c.before) for c in chunks)  # attention probabilities of one row
-    if q.device.type == "cpu" and len(chunks) * rows * probabilities > SMALL_CALL:
-        cores = min(rows, torch.get_num_threads())
-        rounds = -(-rows * probabilities // (PIECE * cores))  # pieces per core
-        rows = -(-rows // (rounds * cores))
-    heads, entries = (rows, 1) if rows < G else (G, rows // G)
-    return [
-        _Piece(slice(b, min(b + entries, B)), slice(g, min(g + heads, G)), R)
-        for b in range(0, B, entries)
-        for g in range(0, G, heads)
-    ]
 
 
 def _walk_forward(
@@ -170,162 +122,181 @@ def _walk_forward(
     spec: OVQSpec,
     dictionary: Dictionary,
     forced: Tensor | None,
-    out: _Outputs,
+    out: Outputs,
     chunks: list[Chunk],
 ) -> None:
     """Predict and update, chunk by chunk; all results are written into `out`."""
-    (B, H), G, V, L = q.shape[::2], k.shape[2], v.shape[3], spec.chunk_size
-    work = work_dtype(q)
-    table = Table(dictionary, L, q.dtype, work)
+    V, work = v.shape[3], work_dtype(q)
+    table = Table(dictionary, _longest(chunks), chunks[-1].after, q.dtype, work)
     if chunks[0].whole:
         table.hold_sums(dictionary, work)
-    scratch = _scratch(chunks, q, B * G)
-    for number, chunk in enumerate(chunks):
-        table.load(k[:, chunk.tokens], v[:, chunk.tokens])
-        if chunk.queries.stop > chunk.queries.start:
-            p, span = _attention(_queries(q[:, chunk.queries], beta_H, G, work), table, chunk, scratch)
-            out.o_BTHV[:, chunk.queries] = _from_rows(p @ span[..., :V], B, H)
-        if chunk.whole:
-            if forced is None:
-                a_PL = _assign(table, chunk, dictionary.position + chunk.tokens.start, spec, scratch)
-            else:
-                a_PL = forced[:, :, chunk.tokens].flatten(0, 1).long()
-            out.a_BGS[:, :, chunk.tokens] = a_PL.unflatten(0, (B, G))
-            _commit(table, a_PL, spec, None if out.overwritten is None else out.overwritten[:, number])
+    scratch = Scratch(q, work)
+    seen = Seen(table, scratch, chunks, R=q.shape[2] // k.shape[2])
+    assigned = Assignment(table, spec, scratch)
+    for block in blocks_of(chunks, k.shape[2], _chunks_at_once(chunks, table)):
+        m, first, t, l = len(block.chunks), block.chunks[0], block.chunks[0].num_queries, block.chunks[0].length
+        tokens = _tokens(block, k, v, table, scratch)
+        means, sums = tokens[..., :-1].unbind(), tokens.flatten(1, 2).unbind()
+        own = table.means[:, table.L - l : table.L]
+        if t:
+            x = _queries(block, q, beta_H, table, scratch).mul_(LOG2_E)
+            o, top, total = (scratch.take(name, *x.shape[:-1], n) for name, n in (("o", V), ("top", 1), ("total", 1)))
+            rows = list(zip(x.unbind(), o.unbind(), top.unbind(), total.unbind()))
+        a, count = q.new_empty(m, table.P, l, dtype=torch.int64), scratch.take("count", m, table.P * l, 1)
+        for i, chunk in enumerate(block.chunks):
+            own.copy_(means[i])
+            if t:
+                x_i, o_i, top_i, total_i = rows[i]
+                s = seen(chunk)
+                torch.bmm(x_i, s.keys_T, out=s.p)
+                s.p.add_(s.log_count)
+                s.p_own.add_(s.future)
+                torch.amax(s.p, -1, keepdim=True, out=top_i)
+                s.p.sub_(top_i).exp2_()
+                torch.sum(s.p, -1, keepdim=True, out=total_i)
+                torch.bmm(s.p, s.values, out=o_i)
+            if chunk.whole:
+                if forced is None:
+                    a[i] = assigned(chunk, dictionary.position + chunk.tokens.start)
+                else:
+                    a[i] = forced[:, :, chunk.tokens].flatten(0, 1)
+                number = chunk.tokens.start // spec.chunk_size
+                _commit(table, a[i], sums[i], spec, None if out.overwritten is None else out.overwritten[:, number])
+                count[i] = table.picked_count
+        if t:
+            view = block.of_queries(out.o_BTHV)
+            view.copy_(o.div_(total).view(view.shape))
+            if out.top is not None:
+                view = block.of_queries(out.top)
+                view.copy_(top.view(view.shape))
+        if first.whole:
+            view = block.of_heads(out.a_BGS)
+            view.copy_(a.view(view.shape))
+            if out.count_BGS is not None:
+                block.of_heads(out.count_BGS).copy_(count.view(view.shape))
     if chunks[0].whole:
         table.write_sums(out.new)
 
 
 def _walk_backward(
-    do: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta_H: Tensor,
     spec: OVQSpec,
-    dictionary: Dictionary,
-    a_BGS: Tensor,
+    saved: Outputs,
     last: Dictionary | None,
-    overwritten: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     chunks: list[Chunk],
 ) -> None:
     """Write the gradients of q, k, v and beta (a sum per row of the batch) into `grads`, last chunk first.
 
+    `saved` is what the forward pass wrote, but with the output's gradient for the output and the dictionary before the
+    first chunk; `last` is the dictionary after the last one, for a constant step.
+
     Let dS be the gradient of the sums and A what the matmuls have accumulated for each mean since its count last
     changed. The tokens of a chunk receive dS + A / c; then the chunk's update is undone, and its prediction is
     differentiated.
     """
-    (B, H), (G, K), V, L = q.shape[::2], k.shape[2:], v.shape[3], spec.chunk_size
-    work = work_dtype(q)
-    table = _final_table(k, v, spec, dictionary, a_BGS, last, chunks, work)
-    p_scratch, s_scratch = _scratch(chunks, q, B * G), _scratch(chunks, q, B * G)
-    dmean = torch.zeros_like(table.rows[..., :-1])  # A; the rows of tokens hold the tokens' own gradients
-    dsum = torch.zeros_like(dmean)
-    flat_dmean, flat_dsum = dmean.view(-1, V + K), dsum.view(-1, V + K)
+    G, V, W, work = k.shape[2], v.shape[3], v.shape[3] + k.shape[3], work_dtype(q)
+    assert saved.top is not None and saved.count_BGS is not None
+    table, scratch = _final_table(k, v, spec, saved, last, chunks, work), Scratch(q, work)
+    gradient = table.means.new_zeros(*table.means.shape[:2], 2 * W)  # rows [A | dS]; those of tokens hold their own
+    before = table.means.new_zeros(table.P * table.L, 2 * W)  # rows [0 | dS]
+    picked, flat = torch.empty_like(before), gradient.view(-1, 2 * W)
+    A_picked, dS_picked, dS_before = picked[:, :W], picked[:, W:], before[:, W:]
+    seen = Seen(table, scratch, chunks, R=q.shape[2] // G, gradient=gradient)
     dq, dk, dv, dbeta_BH = grads
-    for number, chunk in reversed(list(enumerate(chunks))):
-        own = dmean[:, L - chunk.length : L].zero_()
-        table.load(k[:, chunk.tokens], v[:, chunk.tokens])
-        reached: Tensor | None = None
-        if chunk.whole:
-            index = table.index(a_BGS[:, :, chunk.tokens].flatten(0, 1).long())
-            count = table.sums.view(-1, V + K + 1).index_select(0, index)[:, -1:].to(work)
-            reached = flat_dmean.index_select(0, index).div_(count).add_(flat_dsum.index_select(0, index))
-            before, reached = _undo(
-                table, index, reached, spec, None if overwritten is None else overwritten[:, number]
-            )
-            flat_dsum.index_copy_(0, index, before)
-            flat_dmean.index_fill_(0, index, 0)
-        if chunk.queries.stop > chunk.queries.start:
-            x = _queries(q[:, chunk.queries], beta_H, G, work)
-            p, span = _attention(x, table, chunk, p_scratch)
-            g = _to_rows(do[:, chunk.queries].to(work), G)
-            ds = _view(s_scratch, p.shape)
-            torch.bmm(g, span[..., :V].transpose(1, 2), out=ds)
-            torch.ops.aten._softmax_backward_data.out(ds, p, -1, work, grad_input=ds)
-            dx_BtHK = _from_rows(ds @ span[..., V:-1], B, H)  # gradient of beta q
-            dbeta_BH += (dx_BtHK * q[:, chunk.queries]).sum((1, 3))
-            dq[:, chunk.queries] = dx_BtHK * beta_H.to(work)[:, None]
-            into = dmean[:, L - chunk.length : L + chunk.before]
-            into[..., :V].baddbmm_(p.transpose(1, 2), g)
-            into[..., V:].baddbmm_(ds.transpose(1, 2), x[..., :-1])
-        if reached is not None:
-            own += reached.view_as(own)
-        dv_chunk, dk_chunk = own.unflatten(0, (B, G)).transpose(1, 2).split([V, K], dim=-1)
-        dv[:, chunk.tokens], dk[:, chunk.tokens] = dv_chunk, dk_chunk
+    for block in reversed(list(blocks_of(chunks, G, _chunks_at_once(chunks, table)))):
+        m, first, t, l = len(block.chunks), block.chunks[0], block.chunks[0].num_queries, block.chunks[0].length
+        tokens = _tokens(block, k, v, table, scratch)
+        means, sums = tokens[..., :-1].unbind(), tokens.flatten(1, 2).unbind()
+        dtokens = scratch.take("dtokens", m, table.P, l, W)
+        own, down, dmeans = (
+            table.means[:, table.L - l : table.L],
+            gradient[:, table.L - l : table.L, :W],
+            dtokens.unbind(),
+        )
+        if t:
+            x = _queries(block, q, beta_H, table, scratch)
+            x2, dx = torch.mul(x, LOG2_E, out=scratch.take("x2", *x.shape)), scratch.take("dx", *x.shape)
+            do, top = _rows(block, saved.o_BTHV, "do", scratch), _rows(block, saved.top, "top", scratch)
+            rows, total = list(zip(*(y.unbind() for y in (x, x2, dx, do, top)))), torch.empty_like(top[0])
+        if first.whole:
+            index = _index(block, saved.a_BGS, table).unbind()
+            count = block.of_heads(saved.count_BGS).to(work).reshape(m, -1, 1).unbind()
+        for i in reversed(range(m)):
+            chunk, reached = block.chunks[i], None
+            down.zero_()
+            own.copy_(means[i])
+            if chunk.whole:
+                torch.index_select(flat, 0, index[i], out=picked)
+                reached = torch.addcdiv(dS_picked, A_picked, count[i], out=dS_before)
+                number = chunk.tokens.start // spec.chunk_size
+                kept = None if saved.overwritten is None else saved.overwritten[:, number]
+                reached = _undo(table, index[i], sums[i], reached, spec, kept)
+                flat.index_copy_(0, index[i], before)
+            if t:
+                x_i, x2_i, dx_i, do_i, top_i = rows[i]
+                s = seen(chunk)
+                assert s.dvalues is not None and s.dkeys is not None
+                torch.bmm(x2_i, s.keys_T, out=s.p)
+                s.p.add_(s.log_count).sub_(top_i)
+                s.p_own.add_(s.future)
+                torch.sum(s.p.exp2_(), -1, keepdim=True, out=total)
+                s.p.div_(total)
+                torch.bmm(do_i, s.values_T, out=s.ds)
+                torch.ops.aten._softmax_backward_data.out(s.ds, s.p, -1, work, grad_input=s.ds)
+                torch.bmm(s.ds, s.keys, out=dx_i)
+                s.dvalues.baddbmm_(s.p_T, do_i)
+                s.dkeys.baddbmm_(s.ds_T, x_i)
+            if reached is None:
+                dmeans[i].copy_(down)
+            else:
+                torch.add(down, reached.view(down.shape), out=dmeans[i])
+        if t:
+            q_block = block.of_queries(q)
+            dx_block = dx.view(q_block.shape)
+            dbeta_BH += (dx_block * q_block).sum((0, 4, 5)).flatten(1)
+            block.of_queries(dq).copy_(dx_block.mul_(beta_H.to(work).view(G, -1, 1, 1)))
+        dk_block, dv_block = block.of_tokens(dk), block.of_tokens(dv)
+        dv_rows, dk_rows = dtokens.view(*dk_block.shape[:-1], W).split([V, W - V], dim=-1)
+        dv_block.copy_(dv_rows)
+        dk_block.copy_(dk_rows)
 
 
-def _attention(x_PrX: Tensor, table: Table, chunk: Chunk, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax([beta q.k_s for s <= t, beta q.mu^k + log c]), as [P, R t, l + n], and the table rows that it weights."""
-    span = table.rows[:, table.L - chunk.length : table.L + chunk.before]
-    logits = _view(scratch, (*x_PrX.shape[:2], span.shape[1]))
-    torch.bmm(x_PrX, span[..., table.V :].transpose(1, 2), out=logits)
-    t = chunk.queries.stop - chunk.queries.start
-    future_tl = table.future_LL[chunk.length - t : chunk.length, : chunk.length]
-    logits.unflatten(1, (-1, t))[..., : chunk.length].masked_fill_(future_tl, -torch.inf)
-    return torch.softmax(logits, -1, out=logits), span
-
-
-def _assign(table: Table, chunk: Chunk, start: int, spec: OVQSpec, scratch: Tensor) -> Tensor:
-    """int64 [P, L]: the centroid of each token of a whole chunk, as in `reference.assign`."""
-    L, n, V = table.L, chunk.before, table.V
-    own = table.rows[:, :L, V:-1] if spec.assign_on == "key" else table.rows[:, :L, :-1]
-    held = table.rows[:, L : L + n] if n else table.rows[:, :1]  # empty: the first token is centroid 0
-    held = held[..., V:-1] if spec.assign_on == "key" else held[..., :-1]
-    similarity = torch.bmm(own, held.transpose(1, 2), out=_view(scratch, (len(own), L, held.shape[1])))
-    if spec.assign_on == "key_value":
-        similarity -= held.square().sum(-1)[:, None, :] / 2
-    best_PL, a_PL = similarity.max(-1)
-    founded = chunk.after - n
-    if founded == 0:
-        return a_PL
-    if spec.seeding == "random":
-        order = spec.hash_order(start, own.device).expand_as(a_PL)
-    else:
-        if spec.assign_on == "key_value":
-            best_PL = best_PL - own.square().sum(-1) / 2  # half the negative squared distance
-        order = best_PL.argsort(dim=-1, stable=True)
-    if n == 0:  # the first token always founds centroid 0
-        order = torch.cat([torch.zeros_like(order[:, :1]), order[order != 0].view(len(order), -1)], dim=1)
-    founders = order[:, :founded].sort(-1).values
-    if n == 0 and spec.first_chunk == "nearest":
-        keys = table.rows[:, :L, V:-1]
-        a_PL = (keys @ keys.gather(1, founders[..., None].expand(-1, -1, table.K)).transpose(1, 2)).argmax(-1)
-    return a_PL.scatter(1, founders, torch.arange(n, chunk.after, device=own.device).expand_as(founders))
-
-
-def _commit(table: Table, a_PL: Tensor, spec: OVQSpec, keep: Tensor | None) -> None:
+def _commit(table: Table, a_PL: Tensor, rows: Tensor, spec: OVQSpec, keep: Tensor | None) -> None:
     """Add a whole chunk to the sums and update its centroids' means; `keep` first gets the old sums."""
-    index, tokens = table.index(a_PL), table.tokens()
+    index = table.index(a_PL)
     if spec.rate is not None:
-        sums = table.sums.view(-1, tokens.shape[1])
-        rows = sums.index_select(0, index)
+        sums = table.flat_sums.index_select(0, index)
         if keep is not None:
-            keep.copy_(rows.view(keep.shape))
-        old, new = _step_weights(table, index, rows[:, -1:], spec.rate)
-        rows[:, :-1] *= old
-        tokens[:, :-1] *= new
-        sums.index_copy_(0, index, rows)
-    table.add(index, tokens)
+            keep.copy_(sums.view(keep.shape))
+        old, new = _step_weights(table, index, sums[:, -1:], spec.rate)
+        sums[:, :-1] *= old
+        table.flat_sums.index_copy_(0, index, sums)
+        rows[:, :-1] *= new
+    table.add(index, rows)
     table.refresh(index)
 
 
 def _undo(
-    table: Table, index: Tensor, reached: Tensor, spec: OVQSpec, overwritten: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Remove a chunk from the dictionary; returns the gradients of the sums before the chunk, and of its tokens."""
-    before, tokens = reached, table.tokens()
+    table: Table, index: Tensor, rows: Tensor, reached: Tensor, spec: OVQSpec, overwritten: Tensor | None
+) -> Tensor:
+    """Remove a chunk from the dictionary. `reached`, the gradient of its centroids' sums, becomes that of the sums
+    before the chunk; returns the gradient of its tokens."""
     if spec.rate is None:
-        table.add(index, tokens, sign=-1)
-    else:
-        assert overwritten is not None
-        overwritten = overwritten.flatten(0, 2)
-        table.sums.view(-1, tokens.shape[1]).index_copy_(0, index, overwritten)
-        old, new = _step_weights(table, index, overwritten[:, -1:], spec.rate)
-        before, reached = reached * old, reached * new
+        table.add(index, rows, sign=-1)
+        table.refresh(index)
+        return reached
+    assert overwritten is not None
+    overwritten = overwritten.flatten(0, 2)
+    table.flat_sums.index_copy_(0, index, overwritten)
+    old, new = _step_weights(table, index, overwritten[:, -1:], spec.rate)
     table.refresh(index)
-    return before, reached
+    of_tokens = reached * new
+    reached *= old
+    return of_tokens
 
 
 def _step_weights(table: Table, index: Tensor, count: Tensor, rate: float) -> tuple[Tensor, Tensor]:
@@ -334,7 +305,7 @@ def _step_weights(table: Table, index: Tensor, count: Tensor, rate: float) -> tu
     mu <- (1-rate)^m mu + (1 - (1-rate)^m) mean(tokens), and a sum is count x mean; a new centroid starts as the mean.
     """
     ones = torch.ones_like(index, dtype=count.dtype)
-    m = count.new_zeros(table.rows.shape[0] * table.rows.shape[1]).index_add_(0, index, ones)[index][:, None]
+    m = count.new_zeros(len(table.flat_sums)).index_add_(0, index, ones)[index][:, None]
     left = torch.where(count > 0, (1 - rate) ** m, 0)
     return left * (count + m) / count.clamp_min(1), (1 - left) * (count + m) / m
 
@@ -343,56 +314,61 @@ def _final_table(
     k: Tensor,
     v: Tensor,
     spec: OVQSpec,
-    dictionary: Dictionary,
-    a_BGS: Tensor,
+    saved: Outputs,
     last: Dictionary | None,
     chunks: list[Chunk],
     work: torch.dtype,
 ) -> Table:
     """The table after the last whole chunk: from the saved sums, or by summing again in float64."""
-    if last is not None:
-        table = Table(last, spec.chunk_size, k.dtype, work)
-        table.hold_sums(last, work)
+    dictionary = saved.new if last is None else last
+    table = Table(dictionary, _longest(chunks), chunks[-1].after, k.dtype, work)
+    if not chunks[0].whole:
         return table
-    table = Table(dictionary, spec.chunk_size, k.dtype, work)
-    table.hold_sums(dictionary, torch.float64)
-    for chunk in chunks:
-        if chunk.whole:
-            table.load(k[:, chunk.tokens], v[:, chunk.tokens])
-            table.add(table.index(a_BGS[:, :, chunk.tokens].flatten(0, 1).long()), table.tokens())
-    used = torch.arange(chunks[-1].after, device=k.device).expand(len(table.rows), -1)
-    table.refresh(table.index(used))
+    table.hold_sums(dictionary, torch.float64 if last is None else work)
+    if last is None:
+        scratch = Scratch(k, work)
+        for block in blocks_of(chunks, k.shape[2], _chunks_at_once(chunks, table)):
+            if block.chunks[0].whole:
+                tokens = _tokens(block, k, v, table, scratch)
+                table.add(_index(block, saved.a_BGS, table).flatten(), tokens.view(-1, tokens.shape[-1]))
+        used = torch.arange(chunks[-1].after, device=k.device).expand(table.P, -1)
+        table.set_means(table.index(used))
     return table
 
 
-def _scratch(chunks: list[Chunk], q: Tensor, P: int) -> Tensor:
-    """A buffer for the largest [P, R t, l + n] or [P, L, n] of this call, reused for every chunk."""
-    R = q.shape[0] * q.shape[2] // P
-    largest = max(c.length * R * (c.length + c.before) for c in chunks)
-    return q.new_empty(P * largest, dtype=work_dtype(q))
+def _longest(chunks: list[Chunk]) -> int:
+    return max(chunk.length for chunk in chunks)
 
 
-def _view(scratch: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    return scratch[: torch.Size(shape).numel()].view(shape)
+def _chunks_at_once(chunks: list[Chunk], table: Table) -> int:
+    return max(1, BLOCK // (table.P * _longest(chunks) * (table.V + table.K + 1)))
 
 
-def _queries(q_BtHK: Tensor, beta_H: Tensor, G: int, work: torch.dtype) -> Tensor:
-    """[P, R t, K + 1]: beta q, and a 1 that adds the log count to each logit."""
-    B, t, H, K = q_BtHK.shape
-    x = q_BtHK.new_ones(B, G, H // G, t, K + 1, dtype=work)
-    torch.mul(
-        q_BtHK.to(work).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4),
-        beta_H.to(work).view(G, -1, 1, 1),
-        out=x[..., :-1],
-    )
-    return x.view(B * G, -1, K + 1)
+def _tokens(block: Block, k: Tensor, v: Tensor, table: Table, scratch: Scratch) -> Tensor:
+    """[m, P, l, W + 1]: rows [value | key | 1]."""
+    k_mBGlK, v_mBGlV = block.of_tokens(k), block.of_tokens(v)
+    rows = scratch.take("tokens", *k_mBGlK.shape[:-1], table.V + table.K + 1)
+    rows[..., : table.V].copy_(v_mBGlV)
+    rows[..., table.V : -1].copy_(k_mBGlK)
+    rows[..., -1] = 1
+    return rows.flatten(1, 2)
 
 
-def _to_rows(x_BtHV: Tensor, G: int) -> Tensor:
-    """[B, t, H, V] as [P, R t, V]."""
-    return x_BtHV.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(1, 2)
+def _queries(block: Block, q: Tensor, beta_H: Tensor, table: Table, scratch: Scratch) -> Tensor:
+    """[m, P, R t, K]: beta q."""
+    q_mBGRtK = block.of_queries(q)
+    x = scratch.take("x", *q_mBGRtK.shape)
+    torch.mul(q_mBGRtK, beta_H.to(table.work).view(block.G, -1, 1, 1), out=x)
+    return x.flatten(1, 2).flatten(2, 3)
 
 
-def _from_rows(x_PrV: Tensor, B: int, H: int) -> Tensor:
-    """[P, R t, V] as [B, t, H, V]."""
-    return x_PrV.view(B, H, -1, x_PrV.shape[-1]).transpose(1, 2)
+def _rows(block: Block, x_BTHK: Tensor, name: str, scratch: Scratch) -> Tensor:
+    """[m, P, R t, K]: the block's rows of x."""
+    x_mBGRtK = block.of_queries(x_BTHK)
+    return scratch.take(name, *x_mBGRtK.shape).copy_(x_mBGRtK).flatten(1, 2).flatten(2, 3)
+
+
+def _index(block: Block, a_BGS: Tensor, table: Table) -> Tensor:
+    """[m, P l]: the flat row index of each token's centroid."""
+    a_mPl = block.of_heads(a_BGS).long().flatten(1, 2)
+    return (a_mPl + table.base_P1).flatten(1)

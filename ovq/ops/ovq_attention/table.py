@@ -1,17 +1,25 @@
 """The torch backend's working storage: a chunk's tokens and the centroids side by side, as rows of one table.
 
-Shapes: B batch, S tokens, T queries, L chunk, l tokens of one chunk, G key/value heads, P = B G, N capacity,
-n centroids in use, K key width, V value width, W = V + K + 1 (width of a row).
+Shapes: B batch, S tokens, T queries, L chunk, l tokens and t queries of one chunk, m chunks of a block, H query heads,
+G key/value heads, R = H / G, P = B G, N capacity, n centroids in use, K key width, V value width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ovq.ops.common import GRAIN
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+
+
+def whole_grains(centroids: int) -> int:
+    """How many centroids the matmuls run over: whole vector registers, and few shapes for libraries that generate code
+    for each one. Those that are not in use have a log count of -inf, and so a probability of 0."""
+    return -(-centroids // GRAIN) * GRAIN
 
 
 class Chunk(NamedTuple):
@@ -28,6 +36,10 @@ class Chunk(NamedTuple):
     def length(self) -> int:
         return self.tokens.stop - self.tokens.start
 
+    @property
+    def num_queries(self) -> int:
+        return self.queries.stop - self.queries.start
+
 
 def chunks_of(S: int, T: int, spec: OVQSpec, dictionary: Dictionary) -> list[Chunk]:
     """The chunks of S tokens that start at the dictionary's position, of which the last T have queries."""
@@ -42,72 +54,147 @@ def chunks_of(S: int, T: int, spec: OVQSpec, dictionary: Dictionary) -> list[Chu
     return chunks
 
 
-class Table:
-    """Rows [value | key | log count] of the current chunk's tokens, then of the centroids, and the sums behind them.
+class Block(NamedTuple):
+    """Consecutive chunks with l tokens and t queries each, whose inputs and outputs are rearranged together."""
 
-    A chunk of l tokens lies in rows L - l .. L - 1 and centroid j in row L + j, so that the tokens and the centroids in
-    use always form one slice. `sums` has rows [value sum | key sum | count] in the same layout. Index tensors address
-    the flattened rows of all batch entries and heads.
+    chunks: list[Chunk]
+    G: int
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.chunks[0].tokens.start, self.chunks[-1].tokens.stop)
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.chunks[0].queries.start, self.chunks[-1].queries.stop)
+
+    def of_tokens(self, x_BSGK: Tensor) -> Tensor:
+        """[m, B, G, l, K]: a view of the block's part of a tensor with a row per token."""
+        x = x_BSGK[:, self.tokens].unflatten(1, (len(self.chunks), -1))
+        return x.permute(1, 0, 3, 2, 4)
+
+    def of_queries(self, x_BTHK: Tensor) -> Tensor:
+        """[m, B, G, R, t, K]: a view of the block's part of a tensor with a row per query."""
+        x = x_BTHK[:, self.queries].unflatten(1, (len(self.chunks), -1)).unflatten(3, (self.G, -1))
+        return x.permute(1, 0, 3, 4, 2, 5)
+
+    def of_heads(self, x_BGS: Tensor) -> Tensor:
+        """[m, B, G, l]: a view of the block's part of a tensor with a number per token."""
+        return x_BGS[:, :, self.tokens].unflatten(2, (len(self.chunks), -1)).permute(2, 0, 1, 3)
+
+
+def blocks_of(chunks: list[Chunk], G: int, most: int) -> Iterator[Block]:
+    """The chunks in blocks of at most `most`."""
+    block: list[Chunk] = []
+    for chunk in chunks:
+        fits = block and (chunk.length, chunk.num_queries) == (block[0].length, block[0].num_queries)
+        if block and (len(block) == most or not fits):
+            yield Block(block, G)
+            block = []
+        block.append(chunk)
+    yield Block(block, G)
+
+
+class Scratch:
+    """Named pieces of memory that are reused from chunk to chunk: allocating them anew would double a chunk's time."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype, self.held = like, dtype, dict[str, Tensor]()
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor, in the memory of this name; ask for the largest first."""
+        size = torch.Size(shape).numel()
+        held = self.held.get(name)
+        if held is None or held.numel() < size:
+            held = self.held[name] = self.like.new_empty(size, dtype=dtype or self.dtype)
+        return held[:size].view(shape)
+
+
+class Table:
+    """Means and log counts of the current chunk's tokens and of the centroids, and the sums behind them.
+
+    Row L - l + s is token s of a chunk of l, and row L + j is centroid j, so that the tokens and the centroids in use
+    always form one slice. Index tensors address the flattened rows of all batch entries and heads.
+
+    Attributes:
+        means: [P, L + N, V + K], rows [value | key]; N is rounded up to whole grains.
+        log_count: [P, 1, L + N], to base 2: 0 for tokens, -inf for centroids that are not in use.
+        sums: [P, L + N, V + K + 1], rows [value sum | key sum | count], once `hold_sums` was called.
     """
 
-    def __init__(self, dictionary: Dictionary, L: int, dtype: torch.dtype, work: torch.dtype) -> None:
-        B, G, N, K = dictionary.key_sum.shape
-        self.B, self.G, self.N, self.K, self.V = B, G, N, K, dictionary.value_sum.shape[3]
-        self.L, self.dtype, self.work = L, dtype, work
-        n = dictionary.size
-        self.rows = dictionary.count.new_empty(B * G, L + N, self.V + K + 1, dtype=work)
-        count = dictionary.count[:, :, :n].to(work).flatten(0, 1)[..., None]
-        held = self.rows[:, L : L + n]
-        torch.div(dictionary.value_sum[:, :, :n].flatten(0, 1), count, out=held[..., : self.V])
-        torch.div(dictionary.key_sum[:, :, :n].flatten(0, 1), count, out=held[..., self.V : -1])
-        torch.log(count, out=held[..., -1:])
-        held[..., :-1] = self._rounded(held[..., :-1])
-        self.future_LL = torch.ones(L, L, dtype=torch.bool, device=held.device).triu_(1)  # key after query
-        self.base_P1 = torch.arange(B * G, device=held.device)[:, None] * (L + N) + L
+    def __init__(self, dictionary: Dictionary, L: int, capacity: int, dtype: torch.dtype, work: torch.dtype) -> None:
+        B, G, _, K = dictionary.key_sum.shape
+        self.P, self.K, self.V = B * G, K, dictionary.value_sum.shape[3]
+        self.L, self.N, self.dtype, self.work = L, whole_grains(capacity), dtype, work
+        count, W = dictionary.count, self.V + K
+        self.means = count.new_zeros(self.P, L + self.N, W, dtype=work)
+        self.log_count = count.new_full((self.P, 1, L + self.N), -torch.inf, dtype=work)
+        self.log_count[..., :L] = 0
+        if n := dictionary.size:
+            count_Pn1 = count[:, :, :n].to(work).flatten(0, 1)[..., None]
+            held = self.means[:, L : L + n]
+            torch.div(dictionary.value_sum[:, :, :n].flatten(0, 1), count_Pn1, out=held[..., : self.V])
+            torch.div(dictionary.key_sum[:, :, :n].flatten(0, 1), count_Pn1, out=held[..., self.V :])
+            torch.log2(count_Pn1[..., 0], out=self.log_count[:, 0, L : L + n])
+            self._round(held)
+        self.flat_means, self.flat_log_count = self.means.view(-1, W), self.log_count.view(-1)
+        self.future_LL = self.means.new_full((L, L), -torch.inf).triu_(1)  # added to the logits of keys after a query
+        self.base_P1 = torch.arange(self.P, device=count.device)[:, None] * (L + self.N) + L
 
     def hold_sums(self, dictionary: Dictionary, dtype: torch.dtype) -> None:
         """Copy the dictionary's sums, which this table will update."""
-        self.sums = torch.zeros_like(self.rows, dtype=dtype)
-        held = self.sums[:, self.L :].unflatten(0, (self.B, self.G))
-        held[..., : self.V], held[..., self.V : -1] = dictionary.value_sum, dictionary.key_sum
-        held[..., -1] = dictionary.count
+        self.sums = torch.zeros(self.P, self.L + self.N, self.V + self.K + 1, dtype=dtype, device=self.means.device)
+        for held, x in zip(self._held_sums(dictionary), (dictionary.value_sum, dictionary.key_sum, dictionary.count)):
+            held.copy_(x[:, :, : held.shape[2]].view(held.shape))
+        self.flat_sums = self.sums.view(-1, self.sums.shape[2])
+        rows, W = self.P * self.L, self.V + self.K
+        self._picked, self._step = (self.sums.new_empty(rows, W + 1) for _ in range(2))
+        self.picked_count, self._picked_sums = self._picked[:, -1:], self._picked[:, :-1]
+        self._divisor = torch.empty_like(self.picked_count)
+        self._means, self._log_count = self.means.new_empty(rows, W), self.means.new_empty(rows)
 
     def write_sums(self, into: Dictionary) -> None:
-        held = self.sums[:, self.L :].unflatten(0, (self.B, self.G))
-        value_sum, key_sum, count = held.split([self.V, self.K, 1], dim=-1)
-        into.key_sum.copy_(key_sum)
-        into.value_sum.copy_(value_sum)
-        into.count.copy_(count[..., 0])
+        for x, held in zip((into.value_sum, into.key_sum, into.count), self._held_sums(into)):
+            x[:, :, : held.shape[2]].view(held.shape).copy_(held)
+            x[:, :, held.shape[2] :] = 0
 
-    def load(self, k_BlGK: Tensor, v_BlGV: Tensor) -> None:
-        """Write the tokens of a chunk into the table."""
-        own = self.rows[:, self.L - k_BlGK.shape[1] : self.L].unflatten(0, (self.B, self.G))
-        own[..., : self.V], own[..., self.V : -1] = v_BlGV.transpose(1, 2), k_BlGK.transpose(1, 2)
-        own[..., -1] = 0  # log of a count of 1
+    def _held_sums(self, dictionary: Dictionary) -> list[Tensor]:
+        """Value sums, key sums [B, G, N, V or K] and counts [B, G, N, 1] of this table, as views."""
+        B, G, capacity = dictionary.count.shape
+        held = self.sums[:, self.L :][:, :capacity].unflatten(0, (B, G))
+        return list(held.split([self.V, self.K, 1], dim=-1))
 
     def index(self, a_PL: Tensor) -> Tensor:
-        """The flat row index of each token's centroid, over all batch entries and heads."""
+        """The flat row index of each token's centroid."""
         return (a_PL + self.base_P1).flatten()
 
-    def tokens(self) -> Tensor:
-        """[P L, W]: the rows that a whole chunk adds to the sums."""
-        rows = self.rows[:, : self.L].clone().view(-1, self.rows.shape[2])
-        rows[:, -1] = 1
-        return rows
+    def add(self, index: Tensor, rows: Tensor, sign: int = 1) -> None:
+        """Add rows [value | key | 1] to the sums of these centroids, or subtract them."""
+        if rows.dtype != self.sums.dtype:
+            rows = self._step.copy_(rows) if len(rows) == len(self._step) else rows.to(self.sums.dtype)
+        self.flat_sums.index_add_(0, index, rows, alpha=sign)
 
     def refresh(self, index: Tensor) -> None:
-        """Recompute the means of these centroids."""
-        rows = self.sums.view(-1, self.sums.shape[-1]).index_select(0, index)
-        means, count = rows[:, :-1], rows[:, -1:]
-        means /= count
-        count.log_()
+        """Compute the means and log counts of a chunk's centroids anew; `picked_count` [P L, 1] is then their counts.
+
+        A centroid whose count is 0, because the chunk that founded it was undone, gets a mean of 0.
+        """
+        torch.index_select(self.flat_sums, 0, index, out=self._picked)
+        torch.log2(self.picked_count.squeeze(1), out=self._log_count)
+        torch.div(self._picked_sums, torch.clamp_min(self.picked_count, 1, out=self._divisor), out=self._means)
+        self._round(self._means)
+        self.flat_means.index_copy_(0, index, self._means)
+        self.flat_log_count.index_copy_(0, index, self._log_count)
+
+    def set_means(self, index: Tensor) -> None:
+        """As `refresh`, for any number of centroids in use."""
+        rows = self.flat_sums.index_select(0, index)
+        means = (rows[:, :-1] / rows[:, -1:]).to(self.work)
+        self._round(means)
+        self.flat_means.index_copy_(0, index, means)
+        self.flat_log_count.index_copy_(0, index, rows[:, -1].log2().to(self.work))
+
+    def _round(self, means: Tensor) -> None:
+        """Round means to the inputs' dtype, as a low-precision matmul would read them."""
         if self.dtype != self.work:
-            means.copy_(self._rounded(means))
-        self.rows.view(-1, rows.shape[1]).index_copy_(0, index, rows.to(self.work))
-
-    def add(self, index: Tensor, tokens: Tensor, sign: int = 1) -> None:
-        self.sums.view(-1, tokens.shape[1]).index_add_(0, index, tokens.to(self.sums.dtype), alpha=sign)
-
-    def _rounded(self, means: Tensor) -> Tensor:
-        """Means rounded to the inputs' dtype, as a low-precision matmul would read them."""
-        return means if self.dtype == self.work else means.to(self.dtype).to(means.dtype)
+            means.copy_(means.to(self.dtype))
