@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.mixers.memory_layer import Memory, MemoryLayer
-from ovq.ops.common import work_dtype
+from ovq.ops.common import first_max, work_dtype
 
 
 class KVM(MemoryLayer):
@@ -38,8 +38,8 @@ class KVM(MemoryLayer):
             memory = Memory(key[:, :1], value[:, :1], key.new_ones(B, G, 1))
             key, value, M = key[:, 1:], value[:, 1:], 1
         with torch.no_grad():
-            similarity_BGLM = torch.einsum("blgk,bmgk->bglm", key, F.normalize(memory.key, dim=-1))
-            best_BGL, entry_BGL = similarity_BGLM.max(-1)
+            similarity_BGLM = key.transpose(1, 2) @ F.normalize(memory.key, dim=-1).permute(0, 2, 3, 1)
+            best_BGL, entry_BGL = first_max(similarity_BGLM)
             room = min(self.capacity - M, key.shape[1])
             # The pairs least similar to any entry take the free places, in text order.
             novel_BGR = best_BGL.argsort(dim=-1, stable=True)[..., :room].sort(-1).values

@@ -46,10 +46,12 @@ def forward(
     k_end = k * (a_BHCL1[..., -1:, :] - a_BHCL1).exp()
     whole_BHC11 = a_BHCL1[..., -1:, :].exp()
     S = q.new_zeros(B, H, K, V) if state is None else state.to(work)
-    o = []
-    for c in range(q.shape[2]):
-        correction = u_BHCLV[:, :, c] - w_BHCLK[:, :, c] @ S
-        o.append(q_start[:, :, c] @ S + own_BHCLL[:, :, c] @ correction)
-        S = whole_BHC11[:, :, c] * S + k_end[:, :, c].transpose(-1, -2) @ correction
-    o_BHCLV = torch.stack(o, dim=2) * K**-0.5
+    by_chunk = (x.unbind(2) for x in (u_BHCLV, w_BHCLK, q_start, k_end.mT, whole_BHC11))  # not x[:, :, c], see `write`
+    corrections, carried = [], []
+    for u, w, q_c, k_c, whole in zip(*by_chunk):
+        correction = u - w @ S
+        corrections.append(correction)
+        carried.append(q_c @ S)
+        S = whole * S + k_c @ correction
+    o_BHCLV = (torch.stack(carried, dim=2) + own_BHCLL @ torch.stack(corrections, dim=2)) * K**-0.5
     return from_chunks(o_BHCLV, T).to(v_BTHV.dtype), S

@@ -51,7 +51,7 @@ def solve(q_BHCLK: Tensor, kk: Memory, ridge: Tensor, iterations: int) -> Tensor
     frozen_ridge = ridge.detach()
 
     def product(p: Tensor) -> Tensor:
-        return read(p, frozen) + frozen_ridge * p
+        return read(p, frozen).addcmul_(frozen_ridge, p)
 
     with torch.no_grad():
         x = conjugate_gradients(product, q_BHCLK.detach(), iterations)
@@ -81,16 +81,17 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
     The number of steps is fixed, and a system that has converged stops changing: one early-stopping decision for all
     systems would let one token's difficulty change another token's result.
     """
-    x, r = torch.zeros_like(b), b
-    p, rr = r, (r * r).sum(-1, keepdim=True)
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    rr = (r * r).sum(-1, keepdim=True)
     tolerance = rr * torch.finfo(b.dtype).eps ** 2
     zero = torch.zeros_like(rr)
     for _ in range(iterations):
         Ap = product(p)
         active = rr > tolerance
         alpha = torch.where(active, rr / (p * Ap).sum(-1, keepdim=True), zero)
-        x, r = x + alpha * p, r - alpha * Ap
+        x.addcmul_(alpha, p)
+        r.addcmul_(alpha, Ap, value=-1)
         rr_new = (r * r).sum(-1, keepdim=True)
-        p = torch.where(active, r + rr_new / rr * p, p)
+        p.mul_(torch.where(active, rr_new / rr, zero)).add_(r)
         rr = torch.where(active, rr_new, rr)
     return x

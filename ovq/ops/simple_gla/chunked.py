@@ -73,15 +73,21 @@ def write(k_BGCLK: Tensor, v_BHCLV: Tensor, g_BHCL: Tensor | None, state_BHKV: T
         whole = a_BHCL[..., -1, None, None].exp()
     written_BHCKV = to_end.transpose(-1, -2) @ v_BHCLV
     S = v_BHCLV.new_zeros(B, H, k_BGCLK.shape[-1], V) if state_BHKV is None else state_BHKV.to(v_BHCLV.dtype)
+    # Unbound once: the gradient of x[:, :, c] would be a tensor of x's size for every chunk, and quadratic in all.
+    written, decays = written_BHCKV.unbind(2), [None] * C if whole is None else whole.unbind(2)
     before = []
-    for c in range(C):
+    for written_BHKV, decay_BH11 in zip(written, decays):
         before.append(S)
-        S = (S if whole is None else whole[:, :, c] * S) + written_BHCKV[:, :, c]
+        S = (S if decay_BH11 is None else decay_BH11 * S) + written_BHKV
     return Memory(k_BGCLK, v_BHCLV, decay, from_start, torch.stack(before, dim=2), S)
 
 
 def read(q_BGCLK: Tensor, memory: Memory) -> Tensor:
     """o [B, H, C, L, V] for queries in chunks."""
-    own = (q_BGCLK @ memory.key_BGCLK.transpose(-1, -2) * memory.decay_BHCLL) @ memory.value_BHCLV
+    weight = q_BGCLK @ memory.key_BGCLK.transpose(-1, -2)
     carried = q_BGCLK @ memory.states_BHCKV
-    return own + (carried if memory.from_start_BHCL1 is None else carried * memory.from_start_BHCL1)
+    if torch.is_grad_enabled() or weight.shape != memory.decay_BHCLL.shape:
+        own = (weight * memory.decay_BHCLL) @ memory.value_BHCLV
+        return own + (carried if memory.from_start_BHCL1 is None else carried * memory.from_start_BHCL1)
+    own = weight.mul_(memory.decay_BHCLL) @ memory.value_BHCLV  # in place: Mesa reads once for every iteration
+    return own.add_(carried) if memory.from_start_BHCL1 is None else own.addcmul_(carried, memory.from_start_BHCL1)

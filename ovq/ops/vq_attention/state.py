@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ovq.ops.common import work_dtype
+from ovq.ops.common import first_max, work_dtype
 
 
 @dataclass
@@ -45,4 +45,4 @@ def assign(k_BTGK: Tensor, codebook_GNK: Tensor) -> Tensor:
     work = work_dtype(k_BTGK)
     code = codebook_GNK.to(work)
     score_BGTN = k_BTGK.to(work).transpose(1, 2) @ code.transpose(-1, -2) - code.square().sum(-1)[:, None] / 2
-    return score_BGTN.argmax(-1).transpose(1, 2)
+    return first_max(score_BGTN)[1].transpose(1, 2)
