@@ -38,8 +38,8 @@ def work_dtype(x: Tensor) -> torch.dtype:
 def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """The maximum over the last dimension, and the index of the first element that has it, as `x.max(-1)` returns.
 
-    `Tensor.max` is slow on a CPU because it is not vectorised. Here the maximum of each grain is, and the index is found
-    in the first grain that has the largest.
+    `Tensor.max` is slow on a CPU because it is not vectorised. Here the maximum of each grain is, and only the first
+    grain that has the largest is searched for its index.
     """
     n = x.shape[-1]
     if x.device.type != "cpu" or n < 2 * GRAIN or not x.is_contiguous():

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.common import work_dtype
+from ovq.ops.ovq_attention import decode
 from ovq.ops.ovq_attention.assign import Assignment
 from ovq.ops.ovq_attention.pieces import Outputs, Piece, pieces_of
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
@@ -38,6 +39,7 @@ from ovq.ops.ovq_attention.views import Seen
 from ovq.ops.parallel import run_pieces
 
 BLOCK = 2**18  # elements of the tokens [m, P, l, W] of a block: they should stay in a core's caches as well
+DECODED = 8  # queries up to which their products with the sums are faster than copying the dictionary
 LOG2_E = math.log2(math.e)
 
 
@@ -52,6 +54,11 @@ def forward(
     assignment: Tensor | None = None,
 ) -> tuple[Tensor, Dictionary, Tensor]:
     """As `reference.forward`."""
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV, beta_H))
+    if spec.chunk_size > S and T <= DECODED and not trained and q_BTHK.dtype == dictionary.count.dtype:
+        a_BGS = torch.full((len(k_BSGK), k_BSGK.shape[2], S), -1, dtype=torch.int32, device=q_BTHK.device)
+        return decode.predict(q_BTHK, k_BSGK, v_BSGV, beta_H, dictionary), dictionary, a_BGS
     sums = dictionary.key_sum, dictionary.value_sum, dictionary.count
     place = dictionary.size, dictionary.position
     return _OVQ.apply(q_BTHK, k_BSGK, v_BSGV, beta_H, *(x.detach() for x in sums), place, spec, assignment)
