@@ -23,8 +23,8 @@ test: setup  ## run the whole test suite; ARGS="tests/test_model.py -k causal" s
 check: setup  ## check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ovq data eval launch train.py
 
-bench: setup  ## benchmark the operators on this machine against PyTorch's own attention
-	$(BIN)/python -m eval.bench.ops $(ARGS)
+bench: setup  ## speed of operators, training steps and inference on this CPU beside their peers; about 20 minutes
+	$(BIN)/python -m eval.bench.cpu $(ARGS)
 
 bench-gpu: setup  ## make every figure that needs a GPU, in at most nine minutes
 	$(BIN)/python -m eval.bench.gpu $(ARGS)

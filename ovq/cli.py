@@ -271,6 +271,7 @@ COMMANDS = {
     "eval perplexity": "eval.perplexity",
     "eval plot": "eval.plot",
     "figures recall": "eval.figures.recall",
+    "bench cpu": "eval.bench.cpu",
     "bench compare": "eval.bench.compare",
     "bench models": "eval.bench.models",
     "bench ops": "eval.bench.ops",

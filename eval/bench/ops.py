@@ -79,9 +79,9 @@ class Measurement:
         return statistics.median(self.total_ms)
 
 
-def call_of(op: str, tokens: int, settings: dict[str, Any]) -> Marked:
-    """A forward and backward pass of an operator, marked in between, on its own random inputs."""
-    case = Case(
+def case_of(tokens: int, settings: dict[str, Any]) -> Case:
+    """The problem of this length that the settings (`Options` as a dictionary) describe."""
+    return Case(
         settings["batch"],
         tokens,
         settings["heads"],
@@ -90,6 +90,11 @@ def call_of(op: str, tokens: int, settings: dict[str, Any]) -> Marked:
         settings["chunk_size"],
         settings["window"],
     )
+
+
+def call_of(op: str, tokens: int, settings: dict[str, Any]) -> Marked:
+    """A forward and backward pass of an operator, marked in between, on its own random inputs."""
+    case = case_of(tokens, settings)
     device, dtype = torch.device(settings["device"]), getattr(torch, settings["dtype"])
     return forward_backward(RIVALS[op], make_inputs(case, device, dtype, heads_first=op == PEER), case)
 

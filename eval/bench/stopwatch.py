@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,11 +81,18 @@ class Stopwatch:
         return torch.cuda.max_memory_allocated() - before
 
     def turns(
-        self, calls: Mapping[str, Marked], *, seconds: float, least: int = 3, most: int = 20
+        self,
+        calls: Mapping[str, Marked],
+        *,
+        seconds: float,
+        least: int = 3,
+        most: int = 20,
+        fewer: Mapping[str, int] | None = None,
     ) -> dict[str, Timing]:
         """Time all calls in turns, at least `least` and at most `most` times each, until `seconds` have passed.
 
-        A call that raises is not repeated; its timing holds the error.
+        A call named in `fewer` is timed at most that often. A call that raises is not repeated; its timing holds the
+        error.
         """
         timings = {name: Timing() for name in calls}
 
@@ -114,13 +121,28 @@ class Stopwatch:
             if done >= least and time.monotonic() - began > seconds:
                 break
             for name in calls:
-                attempt(name, functools.partial(repeat, name))
+                if done < (fewer or {}).get(name, most):
+                    attempt(name, functools.partial(repeat, name))
         return timings
 
 
-def matmul_rate(stopwatch: Stopwatch, size: int = 8192) -> float:
-    """FLOP/s of a large bfloat16 product of random matrices."""
-    a, b = (torch.randn(size, size, device=stopwatch.device, dtype=torch.bfloat16) for _ in range(2))
+def ratio_in_turns(over_ms: Sequence[float], under_ms: Sequence[float]) -> float | None:
+    """Median over repeats of the ratio of two calls' times, so that load that hits both cancels; None without repeats.
+
+    The repeats must have been taken in turns; those that only one call has are left out.
+    """
+    ratios = [over / under for over, under in zip(over_ms, under_ms)]
+    return statistics.median(ratios) if ratios else None
+
+
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A number in a table, in Python's format language; "-" if there is none."""
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def matmul_rate(stopwatch: Stopwatch, size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOP/s of a product of two random square matrices of `size` rows."""
+    a, b = (torch.randn(size, size, device=stopwatch.device, dtype=dtype) for _ in range(2))
     timing = stopwatch.turns({"matmul": lambda mark: torch.mm(a, b)}, seconds=1.0, most=30)["matmul"]
     return 2 * size**3 / (timing.whole * 1e-3)
 
