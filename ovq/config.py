@@ -95,7 +95,9 @@ class TrainerConfig:
     global_batch: int = setting(8, "sequences per step, over all ranks and accumulation steps", at_least=1)
     micro_batch: int = setting(8, "sequences per forward pass on one device", at_least=1)
     device: str = one_of("auto", "cpu", "cuda", help="device to train on")
-    precision: str = one_of("auto", "fp32", "bf16", help="dtype of compute; parameters and optimizer stay float32")
+    precision: str = one_of(
+        "auto", "fp32", "bf16", help="compute dtype, parameters stay float32; auto: bf16 on a GPU or a CPU with AMX"
+    )
     shard: str = one_of("full", "hybrid", "none", help="FSDP, HSDP, or a full copy of the model on each device")
     replicas: int = setting(1, "groups of processes that each hold a copy of the model (shard=hybrid)", at_least=1)
     activation_checkpointing: str = one_of("none", "selective", "full", help="what to recompute in the backward pass")

@@ -132,7 +132,7 @@ class Transformer(nn.Module):
             return out
         loss, z = chunked_cross_entropy(
             x.flatten(0, 1),
-            self.head.weight,
+            self.head.weight.to(x.dtype),
             targets_BT.flatten(),
             chunk=self.loss_chunk_tokens,
             z_loss=z_loss,

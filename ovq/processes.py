@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ovq import cpu
 from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
 
@@ -94,17 +95,20 @@ def init(trainer: TrainerConfig) -> World:
             f"trainer.device=cuda needs {local_size} GPU(s) here and finds {torch.cuda.device_count()}; "
             "use trainer.device=cpu or fewer processes"
         )
-    precision = {"cuda": "bf16", "cpu": "fp32"}[kind] if trainer.precision == "auto" else trainer.precision
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    if size > 1 or precision == "bf16":  # a single device too needs FSDP for bf16 compute on float32 parameters
+    precision = "bf16" if (kind, trainer.precision) == ("cuda", "auto") else trainer.precision
+    if size > 1 or (precision == "bf16" and (kind == "cuda" or trainer.compile)):  # see `parallelize`
         alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s)),
             **alone,
         )
+    if kind == "cpu":
+        cpu.keep_freed_memory()
+        precision = cpu.choose_precision(on_main(lambda: cpu.choose_precision(trainer.precision)))
     return World(rank, size, local_rank, device, precision, data=Axis("data", rank, size))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,8 @@ from tests.training import trainer_for
 
 def main():
     torch.set_num_threads(1)
-    world = processes.init(TrainerConfig(device="cpu", precision="bf16"))  # sharded, although alone
-    trainer = trainer_for(Path(sys.argv[1]), "trainer.precision=bf16", world=world)
+    world = processes.init(TrainerConfig(device="cpu"))
+    trainer = trainer_for(Path(sys.argv[1]), world=world)
     trainer.fit()
     counts.append(len(gloo_threads()))
     processes.shutdown()
@@ -44,9 +45,24 @@ main()
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists its threads in /proc")
 def test_no_gloo_thread_outlives_the_interpreter(tmp_path: Path) -> None:
     """A thread that releases a tensor while Python finalizes ends the process with status 134."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG_DIR.parent)}
-    command = [sys.executable, "-c", LEAVES_A_GROUP, str(tmp_path)]
-    done = subprocess.run(command, cwd=CONFIG_DIR.parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    training, at_exit = json.loads(done.stdout.splitlines()[-1])
-    assert training > 0 and at_exit == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG_DIR.parent)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES_A_GROUP, str(tmp_path)],
+            cwd=CONFIG_DIR.parent,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for rank in ranks:
+        out, error = rank.communicate(timeout=300)
+        assert rank.returncode == 0, error
+        training, at_exit = json.loads(out.splitlines()[-1])
+        assert training > 0 and at_exit == 0

@@ -29,8 +29,8 @@ from ovq.processes import World
 def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Transformer:
     """Apply activation checkpointing, compilation and sharding, and move the model to the device.
 
-    Parameter names do not change, so checkpoints do not depend on how a run was parallelised. For a lone process in
-    float32 the module is not wrapped.
+    Parameter names do not change, so checkpoints do not depend on how a run was parallelised. The module of a lone
+    process is not wrapped, unless a GPU or the compiler computes in bf16: those leave the casts to FSDP.
 
     Raises:
         ConfigError: replicas do not divide the number of processes, or there is no compiler.
@@ -48,7 +48,9 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
         elif trainer.activation_checkpointing == "selective":
             # The mixer is the slow, sequential part: keep its activations and recompute the MLP's, which are larger.
             block.mlp.forward = recomputed(block.mlp.forward)  # type: ignore[method-assign]
-    if world.size == 1 and world.precision == "fp32":
+    if world.size == 1 and (world.precision == "fp32" or not (trainer.compile or world.device.type == "cuda")):
+        for part in model.modules() if world.precision == "bf16" else ():
+            part.forward = with_parameters_in(torch.bfloat16, part)  # type: ignore[method-assign]
         return model.to(world.device)
 
     shape, names = mesh_shape(trainer.shard, trainer.replicas, world.size)
@@ -65,6 +67,26 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
         module.set_gradient_divide_factor(1.0)  # sums: the loss already carries the division
         module.set_force_sum_reduction_for_comms(True)  # gloo has no averaging reduction
     return model.to(world.device)
+
+
+def with_parameters_in(dtype: torch.dtype, module: nn.Module) -> Callable[..., Any]:
+    """The module's `forward`, in which its own parameters (not its children's) are cast to `dtype`.
+
+    As with FSDP, the parameters and their gradients stay as they are, and a float32 input of the module is not cast.
+    """
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        cast = {name: p.to(dtype) for name, p in module.named_parameters(recurse=False)}
+        module.__dict__.update(cast)  # found before the registered parameters, which stay where they are
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for name in cast:
+                del module.__dict__[name]
+
+    return wrapped
 
 
 def mesh_shape(shard: str, replicas: int, size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -1,0 +1,147 @@
+"""Claims about the use of a CPU: waiting threads, kept memory, and bfloat16 in a lone process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ovq import cpu
+from ovq.compose import CONFIG_DIR
+from ovq.processes import World
+from tests.training import trainer_for
+
+ROOT = CONFIG_DIR.parent
+MODELS = ("sw_ovq", "sw_gdn", "sw_vq", "sw_mamba2", "sw_mesa", "sw_kvm", "std_att")
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh Python process prints, on stdout and stderr."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="torch has GNU's OpenMP on Linux only")
+@pytest.mark.parametrize("first_import", ["ovq.model", "eval.bench.ops", "train, ovq.train.loop"])
+def test_idle_threads_sleep_unless_the_user_decides(first_import: str) -> None:
+    """GNU's OpenMP says at its start which settings it took."""
+    shown = python(f"import {first_import}; import torch", OMP_DISPLAY_ENV="verbose")
+    assert "GOMP_SPINCOUNT = '1000'" in shown
+    own = python(f"import {first_import}; import torch", OMP_DISPLAY_ENV="verbose", OMP_WAIT_POLICY="active")
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in own and "GOMP_SPINCOUNT = '1000'" not in own
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has the setting")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept(kept: bool) -> None:
+    code = (
+        "import resource, torch\nfrom ovq import cpu\n"
+        f"{'cpu.keep_freed_memory()' if kept else ''}\n"
+        "def step():\n"
+        "    x = torch.ones(2**22)\n"
+        "    for _ in range(12): x = x * 1.5 + 1\n"
+        "    return [x * i for i in range(6)]\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(6): before = faults(); step()\n"
+        "print(faults() - before)"
+    )
+    # The step allocates about thirty times 4,096 pages (or 8 large ones).
+    assert (int(python(code)) < 50) == kept
+
+
+@pytest.mark.parametrize(("ratio", "chosen"), [(6.8, "bf16"), (2.3, "fp32"), (0.2, "fp32")])
+def test_auto_takes_bf16_only_where_its_products_are_much_faster(
+    ratio: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_seconds", lambda dtype: 1.0 if dtype == torch.bfloat16 else ratio)
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    try:
+        assert cpu.choose_precision("auto") == chosen
+        assert setting.fp32_precision == ("bf16" if chosen == "bf16" else "none")
+        assert cpu.choose_precision("fp32") == "fp32" and setting.fp32_precision == "none"
+        assert cpu.choose_precision("bf16") == "bf16" and setting.fp32_precision == "bf16"
+    finally:
+        cpu.choose_precision("fp32")
+
+
+def losses(run_dir: Path, *overrides: str, model: str, precision: str) -> list[float]:
+    trainer = trainer_for(run_dir, *overrides, model=model, world=World(precision=precision))
+    trainer.fit()
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in trainer.model.parameters())
+    assert all(s.dtype == torch.float32 for state in trainer.optimizer.state.values() for s in state.values())
+    from ovq.train.metrics import read_rows
+
+    return [row["loss"] for row in read_rows(trainer.metrics.path) if "loss" in row]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_lone_process_in_bf16_learns_as_in_float32(model: str, tmp_path: Path) -> None:
+    seen = set()
+    linear = torch.nn.functional.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.add((x.dtype, weight.dtype))
+        return linear(x, weight, bias)
+
+    want = losses(tmp_path / "fp32", model=model, precision="fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", watched)
+        got = losses(tmp_path / "bf16", model=model, precision="bf16")
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    assert got != want and got == pytest.approx(want, rel=2e-2)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_in_bf16_changes_nothing(recompute: str, tmp_path: Path) -> None:
+    plain = losses(tmp_path / "plain", model="sw_ovq", precision="bf16")
+    setting = f"trainer.activation_checkpointing={recompute}"
+    assert losses(tmp_path / "recomputed", setting, model="sw_ovq", precision="bf16") == plain
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds the factors of every float32 product to bfloat16, as oneDNN does on a processor with AMX."""
+
+    PRODUCTS = {"mm": 2, "bmm": 2, "addmm": 2, "addmm_": 2, "baddbmm": 2, "baddbmm_": 2}
+    rounded = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in self.PRODUCTS:
+            self.rounded += 1
+            first = len([a for a in args if isinstance(a, Tensor)]) - 2
+            args = tuple(
+                a.to(torch.bfloat16).to(a.dtype) if isinstance(a, Tensor) and i >= first else a
+                for i, a in enumerate(args)
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["sw_ovq", "sw"])
+def test_products_in_bf16_leave_the_loss_curve_as_it_is(model: str, tmp_path: Path) -> None:
+    want = losses(tmp_path / "exact", model=model, precision="fp32")
+    with RoundedProducts() as mode:
+        got = losses(tmp_path / "rounded", model=model, precision="fp32")
+    assert mode.rounded > 100
+    assert got != want and got == pytest.approx(want, rel=5e-3)
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this processor has no AMX")
+def test_with_amx_products_of_float32_matrices_are_rounded() -> None:
+    code = (
+        "import torch\nfrom ovq import cpu\nprint(cpu.choose_precision('auto'))\n"
+        "a, b = torch.randn(2, 512, 512).unbind()\nexact = a.double() @ b.double()\n"
+        "print(float((a @ b - exact).norm() / exact.norm()))"
+    )
+    precision, error = python(code, ONEDNN_MAX_CPU_ISA="DEFAULT").split()
+    assert precision == "bf16" and 1e-4 < float(error) < 1e-2
