@@ -20,7 +20,7 @@ class Assignment:
         self.table, self.spec = table, spec
         self.columns = slice(table.V, None) if spec.assign_on == "key" else slice(None)
         self.own = table.means[:, : table.L, self.columns]
-        self.memory = scratch.take("similarity", table.P * table.L * table.N)
+        self.memory = scratch.take("p", table.P * table.L * table.N)  # a chunk's probabilities are not needed any more
         self.views = dict[int, tuple[Tensor, Tensor]]()
 
     def __call__(self, chunk: Chunk, start: int) -> Tensor:

@@ -218,17 +218,13 @@ def _walk_backward(
         m, first, t, l = len(block.chunks), block.chunks[0], block.chunks[0].num_queries, block.chunks[0].length
         tokens = _tokens(block, k, v, table, scratch)
         means, sums = tokens[..., :-1].unbind(), tokens.flatten(1, 2).unbind()
-        dtokens = scratch.take("dtokens", m, table.P, l, W)
-        own, down, dmeans = (
-            table.means[:, table.L - l : table.L],
-            gradient[:, table.L - l : table.L, :W],
-            dtokens.unbind(),
-        )
+        place = slice(table.L - l, table.L)
+        own, down = table.means[:, place], gradient[:, place, :W]
         if t:
             x = _queries(block, q, beta_H, table, scratch)
-            x2, dx = torch.mul(x, LOG2_E, out=scratch.take("x2", *x.shape)), scratch.take("dx", *x.shape)
+            x2 = torch.mul(x, LOG2_E, out=scratch.take("x2", *x.shape))
             do, top = _rows(block, saved.o_BTHV, "do", scratch), _rows(block, saved.top, "top", scratch)
-            rows, total = list(zip(*(y.unbind() for y in (x, x2, dx, do, top)))), torch.empty_like(top[0])
+            rows, total = list(zip(*(y.unbind() for y in (x, x2, do, top)))), torch.empty_like(top[0])
         if first.whole:
             index = _index(block, saved.a_BGS, table).unbind()
             count = block.of_heads(saved.count_BGS).to(work).reshape(m, -1, 1).unbind()
@@ -244,7 +240,7 @@ def _walk_backward(
                 reached = _undo(table, index[i], sums[i], reached, spec, kept)
                 flat.index_copy_(0, index[i], before)
             if t:
-                x_i, x2_i, dx_i, do_i, top_i = rows[i]
+                x_i, x2_i, do_i, top_i = rows[i]
                 s = seen(chunk)
                 assert s.dvalues is not None and s.dkeys is not None
                 torch.bmm(x2_i, s.keys_T, out=s.p)
@@ -254,20 +250,21 @@ def _walk_backward(
                 s.p.div_(total)
                 torch.bmm(do_i, s.values_T, out=s.ds)
                 torch.ops.aten._softmax_backward_data.out(s.ds, s.p, -1, work, grad_input=s.ds)
-                torch.bmm(s.ds, s.keys, out=dx_i)
+                torch.bmm(s.ds, s.keys, out=x2_i)  # from here on the gradient of x
                 s.dvalues.baddbmm_(s.p_T, do_i)
                 s.dkeys.baddbmm_(s.ds_T, x_i)
+            # From here on the gradients of the chunk's tokens.
             if reached is None:
-                dmeans[i].copy_(down)
+                means[i].copy_(down)
             else:
-                torch.add(down, reached.view(down.shape), out=dmeans[i])
+                torch.add(down, reached.view(down.shape), out=means[i])
         if t:
             q_block = block.of_queries(q)
-            dx_block = dx.view(q_block.shape)
+            dx_block = x2.view(q_block.shape)
             dbeta_BH += (dx_block * q_block).sum((0, 4, 5)).flatten(1)
             block.of_queries(dq).copy_(dx_block.mul_(beta_H.to(work).view(G, -1, 1, 1)))
         dk_block, dv_block = block.of_tokens(dk), block.of_tokens(dv)
-        dv_rows, dk_rows = dtokens.view(*dk_block.shape[:-1], W).split([V, W - V], dim=-1)
+        dv_rows, dk_rows = tokens[..., :-1].unflatten(1, dk_block.shape[1:3]).split([V, W - V], dim=-1)
         dv_block.copy_(dv_rows)
         dk_block.copy_(dk_rows)
 
