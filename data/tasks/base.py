@@ -1,7 +1,9 @@
-"""The interface of generated tasks, and what all of them share: seeded sequences and a curriculum of lengths.
+"""The interface of generated tasks, and what all of them share: seeded sequences, grading, a curriculum of lengths.
 
 Every sequence is a pure function of (seed, purpose, step, row), without state or a data set. Training therefore resumes
 exactly on any number of processes, and test sequences of any length never share a seed with training sequences.
+
+Shapes: m rows (or none, for a single sequence) of T tokens. All arrays of tokens are int64.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 from ovq.errors import ConfigError
 
 IGNORE = -100  # target of a position that is not part of an answer
+BLANK = 0  # fills positions left over at the start of a sequence
 TRAIN, TEST = 0, 1  # purposes of a sequence; part of the seed of its random numbers
 
 
@@ -34,6 +37,8 @@ class Task:
     """
 
     name: str  # of the task, used in fingerprints
+    whole_answers = False  # whether consecutive labels are one answer, right only if all are; otherwise each is one
+    index_name: str | None = None  # what `indices` counts, for the axis of a plot; None: the task has no indices
 
     def __init__(self, *, short_steps: int = 0, short_factor: int = 4) -> None:
         if short_steps < 0:
@@ -56,10 +61,29 @@ class Task:
         """Targets [length] of a program that solves the task: what a perfect model would predict from the inputs."""
         raise NotImplementedError
 
+    def indices(self, inputs: np.ndarray) -> np.ndarray:
+        """Index [m, T], at least 0, of each answer, by which accuracy can be drawn; meaningless where there is no
+        label. 0 everywhere by default."""
+        return np.zeros(inputs.shape, np.int64)
+
+    def grade(self, predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """1 where an answer is right, 0 where it is wrong, IGNORE elsewhere [m, T]: one number for each answer, at its
+        last label."""
+        labelled, right = targets != IGNORE, predicted == targets
+        if self.whole_answers:
+            edge = np.zeros((*targets.shape[:-1], 1), bool)
+            starts = labelled & ~np.concatenate([edge, labelled[..., :-1]], axis=-1)
+            last = labelled & ~np.concatenate([labelled[..., 1:], edge], axis=-1)
+            answer_of = np.cumsum(starts)[labelled.ravel()] - 1  # of each label; labels of two rows never touch
+            wrong = np.bincount(answer_of, weights=~right[labelled], minlength=int(starts.sum()))
+            labelled, right = last, np.zeros(targets.shape, bool)
+            right[last] = wrong == 0
+        return np.where(labelled, right, IGNORE)
+
     def score(self, predicted: np.ndarray, targets: np.ndarray) -> tuple[int, int]:
-        """(correct answers, answers) in rows [m, length] of predicted tokens. A token is an answer by default."""
-        answered = targets != IGNORE
-        return int((predicted == targets)[answered].sum()), int(answered.sum())
+        """(correct answers, answers) in predicted tokens [m, T]."""
+        grades = self.grade(predicted, targets)
+        return int((grades == 1).sum()), int((grades != IGNORE).sum())
 
     def describe(self, length: int) -> dict[str, int]:
         """What a sequence of `length` tokens contains, by name, for a dry run; one of the names is "answers".
@@ -85,6 +109,47 @@ class Task:
                 f"trainer.context={context} must be a multiple of data.task.short_factor={self.short_factor}"
             )
         self.describe(context // (self.short_factor if self.short_steps else 1))
+
+
+def spell(codes: np.ndarray, base: int, tokens: int) -> np.ndarray:
+    """Codes [...] as `tokens` digits below `base`, the lowest first [..., tokens]."""
+    return codes[..., None] // base ** np.arange(tokens) % base
+
+
+def lay_out(
+    length: int,
+    given: np.ndarray,
+    asked: np.ndarray,
+    answer_tokens: int,
+    rng: np.random.Generator,
+    *,
+    filler: int = 0,
+    filler_ids: range = range(0),
+) -> tuple[np.ndarray, np.ndarray]:
+    """A sequence of items that are given, then of items that are asked for: inputs and targets [length].
+
+    Args:
+        length: at least filler + given.size + asked.size; positions left over are blanks at the start.
+        given: tokens [items, width] of what is stated.
+        asked: tokens [questions, width] of the questions, each with its answer at the end.
+        answer_tokens: tokens of an answer; only these are labelled.
+        filler: number of random tokens in the gaps before items.
+        filler_ids: ids they are drawn from.
+    """
+    widths = np.repeat([given.shape[1], asked.shape[1]], [len(given), len(asked)])
+    gaps = np.bincount(rng.integers(len(widths), size=filler), minlength=len(widths))
+    left_over = length - filler - given.size - asked.size
+    starts = left_over + np.cumsum(gaps) + np.cumsum(widths) - widths
+    tokens = np.full(length, BLANK, np.int64)
+    if filler:
+        tokens[left_over:] = filler_ids.start + rng.integers(len(filler_ids), size=length - left_over)
+    asked_at = starts[len(given) :, None] + np.arange(asked.shape[1])
+    tokens[starts[: len(given), None] + np.arange(given.shape[1])] = given
+    tokens[asked_at] = asked
+    targets = np.full(length, IGNORE, np.int64)
+    answers = asked_at[:, asked.shape[1] - answer_tokens :]
+    targets[answers - 1] = tokens[answers]
+    return tokens, targets
 
 
 def digest(task: Task, settings: dict[str, Any]) -> str:

@@ -5,16 +5,21 @@
 All keys of a sequence differ. Queries come in random order, each key at most once. Only the values of queries have
 labels, so loss and accuracy are those of the answers. The value of each key is drawn independently for every sequence,
 so nothing can be learned but to look back.
+
+This is basic in-context recall, as in figure 4 of arXiv 2602.03922. The paper's format is not known; this one is ours.
+
+A sequence of 65,536 tokens holds 16,384 pairs of one token each, or 10,922 if keys have two tokens: the keys must be
+that many. With `key_tokens=2`, `key_vocab=128` gives 16,384 keys. Two tokens from a large vocabulary would do too, but
+then the tokens of a key are nearly unique in a short training sequence, and a model may learn to look at one of them
+only, which fails in long sequences.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from data.tasks.base import IGNORE, Task
+from data.tasks.base import IGNORE, Task, lay_out, spell
 from ovq.errors import ConfigError
-
-BLANK = 0  # fills positions left over after the last whole pair
 
 
 class RecallTask(Task):
@@ -33,6 +38,7 @@ class RecallTask(Task):
     """
 
     name = "recall"
+    whole_answers = True
 
     def __init__(
         self,
@@ -68,7 +74,13 @@ class RecallTask(Task):
 
     @property
     def vocab_size(self) -> int:
-        return 1 + self.key_vocab + self.value_vocab + (self.filler_vocab if self.filler else 0)
+        return 1 + self.key_vocab + self.value_vocab + len(self.filler_ids)
+
+    @property
+    def filler_ids(self) -> range:
+        """Ids of fillers, the last of the vocabulary."""
+        first = 1 + self.key_vocab + self.value_vocab
+        return range(first, first + self.filler_vocab if self.filler else first)
 
     @property
     def item(self) -> int:
@@ -87,12 +99,26 @@ class RecallTask(Task):
         queries = min(pairs, max(1, round(self.queried * pairs)), items - pairs)
         if pairs < 1 or queries < 1:
             raise ConfigError(f"a recall sequence of {length} tokens has no room for a pair and its query")
-        if pairs > self.key_vocab**self.key_tokens:
-            raise ConfigError(
-                f"{pairs} different keys in {length} tokens need data.task.key_vocab ** data.task.key_tokens of at "
-                f"least that; it is {self.key_vocab**self.key_tokens}"
-            )
+        self.check_keys(pairs, length)
         return pairs, queries, filler
+
+    def check_keys(self, needed: int, length: int) -> None:
+        """Raise ConfigError unless there are `needed` different keys, which is what `length` tokens hold."""
+        keys = self.key_vocab**self.key_tokens
+        if keys < needed:
+            raise ConfigError(
+                f"{needed} different keys in {length} tokens need data.task.key_vocab ** data.task.key_tokens of at "
+                f"least that; it is {keys}"
+            )
+        if keys >= 1 << 63:
+            raise ConfigError(
+                f"data.task.key_vocab={self.key_vocab} ** data.task.key_tokens={self.key_tokens} must be below 2 ** 63"
+            )
+
+    def random_keys(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Ids [count, key_tokens] of keys that all differ."""
+        codes = rng.choice(self.key_vocab**self.key_tokens, count, replace=False)
+        return 1 + spell(codes, self.key_vocab, self.key_tokens)
 
     def describe(self, length: int) -> dict[str, int]:
         pairs, queries, filler = self.sizes(length)
@@ -100,24 +126,11 @@ class RecallTask(Task):
 
     def sequence(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         pairs, queries, filler = self.sizes(length)
-        codes = rng.choice(self.key_vocab**self.key_tokens, pairs, replace=False)
-        digits = codes[:, None] // self.key_vocab ** np.arange(self.key_tokens) % self.key_vocab
-        values = rng.integers(self.value_vocab, size=(pairs, self.value_tokens))
-        items = np.concatenate([1 + digits, 1 + self.key_vocab + values], axis=1)
-        items = np.concatenate([items, items[rng.permutation(pairs)[:queries]]])
-        # Filler goes into the gaps before items. Positions left over are blanks at the start of the sequence.
-        gaps = np.bincount(rng.integers(len(items), size=filler), minlength=len(items))
-        left_over = length - filler - items.size
-        starts = left_over + np.cumsum(gaps) + self.item * np.arange(len(items))
-        tokens = np.full(length, BLANK, np.int64)
-        if filler:
-            first = 1 + self.key_vocab + self.value_vocab
-            tokens[left_over:] = first + rng.integers(self.filler_vocab, size=length - left_over)
-        tokens[starts[:, None] + np.arange(self.item)] = items
-        targets = np.full(length, IGNORE, np.int64)
-        answers = starts[pairs:, None] + np.arange(self.key_tokens, self.item)
-        targets[answers - 1] = tokens[answers]
-        return tokens, targets
+        keys = self.random_keys(pairs, rng)
+        values = 1 + self.key_vocab + rng.integers(self.value_vocab, size=(pairs, self.value_tokens))
+        items = np.concatenate([keys, values], axis=1)
+        asked = items[rng.permutation(pairs)[:queries]]
+        return lay_out(length, items, asked, self.value_tokens, rng, filler=filler, filler_ids=self.filler_ids)
 
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
         """Looks up every key that has occurred before."""
@@ -137,9 +150,3 @@ class RecallTask(Task):
                 book[tuple(key)] = value
             at += self.item
         return predicted
-
-    def score(self, predicted: np.ndarray, targets: np.ndarray) -> tuple[int, int]:
-        """An answer is correct if all its tokens are."""
-        answered = targets != IGNORE
-        right = (predicted == targets)[answered].reshape(-1, self.value_tokens).all(axis=1)
-        return int(right.sum()), len(right)
