@@ -1,0 +1,186 @@
+"""In-context regression over integers: examples of several functions are interleaved, and each y is to be predicted.
+
+    f3 x x x x y y y y f1 x x x x y y y y f3 x x x x y y y y ...
+
+A function maps x to y = b + a P x with integers 0 < a, b < 5, the same for all entries, and a permutation P of the
+entries. An example is the function's label, then the entries of x, then those of y, one token each. Accuracy is that of
+the tokens of y by the number of the function's examples that came before (`indices`), which gives a learning curve in
+context.
+
+Source: the functions and the metric are those of arXiv 2602.03922, figures 5 and 8 (4 or 16 functions in training, 4 to
+128 in tests). Its squared-error relatives (arXiv 2208.01066) are over real numbers; here answers are tokens, right or
+wrong. The rest is ours:
+- x has four entries in 0 .. 9. They all differ by default, so that one example determines its function: sorting x and y
+  gives P, a and b. With `distinct=false` they are drawn independently, and it may take several examples.
+- Labels are drawn for every sequence from `labels` ids, so that testing with more functions needs no new id.
+- Functions of a sequence all differ, each has as many examples as any other, give or take one, and their order is
+  random.
+- A function's first example, whose y nobody can know, has no labels in the targets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from data.tasks.base import BLANK, IGNORE, Task
+from ovq.errors import ConfigError
+
+COEFFICIENTS = 4  # a and b are in 1 .. 4
+MOST_DIMENSIONS = 7  # permutations are enumerated
+
+
+class RegressionTask(Task):
+    """Ids: the blank, then the integers 0 .. the largest y, then labels.
+
+    Args:
+        functions: functions interleaved in a sequence.
+        labels: ids to draw their labels from.
+        dimensions: entries of x and of y.
+        values: entries of x are integers in 0 .. values - 1.
+        distinct: whether the entries of an x all differ.
+        short_steps, short_factor: the curriculum, see `Task`.
+
+    Raises:
+        ConfigError: a size is out of range, or there are fewer labels, functions or values than needed.
+    """
+
+    name = "regression"
+    index_name = "earlier examples of the function"
+
+    def __init__(
+        self,
+        *,
+        functions: int = 16,
+        labels: int = 128,
+        dimensions: int = 4,
+        values: int = 10,
+        distinct: bool = True,
+        short_steps: int = 0,
+        short_factor: int = 4,
+    ) -> None:
+        super().__init__(short_steps=short_steps, short_factor=short_factor)
+        if not 2 <= dimensions <= MOST_DIMENSIONS:
+            raise ConfigError(f"data.task.dimensions={dimensions} must be in 2 to {MOST_DIMENSIONS}")
+        if values < (dimensions if distinct else 2):
+            reason = f"data.task.dimensions={dimensions}, as the entries of x all differ" if distinct else "2"
+            raise ConfigError(f"data.task.values={values} must be at least {reason}")
+        if functions < 1:
+            raise ConfigError(f"data.task.functions={functions} must be at least 1")
+        if functions > labels:
+            raise ConfigError(f"data.task.labels={labels} must be at least data.task.functions={functions}")
+        exist = COEFFICIENTS**2 * math.factorial(dimensions)
+        if functions > exist:
+            raise ConfigError(
+                f"data.task.functions={functions} different functions of {dimensions} entries do not exist; "
+                f"there are {exist}"
+            )
+        self.functions, self.labels, self.dimensions = functions, labels, dimensions
+        self.values, self.distinct = values, distinct
+        self.permutations = np.array(list(itertools.permutations(range(dimensions))))
+
+    @property
+    def first_label(self) -> int:
+        return 1 + COEFFICIENTS * self.values + 1  # the largest y is COEFFICIENTS * (values - 1) + COEFFICIENTS
+
+    @property
+    def vocab_size(self) -> int:
+        return self.first_label + self.labels
+
+    @property
+    def item(self) -> int:
+        """Tokens of an example."""
+        return 1 + 2 * self.dimensions
+
+    def apply(self, codes: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """y [n, dimensions] of functions `codes` [n], numbers of (a, b, P), at x [n or 1, dimensions]."""
+        permutation, coefficients = divmod(codes, COEFFICIENTS**2)
+        a, b = 1 + coefficients // COEFFICIENTS, 1 + coefficients % COEFFICIENTS
+        x = np.broadcast_to(x, (len(codes), self.dimensions))
+        return b[:, None] + a[:, None] * np.take_along_axis(x, self.permutations[permutation], axis=1)
+
+    def examples(self, length: int) -> int:
+        """Examples in a sequence of `length` tokens.
+
+        Raises:
+            ConfigError: no function has a second one.
+        """
+        count = length // self.item
+        if count <= self.functions:
+            raise ConfigError(
+                f"a regression sequence of {length} tokens holds {count} examples, and with "
+                f"data.task.functions={self.functions} no function has a second one; it takes "
+                f"{(self.functions + 1) * self.item} tokens"
+            )
+        return count
+
+    def describe(self, length: int) -> dict[str, int]:
+        count = self.examples(length)
+        answers = (count - self.functions) * self.dimensions
+        return {
+            "functions": self.functions,
+            "examples": count,
+            "answers": answers,
+            "vocabulary": self.vocab_size,
+        }
+
+    def sequence(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        count, d = self.examples(length), self.dimensions
+        codes = rng.choice(COEFFICIENTS**2 * len(self.permutations), self.functions, replace=False)
+        labels = self.first_label + rng.choice(self.labels, self.functions, replace=False)
+        which = rng.permutation(np.arange(count) % self.functions)
+        if self.distinct:
+            x = rng.permuted(np.tile(np.arange(self.values), (count, 1)), axis=1)[:, :d]
+        else:
+            x = rng.integers(self.values, size=(count, d))
+        y = self.apply(codes[which], x)
+        tokens = np.full(length, BLANK, np.int64)
+        start = length - count * self.item
+        rows = tokens[start:].reshape(count, self.item)
+        rows[:] = np.concatenate([labels[which, None], 1 + x, 1 + y], axis=1)
+        targets = np.full(length, IGNORE, np.int64)
+        of_example = targets[start:].reshape(count, self.item)
+        again = earlier(which) > 0
+        of_example[again, d : 2 * d] = rows[again, d + 1 :]
+        return tokens, targets
+
+    def indices(self, inputs: np.ndarray) -> np.ndarray:
+        """For each token, the number of earlier examples of the function that its example belongs to."""
+        found = np.zeros(inputs.shape, np.int64)
+        start = inputs.shape[-1] % self.item
+        for tokens, out in zip(np.atleast_2d(inputs), np.atleast_2d(found)):
+            out[start:] = np.repeat(earlier(tokens[start :: self.item]), self.item)
+        return found
+
+    def oracle(self, inputs: np.ndarray) -> np.ndarray:
+        """Tries all functions: those that agree with every earlier token vote on the next one.
+
+        Predicts nothing in the first example of a function. Where the context leaves a choice (only if `distinct` is
+        false), the most frequent value is taken.
+        """
+        d = self.dimensions
+        predicted = np.full(len(inputs), IGNORE, np.int64)
+        codes = np.arange(COEFFICIENTS**2 * len(self.permutations))
+        candidates: dict[int, np.ndarray] = {}
+        for at in range(len(inputs) % self.item, len(inputs), self.item):
+            label, x, y = int(inputs[at]), inputs[at + 1 : at + 1 + d] - 1, inputs[at + 1 + d : at + self.item] - 1
+            left = candidates.get(label, codes)
+            possible = self.apply(left, x)
+            for j in range(d):
+                if label in candidates:
+                    predicted[at + d + j] = 1 + np.bincount(possible[:, j]).argmax()
+                agree = possible[:, j] == y[j]
+                left, possible = left[agree], possible[agree]
+            candidates[label] = left
+        return predicted
+
+
+def earlier(items: np.ndarray) -> np.ndarray:
+    """For each of n items, how many equal ones come before it [n]."""
+    order = np.argsort(items, kind="stable")
+    ordered = items[order]
+    counts = np.empty(len(items), np.int64)
+    counts[order] = np.arange(len(items)) - np.searchsorted(ordered, ordered)
+    return counts
