@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from data.build import build_loader, build_tokenizer
 from data.loader import merge_states
+from data.tasks.base import IGNORE, TRAIN, Task
 from ovq.compose import compose
 from ovq.config import Config
 from ovq.processes import Axis, World
@@ -106,6 +108,28 @@ def tokens_of(cfg: Config, count: int, world: int = 1, state: dict[str, Any] | N
     """Inputs and targets of the first `count` steps, int64 [count, 2, G, T]."""
     made = [torch.stack([inputs, targets]) for inputs, targets, _ in islice(steps(cfg, world, state), count)]
     return torch.stack(made)
+
+
+def learned_guess(
+    task: Task, length: int, feature: Callable[[np.ndarray, int], Hashable], *, learn: int = 1000, test: int = 500
+) -> float:
+    """Accuracy at labels of the best guess from one feature alone, as learned from `learn` sequences of a task.
+
+    Args:
+        feature: of (the inputs, the position of the label).
+    """
+    seen: dict[Hashable, Counter[int]] = {}
+    right = total = 0
+    for row in range(learn + test):
+        inputs, targets = task.make(length, 5, TRAIN, 0, row)
+        for at in np.flatnonzero(targets != IGNORE).tolist():
+            counts = seen.setdefault(feature(inputs, at), Counter())
+            if row < learn:
+                counts[int(targets[at])] += 1
+            elif counts:
+                right += counts.most_common(1)[0][0] == targets[at]
+            total += row >= learn
+    return right / total
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -7,8 +7,8 @@ Pairs are in random order and so are queries, each of which asks for another pai
 whoever finds a key's values but not their order is right once in `occurrences` times, and whoever sees only the query
 guesses among all values.
 
-This is the positional variant of in-context recall, as in figure 4 of arXiv 2602.03922. The paper's format is not known;
-this one is ours.
+This is the positional variant of in-context recall, as in figure 4 of arXiv 2602.03922. The paper's format is not
+known; this one is ours.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class PositionalRecallTask(RecallTask):
         keys = self.random_keys(key_count, rng)
         codes = different_in_rows(key_count, self.occurrences, self.value_vocab**self.value_tokens, rng)
         values = 1 + self.key_vocab + spell(codes, self.value_vocab, self.value_tokens)
-        key_of = (np.arange(pairs) // self.occurrences)[rng.permutation(pairs)]  # of each pair, in the order of the text
+        key_of = (np.arange(pairs) // self.occurrences)[
+            rng.permutation(pairs)
+        ]  # of each pair, in the order of the text
         occurrence = np.empty(pairs, np.int64)
         occurrence[np.argsort(key_of, kind="stable")] = np.arange(pairs) % self.occurrences
         value_of = values[key_of, occurrence]
