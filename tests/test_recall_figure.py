@@ -5,14 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
-from data.tasks.recall import RecallTask
 from eval.figures import recall
 
 SMALL = [
@@ -21,29 +16,6 @@ SMALL = [
     *("trainer.steps=2", "trainer.context=32", "trainer.global_batch=4", "trainer.micro_batch=4"),
     *("trainer.device=cpu", "optim.warmup_steps=1"),
 ]
-
-
-class Oracle(nn.Module):
-    """Answers every `right`-th query of a sequence correctly, and no other."""
-
-    def __init__(self, task: RecallTask, right: int) -> None:
-        super().__init__()
-        self.task, self.right = task, right
-
-    def forward(self, inputs: Tensor) -> SimpleNamespace:
-        predicted = np.stack([self.task.oracle(row) for row in inputs.numpy()])
-        for row in predicted:
-            queries = np.flatnonzero(row != -100)
-            row[[i for n, i in enumerate(queries) if n % self.right]] = 0
-        logits = nn.functional.one_hot(torch.from_numpy(predicted).clamp_min(0), self.task.vocab_size)
-        return SimpleNamespace(logits=logits)
-
-
-def test_accuracy_counts_the_models_correct_answers() -> None:
-    task = RecallTask(key_vocab=100, value_vocab=9)
-    for right in (1, 4):
-        got, answers = recall.test(Oracle(task, right), torch.device("cpu"), task, 64, at_least=100)
-        assert answers == 112 and got == answers / right  # 7 sequences of 16 queries
 
 
 def test_the_figure_trains_its_runs_once_and_then_reuses_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

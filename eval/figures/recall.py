@@ -18,19 +18,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from data.build import build_task
-from data.tasks.base import Task
-from data.tasks.rows import sequences_for_test
 from eval import style
+from eval.answers import test
 from launch import sweep
 from ovq import config
 from ovq.cli import command
@@ -39,7 +35,6 @@ from ovq.files import write_whole
 from ovq.inference.run import load_run
 from ovq.machine import describe_machine
 from ovq.mixers.base import other_capacity
-from ovq.model import Transformer
 from ovq.schema import setting
 from ovq.train.metrics import read_rows
 
@@ -64,8 +59,6 @@ INSTEAD = {
     "seed": "use seeds=[0,1]",
     "run_dir": "use runs_root=FOLDER",
 }
-TEST_SEED = 1
-TOKENS_AT_ONCE = 16384  # tokens per forward pass, which bounds the memory of the logits
 
 
 class Point(NamedTuple):
@@ -127,23 +120,11 @@ def test_run(run_dir: Path, options: Options) -> list[Point]:
         for factor in options.lengths:
             length = factor * cfg.trainer.context
             with other_capacity(model.mixers(), capacity):
-                right, answers = test(model, run.world.device, task, length, options.answers)
+                right, answers = test(model, run.world.device, task, length, options.answers).total
             share = right / answers
             points.append(Point(cfg.model.name, cfg.seed, cfg.trainer.context, length, capacity, share, answers))
             print(line(points[-1]), flush=True)
     return points
-
-
-@torch.inference_mode()
-def test(model: Transformer, device: torch.device, task: Task, length: int, at_least: int) -> tuple[int, int]:
-    """(correct answers, answers) on as many whole test sequences as hold `at_least` answers in total."""
-    rows = math.ceil(at_least / task.describe(length)["answers"])
-    right = answers = 0
-    for batch in sequences_for_test(task, length, seed=TEST_SEED, rows=rows, batch=max(1, TOKENS_AT_ONCE // length)):
-        predicted = model(batch.inputs.to(device)).logits.argmax(-1)
-        got = task.score(predicted.cpu().numpy(), batch.targets.numpy())
-        right, answers = right + got[0], answers + got[1]
-    return right, answers
 
 
 def table(points: list[Point]) -> str:

@@ -1,0 +1,100 @@
+"""Test a model on a generated task: its predictions at the answers, piece by piece with carried state, and their tally.
+
+Only positions with a label get logits, so memory grows with the context by what the mixers themselves keep.
+
+Shapes: B sequences in a batch, T positions, N values of an index.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.tasks.base import IGNORE, Task
+from data.tasks.rows import sequences_for_test
+from ovq.mixers.base import detach_state
+from ovq.model import Transformer
+
+TEST_SEED = 1
+TOKENS_AT_ONCE = 16384  # tokens per forward pass, which bounds the memory of the logits
+
+
+@dataclass
+class Tally:
+    """Correct answers and answers by index (`Task.indices`), int64 [N] each."""
+
+    right: np.ndarray
+    answers: np.ndarray
+
+    @property
+    def total(self) -> tuple[int, int]:
+        """(correct answers, answers)."""
+        return int(self.right.sum()), int(self.answers.sum())
+
+    def curve(self) -> list[tuple[int, float, int]]:
+        """(index, accuracy in 0 to 1, answers) of every index that has answers."""
+        seen = np.flatnonzero(self.answers)
+        return [(int(i), float(self.right[i] / self.answers[i]), int(self.answers[i])) for i in seen]
+
+
+@torch.inference_mode()
+def predict(
+    model: Transformer, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, device: torch.device, piece: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The model's greedy prediction at each label, and what it makes of the right one.
+
+    Teacher-forced: the tokens before a label are those of the sequence. Greedy decoding gives a whole answer exactly if
+    all its predictions here are right.
+
+    Args:
+        inputs_BT, targets_BT: int64; a target is IGNORE where there is no label.
+        piece: positions per forward pass.
+
+    Returns:
+        Predicted tokens int64 [B, T], IGNORE where there is no label; and the log-probability (nats) of each label,
+        float64 [B, T], 0 where there is none.
+    """
+    predicted = np.full(targets_BT.shape, IGNORE, np.int64)
+    log_p = np.zeros(targets_BT.shape)
+    columns = (targets_BT != IGNORE).any(dim=0).nonzero()[:, 0].tolist()
+    state = None
+    for start in range(0, columns[-1] + 1 if columns else 0, piece):
+        span = slice(start, min(start + piece, columns[-1] + 1))
+        first = next((column for column in columns if start <= column < span.stop), span.stop)
+        out = model(inputs_BT[:, span].to(device), state=state, return_state=True, logits_to_keep=span.stop - first)
+        state = detach_state(out.state)
+        targets = targets_BT[:, first : span.stop]
+        rows, at = (targets != IGNORE).nonzero(as_tuple=True)
+        if len(rows):
+            logits = out.logits[rows.to(device), at.to(device)].float()
+            right = logits.log_softmax(-1).gather(1, targets[rows, at].to(device)[:, None])[:, 0]
+            predicted[rows.numpy(), first + at.numpy()] = logits.argmax(-1).cpu().numpy()
+            log_p[rows.numpy(), first + at.numpy()] = right.double().cpu().numpy()
+    return predicted, log_p
+
+
+def tally(task: Task, inputs: np.ndarray, targets: np.ndarray, predicted: np.ndarray, count: int = 0) -> Tally:
+    """The tally of predicted tokens [B, T], with at least `count` indices."""
+    grades = task.grade(predicted, targets)
+    graded = grades != IGNORE
+    index, right = task.indices(inputs)[graded], grades[graded] == 1
+    return Tally(np.bincount(index[right], minlength=count), np.bincount(index, minlength=count))
+
+
+def test(model: Transformer, device: torch.device, task: Task, length: int, at_least: int) -> Tally:
+    """The tally of as many whole test sequences of `length` tokens as hold `at_least` answers in total.
+
+    The sequences are the same for every model.
+
+    Raises:
+        ConfigError: the task has no sequence of this length.
+    """
+    rows = math.ceil(at_least / task.describe(length)["answers"])
+    tallies = []
+    for batch in sequences_for_test(task, length, seed=TEST_SEED, rows=rows, batch=max(1, TOKENS_AT_ONCE // length)):
+        predicted, _ = predict(model, batch.inputs, batch.targets, device, TOKENS_AT_ONCE)
+        tallies.append(tally(task, batch.inputs.numpy(), batch.targets.numpy(), predicted, length))
+    return Tally(np.sum([t.right for t in tallies], axis=0), np.sum([t.answers for t in tallies], axis=0))
