@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -319,7 +321,7 @@ def test_damaged_table_is_renamed_in_one_line_and_the_evaluation_is_kept(
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content == "foreign columns":
-        loss_table.pq.write_table(loss_table.pa.table({"a": [1]}), path)
+        pq.write_table(pa.table({"a": [1]}), path)
     else:
         row = dict.fromkeys(loss_table.SCHEMA.names) | {"loss": 2.5}
         whole = loss_table.write(tmp_path, [row]).read_bytes()

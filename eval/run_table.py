@@ -1,0 +1,77 @@
+"""A table of results in a run folder, as Parquet: rows of an evaluation are replaced when it is repeated."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ovq.errors import ConfigError
+from ovq.files import replacing
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """`file`: its name in the run folder. `key`: columns shared by the rows of one evaluation. `what`: for messages."""
+
+    file: str
+    schema: pa.Schema
+    key: tuple[str, ...]
+    what: str
+
+    def read(self, run_dir: Path | str) -> list[Row]:
+        """All rows in the order they were written; empty if there is no table.
+
+        Raises:
+            ConfigError: the file is damaged, or is not such a table.
+        """
+        path = Path(run_dir) / self.file
+        if not path.exists():
+            return []
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            if table.schema.names != self.schema.names:
+                raise ValueError(f"its columns are {', '.join(table.schema.names)}")
+            return table.cast(self.schema).to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            cause = " ".join(str(error).split())[:120]
+            raise ConfigError(
+                f"{path} is not a table of {self.what} ({cause}); the next evaluation renames it and begins a new one"
+            ) from None
+
+    def key_of(self, row: Row) -> tuple[Any, ...]:
+        """The key that identifies the evaluation a row belongs to: the values of `key`."""
+        return tuple(row[name] for name in self.key)
+
+    def write(self, run_dir: Path | str, rows: list[Row]) -> Path:
+        """Add rows, replacing earlier ones with the same keys; whole or not at all.
+
+        A damaged table is renamed, with a warning, and a new one begun: the evaluation just made must not be lost to
+        it.
+        """
+        path = Path(run_dir) / self.file
+        try:
+            before = self.read(run_dir)
+        except ConfigError as error:
+            print(f"{error}: it is now {_set_aside(path)}", file=sys.stderr, flush=True)
+            before = []
+        fresh = {self.key_of(row) for row in rows}
+        kept = [row for row in before if self.key_of(row) not in fresh]
+        with replacing(path) as scratch:
+            pq.write_table(pa.Table.from_pylist(kept + rows, schema=self.schema), scratch, write_page_checksum=True)
+        return path
+
+
+def _set_aside(path: Path) -> str:
+    number = 0
+    while (target := path.with_name(f"{path.stem}.damaged{number or ''}{path.suffix}")).exists():
+        number += 1
+    os.replace(path, target)
+    return target.name
