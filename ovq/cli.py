@@ -268,6 +268,7 @@ COMMANDS = {
     "data prepare": "data.prepare",
     "data train_tokenizer": "data.train_tokenizer",
     "eval per_position": "eval.per_position",
+    "eval needle": "eval.needle",
     "eval perplexity": "eval.perplexity",
     "eval plot": "eval.plot",
     "figures recall": "eval.figures.recall",

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.build import build_tokenizer
 from data.tokenizer import Tokenizer
 from ovq import config, processes
-from ovq.config import Config
+from ovq.config import Config, EvalConfig
 from ovq.errors import ConfigError, one_line
 from ovq.files import check_writable
 from ovq.model import Transformer, build_model
@@ -49,7 +49,8 @@ CHANGEABLE = ("eval", "data", "trainer", "logger", "model.mixers")
 
 @dataclass
 class RunOptions:
-    """Options of every tool that evaluates a run. Those that are None keep the run's own value."""
+    """Options of every tool that evaluates a run. A tool's option named like a setting below `eval` replaces that of
+    the run; one that is None keeps the run's own value."""
 
     run: str = setting(REQUIRED, "the run folder")
     checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one")
@@ -58,7 +59,7 @@ class RunOptions:
     )
 
     def open(self, overrides: Sequence[str] = ()) -> Run:
-        """Open the run, with the tool's other options and `overrides` (full names) replacing its own settings.
+        """Open the run, with options that are settings and `overrides` (full names) replacing its own settings.
 
         Raises:
             ConfigError, CheckpointError: as `load_run`; the run folder, where results go, cannot be written to.
@@ -67,8 +68,8 @@ class RunOptions:
         for text in overrides:
             if "." not in (key := text.partition("=")[0]):
                 raise ConfigError(f"there is no option '{key}'; legal: {', '.join(names)}, and settings by full name")
-        which = [item.name for item in fields(RunOptions)]
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in which}
+        settings = [item.name for item in fields(EvalConfig)]
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in settings}
         short = [f"eval.{name}={value}" for name, value in own.items() if value is not None]
         at = int(self.checkpoint) if self.checkpoint and self.checkpoint.isdigit() else self.checkpoint
         config.load(self.run)  # a folder that is not a run is left alone
