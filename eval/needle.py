@@ -16,11 +16,8 @@ interrupted evaluation continues. With several processes, each runs every sequen
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,7 +109,7 @@ def main(options: Options, overrides: list[str]) -> int:
         rows = measure(run, options, source)
 
         def publish() -> None:
-            write_whole(run.run_dir / "needle.csv", as_csv(TABLE.read(run.run_dir)))
+            write_whole(run.run_dir / "needle.csv", TABLE.as_csv(run.run_dir))
             print(report(rows))
             print(run.run_dir / TABLE.file, run.run_dir / "needle.csv", *draw(rows, run.run_dir / "plots"), sep="\n")
 
@@ -215,14 +212,6 @@ def line(row: Row) -> str:
         f"{row['kind']:<16} {row['length']:>7} tokens fed, depth {row['depth']:>3}%: exact {row['exact']:7.1%}, "
         f"log p {row['log_p']:9.3f} nats for {row['answer_tokens']:.1f} tokens ({row['sequences']} sequences)"
     )
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(TABLE.schema.names)
-    writer.writerows([["" if value is None else value for value in row.values()] for row in rows])
-    return text.getvalue()
 
 
 def report(rows: list[Row]) -> str:

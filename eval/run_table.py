@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -49,6 +51,14 @@ class RunTable:
     def key_of(self, row: Row) -> tuple[Any, ...]:
         """The key that identifies the evaluation a row belongs to: the values of `key`."""
         return tuple(row[name] for name in self.key)
+
+    def as_csv(self, run_dir: Path | str) -> str:
+        """The whole table as CSV; an empty field is a null."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.schema.names)
+        writer.writerows([["" if value is None else value for value in row.values()] for row in self.read(run_dir)])
+        return text.getvalue()
 
     def write(self, run_dir: Path | str, rows: list[Row]) -> Path:
         """Add rows, replacing earlier ones with the same keys; whole or not at all.

@@ -267,6 +267,7 @@ COMMANDS = {
     "train": "train",
     "data prepare": "data.prepare",
     "data train_tokenizer": "data.train_tokenizer",
+    "eval accuracy": "eval.accuracy",
     "eval per_position": "eval.per_position",
     "eval needle": "eval.needle",
     "eval perplexity": "eval.perplexity",

@@ -1,0 +1,165 @@
+"""Accuracy on a generated task: what a trained run answers, by length and by the index of the answer.
+
+    python -m eval.accuracy run=runs/a lengths=[128,1024,65536] num_centroids=4096
+    python -m eval.accuracy run=runs/b lengths=[2048] data.task.functions=128    regression with other settings
+    python -m eval.accuracy run=runs/a answers=100000
+
+A run is tested on fresh sequences of its own task, the same for every model. Settings of the task may be changed if its
+vocabulary stays the same. The index is what the task counts, for instance the number of examples that a function has
+had before (`Task.indices`).
+
+Writes accuracy.parquet and accuracy.csv (a row per length and index, and a row of totals per length, whose index is
+null) and a plot to the run folder: accuracy by index if the task has one, else by length. With several processes, each
+runs every sequence on its part of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from data.build import build_task, is_task
+from data.tasks.base import Task
+from eval import style
+from eval.answers import test
+from eval.per_position import check_capacity
+from eval.run_table import Row, RunTable
+from ovq import peers, processes
+from ovq.cli import command
+from ovq.errors import ConfigError
+from ovq.files import write_whole
+from ovq.inference.run import Run, RunOptions
+from ovq.mixers.base import other_capacity
+from ovq.model import state_bytes, state_size
+from ovq.schema import setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TABLE = RunTable(
+    "accuracy.parquet",
+    pa.schema(
+        [
+            ("run", pa.string()),
+            ("step", pa.int64()),
+            ("task", pa.string()),
+            ("settings", pa.string()),  # of the task in this test, JSON
+            ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
+            ("length", pa.int64()),  # tokens of a sequence
+            ("index", pa.int64()),  # null: all answers
+            ("accuracy", pa.float64()),  # 0 to 1
+            ("answers", pa.int64()),
+            ("model", pa.string()),
+            ("state_numbers", pa.int64()),  # elements of one sequence's state at this length
+            ("state_bytes", pa.int64()),  # and its bytes, at the precision of this evaluation
+            ("train_context", pa.int64()),
+        ]
+    ),
+    ("step", "settings", "num_centroids", "length"),
+    "accuracy",
+)
+
+
+@dataclass
+class Options(RunOptions):
+    lengths: list[int] | None = setting(
+        None, "tokens of test sequences; null: 1, 2, 4, 8 and 16 times the training context", at_least=1
+    )
+    answers: int = setting(16384, "minimum answers per length; 16384 keep the standard error below 0.4%", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+
+
+@command(Options, overrides=True, leave=peers.leave)
+def main(options: Options, overrides: list[str]) -> int:
+    """The command line shown in the module docstring."""
+    with peers.watched(Path(options.run) / "checkpoints"):
+        run = options.open(overrides)
+        if not is_task(run.cfg):
+            raise ConfigError(f"{options.run} was not trained on a generated task; see python -m eval.per_position")
+        task = build_task(run.cfg)
+        rows = measure(run, task, options)
+
+        def publish() -> None:
+            TABLE.write(run.run_dir, rows)
+            write_whole(run.run_dir / "accuracy.csv", TABLE.as_csv(run.run_dir))
+            picture = style.save(draw(rows, task), run.run_dir / "plots" / picture_name(rows))
+            print(run.run_dir / TABLE.file, run.run_dir / "accuracy.csv", picture, sep="\n")
+
+        processes.on_main(publish)
+        processes.shutdown()
+    return 0
+
+
+def measure(run: Run, task: Task, options: Options) -> list[Row]:
+    """The rows of all lengths: for each, the total and then every index that has answers. Collective.
+
+    Raises:
+        ConfigError: the task has no sequence of a length, or no layer has a dictionary for eval.num_centroids.
+    """
+    cfg, model = run.cfg, run.model
+    context, itemsize = cfg.trainer.context, 2 if run.world.precision == "bf16" else 4
+    lengths = options.lengths or [factor * context for factor in (1, 2, 4, 8, 16)]
+    check_capacity(model, cfg)
+    for length in lengths:
+        task.describe(length)  # before an hour's work, not after it
+    settings = {name: value for name, value in cfg.data.task.items() if name != "_target_"}
+    rows = []
+    with other_capacity(model.mixers(), cfg.eval.num_centroids):
+        for length in lengths:
+            tally = test(model, run.world.device, task, length, options.answers)
+            right, answers = tally.total
+            common = {
+                "run": run.run_dir.resolve().name,
+                "step": run.step,
+                "task": task.name,
+                "settings": json.dumps(settings, sort_keys=True),
+                "num_centroids": cfg.eval.num_centroids,
+                "length": length,
+                "model": cfg.model.name,
+                "state_numbers": state_size(model, length),
+                "state_bytes": state_bytes(model, length, itemsize),
+                "train_context": context,
+            }
+            curve = tally.curve() if task.index_name else []
+            for index, accuracy, count in [(None, right / answers, answers), *curve]:
+                row = common | {"index": index, "accuracy": accuracy, "answers": count}
+                rows.append({name: row[name] for name in TABLE.schema.names})
+            if run.world.is_main:
+                print(f"length {length:>7}: {right / answers:7.2%} of {answers} answers", file=sys.stderr, flush=True)
+    return rows
+
+
+def picture_name(rows: list[Row]) -> str:
+    capacity = rows[0]["num_centroids"]
+    return f"accuracy_{rows[0]['task']}" + (f"_N{capacity}" if capacity else "") + ".png"
+
+
+def draw(rows: list[Row], task: Task) -> Figure:
+    """Accuracy by index, a curve per length, if the task has an index; otherwise by length."""
+    fig, (ax,) = style.figure()
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    if task.index_name:
+        for number, length in enumerate(lengths):
+            curve = [row for row in rows if row["length"] == length and row["index"] is not None]
+            x, y = [row["index"] for row in curve], [100 * row["accuracy"] for row in curve]
+            look = {"color": style.color(number), "linestyle": style.line(number), "marker": "o", "markersize": 3}
+            ax.plot(x, y, label=f"{style.short(length)} tokens", **look)  # type: ignore[arg-type]
+        ax.set_xlabel(task.index_name)
+    else:
+        ax.plot(lengths, [100 * row["accuracy"] for row in rows], color=style.color(0), marker="o", markersize=3)
+        ax.axvline(rows[0]["train_context"], color="#999999", linewidth=0.8, linestyle=":")
+        style.token_axis(ax, "tokens in the sequence; dotted line: training length")
+    ax.set_ylim(-2, 102)
+    ax.set_ylabel("correct answers, %")
+    ax.set_title(f"{rows[0]['model']}, step {rows[0]['step']:,}: {task.name}")
+    style.legend(ax)
+    return fig
+
+
+if __name__ == "__main__":
+    sys.exit(main())
