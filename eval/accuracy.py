@@ -28,7 +28,7 @@ from data.tasks.base import Task
 from eval import style
 from eval.answers import test
 from eval.per_position import check_capacity
-from eval.run_table import Row, RunTable
+from eval.run_table import Row, RunTable, changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.errors import ConfigError
@@ -50,6 +50,7 @@ TABLE = RunTable(
             ("task", pa.string()),
             ("settings", pa.string()),  # of the task in this test, JSON
             ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
+            ("changes", pa.string()),  # other settings that are not the run's
             ("length", pa.int64()),  # tokens of a sequence
             ("index", pa.int64()),  # null: all answers
             ("accuracy", pa.float64()),  # 0 to 1
@@ -60,7 +61,7 @@ TABLE = RunTable(
             ("train_context", pa.int64()),
         ]
     ),
-    ("step", "settings", "num_centroids", "length"),
+    ("step", "settings", "num_centroids", "changes", "length"),
     "accuracy",
 )
 
@@ -82,7 +83,7 @@ def main(options: Options, overrides: list[str]) -> int:
         if not is_task(run.cfg):
             raise ConfigError(f"{options.run} was not trained on a generated task; see python -m eval.per_position")
         task = build_task(run.cfg)
-        rows = measure(run, task, options)
+        rows = measure(run, task, options, changes(overrides))
 
         def publish() -> None:
             TABLE.write(run.run_dir, rows)
@@ -95,8 +96,11 @@ def main(options: Options, overrides: list[str]) -> int:
     return 0
 
 
-def measure(run: Run, task: Task, options: Options) -> list[Row]:
+def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[Row]:
     """The rows of all lengths: for each, the total and then every index that has answers. Collective.
+
+    Args:
+        changed: what the table says under "changes".
 
     Raises:
         ConfigError: the task has no sequence of a length, or no layer has a dictionary for eval.num_centroids.
@@ -119,6 +123,7 @@ def measure(run: Run, task: Task, options: Options) -> list[Row]:
                 "task": task.name,
                 "settings": json.dumps(settings, sort_keys=True),
                 "num_centroids": cfg.eval.num_centroids,
+                "changes": changed,
                 "length": length,
                 "model": cfg.model.name,
                 "state_numbers": state_size(model, length),

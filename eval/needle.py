@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer
 from eval import style
 from eval.answers import TEST_SEED, TOKENS_AT_ONCE, predict
 from eval.per_position import check_capacity
-from eval.run_table import Row, RunTable
+from eval.run_table import Row, RunTable, changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.compose import compose
@@ -60,6 +60,7 @@ TABLE = RunTable(
             ("haystack", pa.string()),  # hash of its tokens
             ("seed", pa.int64()),  # of the sequences
             ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
+            ("changes", pa.string()),  # other settings that are not the run's
             ("kind", pa.string()),
             ("length", pa.int64()),  # tokens of every sequence, answer included
             ("depth", pa.int64()),  # of the needle that is asked for, % of the haystack
@@ -77,7 +78,7 @@ TABLE = RunTable(
             ("train_tokens", pa.int64()),
         ]
     ),
-    ("step", "data", "split", "haystack", "seed", "num_centroids", "kind", "length", "depth"),
+    ("step", "data", "split", "haystack", "seed", "num_centroids", "changes", "kind", "length", "depth"),
     "needles",
 )
 
@@ -106,7 +107,7 @@ def main(options: Options, overrides: list[str]) -> int:
         if is_task(run.cfg):
             raise ConfigError(f"{options.run} was trained on a generated task, whose ids stand for no text")
         source = run.cfg if options.data == "run" else compose([f"data={options.data}", *elsewhere])
-        rows = measure(run, options, source)
+        rows = measure(run, options, source, changes(overrides))
 
         def publish() -> None:
             write_whole(run.run_dir / "needle.csv", TABLE.as_csv(run.run_dir))
@@ -125,20 +126,25 @@ def read_haystack(cfg: Config, tokenizer: Tokenizer, split: str) -> np.ndarray:
         ConfigError, DataError: the split cannot be read, or holds no text.
     """
     parts: list[np.ndarray] = []
-    gap = tokenizer.encode(PARAGRAPH).astype(np.int64)
+    gap, held = tokenizer.encode(PARAGRAPH).astype(np.int64), 0
     for document in heldout_documents(cfg, tokenizer, split=split, min_tokens=1):
         parts += [document.tokens[1:-1], gap]
-        if sum(map(len, parts)) >= HAYSTACK_TOKENS:
+        held += len(parts[-2]) + len(gap)
+        if held >= HAYSTACK_TOKENS:
             break
     if not parts:
         raise ConfigError(f"the {split} split of data={cfg.data.name} holds no text for a haystack; set data.{split}")
     return np.concatenate(parts)[:HAYSTACK_TOKENS]
 
 
-def measure(run: Run, options: Options, source: Config) -> list[Row]:
+def measure(run: Run, options: Options, source: Config, changed: str = "") -> list[Row]:
     """The rows of all kinds, lengths and depths in that order, measured or read from the table. Collective.
 
     Each cell is saved when it is done. Its line says how many tokens were fed.
+
+    Args:
+        source: the config whose held-out split is the haystack.
+        changed: what the table says under "changes".
 
     Raises:
         ConfigError: a length has no room for its needles or exceeds the haystack, or eval.num_centroids is impossible.
@@ -150,11 +156,11 @@ def measure(run: Run, options: Options, source: Config) -> list[Row]:
     cells = [(k, n, d) for k in options.kinds for n in options.lengths for d in options.depths]
     for kind, length in dict.fromkeys((kind, length) for kind, length, _ in cells):
         NeedleTask(haystack, run.tokenizer, kind=kind).describe(length)  # before an hour's work, not after it
-    done = {TABLE.key_of(row): row for row in processes.on_main(lambda: TABLE.read(run.run_dir))}
+    done = processes.on_main(lambda: TABLE.by_key(run.run_dir))
     rows = []
     with other_capacity(run.model.mixers(), cfg.eval.num_centroids):
         for kind, length, depth in cells:
-            row = about(run, options, identity, length) | {"kind": kind, "depth": depth}
+            row = about(run, options, identity, length) | {"changes": changed, "kind": kind, "depth": depth}
             known = done.get(TABLE.key_of(row))
             if known is None or known["sequences"] != options.sequences:
                 task = NeedleTask(haystack, run.tokenizer, kind=kind, depth=depth / 100)

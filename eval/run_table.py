@@ -52,6 +52,13 @@ class RunTable:
         """The key that identifies the evaluation a row belongs to: the values of `key`."""
         return tuple(row[name] for name in self.key)
 
+    def by_key(self, run_dir: Path | str) -> dict[tuple[Any, ...], Row]:
+        """The last row of every key; nothing if the table is damaged, as `write` then begins a new one."""
+        try:
+            return {self.key_of(row): row for row in self.read(run_dir)}
+        except ConfigError:
+            return {}
+
     def as_csv(self, run_dir: Path | str) -> str:
         """The whole table as CSV; an empty field is a null."""
         text = io.StringIO()
@@ -77,6 +84,11 @@ class RunTable:
         with replacing(path) as scratch:
             pq.write_table(pa.Table.from_pylist(kept + rows, schema=self.schema), scratch, write_page_checksum=True)
         return path
+
+
+def changes(overrides: list[str]) -> str:
+    """What overrides change of the model or its numerics, as a column of a table; data and eval have others."""
+    return " ".join(sorted(text for text in overrides if not text.startswith(("data.", "eval.", "logger."))))
 
 
 def _set_aside(path: Path) -> str:

@@ -64,12 +64,12 @@ def test_other_settings_and_capacities_are_added_and_the_same_test_is_replaced(t
     run_dir = trained(tmp_path / "run", "sw_ovq", *TASK)
     line = [f"run={run_dir}", "lengths=[216]", "answers=10"]
     totals = []
-    for more in ([], [], ["data.task.functions=9"], ["num_centroids=3"]):
+    for more in ([], [], ["data.task.functions=9"], ["num_centroids=3"], ["model.mixers.ovq.seeding=random"]):
         assert accuracy.main([*line, *more]) == 0
         totals.append([r for r in accuracy.TABLE.read(run_dir) if r["index"] is None])
-    assert [len(found) for found in totals] == [1, 1, 2, 3]
-    assert [json.loads(row["settings"])["functions"] for row in totals[-1]] == [3, 9, 3]
-    assert [row["num_centroids"] for row in totals[-1]] == [None, None, 3]
+    assert [len(found) for found in totals] == [1, 1, 2, 3, 4]
+    assert [json.loads(row["settings"])["functions"] for row in totals[-1]] == [3, 9, 3, 3]
+    assert [row["num_centroids"] for row in totals[-1]] == [None, None, 3, None]
     assert (run_dir / "plots" / "accuracy_regression_N3.png").exists()
 
 

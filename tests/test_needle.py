@@ -178,6 +178,16 @@ def test_who_finds_the_key_but_not_which_value_is_missing_is_right_once_in_four_
     assert abs(right / 400 - 1 / 4) < 0.09  # four standard deviations
 
 
+def test_no_other_needle_has_the_key_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.tasks.needle.ADJECTIVES", ADJECTIVES[:8])  # 64 keys, of which a sequence has about 20
+    monkeypatch.setattr("data.tasks.needle.NOUNS", NOUNS[:8])
+    task = task_of("niah_multikey_2")
+    for row in range(20):
+        found = parts_of(task, task.make(1000, 0, TEST, 0, row)[0])
+        keys = [key for key, _, _ in found.hidden]
+        assert keys.count(found.key) == 1 and len(set(keys)) == len(keys) > 15
+
+
 def test_words_are_many_and_all_different() -> None:
     assert len(set(ADJECTIVES)) == len(ADJECTIVES) and len(set(NOUNS)) == len(NOUNS)
     assert all(word.isalpha() and word.islower() for word in [*ADJECTIVES, *NOUNS])
@@ -285,17 +295,29 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(
     assert needle.main([f"run={run_dir}", *SMALL]) == 130
     assert len(needle.TABLE.read(run_dir)) == 3
     calls = []
-    for more in ([], [], ["sequences=2"], ["seed=2", "sequences=2"], ["num_centroids=5", "sequences=2"]):
+    two = "sequences=2"
+    for more in ([], [], [two], ["seed=2", two], ["num_centroids=5", two], ["model.mixers.ovq.seeding=random", two]):
         stand_in = Perfect()
         monkeypatch.setattr(needle, "predict", stand_in)
         assert needle.main([f"run={run_dir}", *[o for o in SMALL if o[:9] not in [m[:9] for m in more]], *more]) == 0
         calls.append(stand_in.calls)
-    assert calls == [5, 0, 8, 8, 8]
+    assert calls == [5, 0, 8, 8, 8, 8]
     rows = needle.TABLE.read(run_dir)
-    assert len(rows) == 24 and {row["num_centroids"] for row in rows} == {None, 5}
+    assert len(rows) == 32 and sum(row["changes"] != "" for row in rows) == 8
+    assert {row["num_centroids"] for row in rows} == {None, 5}
     shown = capsys.readouterr()
     assert "512 tokens fed, depth   0%: exact  100.0%, log p    -4.000 nats for 8.0 tokens (2 sequences)" in shown.err
     assert "niah_multikey_1" in shown.out and "needle.parquet" in shown.out
+
+
+def test_a_damaged_table_is_set_aside_and_a_new_one_begun(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "needle.parquet").write_bytes(b"no table")
+    monkeypatch.setattr(needle, "predict", Perfect())
+    assert needle.main([f"run={run_dir}", *SMALL]) == 0
+    assert "is not a table of needles" in capsys.readouterr().err and len(needle.TABLE.read(run_dir)) == 8
+    assert (run_dir / "needle.damaged.parquet").read_bytes() == b"no table"
 
 
 def test_the_haystack_is_that_of_the_data_set_named(run_dir: Path, tmp_path: Path) -> None:
