@@ -47,9 +47,12 @@ def choose_precision(wanted: str) -> str:
     """
     import torch
 
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    setting.fp32_precision = "none"
     if wanted == "auto":
         wanted = "bf16" if _seconds(torch.float32) > FASTER * _seconds(torch.bfloat16) else "fp32"
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if wanted == "bf16" else "none"  # type: ignore[attr-defined]
+    if wanted == "bf16":
+        setting.fp32_precision = "bf16"
     return wanted
 
 

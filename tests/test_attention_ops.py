@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ovq.ops.attention import flex, full_attention
+from ovq.ops.common import first_max
 from ovq.ops.sliding_window import sliding_window_attention
 from ovq.ops.sliding_window.chunked import banded_attention
 from tests.helpers import InsideOperators, Largest, relative_error
@@ -212,3 +213,21 @@ def test_bad_settings_fail_with_the_legal_values() -> None:
         sliding_window_attention(q, k, v, window=4, backend="flex")
     with pytest.raises(ValueError, match="no gradients on cpu; use backend=torch"):
         sliding_window_attention(q.float().requires_grad_(), k.float(), v.float(), window=4, backend="flex")
+
+
+@pytest.mark.parametrize("n", [1, 31, 64, 96, 100, 513])
+@pytest.mark.parametrize("case", ["random", "ties", "ruled out", "nan"])
+def test_first_max_equals_torchs(n: int, case: str) -> None:
+    x = torch.randn(3, 7, n)
+    if case == "ties":
+        x = x.round()
+    if case == "ruled out":
+        x[..., torch.rand(n) < 0.9] = -torch.inf
+    if case == "nan":
+        x[0, 0, n // 2] = x[1, 2, n - 1] = x[2, 3, 0] = torch.nan
+    best, index = first_max(x)
+    want, at = x.max(-1)
+    assert torch.equal(index, at) and torch.equal(best.nan_to_num(), want.nan_to_num())
+    assert torch.equal(best.isnan(), want.isnan())
+    strided = x.transpose(0, 1)
+    assert torch.equal(first_max(strided)[1], strided.max(-1).indices)

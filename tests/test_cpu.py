@@ -64,9 +64,15 @@ def test_freed_memory_is_kept(kept: bool) -> None:
 def test_auto_takes_bf16_only_where_its_products_are_much_faster(
     ratio: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_seconds", lambda dtype: 1.0 if dtype == torch.bfloat16 else ratio)
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+    def seconds(dtype: torch.dtype) -> float:
+        assert setting.fp32_precision == "none"  # or float32's products would be measured in bfloat16
+        return 1.0 if dtype == torch.bfloat16 else ratio
+
+    monkeypatch.setattr(cpu, "_seconds", seconds)
     try:
+        setting.fp32_precision = "bf16"
         assert cpu.choose_precision("auto") == chosen
         assert setting.fp32_precision == ("bf16" if chosen == "bf16" else "none")
         assert cpu.choose_precision("fp32") == "fp32" and setting.fp32_precision == "none"

@@ -1,7 +1,7 @@
 """Time and memory of the attention operators on this machine, compared with torch's own attention (SDPA).
 
     python -m eval.bench.ops                                        OVQ, sliding window, reference and SDPA, 2k to 64k
-    python -m eval.bench.ops lengths=[32768] repeats=5 num_centroids=2048 out=docs/results/bench_ops/cpu.json
+    python -m eval.bench.ops lengths=[32768] repeats=5 num_centroids=2048 out=runs/ops.json
     python -m eval.bench.ops dtype=bfloat16 batch=4 heads=8         on a GPU, the Triton kernels as well
 
 The forward pass is timed as in training (it saves what the backward pass needs); forward + backward includes the

@@ -52,6 +52,6 @@ def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     index = grain.mul_(GRAIN).add_(inside)
     if whole < n:
         rest, at = x.view(-1, n)[:, whole:].max(-1)
-        later = rest > best
+        later = (rest > best) | (rest.isnan() & ~best.isnan())
         best, index = torch.where(later, rest, best), torch.where(later, at + whole, index)
     return best.view(x.shape[:-1]), index.view(x.shape[:-1])
