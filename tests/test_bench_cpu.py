@@ -87,10 +87,10 @@ def test_an_interruption_loses_nothing_measured(tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reading, "rows", interrupted)
-    status, found = run(tmp_path / "cpu.json", "sections=[matmul,step,inference]", "contexts=[32]")
+    monkeypatch.setattr(steps, "rows", interrupted)
+    status, found = run(tmp_path / "cpu.json", "sections=[matmul,inference,step]")
     assert status == 130 and not found["finished"]
-    assert len(found["matmul"]) == 2 and len(found["step"]) == 3 and found["inference"] == []
+    assert len(found["matmul"]) == 2 and len(found["inference"]) > 1 and found["step"] == []
 
 
 def test_a_model_that_fails_is_named_and_the_rest_is_measured(
