@@ -86,10 +86,12 @@ def legend(ax: Axes) -> None:
 def save(fig: Figure, path: Path | str) -> Path:
     """Write the figure atomically; the suffix (.png, .pdf, .svg) selects the format. Parent folders are created."""
     path = Path(path)
-    # No date and no version in the file, so that the same data give the same bytes.
-    metadata = {"Software": None} if path.suffix == ".png" else None
-    with replacing(path) as scratch:
-        fig.savefig(scratch, format=path.suffix[1:], dpi=DPI, metadata=metadata)
+    import matplotlib
+
+    # No date, version or random id in the file, so that the same data give the same bytes.
+    metadata = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}.get(path.suffix)
+    with replacing(path) as scratch, matplotlib.rc_context({"svg.hashsalt": "ovq"}):
+        fig.savefig(scratch, format=path.suffix[1:], dpi=DPI, metadata=metadata)  # type: ignore[arg-type]
     return path
 
 
