@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 LOCKS := launch/constraints-cpu.txt launch/constraints-cuda.txt
 
-.PHONY: setup lock train test check bench bench-gpu recall clean
+.PHONY: setup lock train test check bench bench-gpu figures clean
 
 setup: .venv/.installed
 
@@ -29,8 +29,8 @@ bench: setup  ## speed of operators, training steps and inference on this CPU be
 bench-gpu: setup  ## make every figure that needs a GPU, in at most nine minutes
 	$(BIN)/python -m eval.bench.gpu $(ARGS)
 
-recall: setup  ## make the in-context recall figure at CPU scale
-	$(BIN)/python -m eval.figures.recall $(ARGS)
+figures: setup  ## make the paper's figures on generated tasks at CPU scale; stop it at any time, it goes on
+	for figure in 4 5 8; do $(BIN)/python -m eval.figures.fig$$figure $(ARGS) || exit; done
 
 clean:  ## remove the environment and tool caches; runs/ is kept
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

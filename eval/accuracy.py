@@ -31,6 +31,7 @@ from eval.per_position import check_capacity
 from eval.run_table import Row, RunTable, changes
 from ovq import peers, processes
 from ovq.cli import command
+from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.inference.run import Run, RunOptions
@@ -111,7 +112,6 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
     check_capacity(model, cfg)
     for length in lengths:
         task.describe(length)  # before an hour's work, not after it
-    settings = {name: value for name, value in cfg.data.task.items() if name != "_target_"}
     rows = []
     with other_capacity(model.mixers(), cfg.eval.num_centroids):
         for length in lengths:
@@ -121,7 +121,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
                 "run": run.run_dir.resolve().name,
                 "step": run.step,
                 "task": task.name,
-                "settings": json.dumps(settings, sort_keys=True),
+                "settings": task_settings(cfg),
                 "num_centroids": cfg.eval.num_centroids,
                 "changes": changed,
                 "length": length,
@@ -137,6 +137,11 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
             if run.world.is_main:
                 print(f"length {length:>7}: {right / answers:7.2%} of {answers} answers", file=sys.stderr, flush=True)
     return rows
+
+
+def task_settings(cfg: Config) -> str:
+    """The settings of a config's task as the table holds them: JSON."""
+    return json.dumps({name: value for name, value in cfg.data.task.items() if name != "_target_"}, sort_keys=True)
 
 
 def picture_name(rows: list[Row]) -> str:

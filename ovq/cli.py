@@ -204,6 +204,7 @@ KINDS = {
     "float": "a number",
     "bool": "true or false",
     "list[int]": "a list of whole numbers, like [1,2]",
+    "list[float]": "a list of numbers, like [0.1,0.2]",
     "list[str]": "a list of names, like [a,b]",
 }
 
@@ -272,7 +273,9 @@ COMMANDS = {
     "eval needle": "eval.needle",
     "eval perplexity": "eval.perplexity",
     "eval plot": "eval.plot",
-    "figures recall": "eval.figures.recall",
+    "figures fig4": "eval.figures.fig4",
+    "figures fig5": "eval.figures.fig5",
+    "figures fig8": "eval.figures.fig8",
     "bench cpu": "eval.bench.cpu",
     "bench compare": "eval.bench.compare",
     "bench models": "eval.bench.models",

@@ -11,7 +11,7 @@ import pytest
 
 from data.build import build_task, build_tokenizer, describe
 from data.tasks.base import IGNORE, TRAIN
-from data.tasks.regression import RegressionTask, earlier
+from data.tasks.regression import ONE_EXAMPLE, RegressionTask, earlier
 from ovq.compose import compose
 from ovq.errors import ConfigError
 from tests.data_helpers import learned_guess
@@ -115,7 +115,9 @@ def test_the_end_of_an_example_follows_from_its_beginning() -> None:
             right[j] += np.bincount(possible[:, j]).argmax() == y[j]
             possible = possible[possible[:, j] == y[j]]
     # The standard deviation of each is at most 1.3%.
-    assert np.allclose(right / 1500, [0.09, 0.22, 0.44, 1.0], atol=0.04) and abs(right.mean() / 1500 - 0.44) < 0.02
+    assert (
+        np.allclose(right / 1500, [0.09, 0.22, 0.44, 1.0], atol=0.04) and abs(right.mean() / 1500 - ONE_EXAMPLE) < 0.02
+    )
 
 
 def test_with_repeated_entries_more_examples_tell_more() -> None:

@@ -1,0 +1,111 @@
+"""The caption of a figure, in Markdown: what was done, by which command, and how it differs from the paper's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eval.figures import search
+from eval.figures.declare import Point
+from eval.figures.plan import Line, Plan, tokens_of
+
+AT_SCALE = {
+    "cpu": "Size: models of two or four layers of width 128 and minutes of training; the paper's have 70M to 480M "
+    "parameters.",
+    "gpu": "Size: models of eight layers of width 512 and minutes of training; the paper's have 70M to 480M "
+    "parameters.",
+    "paper": "Size: a size of the paper; its widths, windows, capacities and numbers of tokens are not known.",
+}
+ALWAYS = (
+    "Formats of the tasks, windows, capacities, optimiser and numbers of tokens are this project's: the paper's are "
+    "not known (docs/paper.md).",
+    "All settings but the learning rate were found with sw_nope and sw_ovq on recall (docs/results/recall), which may "
+    "favour them.",
+)
+
+
+def caption(
+    plan: Plan,
+    points: list[Point],
+    missing: list[str],
+    trials: list[dict[str, Any]],
+    machine: dict[str, Any],
+    commit: str,
+) -> str:
+    """The text of caption.md."""
+    name, scale = plan.figure.name, plan.scale.name
+    seeds = ", ".join(map(str, plan.seeds))
+    lines = [
+        f"# {plan.figure.title}",
+        "",
+        f"![{plan.figure.title}]({name}.png)",
+        "",
+        f"Scale {scale}; training seeds {seeds}. Lines are means over seeds, bands reach from the lowest to the "
+        f"highest. Every number is in [{name}.csv]({name}.csv), every run's command in [plan.json](plan.json).",
+        "",
+        f"- Command: `{machine['command']}`",
+        f"- Code: commit {commit}; finished {machine['date']}",
+        f"- Machine: {machine.get('accelerator') or machine['processor']}, {machine['cores']} cores, "
+        f"torch {machine['torch']}, {machine['threads']} threads",
+        f"- Tests: at least {plan.options.answers:,} answers each, in float32, on sequences that no run was trained on "
+        "and no learning rate was chosen with, the same for every model. State: activations in bf16, sums in float32.",
+        *missing_section(missing),
+        "",
+        "## Models",
+        "",
+        "| subject | model | parameters | layers | window | N | training length | steps | tokens | learning rate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(row(line) for line in plan.lines),
+        "",
+        *rates_section(plan, trials),
+        "",
+        "## How this differs from the paper",
+        "",
+        *(f"- {sentence}" for sentence in (*plan.figure.differs, AT_SCALE[scale], *ALWAYS)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def missing_section(missing: list[str]) -> list[str]:
+    return ["", "## Missing", "", *(f"- {what}" for what in missing)] if missing else []
+
+
+def row(line: Line) -> str:
+    """A line of the table of models."""
+    cfg, rate = line.cfg, line.rate()
+    cells = [
+        line.subject.name,
+        f"`{line.model}`",
+        f"{line.parameters:,}",
+        f"{cfg.model.num_layers}: {', '.join(cfg.model.pattern)}",
+        cfg.model.mixers.get("sliding_window", {}).get("window"),
+        line.own_capacity,
+        f"{cfg.trainer.context:,}",
+        f"{cfg.trainer.steps:,}",
+        f"{tokens_of(cfg):,}",
+        "not chosen" if rate is None else f"{rate:g}",
+    ]
+    return f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |"
+
+
+def rates_section(plan: Plan, trials: list[dict[str, Any]]) -> list[str]:
+    """How learning rates were chosen, and where the grid may not reach far enough."""
+    grid = [f"{rate:g}" for rate in plan.options.rates]
+    steps = sorted({line.trial_cfg.trainer.steps for line in plan.lines})
+    text = [
+        "## Learning rates",
+        "",
+        f"Each model's rate is the best of {', '.join(grid)}, the same grid for all: the one with the lowest loss "
+        f"after a run of {' or '.join(f'{number:,}' for number in steps)} steps with seed {search.TRAIN_SEED}, at the "
+        f"training length, on sequences of seed {search.TEST_SEED}, which this figure does not show. The "
+        "chosen rate serves all training seeds. All scores are in [rates.csv](rates.csv).",
+    ]
+    edges = [
+        line.name
+        for line in plan.lines
+        if len(line.trials) > 1 and line.rate() in (min(plan.options.rates), max(plan.options.rates))
+    ]
+    if edges:
+        text += ["", f"At an edge of the grid, so that a better rate may lie outside it: {'; '.join(edges)}."]
+    if failed := [f"{t['model']}, {t['subject']} at {t['rate']:g}" for t in trials if t["failed"]]:
+        text += ["", f"Trials that failed: {'; '.join(failed)}."]
+    return text

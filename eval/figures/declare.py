@@ -1,0 +1,222 @@
+"""What a figure declares: what its models are trained on, how they are tested, and what the scales change.
+
+A figure is panels of models trained on one subject each. Subjects are shared, so that a model that two figures show is
+one run. Lengths are in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.schema import one_of, setting
+
+RATES = [1e-3, 3e-3, 1e-2]  # the one grid of learning rates, for every architecture of every figure
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size of the experiments.
+
+    Args:
+        overrides: settings that every run gets after its experiment's own.
+        flops_per_s: what one device computes in training and testing, for estimates of time.
+        device: what the estimates are for.
+        num_centroids: dictionary capacities of tests, besides that of training.
+        piece_minutes: longest part; None: the figure is not made in parts.
+        only_plan: whether the figure's command prints the plan and starts nothing.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    flops_per_s: float
+    device: str
+    num_centroids: tuple[int, ...]
+    piece_minutes: float | None = None
+    only_plan: bool = False
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        # A model of four layers of width 128 trains at about 11,000 tokens/s.
+        Scale("cpu", (), 6e10, "two CPU cores", (1024, 4096, 16384)),
+        # A tenth and two fifths of an H100's dense bf16 peak; neither was measured.
+        Scale("gpu", ("scale=gpu",), 1e14, "one 80 GB GPU", (4096, 16384), piece_minutes=9),
+        Scale("paper", ("scale=paper",), 4e14, "one 80 GB GPU", (8192, 16384), only_plan=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What models are trained on: an experiment and changes to it; `at` has further ones for single scales."""
+
+    name: str
+    experiment: str
+    overrides: tuple[str, ...] = ()
+    at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+RECALL = Subject("basic recall", "recall_64k")
+POSITIONAL = Subject("positional recall", "positional_recall")
+_AT_2K = {"paper": ("trainer.context=2048",)}
+REGRESSION_16 = Subject("regression, 16 functions", "regression", ("data.task.functions=16",), _AT_2K)
+REGRESSION_4 = Subject("regression, 4 functions", "regression", ("data.task.functions=4",), _AT_2K)
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test of a trained run on sequences of `length` tokens.
+
+    Args:
+        label: tells tests of a panel apart that differ in more than length and capacity, for instance "16 functions".
+        overrides: settings of the task in this test.
+        num_centroids: dictionary capacity; None: as trained.
+    """
+
+    length: int
+    num_centroids: int | None = None
+    label: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of the figure's CSV: one number of the picture, with what it takes to compare it.
+
+    `index` is what `Task.indices` counts, None for the accuracy over all answers. `accuracy` is in 0 to 1.
+    `num_centroids` is None without a dictionary whose capacity could be changed. State is that of one sequence of
+    `length` tokens, in bytes with activations in bf16 and sums in float32. `tokens` are those of training.
+    """
+
+    figure: str
+    panel: str
+    test: str
+    model: str
+    num_centroids: int | None
+    seed: int
+    length: int
+    index: int | None
+    accuracy: float
+    answers: int
+    parameters: int
+    state_numbers: int
+    state_bytes: int
+    window: int | None
+    pattern: str
+    train_length: int
+    steps: int
+    tokens: int
+    rate: float
+    task: str
+    run: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Models trained on one subject. `tests` lists those of a run with this config and this own capacity (None: no
+    dictionary whose capacity could be changed)."""
+
+    name: str
+    subject: Subject
+    models: tuple[str, ...]
+    tests: Callable[[Config, int | None], list[Test]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the paper.
+
+    Args:
+        seeds: number of training seeds at each scale.
+        differs: sentences of the caption, how the figure differs from the paper's at any scale.
+        draw: the picture, from all points.
+    """
+
+    name: str
+    title: str
+    panels: tuple[Panel, ...]
+    seeds: Mapping[str, int]
+    differs: tuple[str, ...]
+    draw: Callable[[Figure, list[Point]], Any]
+
+    def only(self, models: list[str] | None) -> Figure:
+        """The figure with fewer models.
+
+        Raises:
+            ConfigError: a model that the figure does not show.
+        """
+        if models is None:
+            return self
+        legal = list(dict.fromkeys(model for panel in self.panels for model in panel.models))
+        for model in models:
+            if model not in legal:
+                raise ConfigError(f"models: '{model}' is not in {self.name}; legal: {', '.join(legal)}")
+        chosen = [(panel, tuple(m for m in panel.models if m in models)) for panel in self.panels]
+        panels = tuple(Panel(p.name, p.subject, kept, p.tests) for p, kept in chosen if kept)
+        return Figure(self.name, self.title, panels, self.seeds, self.differs, self.draw)
+
+
+@dataclass
+class Options:
+    """The options of every figure's command."""
+
+    scale: str = one_of(*SCALES, help="size of the experiments; paper only prints the plan")
+    dry_run: bool = setting(False, "print the plan (runs, tokens, minutes) and start nothing")
+    only_draw: bool = setting(False, "only write the folder, from what has been tested so far")
+    part: int | None = setting(None, "do only this part of the plan, from 1 (scale=gpu)", at_least=1)
+    models: list[str] | None = setting(None, "models to show; null: all of the figure")
+    seeds: list[int] | None = setting(None, "training seeds; null: as many as the scale has, from 0", at_least=0)
+    rates: list[float] = setting(RATES, "learning rates to choose from, the same for every model", above=0)
+    search_share: float = setting(
+        0.3, "steps of a run that tries a learning rate, as a share of all steps", above=0, at_most=1
+    )
+    answers: int = setting(8192, "minimum answers per test; 8192 keep the standard error below 0.6%", at_least=1)
+    out: str | None = setting(None, "folder of the figure; null: docs/results/FIGURE, or FIGURE_SCALE if not cpu")
+
+
+@dataclass
+class RecallOptions:
+    """Options of a figure that tests recall."""
+
+    lengths: list[int] | None = setting(
+        None, "tokens of recall's test sequences; null: training context times 1, 4, 16 ... up to 65536", at_least=1
+    )
+    num_centroids: list[int] | None = setting(
+        None, "test-time capacities of a model with a dictionary, besides its own; null: those of the scale", at_least=1
+    )
+
+
+LONGEST = 65536
+
+
+def by_length(options: Any) -> Callable[[Config, int | None], list[Test]]:
+    """The tests of recall: every capacity at every length. `options` are a figure's, with `RecallOptions`."""
+
+    def tests(cfg: Config, own: int | None) -> list[Test]:
+        context = cfg.trainer.context
+        lengths = options.lengths or [length for power in range(20) if (length := context << 2 * power) < LONGEST]
+        lengths = sorted({*lengths, *([] if options.lengths else [LONGEST])})
+        chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
+        capacities = [None] if own is None else [None, *sorted({*chosen} - {own})]
+        return [Test(length, capacity) for capacity in capacities for length in lengths]
+
+    return tests
+
+
+def by_functions(numbers: list[int]) -> Callable[[Config, int | None], list[Test]]:
+    """The tests of regression: as many examples of each function as in training, for several numbers of functions."""
+
+    def tests(cfg: Config, own: int | None) -> list[Test]:
+        trained = cfg.data.task["functions"]
+        length = [max(1, cfg.trainer.context // trained) * number for number in numbers]
+        return [
+            Test(tokens, None, f"{number} functions", (f"data.task.functions={number}",))
+            for number, tokens in zip(numbers, length)
+        ]
+
+    return tests

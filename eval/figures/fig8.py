@@ -1,0 +1,81 @@
+"""Figure 8: recurrent baselines on regression (4 functions in training, 4 and 16 in tests) and on basic recall.
+
+    python -m eval.figures.fig8 dry_run=true                 the plan: runs, tokens, minutes
+    python -m eval.figures.fig8 scale=cpu                    everything, on this machine
+    python -m eval.figures.fig8 scale=gpu part=1             one part of at most nine minutes
+    python -m eval.figures.fig8 models=[sw_gdn,sw_ovq] seeds=[0] out=/tmp/fig8 runs_root=/tmp/runs
+
+Gated DeltaNet, Mamba-2, Mesa-Net and linear attention, each alternating with a sliding window, beside sw_ovq, whose
+runs on recall are those of figure 4. Runs are those of train.py: found again and resumed. Settings of train.py are
+passed on to every run.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from eval.figures import panels
+from eval.figures.declare import (
+    RECALL,
+    REGRESSION_4,
+    Figure,
+    Options,
+    Panel,
+    Point,
+    RecallOptions,
+    by_functions,
+    by_length,
+)
+from eval.figures.make import make
+from ovq.cli import command
+from ovq.schema import setting
+
+MODELS = ("sw_ovq", "sw_gdn", "sw_mamba2", "sw_mesa", "sw_linear")
+
+
+@dataclass
+class Figure8Options(RecallOptions, Options):
+    functions: list[int] = setting([4, 16], "functions of the test sequences", at_least=1)
+
+
+def figure(options: Figure8Options) -> Figure:
+    return Figure(
+        name="fig8",
+        title="Figure 8: recurrent models on regression in context and recall",
+        panels=(
+            Panel(REGRESSION_4.name, REGRESSION_4, MODELS, by_functions(options.functions)),
+            Panel(RECALL.name, RECALL, MODELS, by_length(options)),
+        ),
+        seeds={"cpu": 2, "gpu": 3, "paper": 1},
+        differs=(
+            "The baselines alternate with sliding-window attention, as sw_ovq does.",
+            "Dashed grey: 44%, what the earlier entries of the same y give without any earlier example; only what is "
+            "above it was learned in context (data/tasks/regression.py).",
+        ),
+        draw=draw,
+    )
+
+
+def draw(figure: Figure, points: list[Point]) -> Any:
+    """A panel for each number of functions, then recall by length."""
+    models = panels.models_of(figure)
+    of_regression = [point for point in points if point.panel == REGRESSION_4.name]
+    tests = list(dict.fromkeys(point.test for point in of_regression))
+    picture, axes = panels.picture_of(len(tests) + 1)
+    for ax, test in zip(axes, tests):
+        panels.regression(ax, [p for p in of_regression if p.test == test], models, f"tested with {test}")
+    panels.accuracy_by_length(axes[-1], [p for p in points if p.panel == RECALL.name], models, RECALL.name)
+    panels.shared_legend(axes)
+    return picture
+
+
+@command(Figure8Options, overrides=True)
+def main(options: Figure8Options, overrides: list[str]) -> int:
+    """The command line shown in the module docstring."""
+    return make(figure(options), options, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Make a figure: choose learning rates, train, test, draw. Every stage finds what it has done before, and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from eval.figures import folder, points, search
+from eval.figures.declare import Figure, Options
+from eval.figures.plan import Line, Plan, make_plan, table
+from launch import sweep
+from ovq.errors import ConfigError
+
+Wanted = set[tuple[str, str, float]]
+
+
+def make(figure: Figure, options: Options, overrides: list[str]) -> int:
+    """Make a figure and write its folder; returns the exit status: 1 if something of it is missing.
+
+    Args:
+        overrides: settings of train.py that all runs get.
+
+    Raises:
+        ConfigError: see `make_plan`; or a part needs what an earlier part has not done.
+        Stopped: by a signal, or at the end of a part's time; the same command continues.
+    """
+    plan = make_plan(figure, options, overrides)
+    print(table(plan), flush=True)
+    wanted = plan.wanted()
+    if options.dry_run or plan.scale.only_plan:
+        return 0
+    with time_limit(plan.scale.piece_minutes if options.part else None):
+        failed = choose_rates(plan, wanted)
+        failed += train(plan, wanted)
+        test(plan, wanted)
+    results = folder.gather(plan)
+    out = Path(options.out) if options.out else folder.default(plan)
+    folder.write(out, plan, results)
+    print(f"\n{folder.report(results.points)}\n\n{out}: {', '.join(folder.names(plan))}")
+    if failed:
+        print(f"\nfailed; the same command tries again:\n{sweep.failures(failed)}", file=sys.stderr)
+    if results.missing and not options.part:
+        print("\nmissing from the figure:", *results.missing, sep="\n  ", file=sys.stderr)
+    return 1 if failed or (results.missing and not options.part) else 0
+
+
+def choose_rates(plan: Plan, wanted: Wanted) -> list[sweep.Job]:
+    """Train and score the trials; returns those that failed."""
+    jobs = [job for line in plan.lines for rate, job in line.trials.items() if ("search", line.name, rate) in wanted]
+    failed = run(jobs)
+    for job in jobs:
+        if job in failed:
+            search.note_failure(job.run_dir, sweep.failures([job]).splitlines()[-1].strip())
+        else:
+            search.score(job.run_dir)
+    return failed
+
+
+def train(plan: Plan, wanted: Wanted) -> list[sweep.Job]:
+    """Train the runs of the figure with the chosen rates; returns those that failed.
+
+    Raises:
+        ConfigError: in a part, a learning rate has not been chosen.
+    """
+    jobs = []
+    for line in plan.lines:
+        seeds = [seed for seed in plan.seeds if ("train", line.name, seed) in wanted]
+        if seeds and line.rate() is None and plan.options.part:
+            raise ConfigError(
+                f"part={plan.options.part} needs the learning rate of {line.name}, which is not chosen yet; run the "
+                f"parts before it (missing: {', '.join(unscored(line))})"
+            )
+        if line.rate() is not None:
+            jobs += [line.final(seed) for seed in seeds]
+    return run(jobs)
+
+
+def unscored(line: Line) -> list[str]:
+    """The run folders of trials without a finite score."""
+    return [str(job.run_dir) for job in line.trials.values() if search.loss_of(job) in (None, float("inf"))]
+
+
+def run(jobs: list[sweep.Job]) -> list[sweep.Job]:
+    """Train those jobs that are not finished, one after the other; returns those that failed."""
+    sweep.run(jobs, gpus=0, per_job=1, stop_on_failure=False)
+    return [job for job in jobs if job.status == "failed"]
+
+
+def test(plan: Plan, wanted: Wanted) -> None:
+    """Make the missing tests of the finished runs."""
+    for line in plan.lines:
+        for seed in plan.seeds:
+            if ("test", line.name, seed) in wanted and line.rate() is not None:
+                job = line.final(seed)
+                if sweep.is_finished(job.run_dir):
+                    print(f"testing   {job.run_dir}", flush=True)
+                    points.test_run(job.run_dir, line.tests, plan.options.answers)
+
+
+@contextlib.contextmanager
+def time_limit(minutes: float | None) -> Iterator[None]:
+    """After so many minutes within the `with` block, this process gets a SIGTERM: runs save, and stop."""
+    if minutes is None:
+        yield
+        return
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,113 @@
+"""How points are drawn: a colour for each model, a line style for each capacity, the mean over seeds in their band."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from data.tasks.regression import ONE_EXAMPLE
+from eval import style
+from eval.figures.declare import Figure, Point
+from ovq.plan import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Picture
+
+WIDTH, HEIGHT = 4.6, 3.8  # inches of a panel
+GREY = "#888888"
+Curve = dict[float, list[float]]  # x -> y of each seed
+
+
+def curves(
+    points: Iterable[Point], x: Callable[[Point], float | None], y: Callable[[Point], float]
+) -> dict[tuple[str, int | None], Curve]:
+    """(model, capacity) -> its curve, in the order of the points; those without an x are left out."""
+    made: dict[tuple[str, int | None], Curve] = {}
+    for point in points:
+        at = x(point)
+        if at is not None:
+            made.setdefault((point.model, point.num_centroids), {}).setdefault(at, []).append(y(point))
+    return made
+
+
+def plot(ax: Axes, drawn: dict[tuple[str, int | None], Curve], models: list[str]) -> None:
+    """Draw curves: the mean over seeds, and a band from the lowest to the highest.
+
+    Args:
+        models: all models of the figure, which gives each the same colour in every panel.
+    """
+    styles: dict[str, int] = {}
+    for (model, capacity), curve in drawn.items():
+        dash = style.LINES[styles.setdefault(model, 0) % len(style.LINES)]
+        styles[model] += 1
+        colour = style.color(models.index(model))
+        at = sorted(curve)
+        mean = [sum(curve[x]) / len(curve[x]) for x in at]
+        label = model if capacity is None else f"{model}, N = {capacity:,}"
+        ax.plot(at, mean, color=colour, linestyle=dash, label=label, marker="o", markersize=2.5)
+        low, high = [min(curve[x]) for x in at], [max(curve[x]) for x in at]
+        ax.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def accuracy_by_length(ax: Axes, points: list[Point], models: list[str], title: str) -> None:
+    """Accuracy over all answers by the tokens of a sequence; dotted: the training length."""
+    totals = [point for point in points if point.index is None]
+    plot(ax, curves(totals, lambda p: p.length, lambda p: 100 * p.accuracy), models)
+    for length in {point.train_length for point in totals}:
+        ax.axvline(length, color=GREY, linewidth=0.8, linestyle=":")
+    style.token_axis(ax, "tokens in the sequence (dotted: in training)")
+    finish(ax, title)
+
+
+def regression(ax: Axes, points: list[Point], models: list[str], title: str) -> None:
+    """Accuracy of regression by example, with what needs no earlier example."""
+    plot(ax, curves(points, lambda p: p.index, lambda p: 100 * p.accuracy), models)
+    ax.axhline(100 * ONE_EXAMPLE, color=GREY, linewidth=1, linestyle="--", label="without earlier examples")
+    ax.set_xlabel("earlier examples of the function")
+    finish(ax, title)
+
+
+def state_by_length(ax: Axes, points: list[Point], models: list[str], title: str) -> None:
+    """Bytes of one sequence's state by its length."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    plot(ax, curves(points, lambda p: p.length, lambda p: p.state_bytes), models)
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_locator(LogLocator(base=4))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    style.token_axis(ax, "tokens in the sequence")
+    ax.set_title(title, loc="left")
+
+
+def finish(ax: Axes, title: str) -> None:
+    ax.set_ylim(-2, 102)
+    ax.set_ylabel("correct answers, %")
+    ax.set_title(title, loc="left")
+
+
+def models_of(figure: Figure) -> list[str]:
+    """All models of a figure, in their order."""
+    return list(dict.fromkeys(model for panel in figure.panels for model in panel.models))
+
+
+def picture_of(panels: int) -> tuple[Picture, list[Axes]]:
+    return style.figure(panels, width=WIDTH, height=HEIGHT)
+
+
+def shared_legend(axes: list[Axes]) -> None:
+    """One legend for all panels, beside the last."""
+    known: dict[str, object] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            known.setdefault(label, handle)
+    if known:
+        axes[-1].legend(known.values(), known.keys(), frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def note_missing(picture: Picture, missing: list[str]) -> None:
+    """Name below the panels what the figure should show and does not."""
+    if missing:
+        text = textwrap.shorten(f"missing: {'; '.join(missing)}", 200, placeholder=" ... (all in caption.md)")
+        picture.supxlabel(text, fontsize=7, color="#B00020")

@@ -1,0 +1,301 @@
+"""The plan of a figure: the runs that choose learning rates, the runs that it shows, their tests, and what all cost.
+
+A line of the plan is a model on a subject. Its runs are named by their settings alone, so that every figure, and
+`python train.py` with the same settings, finds the same folders.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from data.build import build_task
+from eval.figures import points, search
+from eval.figures.declare import SCALES, Figure, Options, Panel, Scale, Subject, Test
+from launch import sweep
+from launch.sweep import Job
+from ovq.compose import compose
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.mixers.base import other_capacity
+from ovq.model import Transformer, build_model, count_parameters, flops_per_token, state_bytes, state_size
+
+INSTEAD = {
+    "experiment": "the figure has its own",
+    "model": "use models=[a,b]",
+    "seed": "use seeds=[0,1]",
+    "optim.lr": "use rates=[0.001,0.01]",
+    "run_dir": "use runs_root=FOLDER",
+}
+
+
+@dataclass
+class Line:
+    """A model on a subject: its runs, its tests, and its costs.
+
+    `settings` are those of every run of the line but its learning rate and seed; `cfg` is what they compose to, and
+    `trial_cfg` what they do in the shorter runs that try learning rates.
+    """
+
+    subject: Subject
+    model: str
+    settings: list[str]
+    cfg: Config
+    trial_cfg: Config
+    network: Transformer  # on the meta device
+    own_capacity: int | None
+    panels: list[Panel] = field(default_factory=list)
+    trials: dict[float, Job] = field(default_factory=dict)  # by learning rate
+    finals: dict[int, Job] = field(default_factory=dict)  # by training seed, once they are asked for
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.subject.name}"
+
+    @property
+    def parameters(self) -> int:
+        return count_parameters(self.network)[0]
+
+    @property
+    def tests(self) -> list[Test]:
+        """The tests of all panels, each once."""
+        return list(dict.fromkeys(test for panel in self.panels for test in panel.tests(self.cfg, self.own_capacity)))
+
+    def state(self, test: Test) -> tuple[int, int]:
+        """(elements, bytes) of the state of a sequence of this test, as in `Point`."""
+        with other_capacity(self.network.mixers(), test.num_centroids):
+            return state_size(self.network, test.length), state_bytes(self.network, test.length)
+
+    def rate(self) -> float | None:
+        """The learning rate that the trials choose; None while one of them is not done and has not failed."""
+        return search.best(self.trials)
+
+    def final(self, seed: int) -> Job:
+        """The run that the figure shows for a training seed. Needs a rate."""
+        if seed not in self.finals:
+            rate = self.rate()
+            assert rate is not None
+            self.finals[seed] = job_of([*self.settings, f"optim.lr={rate:g}", f"seed={seed}"])
+        return self.finals[seed]
+
+    def training_minutes(self, cfg: Config, scale: Scale) -> float:
+        return flops_per_token(self.network, cfg.trainer.context) * tokens_of(cfg) / scale.flops_per_s / 60
+
+    def test_minutes(self, test: Test, answers: int, scale: Scale) -> float:
+        task = build_task(points.with_settings(self.cfg, test))
+        tokens = test.length * math.ceil(answers / task.describe(test.length)["answers"])
+        with other_capacity(self.network.mixers(), test.num_centroids):
+            flops = flops_per_token(self.network, test.length, training=False)
+        return flops * tokens / scale.flops_per_s / 60
+
+
+@dataclass(frozen=True)
+class Work:
+    """A unit of the plan: a trial ("search"), a run of the figure ("train") or the tests of one ("test").
+
+    `which` is the learning rate of a trial, else the training seed."""
+
+    stage: str
+    line: str
+    which: float
+    tokens: int
+    minutes: float
+
+
+@dataclass
+class Plan:
+    """All lines of a figure at a scale, in the order in which it shows them."""
+
+    figure: Figure
+    scale: Scale
+    options: Options
+    lines: list[Line]
+    seeds: list[int]
+
+    @functools.cached_property
+    def work(self) -> list[Work]:
+        """Every unit, in the order in which they are done: rates are chosen before anything is trained with them."""
+        made = []
+        for line in self.lines:
+            minutes = line.training_minutes(line.trial_cfg, self.scale)
+            made += [Work("search", line.name, rate, tokens_of(line.trial_cfg), minutes) for rate in line.trials]
+        for line in self.lines:
+            minutes = line.training_minutes(line.cfg, self.scale)
+            made += [Work("train", line.name, seed, tokens_of(line.cfg), minutes) for seed in self.seeds]
+        for line in self.lines:
+            minutes = sum(line.test_minutes(test, self.options.answers, self.scale) for test in line.tests)
+            made += [Work("test", line.name, seed, 0, minutes) for seed in self.seeds]
+        return made
+
+    def done(self, unit: Work) -> bool:
+        """Whether a unit needs no more work."""
+        line = next(line for line in self.lines if line.name == unit.line)
+        if unit.stage == "search":
+            return search.loss_of(line.trials[unit.which]) is not None
+        if line.rate() is None:
+            return False
+        run_dir = line.final(int(unit.which)).run_dir
+        if unit.stage == "train":
+            return sweep.is_finished(run_dir)
+        return len(points.find(run_dir, line.tests, self.options.answers)) == len(line.tests)
+
+    def parts(self) -> list[list[Work]]:
+        """The work in parts of at most `piece_minutes`; what takes longer is continued in as many parts as it needs.
+
+        Raises:
+            ConfigError: the scale is not made in parts.
+        """
+        limit = self.scale.piece_minutes
+        if limit is None:
+            raise ConfigError(f"part={self.options.part}: scale={self.scale.name} is not made in parts")
+        made: list[list[Work]] = []
+        spent = limit
+        for unit in self.work:
+            if spent + unit.minutes > limit:
+                made.append([])
+                spent = 0.0
+            made[-1].append(unit)
+            spent += unit.minutes
+            while spent > limit:
+                made.append([unit])
+                spent -= limit
+        return made
+
+    def wanted(self) -> set[tuple[str, str, float]]:
+        """(stage, line, which) of what this command is to do: everything, one part, or nothing but drawing.
+
+        Raises:
+            ConfigError: there is no such part.
+        """
+        part = self.options.part
+        units = [] if self.options.only_draw else self.work
+        if part is not None:
+            parts = self.parts()
+            if part > len(parts):
+                raise ConfigError(f"part={part} does not exist; legal: 1 to {len(parts)}")
+            units = parts[part - 1]
+        return {(unit.stage, unit.line, unit.which) for unit in units}
+
+
+def make_plan(figure: Figure, options: Options, overrides: list[str]) -> Plan:
+    """The plan of a figure; every run is composed, and every test is known to be possible, before anything starts.
+
+    Args:
+        overrides: settings that all runs get in addition.
+
+    Raises:
+        ConfigError: an illegal setting, one that an option replaces, or a test that the task cannot make.
+    """
+    for text in overrides:
+        if (key := text.partition("=")[0]) in INSTEAD:
+            raise ConfigError(f"{text} cannot be given here; {INSTEAD[key]}")
+    scale = SCALES[options.scale]
+    seeds = list(range(figure.seeds[scale.name])) if options.seeds is None else options.seeds
+    if search.TRAIN_SEED in seeds:
+        raise ConfigError(f"seeds: {search.TRAIN_SEED} is the seed of the runs that choose learning rates; use another")
+    figure = figure.only(options.models)
+    lines: dict[tuple[str, str], Line] = {}
+    for panel in figure.panels:
+        for model in panel.models:
+            key = (panel.subject.name, model)
+            if key not in lines:
+                lines[key] = line_of(panel.subject, model, scale, options, overrides)
+            lines[key].panels.append(panel)
+    for line in lines.values():
+        for test in line.tests:
+            build_task(points.with_settings(line.cfg, test)).describe(test.length)
+    return Plan(figure, scale, options, list(lines.values()), seeds)
+
+
+def line_of(subject: Subject, model: str, scale: Scale, options: Options, overrides: list[str]) -> Line:
+    own = [f"experiment={subject.experiment}", *scale.overrides, *subject.overrides, *subject.at.get(scale.name, ())]
+    settings = [*replaced(own, overrides), f"model={model}"]
+    cfg = compose(settings)
+    with torch.device("meta"):
+        network = build_model(cfg.model, build_task(cfg).vocab_size)
+    capacity = next((mixer.capacity for mixer in network.mixers() if mixer.capacity), None)
+    short = [f"trainer.steps={max(1, round(options.search_share * cfg.trainer.steps))}"]
+    if curriculum := cfg.data.task.get("short_steps"):
+        short.append(f"data.task.short_steps={max(1, round(options.search_share * curriculum))}")
+    trial = [*replaced(settings, short), f"seed={search.TRAIN_SEED}"]
+    line = Line(subject, model, settings, cfg, compose(trial), network, capacity)
+    line.trials = {rate: job_of([*trial, f"optim.lr={rate:g}"]) for rate in options.rates}
+    return line
+
+
+def replaced(settings: list[str], others: list[str]) -> list[str]:
+    """The settings, then the others, without those that another one of the same key replaces."""
+    keys = {text.partition("=")[0] for text in others}
+    return [text for text in settings if text.partition("=")[0] not in keys] + others
+
+
+def job_of(settings: list[str]) -> Job:
+    """The run with these settings, marked if it is finished.
+
+    Raises:
+        ConfigError: an illegal setting, or the run is finished and was made with other settings.
+    """
+    jobs = sweep.expand(settings)
+    sweep.mark_finished(jobs)
+    (job,) = jobs
+    return job
+
+
+def tokens_of(cfg: Config) -> int:
+    """Tokens that a run trains on."""
+    return cfg.trainer.steps * cfg.trainer.global_batch * cfg.trainer.context
+
+
+# --- the plan as text ------------------------------------------------------------------------------------------------
+
+
+def table(plan: Plan) -> str:
+    """A row for each line and stage, with tokens and estimated minutes, then the parts if there are any."""
+    rows: dict[tuple[str, str], list[Work]] = {}
+    for unit in plan.work:
+        rows.setdefault((unit.line, unit.stage), []).append(unit)
+    done = {unit for unit in plan.work if plan.done(unit)}
+    width = max(len(line.name) for line in plan.lines)
+
+    def row(name: str, stage: str, units: list[Work]) -> str:
+        tokens, minutes = sum(unit.tokens for unit in units), sum(unit.minutes for unit in units)
+        runs = f"{len(units):>4}  {len(done.intersection(units)):>4}"
+        return f"{name:<{width}}  {stage:<6}  {runs}  {f'{tokens:,}' if tokens else '':>13}  {minutes:>8,.1f}"
+
+    lines = [
+        f"{plan.figure.name}, scale {plan.scale.name}: estimates for {plan.scale.device}",
+        "",
+        f"{'model, subject':<{width}}  {'stage':<6}  {'runs':>4}  {'done':>4}  {'tokens':>13}  {'minutes':>8}",
+        *(row(name, stage, units) for (name, stage), units in rows.items()),
+        row("together", "", plan.work),
+    ]
+    left = sum(unit.minutes for unit in plan.work if unit not in done)
+    lines += ["", f"{left / 60:,.1f} hours of {plan.scale.device} are left"]
+    if plan.scale.piece_minutes is not None:
+        lines += ["", f"parts of at most {plan.scale.piece_minutes:g} minutes (part=k), in this order:"]
+        for number, units in enumerate(plan.parts(), 1):
+            minutes = min(plan.scale.piece_minutes, sum(unit.minutes for unit in units))
+            first = f"{units[0].stage} {units[0].line} {units[0].which:g}"
+            rest = f" and {len(units) - 1} more" if len(units) > 1 else ""
+            lines.append(f"  {number:>3}  {minutes:>5.1f} min  {first}{rest}")
+    if plan.scale.only_plan:
+        lines += ["", "to launch the trials, then the runs with the rate that each model's trials choose:"]
+        lines += launches(plan)
+    return "\n".join(lines)
+
+
+def launches(plan: Plan) -> list[str]:
+    """The sweeps that train the runs of the plan on a machine with eight GPUs."""
+    commands = []
+    for line in plan.lines:
+        trial = next(iter(line.trials.values()))
+        kept = [text for text in trial.overrides if not text.startswith("optim.lr=")]
+        rates = ",".join(f"{rate:g}" for rate in line.trials)
+        seeds = ",".join(map(str, plan.seeds))
+        words = "python -m launch.sweep --gpus 8 --per-job 8"
+        commands.append(f"  {words} {' '.join(kept)} optim.lr={rates}")
+        commands.append(f"  {words} {' '.join(line.settings)} optim.lr=RATE seed={seeds}")
+    return commands

@@ -1,0 +1,289 @@
+"""Claims about the figures: rates are chosen on other sequences, runs are shared, and what is missing is named."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from data.tasks.base import TEST
+from eval import answers
+from eval.accuracy import TABLE
+from eval.figures import fig4, fig5, fig8, points, search
+from eval.figures.plan import make_plan
+from launch import sweep
+from ovq.cli import parse
+
+SMALL = [
+    *("model.num_layers=2", "model.dim=16", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=16"),
+    *("model.ffn_dim=16", "data.task.short_steps=0", "trainer.steps=2", "trainer.global_batch=4"),
+    *("trainer.micro_batch=4", "trainer.device=cpu", "trainer.precision=fp32", "optim.warmup_steps=1"),
+]
+KEYS = ["data.task.key_vocab=64", "data.task.value_vocab=8", "trainer.context=64"]
+FEW = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "answers=20"]
+BASIC = [*FEW, "lengths=[64,128]", "num_centroids=[8]", "models=[sw,sw_ovq]"]
+
+
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, status: int) -> None:
+        self.returncode = status
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains in this process, which takes a tenth of the time of a fresh one."""
+
+    def start(job: sweep.Job, slot: list[int]) -> Ended:
+        job.status = "running"
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            return Ended(train.main([*job.overrides, "trainer.progress=false"]))
+
+    monkeypatch.setattr(sweep, "start", start)
+    monkeypatch.setattr(sweep, "POLL_S", 0)
+
+
+def line_of(tmp_path: Path, *options: str) -> list[str]:
+    return [f"out={tmp_path}/out", f"runs_root={tmp_path}/runs", *options, *SMALL]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Contents of the runs' metrics, by run folder: a run that is trained again changes them."""
+    return {path.parent.name: path.read_bytes() for path in folder.glob("*/metrics.jsonl")}
+
+
+@pytest.mark.usefixtures("trained_here")
+def test_figure_4_leaves_a_folder_that_can_be_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used: list[int] = []
+    sequences = answers.sequences_for_test
+
+    def noted(task: Any, length: int, *, seed: int, rows: int, batch: int) -> Any:
+        used.append(seed)
+        return sequences(task, length, seed=seed, rows=rows, batch=batch)
+
+    monkeypatch.setattr(answers, "sequences_for_test", noted)
+    monkeypatch.setattr(search, "ANSWERS", 20)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(points, "measure", interrupted_after(3))
+        assert fig4.main(line_of(tmp_path, *BASIC, *KEYS)) == 130
+    assert used == [search.TEST_SEED] * 8 + [answers.TEST_SEED] * 3
+    trained = files(tmp_path / "runs")
+    made = {path: TABLE.read(path) for path in (tmp_path / "runs").iterdir()}
+    assert sum(row["index"] is None for rows in made.values() for row in rows) == 3
+
+    used.clear()
+    out = tmp_path / "out"
+    assert fig4.main(line_of(tmp_path, *BASIC, *KEYS, "only_draw=true")) == 1 and not used
+    text = (out / "caption.md").read_text()
+    assert "## Missing" in text and "- basic recall: sw_ovq, seed 0 (3 of 4 tests not made)" in text
+    assert len([row for row in rows_of(out / "fig4.csv") if not row["index"]]) == 3
+
+    assert fig4.main(line_of(tmp_path, *BASIC, *KEYS)) == 0
+    assert used == [answers.TEST_SEED] * 9, "a test is made once: 12 of them, 3 before the interruption"
+    assert files(tmp_path / "runs") == trained
+    assert all(TABLE.read(path)[: len(rows)] == rows for path, rows in made.items())
+    used.clear()
+    picture = (out / "fig4.svg").read_bytes()
+    assert fig4.main(line_of(tmp_path, *BASIC, *KEYS)) == 0 and not used
+    assert (out / "fig4.svg").read_bytes() == picture
+
+    rows = [row for row in rows_of(out / "fig4.csv") if not row["index"]]
+    assert [(r["model"], r["length"], r["num_centroids"]) for r in rows if r["panel"] == "basic recall"] == [
+        *(("sw", "64", ""), ("sw", "128", "")),
+        *(("sw_ovq", "64", "256"), ("sw_ovq", "128", "256"), ("sw_ovq", "64", "8"), ("sw_ovq", "128", "8")),
+    ]
+    assert {row["panel"] for row in rows} == {"basic recall", "positional recall"} and len(rows) == 12
+    ovq = next(row for row in rows if row["model"] == "sw_ovq")
+    assert (ovq["window"], ovq["pattern"], ovq["train_length"], ovq["tokens"]) == (
+        "4",
+        "sliding_window ovq",
+        "64",
+        "512",
+    )
+    assert int(ovq["parameters"]) > 1000 and int(ovq["state_bytes"]) > 2 * int(ovq["state_numbers"])
+    assert ovq["seed"] == "0" and float(ovq["rate"]) in (0.001, 0.01) and int(ovq["answers"]) >= 20
+
+    trials = rows_of(out / "rates.csv")
+    assert len(trials) == 8 and all(row["test_seed"] == str(search.TEST_SEED) for row in trials)
+    for first, second in zip(trials[::2], trials[1::2]):
+        lower = first if float(first["loss"]) <= float(second["loss"]) else second
+        assert [row["chosen"] for row in (first, second)] == [str(row is lower) for row in (first, second)]
+        shown = [r for r in rows if (r["panel"], r["model"]) == (lower["subject"], lower["model"])]
+        assert {float(row["rate"]) for row in shown} == {float(lower["rate"])}
+    plan = json.loads((out / "plan.json").read_text())
+    assert len(plan["trials"]) == 8 and len(plan["runs"]) == 4 and not plan["missing"]
+    assert all(run["command"].startswith("python train.py experiment=") for run in plan["runs"].values())
+    assert plan["machine"]["command"] and plan["machine"]["date"] and plan["commit"]
+    text = (out / "caption.md").read_text()
+    for words in ("Scale cpu", "training seeds 0", plan["commit"], plan["machine"]["date"], "differs from the paper"):
+        assert words in text
+    assert "| 64 | 2 | 512 |" in text and "Missing" not in text and "At an edge of the grid" in text
+    assert (out / "fig4.png").stat().st_size > 20000 and "<svg" in (out / "fig4.svg").read_text()
+
+    run = next((tmp_path / "runs").glob("recall_64k,*seed=0*"))
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("value_vocab: 8", "value_vocab: 9"))
+    assert fig4.main(line_of(tmp_path, *BASIC, *KEYS)) == 2
+    assert "was made with other settings (data.task.value_vocab: 9 -> 8)" in capsys.readouterr().err
+
+
+def interrupted_after(count: int) -> Any:
+    """`measure`, as if Ctrl-C were pressed after so many calls."""
+    measure, calls = points.measure, iter(range(count))
+
+    def measured(*args: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    return measured
+
+
+@pytest.mark.usefixtures("trained_here")
+def test_figure_8_shares_its_runs_with_figure_4_and_names_a_failed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search, "ANSWERS", 20)
+    one = [*FEW, "lengths=[64]", "num_centroids=[]"]
+    assert fig4.main(line_of(tmp_path, *one, "models=[sw_ovq]", "trainer.context=192")) == 0
+    before = files(tmp_path / "runs")
+    tested = {path: TABLE.read(path) for path in (tmp_path / "runs").glob("recall_64k*")}
+    begin = sweep.start
+
+    def start(job: sweep.Job, slot: list[int]) -> Any:
+        if "model=sw_linear" in job.overrides and "seed=0" in job.overrides:
+            job.overrides = [*job.overrides, "trainer.no_such_setting=1"]
+        return begin(job, slot)
+
+    monkeypatch.setattr(sweep, "start", start)
+    line = line_of(tmp_path, *one, "models=[sw_ovq,sw_linear]", "functions=[4,16]", "trainer.context=192")
+    assert fig8.main(line) == 1
+    said = capsys.readouterr()
+    assert "basic recall: sw_linear, seed 0 (its training failed)" in said.err and "no_such_setting" in said.err
+    after = files(tmp_path / "runs")
+    assert before and {name: after[name] for name in before} == before
+    assert all(TABLE.read(path) == rows for path, rows in tested.items())
+    rows = rows_of(tmp_path / "out" / "fig8.csv")
+    assert {row["model"] for row in rows} == {"sw_ovq"}
+    assert {row["run"] for row in rows if row["panel"] == "basic recall"} <= set(before)
+    assert [row["test"] for row in rows if row["panel"].startswith("regression") and not row["index"]] == [
+        "4 functions", "16 functions"
+    ]  # fmt: skip
+    text = (tmp_path / "out" / "caption.md").read_text()
+    assert "- regression, 4 functions: sw_linear, seed 0 (its training failed)" in text
+    assert "missing: regression, 4 functions: sw_linear, seed 0" in (tmp_path / "out" / "fig8.svg").read_text()
+
+    monkeypatch.setattr(sweep, "start", begin)
+    assert fig8.main(line) == 0
+    assert {row["model"] for row in rows_of(tmp_path / "out" / "fig8.csv")} == {"sw_ovq", "sw_linear"}
+
+
+@pytest.mark.usefixtures("trained_here")
+def test_figure_5_draws_accuracy_by_example_for_every_number_of_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "ANSWERS", 20)
+    line = line_of(tmp_path, *FEW, "models=[sw,std_att]", "seeds=[0,1]", "functions=[4,20]", "trainer.context=432")
+    assert fig5.main(line) == 0
+    rows = rows_of(tmp_path / "out" / "fig5.csv")
+    assert {(row["test"], row["length"]) for row in rows} == {("4 functions", "108"), ("20 functions", "540")}
+    for test in ("4 functions", "20 functions"):
+        for model in ("sw", "std_att"):
+            for seed in ("0", "1"):
+                found = [r for r in rows if (r["test"], r["model"], r["seed"]) == (test, model, seed)]
+                assert [row["index"] for row in found] == ["", "1", "2"]
+    assert "without earlier examples" in (tmp_path / "out" / "fig5.svg").read_text()  # in a comment, above its paths
+
+
+def test_a_plan_names_runs_tokens_and_minutes_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [f"runs_root={tmp_path}/runs", f"out={tmp_path}/out", "models=[sw,sw_ovq]", "seeds=[0,1]"]
+    assert fig4.main([*line, "dry_run=true"]) == 0
+    said = capsys.readouterr().out
+    assert "sw_ovq, positional recall" in said and "13,107,200" in said and "minutes" in said
+    assert fig4.main([*line, "scale=paper"]) == 0
+    said = capsys.readouterr().out
+    assert "optim.lr=0.001,0.003,0.01" in said and "scale=paper" in said and "hours of one 80 GB GPU" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("figure", [fig4, fig5, fig8])
+def test_parts_hold_all_the_work_within_their_time(figure: Any) -> None:
+    schema = {fig4: fig4.Figure4Options, fig5: fig5.Figure5Options, fig8: fig8.Figure8Options}[figure]
+    plan = make_plan(figure.figure(options := parse(schema, ["scale=gpu"])), options, [])
+    parts, work = plan.parts(), plan.work
+    assert {unit for part in parts for unit in part} == set(work)
+    for part in parts:
+        assert len(part) == 1 or sum(unit.minutes for unit in part) <= 9
+    assert len(parts) * 9 >= sum(unit.minutes for unit in work)
+    first = {unit: number for number, part in reversed(list(enumerate(parts))) for unit in part}
+    assert [first[unit] for unit in work] == sorted(first.values()), "trials come before the runs that need them"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["seed=1"], "seed=1 cannot be given here; use seeds=[0,1]"),
+        (["optim.lr=1"], "optim.lr=1 cannot be given here; use rates=[0.001,0.01]"),
+        (["seeds=[1000]"], "seeds: 1000 is the seed of the runs that choose learning rates; use another"),
+        (["models=[gdn]"], "models: 'gdn' is not in fig4; legal: std_att, sw_nope, sw, sw_vq, sw_ovq"),
+        (["lengths=[2]"], "a recall sequence of 2 tokens has no room for a pair and its query"),
+        (["part=1"], "part=1: scale=cpu is not made in parts"),
+        (["scale=gpu", "part=9999"], "part=9999 does not exist; legal: 1 to "),
+        (["rates=[a]"], "rates=[a] must be a list of numbers, like [0.1,0.2]"),
+        (["trainer.stepz=1"], "there is no setting 'trainer.stepz'"),
+    ],
+)
+def test_impossible_requests_are_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    few = [] if any(a.startswith("models=") for a in arguments) else ["models=[sw]"]
+    assert fig4.main([f"runs_root={tmp_path}", *few, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_rates_are_chosen_with_seeds_of_their_own() -> None:
+    assert len({search.TEST_SEED, answers.TEST_SEED}) == 2 and TEST != 0
+    options = parse(fig4.Figure4Options, ["models=[sw]"])
+    plan = make_plan(fig4.figure(options), options, [])
+    for line in plan.lines:
+        for job in line.trials.values():
+            assert f"seed={search.TRAIN_SEED}" in job.overrides
+    assert search.TRAIN_SEED not in plan.seeds
+
+
+def test_the_best_rate_is_known_once_every_trial_is_scored_or_has_failed(tmp_path: Path) -> None:
+    trials = {rate: sweep.Job([], tmp_path / str(rate)) for rate in (0.1, 0.01, 0.001)}
+    assert search.best(trials) is None
+    search.note_failure(trials[0.1].run_dir, "diverged")
+    write_score(trials[0.01].run_dir, 2.0)
+    assert search.best(trials) is None
+    write_score(trials[0.001].run_dir, 2.0)
+    assert search.best(trials) == 0.001
+    write_score(trials[0.1].run_dir, float("nan"))
+    write_score(trials[0.01].run_dir, 1.5)
+    assert search.best(trials) == 0.01
+    write_score(trials[0.01].run_dir, 1.5, seed=answers.TEST_SEED)
+    assert search.best(trials) is None, "a score on the figure's own sequences does not count"
+
+
+def write_score(run_dir: Path, loss: float, seed: int = search.TEST_SEED) -> None:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / search.FILE).write_text(json.dumps({"seed": seed, "loss": loss}))
