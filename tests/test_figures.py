@@ -66,6 +66,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in folder.glob("*/metrics.jsonl")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained_here")
 def test_figure_4_leaves_a_folder_that_can_be_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -136,8 +137,8 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
     assert "| 64 | 2 | 512 |" in text and "Missing" not in text and "At an edge of the grid" in text
     assert (out / "fig4.png").stat().st_size > 20000 and "<svg" in (out / "fig4.svg").read_text()
 
-    run = next((tmp_path / "runs").glob("recall_64k,*seed=0*"))
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("value_vocab: 8", "value_vocab: 9"))
+    stored = tmp_path / "runs" / ovq["run"] / "config.yaml"
+    stored.write_text(stored.read_text().replace("value_vocab: 8", "value_vocab: 9"))
     assert fig4.main(line_of(tmp_path, *BASIC, *KEYS)) == 2
     assert "was made with other settings (data.task.value_vocab: 9 -> 8)" in capsys.readouterr().err
 
@@ -154,6 +155,7 @@ def interrupted_after(count: int) -> Any:
     return measured
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained_here")
 def test_figure_8_shares_its_runs_with_figure_4_and_names_a_failed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -193,6 +195,7 @@ def test_figure_8_shares_its_runs_with_figure_4_and_names_a_failed_one(
     assert {row["model"] for row in rows_of(tmp_path / "out" / "fig8.csv")} == {"sw_ovq", "sw_linear"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained_here")
 def test_figure_5_draws_accuracy_by_example_for_every_number_of_functions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

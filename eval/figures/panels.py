@@ -12,6 +12,7 @@ from eval.figures.declare import Figure, Point
 from ovq.plan import format_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Picture
 
@@ -98,12 +99,12 @@ def picture_of(panels: int) -> tuple[Picture, list[Axes]]:
 
 def shared_legend(axes: list[Axes]) -> None:
     """One legend for all panels, beside the last."""
-    known: dict[str, object] = {}
+    known: dict[str, Artist] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
             known.setdefault(label, handle)
     if known:
-        axes[-1].legend(known.values(), known.keys(), frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes[-1].legend(list(known.values()), list(known), frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def note_missing(picture: Picture, missing: list[str]) -> None:

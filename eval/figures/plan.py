@@ -200,10 +200,10 @@ def make_plan(figure: Figure, options: Options, overrides: list[str]) -> Plan:
     lines: dict[tuple[str, str], Line] = {}
     for panel in figure.panels:
         for model in panel.models:
-            key = (panel.subject.name, model)
-            if key not in lines:
-                lines[key] = line_of(panel.subject, model, scale, options, overrides)
-            lines[key].panels.append(panel)
+            named = (panel.subject.name, model)
+            if named not in lines:
+                lines[named] = line_of(panel.subject, model, scale, options, overrides)
+            lines[named].panels.append(panel)
     for line in lines.values():
         for test in line.tests:
             build_task(points.with_settings(line.cfg, test)).describe(test.length)
