@@ -121,3 +121,15 @@ def test_a_small_model_is_tested_at_64k_tokens(name: str) -> None:
     right, total = tally.total
     assert total == task.describe(65_536)["answers"]
     assert right / total < 0.1, "an untrained model is at chance"
+
+
+def test_loss_is_the_mean_over_labels_and_another_seed_gives_other_sequences() -> None:
+    task = RecallTask(key_vocab=20, value_vocab=9, value_tokens=2)
+    model = small_model("sw", vocab_size=task.vocab_size).eval()
+    rows = -(-30 // task.describe(60)["answers"])
+    batch = next(sequences_for_test(task, 60, seed=5, rows=rows, batch=rows))
+    with torch.no_grad():
+        summed = model(batch.inputs, targets_BT=batch.targets).loss
+    tally = answers.test(model, CPU, task, 60, 30, seed=5)
+    assert tally.loss == pytest.approx(float(summed) / int((batch.targets != IGNORE).sum()), rel=1e-5)
+    assert answers.test(model, CPU, task, 60, 30).loss != tally.loss

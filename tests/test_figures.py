@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import train
 from data.tasks.base import TEST
 from eval import answers
 from eval.accuracy import TABLE
-from eval.figures import fig4, fig5, fig8, points, search
+from eval.figures import fig4, fig5, fig8, make, points, search
 from eval.figures.plan import make_plan
 from launch import sweep
 from ovq.cli import parse
@@ -237,6 +238,27 @@ def test_parts_hold_all_the_work_within_their_time(figure: Any) -> None:
     assert len(parts) * 9 >= sum(unit.minutes for unit in work)
     first = {unit: number for number, part in reversed(list(enumerate(parts))) for unit in part}
     assert [first[unit] for unit in work] == sorted(first.values()), "trials come before the runs that need them"
+
+
+def test_a_part_is_told_to_stop_at_the_end_of_its_time() -> None:
+    with sweep.noted_signals() as received, make.time_limit(0.0):
+        while not received:
+            pass
+    assert received == [signal.SIGTERM]
+
+
+def test_a_part_whose_rates_are_not_chosen_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse(fig4.Figure4Options, ["scale=gpu", "models=[sw]"])
+    parts = make_plan(fig4.figure(options), options, []).parts()
+    number = next(k for k, part in enumerate(parts, 1) if part[0].stage == "train")
+    monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("nothing may start"))
+    line = ["scale=gpu", "models=[sw]", f"part={number}", f"runs_root={tmp_path}", f"out={tmp_path}/out"]
+    assert fig4.main(line) == 2
+    said = capsys.readouterr().err
+    assert f"part={number} needs the learning rate of sw, basic recall, which is not chosen yet" in said
+    assert said.count("\n") == 1 and f"{tmp_path}/recall_64k" in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

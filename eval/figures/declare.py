@@ -24,6 +24,7 @@ class Scale:
     Args:
         overrides: settings that every run gets after its experiment's own.
         flops_per_s: what one device computes in training and testing, for estimates of time.
+        start_minutes: what starting a process, and a model's first step, take.
         device: what the estimates are for.
         num_centroids: dictionary capacities of tests, besides that of training.
         piece_minutes: longest part; None: the figure is not made in parts.
@@ -33,6 +34,7 @@ class Scale:
     name: str
     overrides: tuple[str, ...]
     flops_per_s: float
+    start_minutes: float
     device: str
     num_centroids: tuple[int, ...]
     piece_minutes: float | None = None
@@ -43,10 +45,10 @@ SCALES = {
     scale.name: scale
     for scale in (
         # A model of four layers of width 128 trains at about 11,000 tokens/s.
-        Scale("cpu", (), 6e10, "two CPU cores", (1024, 4096, 16384)),
-        # A tenth and two fifths of an H100's dense bf16 peak; neither was measured.
-        Scale("gpu", ("scale=gpu",), 1e14, "one 80 GB GPU", (4096, 16384), piece_minutes=9),
-        Scale("paper", ("scale=paper",), 4e14, "one 80 GB GPU", (8192, 16384), only_plan=True),
+        Scale("cpu", (), 6e10, 0.2, "two CPU cores", (1024, 4096, 16384)),
+        # A tenth and two fifths of an H100's dense bf16 peak, and starts: none of it was measured.
+        Scale("gpu", ("scale=gpu",), 1e14, 0.5, "one 80 GB GPU", (4096, 16384), piece_minutes=9),
+        Scale("paper", ("scale=paper",), 4e14, 2, "one 80 GB GPU", (8192, 16384), only_plan=True),
     )
 }
 

@@ -82,7 +82,8 @@ class Line:
         return self.finals[seed]
 
     def training_minutes(self, cfg: Config, scale: Scale) -> float:
-        return flops_per_token(self.network, cfg.trainer.context) * tokens_of(cfg) / scale.flops_per_s / 60
+        flops = flops_per_token(self.network, cfg.trainer.context) * tokens_of(cfg)
+        return scale.start_minutes + flops / scale.flops_per_s / 60
 
     def test_minutes(self, test: Test, answers: int, scale: Scale) -> float:
         task = build_task(points.with_settings(self.cfg, test))
@@ -126,7 +127,8 @@ class Plan:
             minutes = line.training_minutes(line.cfg, self.scale)
             made += [Work("train", line.name, seed, tokens_of(line.cfg), minutes) for seed in self.seeds]
         for line in self.lines:
-            minutes = sum(line.test_minutes(test, self.options.answers, self.scale) for test in line.tests)
+            each = [line.test_minutes(test, self.options.answers, self.scale) for test in line.tests]
+            minutes = self.scale.start_minutes + sum(each)
             made += [Work("test", line.name, seed, 0, minutes) for seed in self.seeds]
         return made
 
