@@ -8,10 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 FASTER = 3.0  # how many times faster bfloat16 products must be for a whole step to gain clearly
