@@ -1,4 +1,4 @@
-"""What a chunk's queries see, as views that the torch backend makes once: making them anew costs as much as small sums.
+"""What a chunk's queries see, as views that the torch backend makes once for all chunks of the same shape.
 
 Shapes: l tokens and t queries of one chunk, H query heads, G key/value heads, R = H / G, P = batch x G, n centroids in
 use, in whole grains, K key width, V value width.
