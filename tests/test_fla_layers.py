@@ -4,7 +4,7 @@ What runs is the published layer's own `forward`, except its Triton kernels, whi
 definition in torch: the recurrences, the decay gate and the norms by flash-linear-attention's own references, and the
 short convolution, elu + 1, SiLU and unit norm by functions below. That its kernels equal these is not tested here.
 
-Differences, each removed by the settings and weights of a case, or tested to be as stated:
+Differences, which the settings and weights of the cases remove:
 
 - Mesa-Net: the published decay is sigmoid(a) with a = W x + b. Ours is Mamba's, exp(-A softplus(a)), which is
   sigmoid(-a) where A = 1. At the start the published decay is near 1/2 per token; ours is slow, and A is learned.
@@ -14,9 +14,8 @@ Differences, each removed by the settings and weights of a case, or tested to be
 - Sizes: ours follow from model.num_heads and model.head_dim, so that models are comparable.
 - Epsilons: the unit norm's is 1e-6 under the root there, a floor of 1e-12 here; the normaliser's of linear attention is
   1e-10 there, 1e-6 here. In these cases both change results by less than the tolerance.
-- Initial projections: the layers there leave nn.Linear's, their models draw all weights, convolutions included, with
-  deviation 0.02. Ours are drawn with model.init_std, with smaller output projections as in GPT-2, and convolutions as
-  nn.Conv1d's, which are those of the published layers.
+- Initial weights: ours are normal with model.init_std, smaller for output projections; convolutions start as nn.Conv1d
+  does, as in the published layers. The published models draw projections and convolutions with deviation 0.02.
 """
 
 from __future__ import annotations
