@@ -21,7 +21,8 @@ class GatedDeltaNet(SequenceMixer):
 
     Values are twice as wide as keys, as in the paper. With half of attention's heads (the default), and keys as wide as
     attention's heads, the projections have (1 + 2 + 1) dim x width weights, as many as attention, so that models are
-    comparable; the paper's own layer is half as large again.
+    comparable; the paper's own layer is half as large again. A starts in 1 .. 16, as in Mamba-2; in the published code
+    (flash-linear-attention) it starts in 0 .. 16.
 
     Args:
         num_heads: heads of the memory; null for half of model.num_heads, but at least 1.

@@ -22,6 +22,9 @@ class MesaNet(SequenceMixer):
     """Short convolutions on q and k, both with unit norm, decay and input gates computed from the token, the Mesa layer
     with a learned ridge, a head-wise RMSNorm, and the output projection. Its weights are attention's and two gates.
 
+    The decay is Mamba's gate, exp(-A softplus(a)), which starts slow. The published code (flash-linear-attention) has
+    sigmoid(a), near 1/2 at the start, which is this gate with A = 1 and the opposite sign of a.
+
     Args:
         conv_size: number of taps of the short convolutions.
         iterations: conjugate-gradient steps for each token's regression; the paper trains with 30.
