@@ -1,4 +1,9 @@
-"""A run folder's per_position_loss.parquet: loss by position for every evaluation, one row per bucket."""
+"""A run folder's tables of loss by position, for every evaluation.
+
+per_position_loss.parquet: the mean over documents, one row per bucket.
+loss_by_document.parquet: each document's own, in logarithmic buckets. Two runs that were tested on the same documents
+can be compared document by document, where differences between documents cancel.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +33,23 @@ KEY = ("step", "context", "num_centroids", "split")
 
 TABLE = RunTable(FILE, SCHEMA, KEY, "loss by position")
 read, write, key_of = TABLE.read, TABLE.write, TABLE.key_of
+
+BY_DOCUMENT = RunTable(
+    "loss_by_document.parquet",
+    pa.schema(
+        [
+            ("step", pa.int64()),
+            ("context", pa.int64()),
+            ("num_centroids", pa.int64()),  # as above
+            ("split", pa.string()),
+            ("changes", pa.string()),  # overrides of the model or its numerics
+            ("asked", pa.int64()),  # eval.documents: the split may hold fewer that are long enough
+            ("document", pa.int64()),  # counts those that are long enough, in the order of the split
+            ("position_start", pa.int64()),
+            ("position_end", pa.int64()),  # exclusive
+            ("loss", pa.float64()),  # nats per token
+        ]
+    ),
+    ("step", "context", "num_centroids", "split", "changes"),
+    "loss by document and position",
+)

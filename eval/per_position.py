@@ -3,7 +3,7 @@
     python -m eval.per_position run=runs/cpu_demo context=65536
     torchrun --nproc_per_node 8 -m eval.per_position run=runs/pg19_480m context=65536 documents=32
 
-Writes per_position_loss.parquet (every evaluation, in logarithmic and in linear buckets) and
+Writes per_position_loss.parquet (every evaluation, in logarithmic and in linear buckets), loss_by_document.parquet and
 plots/loss_by_position_*.png to the run folder. A document is its separator followed by its ids. The first `context`
 predictions of every document that is long enough are measured, so every position averages over the same documents.
 Memory is bounded: see `eval.heldout`.
@@ -23,6 +23,7 @@ from data.sources import DataError
 from data.tokenizer import Tokenizer
 from eval import loss_table, plot
 from eval.heldout import HeldOut, losses_by_position
+from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
@@ -207,6 +208,24 @@ def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int) -> 
     return [{name: row[name] for name in loss_table.SCHEMA.names} for row in rows]
 
 
+def document_rows(measured: Measurement, cfg: Config, step: int, changed: str) -> list[loss_table.Row]:
+    """An evaluation as rows of `loss_table.BY_DOCUMENT`."""
+    wanted, edges = cfg.eval, log_edges(cfg.eval.context)
+    common = {
+        "step": step,
+        "context": wanted.context,
+        "num_centroids": wanted.num_centroids,
+        "split": wanted.split,
+        "changes": changed,
+        "asked": wanted.documents,
+    }
+    return [
+        common | {"document": document, "position_start": start, "position_end": end, "loss": float(loss)}
+        for document, losses in enumerate(measured.by_bucket["log"])
+        for start, end, loss in zip(edges, edges[1:], losses)
+    ]
+
+
 def evaluate_strictly(
     model: Transformer,
     cfg: Config,
@@ -218,12 +237,14 @@ def evaluate_strictly(
     *,
     wandb_step: int | None = None,
     progress: bool = False,
+    changed: str = "",
 ) -> dict[str, float] | None:
     """Like `evaluate`, but raises where nothing can be evaluated.
 
     Args:
         wandb_step: step to log the results under in wandb; None for a run reopened after its end.
         progress: as in `measure`.
+        changed: what the table of documents says under "changes".
 
     Raises:
         ConfigError, DataError: as in `measure`.
@@ -237,6 +258,7 @@ def evaluate_strictly(
     def publish() -> None:
         rows = table_rows(measured, cfg, run_dir, step)
         loss_table.write(run_dir, rows)
+        loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
         curves = plot.curves_of(
             loss_table.read(run_dir),
             scale="log",
@@ -298,6 +320,7 @@ def main(options: Options, overrides: list[str]) -> int:
             *(run.model, run.cfg, run.tokenizer, run.world, run.run_dir, run.step),
             should_stop=lambda: False,
             progress=run.world.is_main,
+            changed=changes(overrides),
         )
         assert results is not None  # nothing could stop it
         if run.world.is_main:
