@@ -104,15 +104,15 @@ def mark_finished(jobs: list[Job]) -> None:
             job.status = "finished before"
 
 
-def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool) -> None:
-    """Run the waiting jobs, as many at a time as there are groups of GPUs (one at a time without).
+def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool, at_once: int = 1) -> None:
+    """Run the waiting jobs, as many at a time as there are groups of GPUs; without GPUs, `at_once`.
 
     No job outlives this function: if it ends early, it stops the running jobs and waits for them to save.
 
     Raises:
         Stopped: by a signal, after the jobs have saved.
     """
-    slots = [list(range(at, at + per_job)) for at in range(0, gpus - per_job + 1, per_job)] or [[]]
+    slots = [list(range(at, at + per_job)) for at in range(0, gpus - per_job + 1, per_job)] or [[]] * at_once
     free, running = list(slots), dict[subprocess.Popen[bytes], tuple[Job, list[int]]]()
     waiting = [job for job in jobs if job.status == "waiting"]
     with noted_signals() as received:
@@ -121,7 +121,7 @@ def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool) -> N
             while running or (waiting and not received):
                 while waiting and free and not received:
                     job, slot = waiting.pop(0), free.pop(0)
-                    running[start(job, slot)] = (job, slot)
+                    running[start(job, slot, at_once)] = (job, slot)
                 time.sleep(POLL_S)
                 if len(received) > passed_on:
                     passed_on = len(received)
@@ -167,14 +167,16 @@ def noted_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def start(job: Job, slot: list[int]) -> subprocess.Popen[bytes]:
-    """Start one job, its output in <run folder>/sweep.log.
+def start(job: Job, slot: list[int], at_once: int = 1) -> subprocess.Popen[bytes]:
+    """Start one job, its output in <run folder>/sweep.log, with its share of the cores if `at_once` jobs share them.
 
     In a session of its own: a Ctrl-C in the terminal reaches the sweep alone, which passes it on once.
     """
     job.status = "running"
     job.run_dir.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, slot))} if slot else {})
+    if at_once > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
     launcher = [sys.executable]
     if len(slot) > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(len(slot))]
@@ -206,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         "--gpus", type=int, default=0, help="GPUs of this machine to use (0: run on what train.py picks)"
     )
     parser.add_argument("--per-job", type=int, default=1, help="GPUs a job")
+    parser.add_argument("--at-once", type=int, default=1, help="without GPUs: jobs at a time, sharing the cores")
     parser.add_argument("--stop-on-failure", action="store_true", help="start no further job after a failure")
     parser.add_argument("--plan", action="store_true", help="only show what would run")
     return guarded(lambda: sweep(parser.parse_args(argv)))
@@ -219,7 +222,13 @@ def sweep(options: argparse.Namespace) -> int:
     if options.plan:
         return 0
     try:
-        run(jobs, gpus=options.gpus, per_job=options.per_job, stop_on_failure=options.stop_on_failure)
+        run(
+            jobs,
+            gpus=options.gpus,
+            per_job=options.per_job,
+            stop_on_failure=options.stop_on_failure,
+            at_once=options.at_once,
+        )
     finally:
         print(f"\n{table(jobs)}")
     if broken := failures(jobs):

@@ -6,6 +6,7 @@ import datetime
 import functools
 import platform
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,20 @@ def command_line() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec else sys.argv[0]
     return " ".join(["python", program, *sys.argv[1:]])
+
+
+@functools.cache
+def code_commit() -> str:
+    """The git commit of this code, "+ changes" if files differ from it (docs/ apart); "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit, changed = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno", "--", ".", ":!docs"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + (" + changes" if changed else "")
 
 
 def processor_name() -> str:

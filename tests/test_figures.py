@@ -15,10 +15,14 @@ import train
 from data.tasks.base import TEST
 from eval import answers
 from eval.accuracy import TABLE
-from eval.figures import fig4, fig5, fig8, make, points, search
+from eval.figures import fig4, fig5, fig6, fig8, make, measures, search
+from eval.figures.declare import Test
+from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
+from eval.figures.runs import SCORE, FigureRun
 from launch import sweep
 from ovq.cli import parse
+from ovq.compose import compose
 
 SMALL = [
     *("model.num_layers=2", "model.dim=16", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=16"),
@@ -28,6 +32,9 @@ SMALL = [
 KEYS = ["data.task.key_vocab=64", "data.task.value_vocab=8", "trainer.context=64"]
 FEW = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "answers=20"]
 BASIC = [*FEW, "lengths=[64,128]", "num_centroids=[8]", "models=[sw,sw_ovq]"]
+
+
+FOLDERS = {"out": "out", "runs_root": "runs", "records": "records"}
 
 
 class Ended:
@@ -44,7 +51,7 @@ class Ended:
 def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains in this process, which takes a tenth of the time of a fresh one."""
 
-    def start(job: sweep.Job, slot: list[int]) -> Ended:
+    def start(job: sweep.Job, slot: list[int], at_once: int) -> Ended:
         job.status = "running"
         job.run_dir.mkdir(parents=True, exist_ok=True)
         with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -55,7 +62,8 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def line_of(tmp_path: Path, *options: str) -> list[str]:
-    return [f"out={tmp_path}/out", f"runs_root={tmp_path}/runs", *options, *SMALL]
+    folders = [f"{name}={tmp_path}/{folder}" for name, folder in FOLDERS.items()]
+    return [*folders, *options, *SMALL]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -80,11 +88,11 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
         return sequences(task, length, seed=seed, rows=rows, batch=batch)
 
     monkeypatch.setattr(answers, "sequences_for_test", noted)
-    monkeypatch.setattr(search, "ANSWERS", 20)
+    monkeypatch.setattr(measures, "ANSWERS", 20)
     with monkeypatch.context() as stopped:
-        stopped.setattr(points, "measure", interrupted_after(3))
+        stopped.setattr(measures.accuracy, "measure", interrupted_after(3))
         assert fig4.main(line_of(tmp_path, *BASIC, *KEYS)) == 130
-    assert used == [search.TEST_SEED] * 8 + [answers.TEST_SEED] * 3
+    assert used == [measures.TEST_SEED] * 8 + [answers.TEST_SEED] * 3
     trained = files(tmp_path / "runs")
     made = {path: TABLE.read(path) for path in (tmp_path / "runs").iterdir()}
     assert sum(row["index"] is None for rows in made.values() for row in rows) == 3
@@ -119,10 +127,10 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
         "512",
     )
     assert int(ovq["parameters"]) > 1000 and int(ovq["state_bytes"]) > 2 * int(ovq["state_numbers"])
-    assert ovq["seed"] == "0" and float(ovq["rate"]) in (0.001, 0.01) and int(ovq["answers"]) >= 20
+    assert ovq["seed"] == "0" and float(ovq["rate"]) in (0.001, 0.01) and int(ovq["count"]) >= 20
 
     trials = rows_of(out / "rates.csv")
-    assert len(trials) == 8 and all(row["test_seed"] == str(search.TEST_SEED) for row in trials)
+    assert len(trials) == 8 and all(row["scored_on"] == Accuracy.chosen_on for row in trials)
     for first, second in zip(trials[::2], trials[1::2]):
         lower = first if float(first["loss"]) <= float(second["loss"]) else second
         assert [row["chosen"] for row in (first, second)] == [str(row is lower) for row in (first, second)]
@@ -146,7 +154,7 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
 
 def interrupted_after(count: int) -> Any:
     """`measure`, as if Ctrl-C were pressed after so many calls."""
-    measure, calls = points.measure, iter(range(count))
+    measure, calls = measures.accuracy.measure, iter(range(count))
 
     def measured(*args: Any) -> Any:
         if next(calls, None) is None:
@@ -161,17 +169,17 @@ def interrupted_after(count: int) -> Any:
 def test_figure_8_shares_its_runs_with_figure_4_and_names_a_failed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(search, "ANSWERS", 20)
+    monkeypatch.setattr(measures, "ANSWERS", 20)
     one = [*FEW, "lengths=[64]", "num_centroids=[]"]
     assert fig4.main(line_of(tmp_path, *one, "models=[sw_ovq]", "trainer.context=192")) == 0
     before = files(tmp_path / "runs")
     tested = {path: TABLE.read(path) for path in (tmp_path / "runs").glob("recall_64k*")}
     begin = sweep.start
 
-    def start(job: sweep.Job, slot: list[int]) -> Any:
+    def start(job: sweep.Job, slot: list[int], at_once: int) -> Any:
         if "model=sw_linear" in job.overrides and "seed=0" in job.overrides:
             job.overrides = [*job.overrides, "trainer.no_such_setting=1"]
-        return begin(job, slot)
+        return begin(job, slot, at_once)
 
     monkeypatch.setattr(sweep, "start", start)
     line = line_of(tmp_path, *one, "models=[sw_ovq,sw_linear]", "functions=[4,16]", "trainer.context=192")
@@ -201,7 +209,7 @@ def test_figure_8_shares_its_runs_with_figure_4_and_names_a_failed_one(
 def test_figure_5_draws_accuracy_by_example_for_every_number_of_functions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "ANSWERS", 20)
+    monkeypatch.setattr(measures, "ANSWERS", 20)
     line = line_of(tmp_path, *FEW, "models=[sw,std_att]", "seeds=[0,1]", "functions=[4,20]", "trainer.context=432")
     assert fig5.main(line) == 0
     rows = rows_of(tmp_path / "out" / "fig5.csv")
@@ -217,7 +225,7 @@ def test_figure_5_draws_accuracy_by_example_for_every_number_of_functions(
 def test_a_plan_names_runs_tokens_and_minutes_and_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [f"runs_root={tmp_path}/runs", f"out={tmp_path}/out", "models=[sw,sw_ovq]", "seeds=[0,1]"]
+    line = [f"runs_root={tmp_path}/runs", f"out={tmp_path}/out", "models=[sw,sw_ovq]", "seeds=[0,1]", "records=null"]
     assert fig4.main([*line, "dry_run=true"]) == 0
     said = capsys.readouterr().out
     assert "sw_ovq, positional recall" in said and "13,107,200" in said and "minutes" in said
@@ -285,30 +293,33 @@ def test_impossible_requests_are_one_line(
 
 
 def test_rates_are_chosen_with_seeds_of_their_own() -> None:
-    assert len({search.TEST_SEED, answers.TEST_SEED}) == 2 and TEST != 0
+    assert len({measures.TEST_SEED, answers.TEST_SEED}) == 2 and TEST != 0
     options = parse(fig4.Figure4Options, ["models=[sw]"])
     plan = make_plan(fig4.figure(options), options, [])
     for line in plan.lines:
-        for job in line.trials.values():
-            assert f"seed={search.TRAIN_SEED}" in job.overrides
+        for trial in line.trials.values():
+            assert f"seed={search.TRAIN_SEED}" in trial.job.overrides
     assert search.TRAIN_SEED not in plan.seeds
 
 
 def test_the_best_rate_is_known_once_every_trial_is_scored_or_has_failed(tmp_path: Path) -> None:
-    trials = {rate: sweep.Job([], tmp_path / str(rate)) for rate in (0.1, 0.01, 0.001)}
+    cfg = compose(["experiment=recall"])
+    trials = {
+        rate: FigureRun(sweep.Job([], tmp_path / str(rate)), cfg, Accuracy(), None) for rate in (0.1, 0.01, 0.001)
+    }
     assert search.best(trials) is None
-    search.note_failure(trials[0.1].run_dir, "diverged")
-    write_score(trials[0.01].run_dir, 2.0)
+    search.note_failure(trials[0.1], "diverged")
+    write_score(trials[0.01], 2.0)
     assert search.best(trials) is None
-    write_score(trials[0.001].run_dir, 2.0)
+    write_score(trials[0.001], 2.0)
     assert search.best(trials) == 0.001
-    write_score(trials[0.1].run_dir, float("nan"))
-    write_score(trials[0.01].run_dir, 1.5)
+    write_score(trials[0.1], float("nan"))
+    write_score(trials[0.01], 1.5)
     assert search.best(trials) == 0.01
-    write_score(trials[0.01].run_dir, 1.5, seed=answers.TEST_SEED)
+    write_score(trials[0.01], 1.5, on="sequences of seed 1")
     assert search.best(trials) is None, "a score on the figure's own sequences does not count"
 
 
-def write_score(run_dir: Path, loss: float, seed: int = search.TEST_SEED) -> None:
-    run_dir.mkdir(exist_ok=True)
-    (run_dir / search.FILE).write_text(json.dumps({"seed": seed, "loss": loss}))
+def write_score(trial: FigureRun, loss: float, on: str = Accuracy.chosen_on) -> None:
+    trial.run_dir.mkdir(exist_ok=True)
+    (trial.run_dir / SCORE).write_text(json.dumps({"on": on, "loss": loss}))

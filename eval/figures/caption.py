@@ -34,6 +34,7 @@ def caption(
     """The text of caption.md."""
     name, scale = plan.figure.name, plan.scale.name
     seeds = ", ".join(map(str, plan.seeds))
+    described = dict.fromkeys(line.measure.described(line.tests[0]) for line in plan.lines)
     lines = [
         f"# {plan.figure.title}",
         "",
@@ -46,9 +47,10 @@ def caption(
         f"- Code: commit {commit}; finished {machine['date']}",
         f"- Machine: {machine.get('accelerator') or machine['processor']}, {machine['cores']} cores, "
         f"torch {machine['torch']}, {machine['threads']} threads",
-        f"- Tests: at least {plan.options.answers:,} answers each, in float32, on sequences that no run was trained on "
-        "and no learning rate was chosen with, the same for every model. State: activations in bf16, sums in float32.",
+        *(f"- Tests, in float32: {words}." for words in described),
+        "- State: activations in bf16, sums in float32.",
         *missing_section(missing),
+        *findings_section(plan.figure.findings(points)),
         "",
         "## Models",
         "",
@@ -67,6 +69,10 @@ def caption(
 
 def missing_section(missing: list[str]) -> list[str]:
     return ["", "## Missing", "", *(f"- {what}" for what in missing)] if missing else []
+
+
+def findings_section(lines: list[str]) -> list[str]:
+    return ["", "## Findings", "", *lines] if lines else []
 
 
 def row(line: Line) -> str:
@@ -91,21 +97,26 @@ def rates_section(plan: Plan, trials: list[dict[str, Any]]) -> list[str]:
     """How learning rates were chosen, and where the grid may not reach far enough."""
     grid = [f"{rate:g}" for rate in plan.options.rates]
     steps = sorted({line.trial_cfg.trainer.steps for line in plan.lines})
+    data = " or ".join(dict.fromkeys(line.measure.chosen_on for line in plan.lines))
     text = [
         "## Learning rates",
         "",
         f"Each model's rate is the best of {', '.join(grid)}, the same grid for all: the one with the lowest loss "
         f"after a run of {' or '.join(f'{number:,}' for number in steps)} steps with seed {search.TRAIN_SEED}, at the "
-        f"training length, on sequences of seed {search.TEST_SEED}, which this figure does not show. The "
+        f"training length, on {data}, which this figure does not show. The "
         "chosen rate serves all training seeds. All scores are in [rates.csv](rates.csv).",
     ]
     edges = [
         line.name
         for line in plan.lines
-        if len(line.trials) > 1 and line.rate() in (min(plan.options.rates), max(plan.options.rates))
+        if line.own_trials
+        and len(line.trials) > 1
+        and line.rate() in (min(plan.options.rates), max(plan.options.rates))
     ]
     if edges:
         text += ["", f"At an edge of the grid, so that a better rate may lie outside it: {'; '.join(edges)}."]
+    if borrowed := [line.name for line in plan.lines if not line.own_trials]:
+        text += ["", f"Without trials of their own, at the rate of the model that they vary: {'; '.join(borrowed)}."]
     if failed := [f"{t['model']}, {t['subject']} at {t['rate']:g}" for t in trials if t["failed"]]:
         text += ["", f"Trials that failed: {'; '.join(failed)}."]
     return text

@@ -7,7 +7,7 @@ one run. Lengths are in tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ovq.config import Config
@@ -22,7 +22,6 @@ class Scale:
     """A size of the experiments.
 
     Args:
-        overrides: settings that every run gets after its experiment's own.
         flops_per_s: what one device computes in training and testing, for estimates of time.
         start_minutes: what starting a process, and a model's first step, take.
         device: what the estimates are for.
@@ -32,7 +31,6 @@ class Scale:
     """
 
     name: str
-    overrides: tuple[str, ...]
     flops_per_s: float
     start_minutes: float
     device: str
@@ -45,42 +43,73 @@ SCALES = {
     scale.name: scale
     for scale in (
         # A model of four layers of width 128 trains at about 11,000 tokens/s.
-        Scale("cpu", (), 6e10, 0.2, "two CPU cores", (1024, 4096, 16384)),
+        Scale("cpu", 6e10, 0.2, "two CPU cores", (1024, 4096, 16384)),
         # A tenth and two fifths of an H100's dense bf16 peak, and starts: none of it was measured.
-        Scale("gpu", ("scale=gpu",), 1e14, 0.5, "one 80 GB GPU", (4096, 16384), piece_minutes=9),
-        Scale("paper", ("scale=paper",), 4e14, 2, "one 80 GB GPU", (8192, 16384), only_plan=True),
+        Scale("gpu", 1e14, 0.5, "one 80 GB GPU", (4096, 16384), piece_minutes=9),
+        Scale("paper", 4e14, 2, "one 80 GB GPU", (8192, 16384), only_plan=True),
     )
 }
 
 
+SCALED = {"gpu": ("scale=gpu",), "paper": ("scale=paper",)}
+
+
 @dataclass(frozen=True)
 class Subject:
-    """What models are trained on: an experiment and changes to it; `at` has further ones for single scales."""
+    """What models are trained on: an experiment and changes to it; `at` has further ones for single scales, perhaps
+    another experiment."""
 
     name: str
     experiment: str
     overrides: tuple[str, ...] = ()
-    at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    at: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SCALED)
 
 
 RECALL = Subject("basic recall", "recall_64k")
 POSITIONAL = Subject("positional recall", "positional_recall")
-_AT_2K = {"paper": ("trainer.context=2048",)}
+_AT_2K = SCALED | {"paper": ("scale=paper", "trainer.context=2048")}
 REGRESSION_16 = Subject("regression, 16 functions", "regression", ("data.task.functions=16",), _AT_2K)
 REGRESSION_4 = Subject("regression, 4 functions", "regression", ("data.task.functions=4",), _AT_2K)
+PG19 = Subject("PG19", "pg19_cpu", (), {"gpu": ("experiment=pg19_gpu",), "paper": ("experiment=pg19_480m",)})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as a figure names it.
+
+    Args:
+        overrides: the settings that make it; empty: `model=NAME`.
+        rate_of: name of the model of the same figure whose trials choose its learning rate; None: its own trials.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    rate_of: str | None = None
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return self.overrides or (f"model={self.name}",)
+
+
+def models(*names: str) -> tuple[Model, ...]:
+    """Models that are configs, each with trials of its own."""
+    return tuple(Model(name) for name in names)
 
 
 @dataclass(frozen=True)
 class Test:
-    """One test of a trained run on sequences of `length` tokens.
+    """One test of a trained run.
 
     Args:
+        length: tokens of its sequences, or of the beginnings of its documents.
+        amount: answers that it has at least, or documents that it has at most.
+        num_centroids: dictionary capacity; None: as trained.
         label: tells tests of a panel apart that differ in more than length and capacity, for instance "16 functions".
         overrides: settings of the task in this test.
-        num_centroids: dictionary capacity; None: as trained.
     """
 
     length: int
+    amount: int
     num_centroids: int | None = None
     label: str = ""
     overrides: tuple[str, ...] = ()
@@ -90,9 +119,11 @@ class Test:
 class Point:
     """A row of the figure's CSV: one number of the picture, with what it takes to compare it.
 
-    `index` is what `Task.indices` counts, None for the accuracy over all answers. `accuracy` is in 0 to 1.
-    `num_centroids` is None without a dictionary whose capacity could be changed. State is that of one sequence of
-    `length` tokens, in bytes with activations in bf16 and sums in float32. `tokens` are those of training.
+    Of a generated task, `value` is an accuracy in 0 to 1 over `count` answers, and `index` what `Task.indices` counts,
+    None for all answers. Of text, it is the mean loss in nats per token of `count` positions of a `document`, from
+    position `index` on. `num_centroids` is None without a dictionary whose capacity could be changed. State is that of
+    one sequence of `length` tokens, in bytes with activations in bf16 and sums in float32. `tokens` are those of
+    training.
     """
 
     figure: str
@@ -103,8 +134,9 @@ class Point:
     seed: int
     length: int
     index: int | None
-    accuracy: float
-    answers: int
+    document: int | None
+    value: float
+    count: int
     parameters: int
     state_numbers: int
     state_bytes: int
@@ -125,7 +157,7 @@ class Panel:
 
     name: str
     subject: Subject
-    models: tuple[str, ...]
+    models: tuple[Model, ...]
     tests: Callable[[Config, int | None], list[Test]]
 
 
@@ -137,6 +169,7 @@ class Figure:
         seeds: number of training seeds at each scale.
         differs: sentences of the caption, how the figure differs from the paper's at any scale.
         draw: the picture, from all points.
+        findings: lines of Markdown for the caption, computed from all points.
     """
 
     name: str
@@ -145,6 +178,12 @@ class Figure:
     seeds: Mapping[str, int]
     differs: tuple[str, ...]
     draw: Callable[[Figure, list[Point]], Any]
+    findings: Callable[[list[Point]], list[str]] = lambda points: []
+
+    @property
+    def models(self) -> list[str]:
+        """The names of all models, in their order."""
+        return list(dict.fromkeys(model.name for panel in self.panels for model in panel.models))
 
     def only(self, models: list[str] | None) -> Figure:
         """The figure with fewer models.
@@ -154,13 +193,11 @@ class Figure:
         """
         if models is None:
             return self
-        legal = list(dict.fromkeys(model for panel in self.panels for model in panel.models))
         for model in models:
-            if model not in legal:
-                raise ConfigError(f"models: '{model}' is not in {self.name}; legal: {', '.join(legal)}")
-        chosen = [(panel, tuple(m for m in panel.models if m in models)) for panel in self.panels]
-        panels = tuple(Panel(p.name, p.subject, kept, p.tests) for p, kept in chosen if kept)
-        return Figure(self.name, self.title, panels, self.seeds, self.differs, self.draw)
+            if model not in self.models:
+                raise ConfigError(f"models: '{model}' is not in {self.name}; legal: {', '.join(self.models)}")
+        chosen = [(panel, tuple(m for m in panel.models if m.name in models)) for panel in self.panels]
+        return replace(self, panels=tuple(replace(panel, models=kept) for panel, kept in chosen if kept))
 
 
 @dataclass
@@ -177,12 +214,23 @@ class Options:
     search_share: float = setting(
         0.3, "steps of a run that tries a learning rate, as a share of all steps", above=0, at_most=1
     )
-    answers: int = setting(8192, "minimum answers per test; 8192 keep the standard error below 0.6%", at_least=1)
+    at_once: int = setting(1, "runs to train at the same time, with an equal share of the cores each", at_least=1)
+    records: str | None = setting(
+        "docs/results/runs",
+        "folder that keeps the results of runs; a run whose results are there is not trained again; null: none",
+    )
     out: str | None = setting(None, "folder of the figure; null: docs/results/FIGURE, or FIGURE_SCALE if not cpu")
 
 
 @dataclass
-class RecallOptions:
+class TaskOptions:
+    """Options of a figure that tests generated tasks."""
+
+    answers: int = setting(8192, "minimum answers per test; 8192 keep the standard error below 0.6%", at_least=1)
+
+
+@dataclass
+class RecallOptions(TaskOptions):
     """Options of a figure that tests recall."""
 
     lengths: list[int] | None = setting(
@@ -205,20 +253,21 @@ def by_length(options: Any) -> Callable[[Config, int | None], list[Test]]:
         lengths = sorted({*lengths, *([] if options.lengths else [LONGEST])})
         chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
         capacities = [None] if own is None else [None, *sorted({*chosen} - {own})]
-        return [Test(length, capacity) for capacity in capacities for length in lengths]
+        return [Test(length, options.answers, capacity) for capacity in capacities for length in lengths]
 
     return tests
 
 
-def by_functions(numbers: list[int]) -> Callable[[Config, int | None], list[Test]]:
-    """The tests of regression: as many examples of each function as in training, for several numbers of functions."""
+def by_functions(options: Any) -> Callable[[Config, int | None], list[Test]]:
+    """The tests of regression: as many examples of each function as in training, for several numbers of functions.
+    `options` are a figure's, with `functions` and `TaskOptions`."""
 
     def tests(cfg: Config, own: int | None) -> list[Test]:
         trained = cfg.data.task["functions"]
-        length = [max(1, cfg.trainer.context // trained) * number for number in numbers]
+        of_one = max(1, cfg.trainer.context // trained)
         return [
-            Test(tokens, None, f"{number} functions", (f"data.task.functions={number}",))
-            for number, tokens in zip(numbers, length)
+            Test(of_one * number, options.answers, None, f"{number} functions", (f"data.task.functions={number}",))
+            for number in options.functions
         ]
 
     return tests

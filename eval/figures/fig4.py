@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.figures import panels
-from eval.figures.declare import POSITIONAL, RECALL, Figure, Options, Panel, Point, RecallOptions, by_length
+from eval.figures.declare import POSITIONAL, RECALL, Figure, Options, Panel, Point, RecallOptions, by_length, models
 from eval.figures.make import make
 from ovq.cli import command
 
-MODELS = ("std_att", "sw_nope", "sw", "sw_vq", "sw_ovq")
+MODELS = models("std_att", "sw_nope", "sw", "sw_vq", "sw_ovq")
 
 
 @dataclass
@@ -48,11 +48,11 @@ def figure(options: Figure4Options) -> Figure:
 def draw(figure: Figure, points: list[Point]) -> Any:
     """A panel for each task, then the state of a sequence by its length."""
     picture, axes = panels.picture_of(len(figure.panels) + 1)
-    models = panels.models_of(figure)
+    names = figure.models
     for ax, panel in zip(axes, figure.panels):
-        panels.accuracy_by_length(ax, [p for p in points if p.panel == panel.name], models, panel.name)
+        panels.accuracy_by_length(ax, [p for p in points if p.panel == panel.name], names, panel.name)
     shown = figure.panels[0].name
-    panels.state_by_length(axes[-1], [p for p in points if p.panel == shown], models, "state of one sequence")
+    panels.state_by_length(axes[-1], [p for p in points if p.panel == shown], names, "state of one sequence")
     panels.shared_legend(axes)
     return picture
 

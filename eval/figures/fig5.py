@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.figures import panels
-from eval.figures.declare import REGRESSION_16, Figure, Options, Panel, Point, by_functions
+from eval.figures.declare import REGRESSION_16, Figure, Options, Panel, Point, TaskOptions, by_functions, models
 from eval.figures.make import make
 from ovq.cli import command
 from ovq.schema import setting
 
-MODELS = ("std_att", "sw_nope", "sw", "sw_vq", "sw_ovq")
+MODELS = models("std_att", "sw_nope", "sw", "sw_vq", "sw_ovq")
 
 
 @dataclass
-class Figure5Options(Options):
+class Figure5Options(TaskOptions, Options):
     functions: list[int] = setting([4, 16, 64, 128], "functions of the test sequences", at_least=1)
 
 
@@ -34,7 +34,7 @@ def figure(options: Figure5Options) -> Figure:
     return Figure(
         name="fig5",
         title="Figure 5: regression in context by example",
-        panels=(Panel(REGRESSION_16.name, REGRESSION_16, MODELS, by_functions(options.functions)),),
+        panels=(Panel(REGRESSION_16.name, REGRESSION_16, MODELS, by_functions(options)),),
         seeds={"cpu": 2, "gpu": 3, "paper": 1},
         differs=(
             "Dashed grey: 44%, what the earlier entries of the same y give without any earlier example; only what is "
@@ -50,7 +50,7 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     tests = list(dict.fromkeys(point.test for point in points))
     picture, axes = panels.picture_of(max(1, len(tests)))
     for ax, test in zip(axes, tests):
-        panels.regression(ax, [p for p in points if p.test == test], panels.models_of(figure), f"tested with {test}")
+        panels.regression(ax, [p for p in points if p.test == test], figure.models, f"tested with {test}")
     panels.shared_legend(axes)
     return picture
 

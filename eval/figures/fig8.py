@@ -27,12 +27,13 @@ from eval.figures.declare import (
     RecallOptions,
     by_functions,
     by_length,
+    models,
 )
 from eval.figures.make import make
 from ovq.cli import command
 from ovq.schema import setting
 
-MODELS = ("sw_ovq", "sw_gdn", "sw_mamba2", "sw_mesa", "sw_linear")
+MODELS = models("sw_ovq", "sw_gdn", "sw_mamba2", "sw_mesa", "sw_linear")
 
 
 @dataclass
@@ -45,7 +46,7 @@ def figure(options: Figure8Options) -> Figure:
         name="fig8",
         title="Figure 8: recurrent models on regression in context and recall",
         panels=(
-            Panel(REGRESSION_4.name, REGRESSION_4, MODELS, by_functions(options.functions)),
+            Panel(REGRESSION_4.name, REGRESSION_4, MODELS, by_functions(options)),
             Panel(RECALL.name, RECALL, MODELS, by_length(options)),
         ),
         seeds={"cpu": 2, "gpu": 3, "paper": 1},
@@ -60,13 +61,13 @@ def figure(options: Figure8Options) -> Figure:
 
 def draw(figure: Figure, points: list[Point]) -> Any:
     """A panel for each number of functions, then recall by length."""
-    models = panels.models_of(figure)
+    names = figure.models
     of_regression = [point for point in points if point.panel == REGRESSION_4.name]
     tests = list(dict.fromkeys(point.test for point in of_regression))
     picture, axes = panels.picture_of(len(tests) + 1)
     for ax, test in zip(axes, tests):
-        panels.regression(ax, [p for p in of_regression if p.test == test], models, f"tested with {test}")
-    panels.accuracy_by_length(axes[-1], [p for p in points if p.panel == RECALL.name], models, RECALL.name)
+        panels.regression(ax, [p for p in of_regression if p.test == test], names, f"tested with {test}")
+    panels.accuracy_by_length(axes[-1], [p for p in points if p.panel == RECALL.name], names, RECALL.name)
     panels.shared_legend(axes)
     return picture
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -10,9 +11,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from eval.figures import folder, points, search
+from eval.figures import folder, search
 from eval.figures.declare import Figure, Options
 from eval.figures.plan import Line, Plan, make_plan, table
+from eval.figures.runs import FigureRun
 from launch import sweep
 from ovq.errors import ConfigError
 
@@ -40,6 +42,7 @@ def make(figure: Figure, options: Options, overrides: list[str]) -> int:
         test(plan, wanted)
     results = folder.gather(plan)
     out = Path(options.out) if options.out else folder.default(plan)
+    folder.write_records(plan)
     folder.write(out, plan, results)
     print(f"\n{folder.report(results.points)}\n\n{out}: {', '.join(folder.names(plan))}")
     if failed:
@@ -51,13 +54,18 @@ def make(figure: Figure, options: Options, overrides: list[str]) -> int:
 
 def choose_rates(plan: Plan, wanted: Wanted) -> list[sweep.Job]:
     """Train and score the trials; returns those that failed."""
-    jobs = [job for line in plan.lines for rate, job in line.trials.items() if ("search", line.name, rate) in wanted]
-    failed = run(jobs)
-    for job in jobs:
-        if job in failed:
-            search.note_failure(job.run_dir, sweep.failures([job]).splitlines()[-1].strip())
+    trials = [
+        trial
+        for line in plan.lines
+        for rate, trial in line.trials.items()
+        if ("search", line.name, rate) in wanted and trial.loss() in (None, math.inf)
+    ]
+    failed = run(trials, plan)
+    for trial in trials:
+        if trial.job in failed:
+            search.note_failure(trial, sweep.failures([trial.job]).splitlines()[-1].strip())
         else:
-            search.score(job.run_dir)
+            search.score(trial)
     return failed
 
 
@@ -67,39 +75,43 @@ def train(plan: Plan, wanted: Wanted) -> list[sweep.Job]:
     Raises:
         ConfigError: in a part, a learning rate has not been chosen.
     """
-    jobs = []
+    runs = []
     for line in plan.lines:
-        seeds = [seed for seed in plan.seeds if ("train", line.name, seed) in wanted]
-        if seeds and line.rate() is None and plan.options.part:
+        units = [unit for unit in plan.work if (unit.stage, unit.line) == ("train", line.name)]
+        units = [unit for unit in units if (unit.stage, unit.line, unit.which) in wanted]
+        if units and line.rate() is None and plan.options.part:
             raise ConfigError(
                 f"part={plan.options.part} needs the learning rate of {line.name}, which is not chosen yet; run the "
                 f"parts before it (missing: {', '.join(unscored(line))})"
             )
         if line.rate() is not None:
-            jobs += [line.final(seed) for seed in seeds]
-    return run(jobs)
+            runs += [line.final(int(unit.which)) for unit in units if not plan.done(unit)]
+    return run(runs, plan)
 
 
 def unscored(line: Line) -> list[str]:
     """The run folders of trials without a finite score."""
-    return [str(job.run_dir) for job in line.trials.values() if search.loss_of(job) in (None, float("inf"))]
+    return [str(trial.run_dir) for trial in line.trials.values() if trial.loss() in (None, math.inf)]
 
 
-def run(jobs: list[sweep.Job]) -> list[sweep.Job]:
-    """Train those jobs that are not finished, one after the other; returns those that failed."""
-    sweep.run(jobs, gpus=0, per_job=1, stop_on_failure=False)
+def run(runs: list[FigureRun], plan: Plan) -> list[sweep.Job]:
+    """Train those runs that are not finished; returns the jobs that failed."""
+    jobs = [run.job for run in runs]
+    sweep.run(jobs, gpus=0, per_job=1, stop_on_failure=False, at_once=plan.options.at_once)
     return [job for job in jobs if job.status == "failed"]
 
 
 def test(plan: Plan, wanted: Wanted) -> None:
-    """Make the missing tests of the finished runs."""
+    """Make the missing tests of the runs that were trained here."""
     for line in plan.lines:
         for seed in plan.seeds:
             if ("test", line.name, seed) in wanted and line.rate() is not None:
-                job = line.final(seed)
-                if sweep.is_finished(job.run_dir):
-                    print(f"testing   {job.run_dir}", flush=True)
-                    points.test_run(job.run_dir, line.tests, plan.options.answers)
+                run = line.final(seed)
+                missing = [test for test in line.tests if not run.values(test)]
+                if missing and run.trained_here():
+                    print(f"testing   {run.run_dir}", flush=True)
+                    for test in missing:
+                        line.measure.make(run.run_dir, test)
 
 
 @contextlib.contextmanager

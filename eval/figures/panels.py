@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.tasks.regression import ONE_EXAMPLE
 from eval import style
-from eval.figures.declare import Figure, Point
+from eval.figures.declare import Point
 from ovq.plan import format_bytes
 
 if TYPE_CHECKING:
@@ -33,21 +33,31 @@ def curves(
     return made
 
 
+def looks(curves: list[tuple[str, int | None]], models: list[str]) -> dict[tuple[str, int | None], dict[str, Any]]:
+    """Colour and line style of each (model, capacity): a colour for each model, a style for each of its capacities."""
+    styles: dict[str, int] = {}
+    made: dict[tuple[str, int | None], dict[str, Any]] = {}
+    for model, capacity in curves:
+        number = styles.setdefault(model, 0)
+        styles[model] += 1
+        colour = style.color(models.index(model))
+        made[model, capacity] = {"color": colour, "linestyle": style.LINES[number % len(style.LINES)]}
+    return made
+
+
 def plot(ax: Axes, drawn: dict[tuple[str, int | None], Curve], models: list[str]) -> None:
     """Draw curves: the mean over seeds, and a band from the lowest to the highest.
 
     Args:
         models: all models of the figure, which gives each the same colour in every panel.
     """
-    styles: dict[str, int] = {}
+    look = looks(list(drawn), models)
     for (model, capacity), curve in drawn.items():
-        dash = style.LINES[styles.setdefault(model, 0) % len(style.LINES)]
-        styles[model] += 1
-        colour = style.color(models.index(model))
+        colour = look[model, capacity]["color"]
         at = sorted(curve)
         mean = [sum(curve[x]) / len(curve[x]) for x in at]
         label = model if capacity is None else f"{model}, N = {capacity:,}"
-        ax.plot(at, mean, color=colour, linestyle=dash, label=label, marker="o", markersize=2.5)
+        ax.plot(at, mean, label=label, marker="o", markersize=2.5, **look[model, capacity])
         low, high = [min(curve[x]) for x in at], [max(curve[x]) for x in at]
         ax.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
 
@@ -55,7 +65,7 @@ def plot(ax: Axes, drawn: dict[tuple[str, int | None], Curve], models: list[str]
 def accuracy_by_length(ax: Axes, points: list[Point], models: list[str], title: str) -> None:
     """Accuracy over all answers by the tokens of a sequence; dotted: the training length."""
     totals = [point for point in points if point.index is None]
-    plot(ax, curves(totals, lambda p: p.length, lambda p: 100 * p.accuracy), models)
+    plot(ax, curves(totals, lambda p: p.length, lambda p: 100 * p.value), models)
     for length in {point.train_length for point in totals}:
         ax.axvline(length, color=GREY, linewidth=0.8, linestyle=":")
     style.token_axis(ax, "tokens in the sequence (dotted: in training)")
@@ -64,7 +74,7 @@ def accuracy_by_length(ax: Axes, points: list[Point], models: list[str], title: 
 
 def regression(ax: Axes, points: list[Point], models: list[str], title: str) -> None:
     """Accuracy of regression by example, with what needs no earlier example."""
-    plot(ax, curves(points, lambda p: p.index, lambda p: 100 * p.accuracy), models)
+    plot(ax, curves(points, lambda p: p.index, lambda p: 100 * p.value), models)
     ax.axhline(100 * ONE_EXAMPLE, color=GREY, linewidth=1, linestyle="--", label="without earlier examples")
     ax.set_xlabel("earlier examples of the function")
     finish(ax, title)
@@ -86,11 +96,6 @@ def finish(ax: Axes, title: str) -> None:
     ax.set_ylim(-2, 102)
     ax.set_ylabel("correct answers, %")
     ax.set_title(title, loc="left")
-
-
-def models_of(figure: Figure) -> list[str]:
-    """All models of a figure, in their order."""
-    return list(dict.fromkeys(model for panel in figure.panels for model in panel.models))
 
 
 def picture_of(panels: int) -> tuple[Picture, list[Axes]]:

@@ -7,16 +7,16 @@ A line of the plan is a model on a subject. Its runs are named by their settings
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from data.build import build_task
-from eval.figures import points, search
-from eval.figures.declare import SCALES, Figure, Options, Panel, Scale, Subject, Test
+from eval.figures import search
+from eval.figures.declare import SCALES, Figure, Model, Options, Panel, Scale, Subject, Test
+from eval.figures.measures import Measure, measure_of
+from eval.figures.runs import FigureRun
 from launch import sweep
-from launch.sweep import Job
 from ovq.compose import compose
 from ovq.config import Config
 from ovq.errors import ConfigError
@@ -37,7 +37,8 @@ class Line:
     """A model on a subject: its runs, its tests, and its costs.
 
     `settings` are those of every run of the line but its learning rate and seed; `cfg` is what they compose to, and
-    `trial_cfg` what they do in the shorter runs that try learning rates.
+    `trial_cfg` what they do in the shorter runs that try learning rates. `trials` are those of another line if the
+    model takes its learning rate from there, and `own_trials` is False.
     """
 
     subject: Subject
@@ -47,9 +48,12 @@ class Line:
     trial_cfg: Config
     network: Transformer  # on the meta device
     own_capacity: int | None
+    measure: Measure
+    records: Path | None
+    own_trials: bool = True
     panels: list[Panel] = field(default_factory=list)
-    trials: dict[float, Job] = field(default_factory=dict)  # by learning rate
-    finals: dict[int, Job] = field(default_factory=dict)  # by training seed, once they are asked for
+    trials: dict[float, FigureRun] = field(default_factory=dict)  # by learning rate
+    finals: dict[int, FigureRun] = field(default_factory=dict)  # by training seed, once they are asked for
 
     @property
     def name(self) -> str:
@@ -73,24 +77,23 @@ class Line:
         """The learning rate that the trials choose; None while one of them is not done and has not failed."""
         return search.best(self.trials)
 
-    def final(self, seed: int) -> Job:
+    def final(self, seed: int) -> FigureRun:
         """The run that the figure shows for a training seed. Needs a rate."""
         if seed not in self.finals:
             rate = self.rate()
             assert rate is not None
-            self.finals[seed] = job_of([*self.settings, f"optim.lr={rate:g}", f"seed={seed}"])
+            settings = [*self.settings, f"optim.lr={rate:g}", f"seed={seed}"]
+            self.finals[seed] = run_of(settings, self.measure, self.records)
         return self.finals[seed]
 
     def training_minutes(self, cfg: Config, scale: Scale) -> float:
         flops = flops_per_token(self.network, cfg.trainer.context) * tokens_of(cfg)
         return scale.start_minutes + flops / scale.flops_per_s / 60
 
-    def test_minutes(self, test: Test, answers: int, scale: Scale) -> float:
-        task = build_task(points.with_settings(self.cfg, test))
-        tokens = test.length * math.ceil(answers / task.describe(test.length)["answers"])
+    def test_minutes(self, test: Test, scale: Scale) -> float:
         with other_capacity(self.network.mixers(), test.num_centroids):
             flops = flops_per_token(self.network, test.length, training=False)
-        return flops * tokens / scale.flops_per_s / 60
+        return flops * self.measure.tokens(self.cfg, test) / scale.flops_per_s / 60
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,13 @@ class Plan:
         made = []
         for line in self.lines:
             minutes = line.training_minutes(line.trial_cfg, self.scale)
-            made += [Work("search", line.name, rate, tokens_of(line.trial_cfg), minutes) for rate in line.trials]
+            rates = line.trials if line.own_trials else {}
+            made += [Work("search", line.name, rate, tokens_of(line.trial_cfg), minutes) for rate in rates]
         for line in self.lines:
             minutes = line.training_minutes(line.cfg, self.scale)
             made += [Work("train", line.name, seed, tokens_of(line.cfg), minutes) for seed in self.seeds]
         for line in self.lines:
-            each = [line.test_minutes(test, self.options.answers, self.scale) for test in line.tests]
+            each = [line.test_minutes(test, self.scale) for test in line.tests]
             minutes = self.scale.start_minutes + sum(each)
             made += [Work("test", line.name, seed, 0, minutes) for seed in self.seeds]
         return made
@@ -136,13 +140,11 @@ class Plan:
         """Whether a unit needs no more work."""
         line = next(line for line in self.lines if line.name == unit.line)
         if unit.stage == "search":
-            return search.loss_of(line.trials[unit.which]) is not None
+            return line.trials[unit.which].score() is not None
         if line.rate() is None:
             return False
-        run_dir = line.final(int(unit.which)).run_dir
-        if unit.stage == "train":
-            return sweep.is_finished(run_dir)
-        return len(points.find(run_dir, line.tests, self.options.answers)) == len(line.tests)
+        run = line.final(int(unit.which))
+        return (unit.stage == "train" and run.trained_here()) or all(run.values(test) for test in line.tests)
 
     def parts(self) -> list[list[Work]]:
         """The work in parts of at most `piece_minutes`; what takes longer is continued in as many parts as it needs.
@@ -202,29 +204,39 @@ def make_plan(figure: Figure, options: Options, overrides: list[str]) -> Plan:
     lines: dict[tuple[str, str], Line] = {}
     for panel in figure.panels:
         for model in panel.models:
-            named = (panel.subject.name, model)
+            named = (panel.subject.name, model.name)
             if named not in lines:
                 lines[named] = line_of(panel.subject, model, scale, options, overrides)
             lines[named].panels.append(panel)
+    for panel in figure.panels:
+        for model in panel.models:
+            if model.rate_of is not None:
+                source = lines.get((panel.subject.name, model.rate_of))
+                if source is None:
+                    raise ConfigError(f"models: '{model.name}' takes its rate from '{model.rate_of}'; name that too")
+                line = lines[panel.subject.name, model.name]
+                line.trials, line.own_trials = source.trials, False
     for line in lines.values():
         for test in line.tests:
-            build_task(points.with_settings(line.cfg, test)).describe(test.length)
+            line.measure.check(line.cfg, test)
     return Plan(figure, scale, options, list(lines.values()), seeds)
 
 
-def line_of(subject: Subject, model: str, scale: Scale, options: Options, overrides: list[str]) -> Line:
-    own = [f"experiment={subject.experiment}", *scale.overrides, *subject.overrides, *subject.at.get(scale.name, ())]
-    settings = [*replaced(own, overrides), f"model={model}"]
+def line_of(subject: Subject, model: Model, scale: Scale, options: Options, overrides: list[str]) -> Line:
+    own = replaced([f"experiment={subject.experiment}", *subject.overrides], list(subject.at.get(scale.name, ())))
+    settings = [*replaced(own, overrides), *model.settings]
     cfg = compose(settings)
+    measure, records = measure_of(cfg), None if options.records is None else Path(options.records)
     with torch.device("meta"):
-        network = build_model(cfg.model, build_task(cfg).vocab_size)
+        network = build_model(cfg.model, measure.vocab_size(cfg))
     capacity = next((mixer.capacity for mixer in network.mixers() if mixer.capacity), None)
     short = [f"trainer.steps={max(1, round(options.search_share * cfg.trainer.steps))}"]
     if curriculum := cfg.data.task.get("short_steps"):
         short.append(f"data.task.short_steps={max(1, round(options.search_share * curriculum))}")
     trial = [*replaced(settings, short), f"seed={search.TRAIN_SEED}"]
-    line = Line(subject, model, settings, cfg, compose(trial), network, capacity)
-    line.trials = {rate: job_of([*trial, f"optim.lr={rate:g}"]) for rate in options.rates}
+    line = Line(subject, model.name, settings, cfg, compose(trial), network, capacity, measure, records)
+    if model.rate_of is None:
+        line.trials = {rate: run_of([*trial, f"optim.lr={rate:g}"], measure, records) for rate in options.rates}
     return line
 
 
@@ -234,16 +246,15 @@ def replaced(settings: list[str], others: list[str]) -> list[str]:
     return [text for text in settings if text.partition("=")[0] not in keys] + others
 
 
-def job_of(settings: list[str]) -> Job:
-    """The run with these settings, marked if it is finished.
+def run_of(settings: list[str], measure: Measure, records: Path | None) -> FigureRun:
+    """The run with these settings, its job marked if it is finished.
 
     Raises:
         ConfigError: an illegal setting, or the run is finished and was made with other settings.
     """
     jobs = sweep.expand(settings)
     sweep.mark_finished(jobs)
-    (job,) = jobs
-    return job
+    return FigureRun(jobs[0], compose(settings), measure, records)
 
 
 def tokens_of(cfg: Config) -> int:
@@ -294,10 +305,11 @@ def launches(plan: Plan) -> list[str]:
     commands = []
     for line in plan.lines:
         trial = next(iter(line.trials.values()))
-        kept = [text for text in trial.overrides if not text.startswith("optim.lr=")]
+        kept = [text for text in trial.job.overrides if not text.startswith("optim.lr=")]
         rates = ",".join(f"{rate:g}" for rate in line.trials)
         seeds = ",".join(map(str, plan.seeds))
         words = "python -m launch.sweep --gpus 8 --per-job 8"
-        commands.append(f"  {words} {' '.join(kept)} optim.lr={rates}")
+        if line.own_trials:
+            commands.append(f"  {words} {' '.join(kept)} optim.lr={rates}")
         commands.append(f"  {words} {' '.join(line.settings)} optim.lr=RATE seed={seeds}")
     return commands

@@ -28,7 +28,7 @@ from torch import Tensor
 from ovq import processes
 from ovq.config import Config, to_dict
 from ovq.errors import TrainingError
-from ovq.machine import peak_flops, peak_memory_gib
+from ovq.machine import code_commit, peak_flops, peak_memory_gib
 from ovq.model import Transformer
 from ovq.processes import World
 from ovq.train.batches import Loader, MicroBatch
@@ -375,6 +375,7 @@ class Trainer:
             "tokens_per_s": statistics.median_high(self.tokens_per_s) if self.tokens_per_s else None,
             "memory_gib": peak_memory_gib(self.world.device),
             "checkpoint": str(self.checkpointer.last),
+            "commit": code_commit(),
         }
 
 

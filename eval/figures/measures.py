@@ -1,0 +1,189 @@
+"""What trained runs are tested with: accuracy on a generated task, or the loss of held-out text by position.
+
+Results are rows of the run folder's own tables (`eval.accuracy`, `eval.per_position`), written after every test.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.build import build_task, build_tokenizer, is_task
+from eval import accuracy, answers, loss_table, per_position
+from eval.figures.declare import Test
+from eval.run_table import Row, changes
+from ovq import config
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.inference.run import load_run, override
+
+PRECISION = ["trainer.precision=fp32"]  # so that results do not depend on the machine
+TEST_SEED = 1001  # of the sequences on which learning rates are chosen
+assert TEST_SEED != answers.TEST_SEED
+ANSWERS = 4096  # at least, where a learning rate is chosen
+DOCUMENTS = 32  # at most, where a learning rate is chosen
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number of a test: see `declare.Point`."""
+
+    index: int | None
+    document: int | None
+    value: float
+    count: int
+
+
+class Measure(Protocol):
+    """How models that were trained on one kind of data are tested."""
+
+    name: str
+    chosen_on: str  # on which data learning rates are chosen, in words
+
+    def described(self, test: Test) -> str:
+        """What its tests are made on, for a caption."""
+
+    def vocab_size(self, cfg: Config) -> int:
+        """Raises ConfigError if it is not known without a file that is not there."""
+
+    def overrides(self, test: Test) -> list[str]:
+        """The settings of a run in a test."""
+
+    def check(self, cfg: Config, test: Test) -> None:
+        """Raises ConfigError if the test is not possible for a run with this config."""
+
+    def tokens(self, cfg: Config, test: Test) -> int:
+        """The tokens that the test reads, at most."""
+
+    def make(self, run_dir: Path, test: Test) -> None:
+        """Make a test, and add its rows to the run folder's table."""
+
+    def find(self, run_dir: Path, step: int, test: Test) -> list[Value]:
+        """What a test of the run at this step gave, the total first if there is one; empty if it was not made."""
+
+    def score(self, run_dir: Path) -> dict[str, Any]:
+        """The score of a run that tries a learning rate: {"on", "length", "loss" (nats per label) ...}."""
+
+
+def measure_of(cfg: Config) -> Measure:
+    return Accuracy() if is_task(cfg) else Loss()
+
+
+def changed(cfg: Config, overrides: list[str]) -> Config:
+    """The config of a run in a test."""
+    return override(copy.deepcopy(cfg), overrides)
+
+
+def capacity_of(test: Test) -> list[str]:
+    return [] if test.num_centroids is None else [f"eval.num_centroids={test.num_centroids}"]
+
+
+def rows_of(table: Any, run_dir: Path) -> list[Row]:
+    """The rows of a table; none if it is damaged, as the next test sets it aside and begins a new one."""
+    try:
+        return list(table.read(run_dir))
+    except ConfigError:
+        return []
+
+
+class Accuracy:
+    """Right answers on fresh sequences of the generated task."""
+
+    name = "accuracy"
+    chosen_on = f"sequences of seed {TEST_SEED}"
+
+    def described(self, test: Test) -> str:
+        return (
+            f"at least {test.amount:,} answers each, on sequences of seed {answers.TEST_SEED}: no run was trained on "
+            "them, no learning rate was chosen with them, and they are the same for every model"
+        )
+
+    def vocab_size(self, cfg: Config) -> int:
+        return build_task(cfg).vocab_size
+
+    def overrides(self, test: Test) -> list[str]:
+        return [*PRECISION, *test.overrides, *capacity_of(test)]
+
+    def check(self, cfg: Config, test: Test) -> None:
+        build_task(changed(cfg, self.overrides(test))).describe(test.length)
+
+    def tokens(self, cfg: Config, test: Test) -> int:
+        task = build_task(changed(cfg, self.overrides(test)))
+        return test.length * math.ceil(test.amount / task.describe(test.length)["answers"])
+
+    def make(self, run_dir: Path, test: Test) -> None:
+        run = load_run(run_dir, self.overrides(test))
+        wanted = accuracy.Options(run=str(run_dir), lengths=[test.length], answers=test.amount)
+        accuracy.TABLE.write(run_dir, accuracy.measure(run, build_task(run.cfg), wanted, changes(PRECISION)))
+
+    def find(self, run_dir: Path, step: int, test: Test) -> list[Value]:
+        settings = accuracy.task_settings(changed(config.load(run_dir), self.overrides(test)))
+        key = (step, settings, test.num_centroids, changes(PRECISION), test.length)
+        rows = [row for row in rows_of(accuracy.TABLE, run_dir) if accuracy.TABLE.key_of(row) == key]
+        if not rows or rows[0]["answers"] < test.amount:
+            return []
+        return [Value(row["index"], None, row["accuracy"], row["answers"]) for row in rows]
+
+    def score(self, run_dir: Path) -> dict[str, Any]:
+        run = load_run(run_dir, PRECISION)
+        length = run.cfg.trainer.context
+        tally = answers.test(run.model, run.world.device, build_task(run.cfg), length, ANSWERS, seed=TEST_SEED)
+        right, count = tally.total
+        made = {"on": self.chosen_on, "length": length, "loss": tally.loss}
+        return made | {"accuracy": right / count, "answers": count}
+
+
+class Loss:
+    """Loss by position of the beginnings of the test split's documents."""
+
+    name = "loss"
+    chosen_on = "documents of the validation split"
+
+    def described(self, test: Test) -> str:
+        return (
+            f"the first {test.length:,} tokens of at most {test.amount} documents of the test split, which no run was "
+            "trained on and no learning rate was chosen with; the same for every model"
+        )
+
+    def vocab_size(self, cfg: Config) -> int:
+        return cfg.tokenizer.vocab_size or build_tokenizer(cfg).vocab_size
+
+    def overrides(self, test: Test) -> list[str]:
+        wanted = ["eval.split=test", f"eval.context={test.length}", f"eval.documents={test.amount}"]
+        return [*PRECISION, *wanted, *capacity_of(test)]
+
+    def check(self, cfg: Config, test: Test) -> None:
+        changed(cfg, self.overrides(test))
+
+    def tokens(self, cfg: Config, test: Test) -> int:
+        return test.length * test.amount
+
+    def make(self, run_dir: Path, test: Test) -> None:
+        run = load_run(run_dir, self.overrides(test))
+        per_position.evaluate_strictly(
+            *(run.model, run.cfg, run.tokenizer, run.world, run_dir, run.step),
+            should_stop=lambda: False,
+            changed=changes(PRECISION),
+        )
+
+    def find(self, run_dir: Path, step: int, test: Test) -> list[Value]:
+        table, key = loss_table.BY_DOCUMENT, (step, test.length, test.num_centroids, "test", changes(PRECISION))
+        rows = [row for row in rows_of(table, run_dir) if table.key_of(row) == key]
+        if not rows or rows[0]["asked"] < test.amount:
+            return []
+        return [
+            Value(row["position_start"], row["document"], row["loss"], row["position_end"] - row["position_start"])
+            for row in rows
+        ]
+
+    def score(self, run_dir: Path) -> dict[str, Any]:
+        length = config.load(run_dir).trainer.context
+        wanted = ["eval.split=validation", f"eval.context={length}", f"eval.documents={DOCUMENTS}"]
+        run = load_run(run_dir, [*PRECISION, *wanted])
+        measured = per_position.measure(run.model, run.cfg, run.tokenizer, run.world, lambda: False)
+        assert measured is not None  # nothing could stop it
+        loss = measured.nats / measured.tokens
+        return {"on": self.chosen_on, "length": length, "loss": loss, "documents": measured.documents}

@@ -1,0 +1,153 @@
+"""A run of a figure, and what is known of it: from its run folder or, without one, from a record that was committed.
+
+A record is a small JSON file: how the run is repeated, how its training went, and every number that it was tested
+with. A figure that finds the record of a run, made with the same settings, does not train that run again. So a figure
+can be made in pieces, on several machines, and drawn anew from a clean clone; `records=null` makes everything anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.figures.declare import Test
+from eval.figures.measures import Measure, Value
+from launch.sweep import Job
+from ovq import config
+from ovq.config import Config
+from ovq.files import write_whole
+from ovq.machine import processor_name
+from ovq.train.metrics import read_rows
+from ovq.train.summary import read_finished
+
+SCORE = "held_out.json"  # of a run that tried a learning rate, in its run folder
+SHOWN_LOSSES = 40  # of the training in a record
+
+
+@dataclass
+class FigureRun:
+    """A run that a figure needs. `records`: the folder of records, if there is one."""
+
+    job: Job
+    cfg: Config
+    measure: Measure
+    records: Path | None
+
+    @property
+    def run_dir(self) -> Path:
+        return self.job.run_dir
+
+    @property
+    def record_file(self) -> Path | None:
+        return None if self.records is None else self.records / f"{self.run_dir.name}.json"
+
+    def record(self) -> dict[str, Any] | None:
+        """The committed record, if there is one of these settings."""
+        found = read_json(self.record_file) if self.record_file else None
+        asked = (config.digest(self.cfg), self.cfg.trainer.steps)
+        return found if found and (found.get("settings"), found.get("steps")) == asked else None
+
+    def trained_here(self) -> bool:
+        """Whether the run folder holds the trained weights."""
+        return read_finished(self.run_dir) is not None
+
+    def score(self) -> dict[str, Any] | None:
+        """The score of a run that tried a learning rate ("loss" is None if it failed); None if it has none."""
+        found = read_json(self.run_dir / SCORE)
+        if found is None and (record := self.record()):
+            found = record["score"]
+        return found if found and found.get("on") == self.measure.chosen_on else None
+
+    def loss(self) -> float | None:
+        """The loss of `score`, infinite if the run failed or its loss is not a number; None if it is not known yet."""
+        found = self.score()
+        if found is None:
+            return None
+        return found["loss"] if found["loss"] is not None and math.isfinite(found["loss"]) else math.inf
+
+    def write_score(self, found: dict[str, Any]) -> None:
+        write_whole(self.run_dir / SCORE, json.dumps(found) + "\n")
+
+    def values(self, test: Test) -> list[Value]:
+        """What a test gave, the total first if there is one; empty if it was not made."""
+        finished = read_finished(self.run_dir)
+        if finished is not None:
+            return self.measure.find(self.run_dir, finished["step"], test)
+        record = self.record() or {"tests": {}}
+        found = record["tests"].get(self.name_of(test))
+        if found is None or found["amount"] < test.amount:
+            return []
+        return [Value(*value) for value in found["values"]]
+
+    def name_of(self, test: Test) -> str:
+        """What a test is called in a record."""
+        settings = [text for text in self.measure.overrides(test) if not text.startswith("eval.documents=")]
+        return f"{self.measure.name} at {test.length}: {' '.join(settings)}"
+
+    def training(self) -> dict[str, Any]:
+        """How training went: steps, tokens, losses, minutes, commit and processor; empty if it has not begun."""
+        rows = [row for row in read_rows(self.run_dir / "metrics.jsonl") if row.get("loss") is not None]
+        if not rows:
+            return (self.record() or {"training": {}})["training"]
+        every = max(1, len(rows) // SHOWN_LOSSES)
+        summary = read_finished(self.run_dir) or {}
+        return {
+            "steps": rows[-1]["step"],
+            "tokens": rows[-1]["tokens"],
+            "first_loss": round(rows[0]["loss"], 4),
+            "last_loss": round(rows[-1]["loss"], 4),
+            "minutes": round(sum(minutes_of(before, row) for before, row in zip([{"tokens": 0}, *rows], rows)), 2),
+            "losses": [[row["step"], round(row["loss"], 4)] for row in rows[every - 1 :: every]],
+            "commit": summary.get("commit"),
+            "processor": processor_name(),
+        }
+
+    def write_record(self, tests: list[Test]) -> None:
+        """Write the record of a run that was trained here, unless the one that is there holds more."""
+        if self.record_file is None or not self.trained_here():
+            return
+        made = {test: values for test in tests if (values := self.values(test))}
+        if (before := self.record()) and len(before["tests"]) > len(made):
+            return
+        rows = {
+            self.name_of(test): {"amount": test.amount, "values": [rounded(value) for value in values]}
+            for test, values in made.items()
+        }
+        record = {
+            "command": f"python train.py {' '.join(self.job.overrides)}",
+            "settings": config.digest(self.cfg),
+            "steps": self.cfg.trainer.steps,
+            "training": self.training(),
+            "score": self.score(),
+            "tests": rows,
+        }
+        if record != before:
+            write_whole(self.record_file, as_json(record))
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """JSON with a line for each entry, and for each test: a change is seen in a diff."""
+    lines = [f' "{name}": {json.dumps(value)}' for name, value in record.items() if name != "tests"]
+    tests = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in record["tests"].items())
+    return "{\n" + ",\n".join([*lines, f' "tests": {{\n{tests}\n }}']) + "\n}\n"
+
+
+def rounded(value: Value) -> list[Any]:
+    return [round(item, 6) if isinstance(item, float) else item for item in astuple(value)]
+
+
+def minutes_of(before: dict[str, Any], row: dict[str, Any]) -> float:
+    """Minutes that a row of metrics.jsonl took."""
+    return (row["tokens"] - before["tokens"]) / row["tokens_per_s"] / 60 if row["tokens_per_s"] else 0.0
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
