@@ -1,0 +1,242 @@
+"""A trained run as a model of lm-evaluation-harness. Needs the package lm-eval, so import it only where it is used.
+
+- Every text begins with the separator, as every document of the training did; nothing is ever truncated.
+- A continuation's tokens are those that follow its context in the encoding of both together. If a token spans the
+  boundary, the continuation is encoded alone, so what is scored is always exactly its text. Whitespace at the end of
+  the context belongs to the continuation, as in the harness itself.
+- A continuation without text has log-probability 0 and is greedy: its product has no factors.
+- Requests of similar length share a batch and are padded on the right, after everything that is scored. Long rows are
+  processed in pieces with carried state; neither batch nor piece changes a score.
+
+Shapes: B rows in a batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from data.tokenizer import Tokenizer
+from eval.answers import TOKENS_AT_ONCE, predict
+from eval.heldout import losses_by_position
+from ovq import processes
+from ovq.errors import ConfigError, one_line
+from ovq.mixers.base import detach_state
+from ovq.model import IGNORE, Transformer
+
+GENERATED_TOKENS = 256  # if a task sets no limit; the default of the harness
+SPREAD = 32  # most tokens by which prompts that are continued in one batch differ in length
+
+
+class Tasks(TaskManager):
+    """The harness's tasks and those of a folder; one that cannot be loaded is a `ConfigError`."""
+
+    def load(self, task_list: Any) -> Any:
+        """The tasks of names; their data are read, and downloaded if need be."""
+        try:
+            loaded = super().load(task_list)
+            if unsafe := [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]:
+                raise ValueError(f"{', '.join(unsafe)} would run code that the model wrote")
+            return loaded
+        except Exception as error:  # whatever a task's own code and its data may raise
+            raise ConfigError(f"the tasks {task_list} cannot be loaded: {one_line(error)}") from error
+
+
+def find_tasks(names: Sequence[str], include_path: str | None, metadata: dict[str, Any]) -> Tasks:
+    """A manager that knows tasks, groups or tags by name: those of the folder `include_path` and of the harness.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    if include_path:  # indexing the harness's own fourteen thousand takes seconds
+        own = Tasks(include_path=include_path, include_defaults=False, metadata=metadata)
+        if set(names) <= set(own.all_tasks):
+            return own
+    every = Tasks(include_path=include_path, metadata=metadata)
+    unknown = [name for name in names if name not in every.all_tasks]
+    if unknown:
+        raise ConfigError(
+            f"lm-eval has no tasks {', '.join(unknown)}; list its own with: lm-eval ls tasks, add a folder of others "
+            "with: include_path=DIR"
+        )
+    return every
+
+
+class HarnessModel(TemplateLM):
+    """Answers the harness's three kinds of request. With several processes, each makes every pass on its part of the
+    model, and all get the same answers.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        batch: rows per forward pass.
+        piece: positions per forward pass; fewer where the logits of a batch would take too much memory.
+        progress: show a bar on stderr if that is a terminal.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        *,
+        batch: int = 8,
+        piece: int = 2048,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        self._model, self._text, self._device = model, tokenizer, device
+        self._batch, self._piece, self._progress = batch, piece, progress
+
+    @property
+    def eot_token_id(self) -> int:
+        """The separator: it precedes every document and ends it."""
+        return self._text.separator_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text after the separator; without it if `add_special_tokens` is False."""
+        before = [] if add_special_tokens is False else [self.eot_token_id]
+        return [*before, *self._text.encode(string).tolist()]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context, which may be empty, after the separator, and of its continuation."""
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        before, whole = self.tok_encode(stripped), self.tok_encode(stripped + continuation)
+        if whole[: len(before)] == before:
+            return before, whole[len(before) :]
+        return before, self.tok_encode(continuation, add_special_tokens=False)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether greedy decoding gives it) of the continuation in each (context,
+        continuation)."""
+        pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """The same, of requests (texts, ids of the context, ids of the continuation); a context has at least one id."""
+        scores = [(0.0, True)] * len(requests)
+        lengths = [len(context) + len(continuation) for _, context, continuation in requests]
+        asked = [i for i, (_, _, continuation) in enumerate(requests) if continuation]
+        for batch in self._batches(asked, lengths, disable_tqdm):
+            tokens_BT = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.int64)
+            labels_BT = torch.full_like(tokens_BT, IGNORE)
+            for row, index in enumerate(batch):
+                _, context, continuation = requests[index]
+                tokens_BT[row, : lengths[index]] = torch.tensor([*context, *continuation])
+                labels_BT[row, len(context) : lengths[index]] = torch.tensor(continuation)
+            piece = max(1, min(self._piece, TOKENS_AT_ONCE // len(batch)))
+            predicted, log_p = predict(self._model, tokens_BT[:, :-1], labels_BT[:, 1:], self._device, piece)
+            greedy = (predicted == labels_BT[:, 1:].numpy()).all(axis=1)
+            for row, index in enumerate(batch):
+                scores[index] = float(log_p[row].sum()), bool(greedy[row])
+        return scores
+
+    @torch.inference_mode()  # like the others: FSDP's buffers, made in one mode, cannot be written in another
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability in nats of the whole of each (text,), from its separator: every token is predicted once, from
+        all tokens before it."""
+        rows = [np.array(self.tok_encode(request.args[0]), np.int64) for request in requests]
+        totals = [0.0] * len(rows)
+        lengths = [len(row) for row in rows]
+        asked = [i for i, length in enumerate(lengths) if length > 1]
+        for batch in self._batches(asked, lengths, disable_tqdm):
+            losses = losses_by_position(
+                self._model,
+                [rows[index] for index in batch],
+                positions=lengths[batch[0]] - 1,
+                piece=self._piece,
+                device=self._device,
+                should_stop=lambda: False,
+            )
+            assert losses is not None  # nothing could stop it
+            for index, total in zip(batch, losses.sum(axis=1)):
+                totals[index] = -float(total)
+        return totals
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """What greedy decoding makes of each (context, settings), up to the first of the stop strings `until`, the
+        separator, or `max_gen_toks` tokens. A stop string is not part of the answer.
+
+        Raises:
+            ConfigError: a task asks for sampling.
+        """
+        settings = [normalize_gen_kwargs(request.args[1], GENERATED_TOKENS) for request in requests]
+        if any(each["do_sample"] for each in settings):
+            raise ConfigError(
+                "a task asks for sampling (do_sample, temperature), and only greedy decoding is supported"
+            )
+        stops = [[stop for stop in each["until"] if stop] for each in settings]
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        answers = [""] * len(requests)
+
+        def is_done(index: int, ids: list[int]) -> bool:
+            over = len(ids) >= settings[index]["max_gen_toks"] or ids[-1] == self.eot_token_id
+            return over or any(stop in self._text.decode(ids) for stop in stops[index])
+
+        asked = [i for i, each in enumerate(settings) if each["max_gen_toks"] > 0]
+        for batch in self._batches(asked, [len(prompt) for prompt in prompts], disable_tqdm, SPREAD):
+            for index, ids in zip(batch, self._continue([prompts[i] for i in batch], batch, is_done)):
+                text = self._text.decode(ids)
+                answers[index] = text[
+                    : min((at for stop in stops[index] if (at := text.find(stop)) >= 0), default=None)
+                ]
+        return answers
+
+    @torch.inference_mode()
+    def _continue(
+        self, prompts: list[list[int]], names: list[int], is_done: Callable[[int, list[int]], bool]
+    ) -> list[list[int]]:
+        """The ids that greedy decoding adds to each prompt until is_done(its name, these ids).
+
+        Prompts are not padded: all are read up to the length of the shortest, and then each takes its own tokens as
+        long as it has some, one a step, and after them the predicted ones.
+        """
+        added: list[list[int]] = [[] for _ in prompts]
+        done = [False] * len(prompts)
+        at = min(map(len, prompts))
+        state: Any = None
+        out: Any = None
+        for start in range(0, at, self._piece):
+            read = [prompt[start : min(start + self._piece, at)] for prompt in prompts]
+            out = self._step(read, state)
+            state = detach_state(out.state)
+        while True:
+            # Ranks must agree on when to stop, also where their devices round differently.
+            best = processes.on_main(out.logits[:, -1].argmax(-1).tolist)
+            following = []
+            for row, prompt in enumerate(prompts):
+                given = at < len(prompt)
+                following.append([prompt[at] if given else best[row]])
+                if not given and not done[row]:
+                    added[row].append(best[row])
+                    done[row] = is_done(names[row], added[row])
+            if all(done):
+                return added
+            at += 1
+            out = self._step(following, state)
+            state = detach_state(out.state)
+
+    def _step(self, tokens: list[list[int]], state: Any) -> Any:
+        return self._model(torch.tensor(tokens, device=self._device), state=state, return_state=True, logits_to_keep=1)
+
+    def _batches(
+        self, indices: list[int], lengths: list[int], disable_tqdm: bool, spread: int | None = None
+    ) -> Iterator[list[int]]:
+        """Batches of indices, longest first, which differ in length by at most `spread`; None: by anything."""
+        left = sorted(indices, key=lambda index: -lengths[index])
+        with tqdm(total=len(left), disable=None if self._progress and not disable_tqdm else True) as bar:
+            while left:
+                shortest = 0 if spread is None else lengths[left[0]] - spread
+                batch = [index for index in left[: self._batch] if lengths[index] >= shortest]
+                yield batch
+                left = left[len(batch) :]
+                bar.update(len(batch))
