@@ -270,6 +270,7 @@ COMMANDS = {
     "data train_tokenizer": "data.train_tokenizer",
     "eval accuracy": "eval.accuracy",
     "eval per_position": "eval.per_position",
+    "eval harness": "eval.harness",
     "eval needle": "eval.needle",
     "eval perplexity": "eval.perplexity",
     "eval plot": "eval.plot",
