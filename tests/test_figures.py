@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
+import random
+import shutil
 import signal
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +20,16 @@ import train
 from data.tasks.base import TEST
 from eval import answers
 from eval.accuracy import TABLE
-from eval.figures import fig4, fig5, fig6, fig8, make, measures, search
-from eval.figures.declare import Test
+from eval.figures import fig4, fig5, fig6, fig7, fig8, make, measures, memory, search, sensitivity
+from eval.figures.declare import Point
 from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
 from eval.figures.runs import SCORE, FigureRun
 from launch import sweep
+from ovq import config
 from ovq.cli import parse
 from ovq.compose import compose
+from ovq.errors import ConfigError
 
 SMALL = [
     *("model.num_layers=2", "model.dim=16", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=16"),
@@ -34,6 +41,7 @@ FEW = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "answers=20"]
 BASIC = [*FEW, "lengths=[64,128]", "num_centroids=[8]", "models=[sw,sw_ovq]"]
 
 
+OPTIONS = [*(f"Figure{number}Options" for number in (4, 5, 6, 7, 8)), "MemoryOptions", "SensitivityOptions"]
 FOLDERS = {"out": "out", "runs_root": "runs", "records": "records"}
 
 
@@ -222,6 +230,132 @@ def test_figure_5_draws_accuracy_by_example_for_every_number_of_functions(
     assert "without earlier examples" in (tmp_path / "out" / "fig5.svg").read_text()  # in a comment, above its paths
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("trained_here")
+def test_records_replace_runs_of_the_same_settings_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "ANSWERS", 20)
+    line = line_of(tmp_path, *FEW, "lengths=[64]", "num_centroids=[8]", "models=[sw_ovq,random_seeding]", *KEYS)
+    assert fig7.main(line) == 0
+    out, records = tmp_path / "out", tmp_path / "records"
+    shown = (out / "fig7.csv").read_text(), (out / "rates.csv").read_text()
+    written = [json.loads(path.read_text()) for path in records.iterdir()]
+    record = next(record for record in written if "seeding=random" in record["command"])
+    assert record["command"].startswith("python train.py experiment=recall_64k") and record["training"]["commit"]
+    assert len(record["tests"]) == 2 and record["training"]["losses"][-1] == [2, record["training"]["last_loss"]]
+
+    shutil.rmtree(tmp_path / "runs")
+    with monkeypatch.context() as nothing:
+        nothing.setattr(sweep, "start", lambda *_: pytest.fail("nothing may start"))
+        assert fig7.main(line) == 0
+        assert ((out / "fig7.csv").read_text(), (out / "rates.csv").read_text()) == shown
+        assert not (tmp_path / "runs").exists()
+
+    started: list[list[str]] = []
+    begin = sweep.start
+
+    def start(job: sweep.Job, slot: list[int], at_once: int) -> Any:
+        started.append(job.overrides)
+        return begin(job, slot, at_once)
+
+    monkeypatch.setattr(sweep, "start", start)
+    assert fig7.main([*line, "answers=40"]) == 0
+    assert len(started) == 2, "a record with too few answers is not enough, but its learning rate is"
+    assert all("seed=0" in overrides for overrides in started)
+    started.clear()
+    shutil.rmtree(tmp_path / "runs")
+    assert fig7.main([*line, "data.task.value_vocab=9"]) == 0
+    assert len(started) == 4, "a record of other settings counts for nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("trained_here")
+def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "DOCUMENTS", 2)
+    settings = [text for text in SMALL if "task" not in text]
+    folders = [f"{name}={tmp_path}/{folder}" for name, folder in FOLDERS.items()]
+    few = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "length=256", "documents=3", "num_centroids=[8]"]
+    text = ["data=builtin", "tokenizer=byte", "trainer.context=64"]
+    assert fig6.main([*folders, *few, "models=[sw,sw_nope,sw_ovq]", *text, *settings]) == 0
+    rows = rows_of(tmp_path / "out" / "fig6.csv")
+    assert {row["document"] for row in rows} == {"0", "1", "2"}
+    assert {(row["model"], row["num_centroids"]) for row in rows} == {
+        ("sw", ""), ("sw_nope", ""), ("sw_ovq", "512"), ("sw_ovq", "8")
+    }  # fmt: skip
+    by_hand: dict[str, dict[str, float]] = {"sw": {}, "sw_nope": {}}
+    for row in rows:
+        if row["model"] in by_hand and int(row["index"]) >= 128:
+            of = by_hand[row["model"]]
+            of[row["document"]] = of.get(row["document"], 0.0) + float(row["value"]) * int(row["count"]) / 128
+    gains = [by_hand["sw_nope"][document] - by_hand["sw"][document] for document in ("0", "1", "2")]
+    text_of_caption = (tmp_path / "out" / "caption.md").read_text()
+    row = next(row for row in text_of_caption.splitlines() if row.startswith("| sw_nope |") and "±" in row)
+    shown = [float(cell.strip(" *").split(" ±")[0]) for cell in row.split("|")[2:-1]]
+    errors = [float(cell.strip(" *").split(" ± ")[1]) for cell in row.split("|")[2:-1]]
+    assert shown[-1] == pytest.approx(1000 * statistics.fmean(gains), abs=0.06)
+    assert errors[-1] == pytest.approx(1000 * statistics.stdev(gains) / 3**0.5, abs=0.06)
+    trials = rows_of(tmp_path / "out" / "rates.csv")
+    assert {row["scored_on"] for row in trials} == {"documents of the validation split"}
+
+
+def test_differences_between_documents_cancel_in_pairs() -> None:
+    generator = random.Random(0)
+    books = [generator.gauss(0, 1) for _ in range(20)]
+
+    def point(model: str, document: int, seed: int, loss: float) -> Point:
+        blank: dict[str, Any] = {item.name: 0 for item in dataclasses.fields(Point)}
+        here = {"model": model, "document": document, "seed": seed, "value": loss, "index": 0, "count": 2}
+        return Point(**(blank | {"num_centroids": None} | here))
+
+    points = [point("sw", d, s, 4 + book + 0.1 * s) for d, book in enumerate(books) for s in (0, 1)]
+    gains = [0.01 + generator.gauss(0, 0.001) for _ in books]
+    points += [
+        point("sw_nope", d, s, 4 + book + 0.1 * s - gain)
+        for d, (book, gain) in enumerate(zip(books, gains))
+        for s in (0, 1)
+    ]
+    points.append(point("sw_nope", 99, 0, 100.0))
+    mean = fig6.differences(points, (0, 128))["sw_nope", None]
+    assert mean.documents == 20, "a document that sw was not tested on is left out"
+    assert mean.value == pytest.approx(-statistics.fmean(gains))
+    assert mean.error == pytest.approx(statistics.stdev(gains) / 20**0.5)
+    assert fig6.differences(points, (128, 512)) == {}
+
+
+def test_memories_of_equal_bytes_take_at_most_those_of_ovq() -> None:
+    options = parse(memory.MemoryOptions, [])
+    plan = make_plan(memory.figure(options), options, [])
+    by_name = {line.model: line for line in plan.lines}
+    for capacity in memory.capacities_of_ovq(options):
+        (of_ovq,) = {
+            by_name["sw_ovq"].state(test)[1]
+            for test in by_name["sw_ovq"].tests
+            if (test.num_centroids or 256) == capacity and test.length == 65536
+        }
+        for name in ("sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm"):
+            equal = [test for test in by_name[name].tests if test.label == memory.bytes_label(capacity)]
+            (held,) = {by_name[name].state(test)[1] for test in equal if test.length == 65536}
+            assert held <= of_ovq
+            if (name, capacity) == ("sw_compression", 16384):
+                continue  # a slot for every four tokens of 65,536: more capacity would stay empty
+            assert held > 0.99 * of_ovq
+            assert equal[0].num_centroids == pytest.approx((1 if name == "sw_kvm" else 2) * capacity, rel=0.02)
+
+
+@pytest.mark.parametrize("figure", [fig7, sensitivity])
+def test_variants_change_the_model_and_take_the_rate_of_sw_ovq(figure: Any) -> None:
+    schema = {fig7: fig7.Figure7Options, sensitivity: sensitivity.SensitivityOptions}[figure]
+    plan = make_plan(figure.figure(options := parse(schema, [])), options, [])
+    base, *others = plan.lines
+    settings = [config.digest(line.cfg) for line in plan.lines]
+    assert base.model == "sw_ovq" and len(set(settings)) == len(settings)
+    assert all(line.trials is base.trials and not line.own_trials for line in others)
+    assert [unit.line for unit in plan.work if unit.stage == "search"] == [base.name] * len(base.trials)
+    with pytest.raises(ConfigError, match="takes its rate from 'sw_ovq'; name that too"):
+        make_plan(figure.figure(options), replace(options, models=[others[0].model]), [])
+
+
 def test_a_plan_names_runs_tokens_and_minutes_and_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,9 +369,9 @@ def test_a_plan_names_runs_tokens_and_minutes_and_starts_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("figure", [fig4, fig5, fig8])
+@pytest.mark.parametrize("figure", [fig4, fig5, fig6, fig7, fig8, memory, sensitivity])
 def test_parts_hold_all_the_work_within_their_time(figure: Any) -> None:
-    schema = {fig4: fig4.Figure4Options, fig5: fig5.Figure5Options, fig8: fig8.Figure8Options}[figure]
+    schema = next(value for name, value in vars(figure).items() if name.endswith("Options") and name in OPTIONS)
     plan = make_plan(figure.figure(options := parse(schema, ["scale=gpu"])), options, [])
     parts, work = plan.parts(), plan.work
     assert {unit for part in parts for unit in part} == set(work)

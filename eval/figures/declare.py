@@ -96,6 +96,12 @@ def models(*names: str) -> tuple[Model, ...]:
     return tuple(Model(name) for name in names)
 
 
+def variant(name: str, *changes: str) -> Model:
+    """sw_ovq with changes (settings of `model`, or of `model.mixers` without their prefix), at sw_ovq's rate."""
+    full = [text if text.startswith("model.") else f"model.mixers.{text}" for text in changes]
+    return Model(name, ("model=sw_ovq", *full), rate_of="sw_ovq")
+
+
 @dataclass(frozen=True)
 class Test:
     """One test of a trained run.

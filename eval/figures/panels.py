@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from data.tasks.regression import ONE_EXAMPLE
@@ -62,9 +63,17 @@ def plot(ax: Axes, drawn: dict[tuple[str, int | None], Curve], models: list[str]
         ax.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def accuracy_by_length(ax: Axes, points: list[Point], models: list[str], title: str) -> None:
-    """Accuracy over all answers by the tokens of a sequence; dotted: the training length."""
+def accuracy_by_length(
+    ax: Axes, points: list[Point], models: list[str], title: str, *, capacities: bool = True
+) -> None:
+    """Accuracy over all answers by the tokens of a sequence; dotted: the training length.
+
+    Args:
+        capacities: whether curves are told apart by capacity, too.
+    """
     totals = [point for point in points if point.index is None]
+    if not capacities:
+        totals = [replace(point, num_centroids=None) for point in totals]
     plot(ax, curves(totals, lambda p: p.length, lambda p: 100 * p.value), models)
     for length in {point.train_length for point in totals}:
         ax.axvline(length, color=GREY, linewidth=0.8, linestyle=":")

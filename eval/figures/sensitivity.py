@@ -1,0 +1,78 @@
+"""Sensitivity of OVQ-attention on basic recall: capacity, chunk, inverse temperature, window and share of layers.
+
+    python -m eval.figures.sensitivity dry_run=true          the plan: runs, tokens, minutes
+    python -m eval.figures.sensitivity scale=cpu             everything, on this machine
+    python -m eval.figures.sensitivity models=[sw_ovq,L=16,L=64] seeds=[0] out=/tmp/s runs_root=/tmp/runs
+
+Each model is sw_ovq with one setting changed, trained and tested with it at the learning rate of sw_ovq, whose runs are
+those of figure 4. Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from eval import style
+from eval.figures import panels
+from eval.figures.declare import RECALL, Figure, Model, Options, Panel, Point, RecallOptions, by_length, variant
+from eval.figures.make import make
+from ovq.cli import command
+
+S, O = "sliding_window", "ovq"
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "capacity N in training": {f"N={n}": (f"ovq.num_centroids={n}",) for n in (64, 128, 512)},
+    "chunk L": {f"L={n}": (f"ovq.chunk_size={n}",) for n in (8, 16, 64)},
+    "inverse temperature at the start": {f"beta={n}": (f"ovq.beta_init={n}",) for n in (0.5, 2, 4)},
+    "window": {f"window={n}": (f"sliding_window.window={n}",) for n in (2, 8, 16, 64)},
+    "layers": {
+        f"layers={words}": (f"model.pattern=[{','.join(pattern)}]", f"model.num_layers={len(pattern)}")
+        for words, pattern in {"1to1x2": (S, O, S, O), "3to1": (S, S, S, O), "1to3": (S, O, O, O)}.items()
+    },
+}
+MODELS = (Model("sw_ovq"), *(variant(name, *changes) for group in GROUPS.values() for name, changes in group.items()))
+
+
+@dataclass
+class SensitivityOptions(RecallOptions, Options):
+    pass
+
+
+def figure(options: SensitivityOptions) -> Figure:
+    return Figure(
+        name="sensitivity",
+        title="Sensitivity of OVQ-attention on basic recall",
+        panels=(Panel(RECALL.name, RECALL, MODELS, by_length(options)),),
+        seeds={"cpu": 1, "gpu": 3, "paper": 1},
+        differs=("The paper has no such figure; its reviewers asked for it.",),
+        draw=draw,
+    )
+
+
+def draw(figure: Figure, points: list[Point]) -> Any:
+    """A panel for each setting: accuracy by length with the largest capacity of the tests."""
+    largest = max((p.num_centroids for p in points if p.num_centroids), default=None)
+    picture, axes = panels.picture_of(len(GROUPS))
+    for ax, (title, group) in zip(axes, GROUPS.items()):
+        shown = ["sw_ovq", *group]
+        for number, name in enumerate(shown):
+            own = [p for p in points if (p.model, p.num_centroids, p.index) == (name, largest, None)]
+            lengths = sorted({p.length for p in own})
+            mean = [100 * fmean(p.value for p in own if p.length == length) for length in lengths]
+            ax.plot(lengths, mean, color=style.color(number), marker="o", markersize=2.5, label=name)
+        style.token_axis(ax, "tokens in the sequence")
+        panels.finish(ax, f"{title} (tested with N = {largest:,})" if largest else title)
+        ax.legend(frameon=False, fontsize=8)
+    return picture
+
+
+@command(SensitivityOptions, overrides=True)
+def main(options: SensitivityOptions, overrides: list[str]) -> int:
+    """The command line shown in the module docstring."""
+    return make(figure(options), options, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
