@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+PG19 ?=
 LOCKS := launch/constraints-cpu.txt launch/constraints-cuda.txt
 
 .PHONY: setup lock train test check bench bench-gpu figures clean
@@ -29,8 +30,9 @@ bench: setup  ## speed of operators, training steps and inference on this CPU be
 bench-gpu: setup  ## make every figure that needs a GPU, in at most nine minutes
 	$(BIN)/python -m eval.bench.gpu $(ARGS)
 
-figures: setup  ## make the paper's figures on generated tasks at CPU scale; stop it at any time, it goes on
-	for figure in 4 5 8; do $(BIN)/python -m eval.figures.fig$$figure $(ARGS) || exit; done
+figures: setup  ## make the figures at CPU scale; stop it at any time, it goes on; PG19="data=... tokenizer..." adds those on text
+	for figure in fig4 fig5 fig7 fig8 memory sensitivity; do $(BIN)/python -m eval.figures.$$figure $(ARGS) || exit; done
+	$(if $(PG19),for figure in fig6 memory_pg19; do $(BIN)/python -m eval.figures.$$figure $(PG19) $(ARGS) || exit; done)
 
 clean:  ## remove the environment and tool caches; runs/ is kept
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

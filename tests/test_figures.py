@@ -20,8 +20,21 @@ import train
 from data.tasks.base import TEST
 from eval import answers
 from eval.accuracy import TABLE
-from eval.figures import fig4, fig5, fig6, fig7, fig8, make, measures, memory, search, sensitivity
-from eval.figures.declare import Point
+from eval.figures import (
+    equal_bytes,
+    fig4,
+    fig5,
+    fig6,
+    fig7,
+    fig8,
+    make,
+    measures,
+    memory,
+    memory_pg19,
+    search,
+    sensitivity,
+)
+from eval.figures.declare import RECALL, Point
 from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
 from eval.figures.runs import SCORE, FigureRun
@@ -327,14 +340,14 @@ def test_memories_of_equal_bytes_take_at_most_those_of_ovq() -> None:
     options = parse(memory.MemoryOptions, [])
     plan = make_plan(memory.figure(options), options, [])
     by_name = {line.model: line for line in plan.lines}
-    for capacity in memory.capacities_of_ovq(options):
+    for capacity in equal_bytes.capacities_of_ovq(RECALL, options.scale, None):
         (of_ovq,) = {
             by_name["sw_ovq"].state(test)[1]
             for test in by_name["sw_ovq"].tests
             if (test.num_centroids or 256) == capacity and test.length == 65536
         }
         for name in ("sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm"):
-            equal = [test for test in by_name[name].tests if test.label == memory.bytes_label(capacity)]
+            equal = [test for test in by_name[name].tests if test.label == equal_bytes.label(capacity)]
             (held,) = {by_name[name].state(test)[1] for test in equal if test.length == 65536}
             assert held <= of_ovq
             if (name, capacity) == ("sw_compression", 16384):
@@ -369,7 +382,7 @@ def test_a_plan_names_runs_tokens_and_minutes_and_starts_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("figure", [fig4, fig5, fig6, fig7, fig8, memory, sensitivity])
+@pytest.mark.parametrize("figure", [fig4, fig5, fig6, fig7, fig8, memory, memory_pg19, sensitivity])
 def test_parts_hold_all_the_work_within_their_time(figure: Any) -> None:
     schema = next(value for name, value in vars(figure).items() if name.endswith("Options") and name in OPTIONS)
     plan = make_plan(figure.figure(options := parse(schema, ["scale=gpu"])), options, [])

@@ -17,21 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from data.build import build_task
 from eval.figures import panels
-from eval.figures.declare import LONGEST, RECALL, SCALES, Figure, Options, Panel, Point, RecallOptions, Test, by_length
-from eval.figures.declare import models as models_named
+from eval.figures.declare import RECALL, Figure, Options, Panel, Point, RecallOptions, Test, by_length, models
+from eval.figures.equal_bytes import equal_capacities, label
 from eval.figures.make import make
 from ovq.cli import command
-from ovq.compose import compose
 from ovq.config import Config
-from ovq.mixers.base import other_capacity
-from ovq.model import Transformer, build_model, state_bytes
 from ovq.plan import format_bytes
 
-MODELS = models_named("sw_ovq", "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
+MODELS = models("sw_ovq", "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
 
 
 @dataclass
@@ -58,45 +52,12 @@ def tests_of(options: MemoryOptions) -> Callable[[Config, int | None], list[Test
         if own is None or cfg.model.name == "sw_ovq":
             return made
         lengths = list(dict.fromkeys(test.length for test in made))
-        for capacity in capacities_of_ovq(options):
-            equal = capacity_of_bytes(cfg, own, bytes_of(ovq(options), capacity))
-            made += [Test(length, options.answers, equal, bytes_label(capacity)) for length in lengths]
+        equal = equal_capacities(RECALL, options.scale, options.num_centroids, cfg, own)
+        for of_ovq, capacity in equal.items():
+            made += [Test(length, options.answers, capacity, label(of_ovq)) for length in lengths]
         return made
 
     return tests
-
-
-def ovq(options: MemoryOptions) -> Transformer:
-    """sw_ovq at the figure's scale, on the meta device."""
-    return on_meta(compose([f"experiment={RECALL.experiment}", *RECALL.at.get(options.scale, ()), "model=sw_ovq"]))
-
-
-def capacities_of_ovq(options: MemoryOptions) -> list[int]:
-    chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
-    own = next(mixer.capacity for mixer in ovq(options).mixers() if mixer.capacity)
-    return sorted({own, *chosen})
-
-
-def bytes_label(capacity: int) -> str:
-    return f"bytes of N = {capacity:,}"
-
-
-def on_meta(cfg: Config) -> Transformer:
-    with torch.device("meta"):
-        return build_model(cfg.model, build_task(cfg).vocab_size)
-
-
-def bytes_of(network: Transformer, capacity: int) -> int:
-    """Bytes of the state of a long sequence."""
-    with other_capacity(network.mixers(), capacity):
-        return state_bytes(network, LONGEST)
-
-
-def capacity_of_bytes(cfg: Config, own: int, wanted: int) -> int:
-    """The largest capacity whose state takes at most so many bytes; state is linear in the capacity."""
-    network = on_meta(cfg)
-    one, two = bytes_of(network, own), bytes_of(network, own + 1)
-    return own + (wanted - one) // (two - one)
 
 
 def draw(figure: Figure, points: list[Point]) -> Any:
@@ -107,7 +68,7 @@ def draw(figure: Figure, points: list[Point]) -> Any:
         fixed = [p for p in points if p.num_centroids is None]
         own = [p for p in points if p.model == "sw_ovq" and p.num_centroids == capacity]
         entries = [p for p in points if p.num_centroids == capacity and not p.test]
-        equal = [p for p in points if p.test == bytes_label(capacity)]
+        equal = [p for p in points if p.test == label(capacity)]
         panels.accuracy_by_length(left, [*entries, *fixed], figure.models, f"{capacity:,} entries", capacities=False)
         held = format_bytes(max(p.state_bytes for p in own))
         panels.accuracy_by_length(right, [*own, *equal, *fixed], figure.models, f"{held} each", capacities=False)

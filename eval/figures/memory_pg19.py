@@ -1,0 +1,59 @@
+"""Memories of equal size on PG19: the loss by position of OVQ beside simpler ways to keep the past.
+
+    python -m eval.figures.memory_pg19 dry_run=true          the plan: runs, tokens, minutes
+    python -m eval.figures.memory_pg19 scale=cpu             everything, on this machine
+
+The models of eval/figures/memory.py on the data of figure 6, with whose sw and sw_ovq they share their runs. Tests with
+OVQ's number of entries and with its bytes; those at equal bytes are named by OVQ's capacity.
+Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from eval.figures.declare import PG19, Figure, Panel, Test, models
+from eval.figures.equal_bytes import equal_capacities, label
+from eval.figures.fig6 import Figure6Options, draw, findings
+from eval.figures.fig6 import tests_of as tests_of_figure_6
+from eval.figures.make import make
+from ovq.cli import command
+from ovq.config import Config
+
+MODELS = models("sw", "sw_nope", "sw_ovq", "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
+
+
+def figure(options: Figure6Options) -> Figure:
+    return Figure(
+        name="memory_pg19",
+        title="Memories of equal size on PG19",
+        panels=(Panel(PG19.name, PG19, MODELS, tests_of(options)),),
+        seeds={"cpu": 1, "gpu": 2, "paper": 1},
+        differs=("The paper has no such figure; its reviewers asked for it.",),
+        draw=draw,
+        findings=findings,
+    )
+
+
+def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Test]]:
+    """With the capacity of training and, for other memories than OVQ, the one that takes the bytes of OVQ's."""
+
+    def tests(cfg: Config, own: int | None) -> list[Test]:
+        as_trained = tests_of_figure_6(options)(cfg, own)[0]
+        if own is None or cfg.model.name == "sw_ovq":
+            return [as_trained]
+        equal = equal_capacities(PG19, options.scale, [], cfg, own)
+        return [as_trained, *(Test(options.length, options.documents, n, label(of)) for of, n in equal.items())]
+
+    return tests
+
+
+@command(Figure6Options, overrides=True)
+def main(options: Figure6Options, overrides: list[str]) -> int:
+    """The command line shown in the module docstring."""
+    return make(figure(options), options, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
