@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from eval.answers import TOKENS_AT_ONCE, predict
-from eval.heldout import losses_by_position
-from ovq import processes
 from ovq.errors import ConfigError, one_line
-from ovq.mixers.base import detach_state
+from ovq.inference.generate import continue_prompts
+from ovq.inference.losses import losses_by_position
 from ovq.model import IGNORE, Transformer
 
 GENERATED_TOKENS = 256  # if a task sets no limit; the default of the harness
@@ -178,55 +177,30 @@ class HarnessModel(TemplateLM):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         answers = [""] * len(requests)
 
-        def is_done(index: int, ids: list[int]) -> bool:
-            over = len(ids) >= settings[index]["max_gen_toks"] or ids[-1] == self.eot_token_id
-            return over or any(stop in self._text.decode(ids) for stop in stops[index])
+        added: list[list[int]] = [[] for _ in requests]
+
+        def taker(batch: list[int]) -> Callable[[int, int], bool]:
+            def take(row: int, token: int) -> bool:
+                ids, index = added[batch[row]], batch[row]
+                ids.append(token)
+                over = len(ids) >= settings[index]["max_gen_toks"] or token == self.eot_token_id
+                return over or any(stop in self._text.decode(ids) for stop in stops[index])
+
+            return take
 
         asked = [i for i, each in enumerate(settings) if each["max_gen_toks"] > 0]
         for batch in self._batches(asked, [len(prompt) for prompt in prompts], disable_tqdm, SPREAD):
-            for index, ids in zip(batch, self._continue([prompts[i] for i in batch], batch, is_done)):
-                text = self._text.decode(ids)
-                answers[index] = text[
-                    : min((at for stop in stops[index] if (at := text.find(stop)) >= 0), default=None)
-                ]
+            continue_prompts(
+                *(self._model, [prompts[i] for i in batch]),
+                choose=lambda logits_BV, at: logits_BV.argmax(-1).tolist(),
+                take=taker(batch),
+                device=self._device,
+                piece=self._piece,
+            )
+        for index in asked:
+            text = self._text.decode(added[index])
+            answers[index] = text[: min((at for stop in stops[index] if (at := text.find(stop)) >= 0), default=None)]
         return answers
-
-    @torch.inference_mode()
-    def _continue(
-        self, prompts: list[list[int]], names: list[int], is_done: Callable[[int, list[int]], bool]
-    ) -> list[list[int]]:
-        """The ids that greedy decoding adds to each prompt until is_done(its name, these ids).
-
-        Prompts are not padded: all are read up to the length of the shortest, and then each takes its own tokens as
-        long as it has some, one a step, and after them the predicted ones.
-        """
-        added: list[list[int]] = [[] for _ in prompts]
-        done = [False] * len(prompts)
-        at = min(map(len, prompts))
-        state: Any = None
-        out: Any = None
-        for start in range(0, at, self._piece):
-            read = [prompt[start : min(start + self._piece, at)] for prompt in prompts]
-            out = self._step(read, state)
-            state = detach_state(out.state)
-        while True:
-            # Ranks must agree on when to stop, also where their devices round differently.
-            best = processes.on_main(out.logits[:, -1].argmax(-1).tolist)
-            following = []
-            for row, prompt in enumerate(prompts):
-                given = at < len(prompt)
-                following.append([prompt[at] if given else best[row]])
-                if not given and not done[row]:
-                    added[row].append(best[row])
-                    done[row] = is_done(names[row], added[row])
-            if all(done):
-                return added
-            at += 1
-            out = self._step(following, state)
-            state = detach_state(out.state)
-
-    def _step(self, tokens: list[list[int]], state: Any) -> Any:
-        return self._model(torch.tensor(tokens, device=self._device), state=state, return_state=True, logits_to_keep=1)
 
     def _batches(
         self, indices: list[int], lengths: list[int], disable_tqdm: bool, spread: int | None = None

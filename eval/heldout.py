@@ -1,31 +1,23 @@
-"""Run held-out documents through a model piece by piece: the basis of every evaluation on text.
+"""Read held-out documents for a model on any number of processes: the basis of every evaluation on text.
 
-- A document is truncated to the context and processed in pieces, carrying the state from one to the next, so memory
-  grows with the context only by what the mixers themselves keep.
+- A document is truncated to the context. `ovq.inference.losses` then runs it through the model in pieces.
 - Only rank 0 reads and tokenises. Each round of documents is broadcast to all ranks, and each rank takes its share. A
   rank with no document in a round still runs another rank's and discards the result, because under FSDP all ranks must
   make the same forward passes.
-
-Shapes: D documents in a batch, T positions.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from data.build import heldout_documents
 from data.tokenizer import Tokenizer
 from ovq import processes
 from ovq.config import Config
-from ovq.mixers.base import detach_state
-from ovq.model import IGNORE, Transformer
 
 
 @dataclass
@@ -88,43 +80,3 @@ class HeldOut:
             given += 1
             if given == self.limit:
                 return
-
-
-@torch.no_grad()
-def losses_by_position(
-    model: Transformer,
-    rows: list[np.ndarray],
-    *,
-    positions: int,
-    piece: int,
-    device: torch.device,
-    should_stop: Callable[[], bool],
-) -> np.ndarray | None:
-    """Loss in nats of each label of each row, float64 [D, positions]; 0 past a row's end. None if told to stop.
-
-    Args:
-        rows: the tokens of each document, at most positions + 1.
-        piece: tokens per forward pass.
-        should_stop: called before every forward pass, the same number of times on every rank.
-    """
-    tokens_DT = torch.zeros(len(rows), positions + 1, dtype=torch.int64)
-    labels_DT = torch.full((len(rows), positions), IGNORE)
-    for index, row in enumerate(rows):
-        tokens_DT[index, : len(row)] = torch.from_numpy(row)
-        labels_DT[index, : len(row) - 1] = tokens_DT[index, 1 : len(row)]
-    state: list[Any] | None = None
-    parts: list[Tensor] = []
-    for start in range(0, positions, piece):
-        if should_stop():
-            return None
-        span = slice(start, min(start + piece, positions))
-        out = model(
-            tokens_DT[:, span].to(device),
-            targets_BT=labels_DT[:, span].to(device),
-            state=state,
-            return_state=True,
-            reduction="none",
-        )
-        state = detach_state(out.state)
-        parts.append(out.loss)
-    return torch.cat(parts, dim=1).to("cpu", torch.float64).numpy()

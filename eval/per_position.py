@@ -22,12 +22,13 @@ import numpy as np
 from data.sources import DataError
 from data.tokenizer import Tokenizer
 from eval import loss_table, plot
-from eval.heldout import HeldOut, losses_by_position
+from eval.heldout import HeldOut
 from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError
+from ovq.inference.losses import losses_by_position
 from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer

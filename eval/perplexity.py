@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer
-from eval.heldout import HeldOut, losses_by_position
+from eval.heldout import HeldOut
 from eval.per_position import check_capacity, exp
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.files import write_whole
+from ovq.inference.losses import losses_by_position
 from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer

@@ -290,6 +290,7 @@ COMMANDS = {
     "bench cost": "eval.bench.cost",
     "bench aot": "eval.bench.aot",
     "bench gpu": "eval.bench.gpu.bench",
+    "generate": "ovq.inference.generate",
     "launch sweep": "launch.sweep",
     "checkpoint": "ovq.train.checkpoint",
 }

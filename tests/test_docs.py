@@ -23,6 +23,7 @@ from ovq.model import build_mixer
 from ovq.train.metrics import read_rows
 from tests import test_mixers as contract
 from tests.helpers import TINY
+from tests.test_per_position import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
@@ -110,6 +111,17 @@ def test_the_documented_data_set_is_a_legal_config() -> None:
     (text,) = blocks(EXTENDING, "yaml").values()
     cfg = compose.compose([f"data={(settings := yaml.safe_load(text))['kind']}"])
     assert set(settings) <= set(cfg.data) and settings["kind"] in text
+
+
+def test_the_examples_in_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_folder(tmp_path, "sw_ovq", []).rename(tmp_path / "cpu_demo")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "cpu_demo").rename(tmp_path / "runs" / "cpu_demo")
+    monkeypatch.chdir(tmp_path)
+    examples = blocks(README, "python")
+    assert len(examples) == 2
+    for code in examples.values():
+        exec(compile(code, "README.md", "exec"), {})
 
 
 def test_every_room_of_the_map_exists_and_every_folder_is_on_it() -> None:

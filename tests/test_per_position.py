@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.build import build_tokenizer
 from eval import loss_table, per_position, perplexity
-from eval.heldout import HeldOut, losses_by_position
+from eval.heldout import HeldOut
 from eval.per_position import check_capacity, evaluate, evaluate_strictly, linear_edges, log_edges, standard_error
 from ovq import config
 from ovq.errors import ConfigError
+from ovq.inference.losses import losses_by_position
 from ovq.inference.run import choose, load_run, override
 from ovq.model import ModelOutput
 from ovq.processes import World

@@ -1,0 +1,122 @@
+"""A trained model in Python: `ovq.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.tokenizer import Tokenizer
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.inference.generate import Sampling, generate
+from ovq.inference.losses import losses_by_position
+from ovq.inference.run import Run, load_run
+from ovq.model import Transformer
+
+
+class LoadedModel:
+    """A trained model with its tokenizer.
+
+    Attributes:
+        module: the torch module, in evaluation mode: ids [B, T] -> `ModelOutput`.
+        tokenizer: text to ids and back; for a generated task, its symbols.
+        cfg, step: the run's config, and the training step of the weights.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.module: Transformer = run.model
+        self.tokenizer: Tokenizer = run.tokenizer
+        self.cfg: Config = run.cfg
+        self.step: int = run.step
+
+    def loss(self, text: str) -> float:
+        """Mean loss of the text's tokens, in nats per token.
+
+        Raises:
+            ConfigError: the text has no tokens.
+        """
+        return float(self.loss_by_position(text).mean())
+
+    def loss_by_position(self, text: str, context: int | None = None) -> np.ndarray:
+        """Loss in nats of each of the text's tokens, float64 [tokens]; the first is predicted from the separator.
+
+        Args:
+            context: tokens measured; None: all of them. Read in pieces of `eval.piece` tokens with carried state.
+
+        Raises:
+            ConfigError: the text has no tokens.
+        """
+        ids = self.tokenizer.encode(text)[:context].astype(np.int64)
+        if not len(ids):
+            raise ConfigError("a text without tokens has no loss")
+        losses = losses_by_position(
+            *(self.module, [np.concatenate([[self.tokenizer.separator_id], ids])]),
+            positions=len(ids),
+            piece=self.cfg.eval.piece,
+            device=self._run.world.device,
+            should_stop=lambda: False,
+        )
+        assert losses is not None  # nothing could stop it
+        return losses[0]
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        batch: int = 8,
+        show: Callable[[str], None] | None = None,
+    ) -> str | list[str]:
+        """The text that follows a prompt, or each of several, without the prompt.
+
+        Args:
+            tokens: new tokens, at most; a text also ends where a document would, and at a stop string.
+            temperature, top_k, top_p, min_p, seed: see `ovq.inference.generate.Sampling`; temperature 0 is greedy.
+            stop: strings that end a text, of which they are no part.
+            batch: prompts continued together.
+            show: called with each bit of text as it becomes certain, for a single prompt; for instance
+                `functools.partial(print, end="", flush=True)`.
+
+        Raises:
+            ConfigError: an illegal value, or the run was trained on a generated task.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = generate(self._run, prompts, tokens=tokens, sampling=sampling, stop=stop, batch=batch, show=show)
+        return texts[0] if isinstance(prompt, str) else texts
+
+
+def load(
+    path: str | Path,
+    *,
+    checkpoint: str | int | None = None,
+    device: str = "auto",
+    precision: str | None = None,
+    num_centroids: int | None = None,
+    trust: Collection[str] = (),
+) -> LoadedModel:
+    """See `ovq.load`."""
+    path = Path(path)
+    if checkpoint is None and not (path / "config.yaml").exists() and path.parent.name == "checkpoints":
+        path, checkpoint = path.parent.parent, str(path)
+    settings = [f"trainer.device={device}", *([f"trainer.precision={precision}"] if precision else [])]
+    run = load_run(path, settings, checkpoint_at=checkpoint, trust=trust)
+    if num_centroids is not None:
+        held = [mixer for mixer in run.model.mixers() if mixer.capacity is not None]
+        if not held:
+            raise ConfigError(f"num_centroids={num_centroids}: no layer of {path} has a dictionary")
+        try:
+            for mixer in held:
+                mixer.set_capacity(num_centroids)
+        except ValueError as error:
+            raise ConfigError(f"num_centroids={num_centroids}: {error}") from None
+    return LoadedModel(run)

@@ -1,0 +1,59 @@
+"""The loss of every token of documents, run through a model piece by piece.
+
+The state is carried from one piece to the next, so memory grows with the context only by what the mixers themselves
+keep.
+
+Shapes: D documents in a batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovq.mixers.base import detach_state
+from ovq.model import IGNORE, Transformer
+
+
+@torch.no_grad()
+def losses_by_position(
+    model: Transformer,
+    rows: list[np.ndarray],
+    *,
+    positions: int,
+    piece: int,
+    device: torch.device,
+    should_stop: Callable[[], bool],
+) -> np.ndarray | None:
+    """Loss in nats of each label of each row, float64 [D, positions]; 0 past a row's end. None if told to stop.
+
+    Args:
+        rows: the tokens of each document, at most positions + 1.
+        piece: tokens per forward pass.
+        should_stop: called before every forward pass, the same number of times on every rank.
+    """
+    tokens_DT = torch.zeros(len(rows), positions + 1, dtype=torch.int64)
+    labels_DT = torch.full((len(rows), positions), IGNORE)
+    for index, row in enumerate(rows):
+        tokens_DT[index, : len(row)] = torch.from_numpy(row)
+        labels_DT[index, : len(row) - 1] = tokens_DT[index, 1 : len(row)]
+    state: list[Any] | None = None
+    parts: list[Tensor] = []
+    for start in range(0, positions, piece):
+        if should_stop():
+            return None
+        span = slice(start, min(start + piece, positions))
+        out = model(
+            tokens_DT[:, span].to(device),
+            targets_BT=labels_DT[:, span].to(device),
+            state=state,
+            return_state=True,
+            reduction="none",
+        )
+        state = detach_state(out.state)
+        parts.append(out.loss)
+    return torch.cat(parts, dim=1).to("cpu", torch.float64).numpy()
