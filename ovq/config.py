@@ -356,6 +356,11 @@ def changed_identity(old: Config, new: Config) -> list[str]:
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not within(key, FREE_AT_RESUME)]
 
 
+def identity(cfg: Config) -> dict[str, Any]:
+    """The settings that determine what a run computes: dotted key -> value."""
+    return {key: value for key, value in flatten(cfg).items() if not within(key, FREE_AT_RESUME)}
+
+
 def within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
     """Whether a dotted key is one of `prefixes` or is nested under one."""
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
@@ -363,5 +368,4 @@ def within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
 
 def digest(cfg: Config) -> str:
     """A short hash of the settings that determine what a run computes."""
-    kept = {key: value for key, value in flatten(cfg).items() if not within(key, FREE_AT_RESUME)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -17,6 +17,7 @@ from eval.figures.declare import Test
 from eval.figures.measures import Measure, Value
 from launch.sweep import Job
 from ovq import config
+from ovq.compose import default_of
 from ovq.config import Config
 from ovq.files import write_whole
 from ovq.machine import processor_name
@@ -47,8 +48,11 @@ class FigureRun:
     def record(self) -> dict[str, Any] | None:
         """The committed record, if there is one of these settings."""
         found = read_json(self.record_file) if self.record_file else None
-        asked = (config.digest(self.cfg), self.cfg.trainer.steps)
-        return found if found and (found.get("settings"), found.get("steps")) == asked else None
+        return found if found and same_settings(found.get("settings", {}), self.settings()) else None
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the run's outcome."""
+        return json.loads(json.dumps(config.identity(self.cfg) | {"trainer.steps": self.cfg.trainer.steps}))
 
     def trained_here(self) -> bool:
         """Whether the run folder holds the trained weights."""
@@ -118,14 +122,19 @@ class FigureRun:
         }
         record = {
             "command": f"python train.py {' '.join(self.job.overrides)}",
-            "settings": config.digest(self.cfg),
-            "steps": self.cfg.trainer.steps,
+            "settings": self.settings(),
             "training": self.training(),
             "score": self.score(),
             "tests": rows,
         }
         if record != before:
             write_whole(self.record_file, as_json(record))
+
+
+def same_settings(recorded: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a record is of the run that is asked for. A setting that came after the record must be at its default."""
+    known = all(asked.get(key) == value for key, value in recorded.items())
+    return known and all(value == default_of(key) for key, value in asked.items() if key not in recorded)
 
 
 def as_json(record: dict[str, Any]) -> str:
