@@ -63,10 +63,11 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, loop
     from ovq.train.metrics import Metrics
-    from ovq.train.optim import build_optimizer
+    from ovq.train.optim import build_optimizer, check_extension
     from ovq.train.parallelize import parallelize
     from ovq.train.rehearse import rehearse
     from ovq.train.summary import finish
+    from ovq.train.warm_start import start_from
 
     check_held_out(cfg)
     world = processes.init(cfg.trainer)
@@ -85,6 +86,9 @@ def train(cfg: Config, run_dir: Path) -> None:
 
     start = checkpoint.choose(run_dir, cfg.resume, cfg.trainer.keep_last)
     extra = checkpoint.load(start, model, optimizer) if start else None
+    if extra:
+        check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
+    began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
 
     def loss_by_position(model: Transformer, step: int, should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -106,7 +110,9 @@ def train(cfg: Config, run_dir: Path) -> None:
     )
     if extra:
         trainer.resume(extra)
-        trainer.say(f"resumed from {start} at step {trainer.step}")
+        began = f"resumed from {start} at step {trainer.step}"
+    if began:
+        trainer.say(began)
     with trainer.signal:  # until the end: a launcher may pass the signal on after the last step
         try:
             summary = trainer.fit()
@@ -147,6 +153,7 @@ def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
     from ovq.errors import ConfigError
     from ovq.processes import on_main
     from ovq.train.checkpoint import hold
+    from ovq.train.metrics import read_rows
     from ovq.train.summary import FILE
 
     def store() -> None:
@@ -154,7 +161,9 @@ def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
         saved = [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "checkpoints").glob("aside_step_*")]
         if cfg.resume == "never" and saved:
             raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
-        if (run_dir / "config.yaml").exists() and cfg.resume != "never":
+        # A start that failed before the first step claims nothing.
+        stepped = saved or read_rows(run_dir / "metrics.jsonl")
+        if stepped and (run_dir / "config.yaml").exists() and cfg.resume != "never":
             changed = config.changed_identity(config.load(run_dir), cfg)
             if changed:
                 raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")

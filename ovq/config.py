@@ -89,6 +89,14 @@ class OptimConfig:
 
 
 @dataclass
+class InitConfig:
+    path: str | None = setting(
+        None, "run or checkpoint whose weights a new run starts from (short: init_from=DIR); null: fresh weights"
+    )
+    strict: bool = setting(True, "whether all weights must fit; false: take those that do, and name the others")
+
+
+@dataclass
 class TrainerConfig:
     steps: int = setting(1000, "optimizer steps", at_least=1)
     context: int = setting(2048, "tokens per sequence", at_least=1)
@@ -105,6 +113,9 @@ class TrainerConfig:
     grad_clip: float = setting(1.0, "maximum global gradient norm; 0: no clipping", at_least=0)
     z_loss: float = setting(0.0, "weight of the squared log-partition function", at_least=0)
     loss_chunk_tokens: int = setting(2048, "tokens whose logits are in memory at once", at_least=1)
+    allow_rate_jump: bool = setting(
+        False, "resume although another number of steps makes the learning rate jump up at that step"
+    )
     nonfinite: str = one_of("stop", "skip", help="on a non-finite loss or gradient, stop the run or skip the step")
     max_skipped_steps: int = setting(10, "consecutive skipped steps tolerated before the run stops anyway", at_least=0)
     log_every: int = setting(1, "steps between waits for the device; every step is still logged", at_least=1)
@@ -148,6 +159,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    init_from: InitConfig = field(default_factory=InitConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     name: str = setting("default", "name of the experiment, and the first part of the run folder's name")
@@ -178,6 +190,7 @@ FREE_AT_RESUME = (
     "trainer.peak_tflops",
     "trainer.progress",
     "trainer.nonfinite",
+    "trainer.allow_rate_jump",
     "trainer.max_skipped_steps",
     "trainer.deterministic",
     "data.num_workers",

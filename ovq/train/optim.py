@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
 
 from ovq.config import Config, OptimConfig
+from ovq.errors import ConfigError
 from ovq.model import Transformer
 
 # Weight decay is not applied to parameters of these modules, nor to vectors (norms, biases, temperatures): it is meant
@@ -34,6 +36,27 @@ def lr_at(step: int, cfg: Config) -> float:
     else:
         height = 1.0
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * max(0.0, height))
+
+
+def check_extension(cfg: Config, steps_before: int, step: int) -> None:
+    """Refuse to continue at a much higher learning rate than the run had at this step because it got more steps.
+
+    Args:
+        steps_before: trainer.steps of the run that saved the checkpoint.
+
+    Raises:
+        ConfigError: the rate would jump, and trainer.allow_rate_jump is not set.
+    """
+    before = copy.deepcopy(cfg)
+    before.trainer.steps = steps_before
+    old, new = lr_at(step, before), lr_at(step, cfg)
+    if new > 1.01 * old and not cfg.trainer.allow_rate_jump:
+        raise ConfigError(
+            f"trainer.steps: {steps_before} -> {cfg.trainer.steps} changes the {cfg.optim.schedule} schedule: the "
+            f"learning rate would jump from {old:.3g} to {new:.3g} at step {step}. Start a new run with "
+            "init_from=DIR, resume a checkpoint from before the decay of optim.schedule=wsd, or accept the jump with "
+            "trainer.allow_rate_jump=true"
+        )
 
 
 def build_optimizer(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW:

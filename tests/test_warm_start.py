@@ -1,0 +1,123 @@
+"""Claims about starting from another run's weights, and about going on with more steps than were planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ovq
+import ovq.config
+import train
+from ovq.compose import compose, run_dir_of
+from ovq.errors import ConfigError
+from ovq.train.optim import check_extension, lr_at
+from tests.helpers import TINY
+
+RUN = [
+    *(
+        "data=builtin",
+        "tokenizer=byte",
+        *TINY,
+        "trainer.device=cpu",
+        "trainer.progress=false",
+        "trainer.precision=fp32",
+    ),
+    *("trainer.context=32", "trainer.global_batch=2", "trainer.micro_batch=2", "eval.at_end=false"),
+]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in ovq.load(run_dir).module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("first") / "run"
+    assert train.main([*RUN, "model=sw_nope", "trainer.steps=2", f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+@pytest.mark.parametrize("source", ["run", "checkpoint"])
+def test_a_run_begins_with_the_weights_of_another(
+    first: Path, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = first if source == "run" else next((first / "checkpoints").glob("step_*"))
+    # A rate of 0 leaves the weights as they began; context, batch and rate may differ.
+    line = [*RUN, "model=sw_nope", "trainer.steps=1", "optim.lr=0", "trainer.context=64", f"init_from={path}"]
+    assert train.main([*line, f"run_dir={tmp_path}/second"]) == 0
+    before, after = weights(first), weights(tmp_path / "second")
+    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
+    assert f"began with {len(list(ovq.load(first).module.parameters()))} of " in capsys.readouterr().err
+    # The run is its own from then on: it resumes from its own checkpoint.
+    assert train.main([*line[:-1], "trainer.steps=2", line[-1], f"run_dir={tmp_path}/second"]) == 0
+    assert "resumed from" in capsys.readouterr().err
+
+
+def test_a_swapped_mixer_is_named_and_taken_as_far_as_it_fits(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*RUN, "model=sw_gdn", "trainer.steps=1", "optim.lr=0", f"init_from={first}"]
+    assert train.main([*line, f"run_dir={tmp_path}/strict"]) == 2
+    said = capsys.readouterr().err
+    assert "do not fit this model" in said and "layers.1.mixer" in said and "init_from.strict=false" in said
+    assert said.count("\n") == 1
+    assert train.main([*line, "init_from.strict=false", f"run_dir={tmp_path}/loose"]) == 0
+    said = capsys.readouterr().err
+    assert "began with" in said and "not there: layers.1.mixer.g_proj" in said
+    before, after = weights(first), weights(tmp_path / "loose")
+    assert torch.equal(before["embed.weight"], after["embed.weight"])
+    assert torch.equal(before["layers.1.mlp.out_proj.weight"], after["layers.1.mlp.out_proj.weight"])
+    # With more tokens in the vocabulary, only the embedding and the head are new.
+    assert not [name for name in after if not torch.isfinite(after[name]).all()]
+
+
+def test_what_cannot_be_begun_with_is_one_line(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*RUN, "model=sw_nope", "trainer.steps=1", f"run_dir={tmp_path}/run"]
+    assert train.main([*line, f"init_from={tmp_path}/nothing"]) == 2
+    said = capsys.readouterr().err
+    assert f"init_from={tmp_path}/nothing is neither a run folder nor a checkpoint" in said and said.count("\n") == 1
+    card = first / "tokenizer" / "tokenizer.json"
+    text = card.read_text()
+    try:
+        card.write_text(text.replace("byte:1", "byte:2"))
+        assert train.main([*line, f"init_from={first}"]) == 2
+    finally:
+        card.write_text(text)
+    assert "was trained with another tokenizer" in capsys.readouterr().err
+
+
+def test_the_short_form_names_the_run_folder_and_is_the_long_one() -> None:
+    cfg = compose(["init_from=runs/a"])
+    assert cfg.init_from.path == "runs/a" and cfg.init_from.strict
+    assert run_dir_of(cfg, ["init_from=runs/a"]) != run_dir_of(cfg, ["init_from=runs/b"])
+
+
+def test_more_steps_do_not_raise_the_rate_unasked() -> None:
+    def config(*settings: str) -> ovq.config.Config:
+        return compose(["optim.warmup_steps=10", "optim.lr=1e-3", "trainer.steps=200", *settings])
+
+    cosine = config()
+    with pytest.raises(ConfigError, match=r"trainer.steps: 100 -> 200 changes the cosine schedule: .* from 0.0001 to"):
+        check_extension(cosine, 100, 100)
+    check_extension(config("trainer.allow_rate_jump=true"), 100, 100)
+    check_extension(cosine, 200, 100)
+    check_extension(cosine, 400, 100), "fewer steps lower the rate"
+    check_extension(config("optim.schedule=constant"), 100, 100)
+    check_extension(config("optim.schedule=wsd"), 100, 80), "before its decay"
+    with pytest.raises(ConfigError, match="wsd"):
+        check_extension(config("optim.schedule=wsd"), 100, 90)
+    assert lr_at(100, cosine) > 5e-4
+
+
+def test_a_finished_run_with_more_steps_stops_before_the_jump(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*RUN, "model=sw", "optim.warmup_steps=0", f"run_dir={tmp_path}/run"]
+    assert train.main([*line, "trainer.steps=2"]) == 0
+    capsys.readouterr()
+    assert train.main([*line, "trainer.steps=4"]) == 2
+    said = capsys.readouterr().err
+    assert "the learning rate would jump" in said and said.count("\n") == 1
+    assert train.main([*line, "trainer.steps=4", "trainer.allow_rate_jump=true"]) == 0
