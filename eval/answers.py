@@ -8,7 +8,9 @@ Shapes: B sequences in a batch, T positions, N values of an index.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +46,12 @@ class Tally:
 
 @torch.inference_mode()
 def predict(
-    model: Transformer, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, device: torch.device, piece: int
+    model: Transformer,
+    inputs_BT: torch.Tensor,
+    targets_BT: torch.Tensor,
+    device: torch.device,
+    piece: int,
+    between: Callable[[list[Any]], list[Any]] = lambda state: state,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The model's greedy prediction at each label, and what it makes of the right one.
 
@@ -54,6 +61,7 @@ def predict(
     Args:
         inputs_BT, targets_BT: int64; a target is IGNORE where there is no label.
         piece: positions per forward pass.
+        between: what becomes of the state from one piece to the next.
 
     Returns:
         Predicted tokens int64 [B, T], IGNORE where there is no label; and the log-probability (nats) of each label,
@@ -67,7 +75,7 @@ def predict(
         span = slice(start, min(start + piece, columns[-1] + 1))
         first = next((column for column in columns if start <= column < span.stop), span.stop)
         out = model(inputs_BT[:, span].to(device), state=state, return_state=True, logits_to_keep=span.stop - first)
-        state = detach_state(out.state)
+        state = between(detach_state(out.state))
         targets = targets_BT[:, first : span.stop]
         rows, at = (targets != IGNORE).nonzero(as_tuple=True)
         if len(rows):
@@ -87,11 +95,18 @@ def tally(task: Task, inputs: np.ndarray, targets: np.ndarray, predicted: np.nda
 
 
 def test(
-    model: Transformer, device: torch.device, task: Task, length: int, at_least: int, seed: int = TEST_SEED
+    model: Transformer,
+    device: torch.device,
+    task: Task,
+    length: int,
+    at_least: int,
+    seed: int = TEST_SEED,
+    piece: int = TOKENS_AT_ONCE,
+    between: Callable[[list[Any]], list[Any]] = lambda state: state,
 ) -> Tally:
     """The tally of as many whole test sequences of `length` tokens as hold `at_least` answers in total.
 
-    The sequences are the same for every model; with another seed they are others.
+    The sequences are the same for every model; with another seed they are others. `piece` and `between`: see `predict`.
 
     Raises:
         ConfigError: the task has no sequence of this length.
@@ -99,7 +114,7 @@ def test(
     rows = math.ceil(at_least / task.describe(length)["answers"])
     tallies, nats, labels = [], 0.0, 0
     for batch in sequences_for_test(task, length, seed=seed, rows=rows, batch=max(1, TOKENS_AT_ONCE // length)):
-        predicted, log_p = predict(model, batch.inputs, batch.targets, device, TOKENS_AT_ONCE)
+        predicted, log_p = predict(model, batch.inputs, batch.targets, device, piece, between)
         tallies.append(tally(task, batch.inputs.numpy(), batch.targets.numpy(), predicted, length))
         nats, labels = nats - log_p.sum(), labels + int((batch.targets != IGNORE).sum())
     right, answers = (np.sum([getattr(t, name) for t in tallies], axis=0) for name in ("right", "answers"))

@@ -273,6 +273,7 @@ COMMANDS = {
     "eval harness": "eval.harness",
     "eval needle": "eval.needle",
     "eval perplexity": "eval.perplexity",
+    "eval stored_state": "eval.stored_state",
     "eval plot": "eval.plot",
     "figures fig4": "eval.figures.fig4",
     "figures fig5": "eval.figures.fig5",

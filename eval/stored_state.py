@@ -1,0 +1,153 @@
+"""How few bytes OVQ's dictionary needs: recall with its sums stored in other ways between chunks.
+
+    python -m eval.stored_state run=RUN lengths=[128,2048] num_centroids=4096 answers=8192
+    python -m eval.stored_state run=RUN formats=[sums_float32,means_bf16] out=docs/results/stored_state
+
+After every chunk the dictionary is stored and read back, as a state in fewer bytes would be; what is computed within a
+chunk is as ever. Formats: key and value sums in float32 (what the operator keeps); sums, or means, in bf16, rounded to
+nearest or stochastically (so that a small addition is not lost for ever but in the mean added); means as 8-bit integers
+with a scale for each centroid. Counts are float32. Prints a table and writes stored_state.csv to `out`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.build import build_task, is_task
+from eval.answers import test
+from eval.per_position import check_capacity
+from ovq.cli import command
+from ovq.errors import ConfigError
+from ovq.files import write_whole
+from ovq.inference.run import RunOptions
+from ovq.mixers.base import other_capacity
+from ovq.mixers.ovq import OVQ
+from ovq.ops.ovq_attention import OVQState
+from ovq.schema import setting
+
+Stored = Callable[[Tensor, Tensor], Tensor]  # sums [B, G, N, D] and counts [B, G, N] -> the sums as read back
+
+
+@dataclass(frozen=True)
+class Format:
+    """How sums are stored: `bytes_of` a centroid's D numbers, and what is read back."""
+
+    bytes_of: Callable[[int], int]
+    stored: Stored
+
+
+def nearest(x: Tensor) -> Tensor:
+    return x.bfloat16().to(x.dtype)
+
+
+class Stochastic:
+    """x rounded to one of the two neighbours in bf16, up with the probability that keeps the mean; float32."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        noise = torch.randint(0, 1 << 16, x.shape, generator=self.generator, dtype=torch.int32).to(x.device)
+        return ((x.float().view(torch.int32) + noise) & ~0xFFFF).view(torch.float32).to(x.dtype)
+
+
+def integers(x: Tensor) -> Tensor:
+    """8-bit integers with a scale for each row, rounded to nearest."""
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
+    return (x / scale).round() * scale
+
+
+def of_sums(rounded: Callable[[Tensor], Tensor]) -> Stored:
+    return lambda sums, count: rounded(sums)
+
+
+def of_means(rounded: Callable[[Tensor], Tensor]) -> Stored:
+    def stored(sums: Tensor, count: Tensor) -> Tensor:
+        weight = count.clamp(min=1)[..., None]
+        return rounded(sums / weight) * weight
+
+    return stored
+
+
+FORMATS = {
+    "sums_float32": Format(lambda D: 4 * D, of_sums(lambda x: x)),
+    "sums_bf16": Format(lambda D: 2 * D, of_sums(nearest)),
+    "sums_bf16_stochastic": Format(lambda D: 2 * D, of_sums(Stochastic())),
+    "means_bf16": Format(lambda D: 2 * D, of_means(nearest)),
+    "means_bf16_stochastic": Format(lambda D: 2 * D, of_means(Stochastic())),
+    "means_int8": Format(lambda D: D + 4, of_means(integers)),
+}
+
+
+def in_format(name: str) -> Callable[[list[Any]], list[Any]]:
+    """From a model's state to the same with its dictionaries stored and read back."""
+    stored = FORMATS[name].stored
+
+    def change(state: Any) -> Any:
+        if not isinstance(state, OVQState):
+            return state
+        key_sum, value_sum = stored(state.key_sum, state.count), stored(state.value_sum, state.count)
+        return replace(state, key_sum=key_sum, value_sum=value_sum)
+
+    return lambda states: [change(state) for state in states]
+
+
+@dataclass
+class Options(RunOptions):
+    lengths: list[int] | None = setting(
+        None, "tokens of sequences; null: 1, 4 and 16 times those of training", at_least=1
+    )
+    formats: list[str] = setting([*FORMATS], "formats of the sums", choices=tuple(FORMATS))
+    answers: int = setting(8192, "minimum answers per test", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    out: str | None = setting(None, "folder of stored_state.csv; null: the run folder")
+
+
+@command(Options, overrides=True)
+def main(options: Options, overrides: list[str]) -> int:
+    """The command line shown in the module docstring."""
+    run = options.open(["trainer.precision=fp32", *overrides])
+    layers = [mixer for mixer in run.model.mixers() if isinstance(mixer, OVQ)]
+    if not is_task(run.cfg) or not layers:
+        raise ConfigError(f"{options.run} must be a run with OVQ layers that was trained on a generated task")
+    check_capacity(run.model, run.cfg)
+    chunk = layers[0].spec.chunk_size
+    if any(layer.spec.chunk_size != chunk for layer in layers):
+        raise ConfigError(f"{options.run} has layers with different chunk_size, which are not stored at the same time")
+    task, rows = build_task(run.cfg), []
+    with other_capacity(run.model.mixers(), options.num_centroids):
+        for length in options.lengths or [factor * run.cfg.trainer.context for factor in (1, 4, 16)]:
+            for name in options.formats:
+                tally = test(
+                    *(run.model, run.world.device, task, length, options.answers), piece=chunk, between=in_format(name)
+                )
+                right, answers = tally.total
+                shape = layers[0].shape
+                held = 2 * FORMATS[name].bytes_of(shape.head_dim) + 4
+                row = {"run": Path(options.run).name, "format": name, "num_centroids": layers[0].spec.num_centroids}
+                row |= {"length": length, "accuracy": round(right / answers, 6), "answers": answers}
+                row |= {"bytes_of_a_centroid": held}
+                row["dictionary_bytes"] = held * layers[0].spec.num_centroids * shape.num_kv_heads * len(layers)
+                rows.append(row)
+                print(f"{length:>7} tokens  {name:<22} {held:>4} bytes a centroid  {right / answers:7.2%}", flush=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path = Path(options.out or options.run) / "stored_state.csv"
+    write_whole(path, text.getvalue())
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
