@@ -42,6 +42,7 @@ BY_DOCUMENT = RunTable(
             ("context", pa.int64()),
             ("num_centroids", pa.int64()),  # as above
             ("split", pa.string()),
+            ("restart", pa.int64()),  # eval.restart; null: all of the context is seen
             ("changes", pa.string()),  # overrides of the model or its numerics
             ("asked", pa.int64()),  # eval.documents: the split may hold fewer that are long enough
             ("document", pa.int64()),  # counts those that are long enough, in the order of the split
@@ -50,6 +51,6 @@ BY_DOCUMENT = RunTable(
             ("loss", pa.float64()),  # nats per token
         ]
     ),
-    ("step", "context", "num_centroids", "split", "changes"),
+    ("step", "context", "num_centroids", "split", "restart", "changes"),
     "loss by document and position",
 )

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.inference.losses import losses_by_position
+from ovq.inference.losses import losses_by_position, losses_with_restarts
 from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer
@@ -113,13 +114,14 @@ def measure(
     """
     check_capacity(model, cfg)
     wanted = cfg.eval
+    losses = partial(losses_with_restarts, restart=wanted.restart) if wanted.restart else losses_by_position
     heldout = HeldOut(cfg, tokenizer, wanted.context, wanted.documents)
     done: list[Document] = []  # of this rank
     with other_capacity(model.mixers(), wanted.num_centroids):
         while excerpts := heldout.round(wanted.batch * world.size):
             first = heldout.given - len(excerpts)
             own = range(world.rank, len(excerpts), world.size)
-            nats_DT = losses_by_position(
+            nats_DT = losses(
                 model,
                 [excerpts[i].tokens for i in own] or [excerpts[0].tokens],
                 positions=wanted.context,
@@ -217,6 +219,7 @@ def document_rows(measured: Measurement, cfg: Config, step: int, changed: str) -
         "context": wanted.context,
         "num_centroids": wanted.num_centroids,
         "split": wanted.split,
+        "restart": wanted.restart,
         "changes": changed,
         "asked": wanted.documents,
     }
@@ -257,9 +260,11 @@ def evaluate_strictly(
         return None
 
     def publish() -> None:
+        loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
+        if cfg.eval.restart is not None:
+            return  # not what the model makes of a document, but a part of it, to compare with the whole
         rows = table_rows(measured, cfg, run_dir, step)
         loss_table.write(run_dir, rows)
-        loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
         curves = plot.curves_of(
             loss_table.read(run_dir),
             scale="log",
@@ -333,6 +338,11 @@ def main(options: Options, overrides: list[str]) -> int:
 def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float]) -> str:
     """An evaluation's results by position as text, and the paths they were written to."""
     wanted = cfg.eval
+    if wanted.restart is not None:
+        found = "  ".join(f"{name} {value:.5g}" for name, value in results.items() if name != "documents")
+        return (
+            f"{found}\nby position, with at least {wanted.restart} tokens seen: {run_dir / loss_table.BY_DOCUMENT.file}"
+        )
     key = (step, wanted.context, wanted.num_centroids, wanted.split)
     rows = [row for row in loss_table.read(run_dir) if loss_table.key_of(row) == key and row["buckets"] == "log"]
     lines = [f"{run_dir} step {step}: {int(results['documents'])} {wanted.split} documents of {wanted.context} tokens"]

@@ -149,6 +149,11 @@ class EvalConfig:
     piece: int = setting(2048, "tokens per forward pass; state is carried from piece to piece", at_least=1)
     batch: int = setting(1, "documents per batch on each rank", at_least=1)
     num_centroids: int | None = setting(None, "dictionary capacity at evaluation; null: as trained", at_least=1)
+    restart: int | None = setting(
+        None,
+        "let predictions see only this many tokens, and fewer than twice as many, before them; null: all",
+        at_least=1,
+    )
     at_end: bool = setting(True, "evaluate after the last step")
 
 

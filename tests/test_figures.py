@@ -293,6 +293,7 @@ def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch:
     settings = [text for text in SMALL if "task" not in text]
     folders = [f"{name}={tmp_path}/{folder}" for name, folder in FOLDERS.items()]
     few = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "length=256", "documents=3", "num_centroids=[8]"]
+    few.append("restart=16")
     text = ["data=builtin", "tokenizer=byte", "trainer.context=64"]
     assert fig6.main([*folders, *few, "models=[sw,sw_nope,sw_ovq]", *text, *settings]) == 0
     rows = rows_of(tmp_path / "out" / "fig6.csv")
@@ -301,8 +302,9 @@ def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch:
         ("sw", ""), ("sw_nope", ""), ("sw_ovq", "512"), ("sw_ovq", "8")
     }  # fmt: skip
     by_hand: dict[str, dict[str, float]] = {"sw": {}, "sw_nope": {}}
+    assert {row["test"] for row in rows} == {"", "context withheld"}
     for row in rows:
-        if row["model"] in by_hand and int(row["index"]) >= 128:
+        if row["model"] in by_hand and int(row["index"]) >= 128 and not row["test"]:
             of = by_hand[row["model"]]
             of[row["document"]] = of.get(row["document"], 0.0) + float(row["value"]) * int(row["count"]) / 128
     gains = [by_hand["sw_nope"][document] - by_hand["sw"][document] for document in ("0", "1", "2")]
@@ -312,6 +314,7 @@ def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch:
     errors = [float(cell.strip(" *").split(" ± ")[1]) for cell in row.split("|")[2:-1]]
     assert shown[-1] == pytest.approx(1000 * statistics.fmean(gains), abs=0.06)
     assert errors[-1] == pytest.approx(1000 * statistics.stdev(gains) / 3**0.5, abs=0.06)
+    assert "What the context is worth" in text_of_caption
     trials = rows_of(tmp_path / "out" / "rates.csv")
     assert {row["scored_on"] for row in trials} == {"documents of the validation split"}
 
@@ -322,7 +325,7 @@ def test_differences_between_documents_cancel_in_pairs() -> None:
 
     def point(model: str, document: int, seed: int, loss: float) -> Point:
         blank: dict[str, Any] = {item.name: 0 for item in dataclasses.fields(Point)}
-        here = {"model": model, "document": document, "seed": seed, "value": loss, "index": 0, "count": 2}
+        here = {"model": model, "document": document, "seed": seed, "value": loss, "index": 0, "count": 2, "test": ""}
         return Point(**(blank | {"num_centroids": None} | here))
 
     points = [point("sw", d, s, 4 + book + 0.1 * s) for d, book in enumerate(books) for s in (0, 1)]
@@ -338,6 +341,11 @@ def test_differences_between_documents_cancel_in_pairs() -> None:
     assert mean.value == pytest.approx(-statistics.fmean(gains))
     assert mean.error == pytest.approx(statistics.stdev(gains) / 20**0.5)
     assert fig6.differences(points, (128, 512)) == {}
+
+    withheld = [replace(p, test=fig6.WITHHELD, value=p.value + (0.02 if p.model == "sw_nope" else 0)) for p in points]
+    worth = fig6.worth(points + withheld, (0, 128))
+    assert worth["sw_nope", None].value == pytest.approx(0.02) and worth["sw", None].value == 0
+    assert fig6.differences(points + withheld, (0, 128))["sw_nope", None] == mean
 
 
 def test_memories_of_equal_bytes_take_at_most_those_of_ovq() -> None:

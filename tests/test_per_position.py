@@ -28,7 +28,7 @@ from eval.heldout import HeldOut
 from eval.per_position import check_capacity, evaluate, evaluate_strictly, linear_edges, log_edges, standard_error
 from ovq import config
 from ovq.errors import ConfigError
-from ovq.inference.losses import losses_by_position
+from ovq.inference.losses import losses_by_position, losses_with_restarts
 from ovq.inference.run import choose, load_run, override
 from ovq.model import ModelOutput
 from ovq.processes import World
@@ -114,6 +114,27 @@ def test_rows_of_unequal_length_do_not_affect_each_other() -> None:
     assert together is not None and alone is not None
     assert relative_error(torch.from_numpy(together[1, :40]), torch.from_numpy(alone[0])) < 1e-10
     assert (together[1, 40:] == 0).all()
+
+
+@pytest.mark.parametrize("piece", [16, 4096])
+def test_context_is_withheld_up_to_what_a_window_sees(piece: int) -> None:
+    """Two layers with windows of 4 see 6 tokens back: with 6 kept nothing changes, with fewer it does."""
+    common = {"positions": 61, "piece": piece, "device": torch.device("cpu"), "should_stop": lambda: False}
+    rows = [torch.randint(61, (length,)).numpy().astype(np.int32) for length in (62, 62, 40)]
+    model = small_model("sw", "model.num_layers=2", "model.init_std=0.3").double().eval()
+    for mixer in model.mixers():
+        mixer.window = 4  # type: ignore[assignment]
+    whole = losses_by_position(model, rows, **common)  # type: ignore[arg-type]
+    assert whole is not None
+    for restart, same in ((6, True), (7, True), (100, True), (5, False), (1, False)):
+        got = losses_with_restarts(model, rows, restart=restart, **common)  # type: ignore[arg-type]
+        assert got is not None and got.shape == whole.shape
+        assert np.allclose(got, whole, rtol=1e-9, atol=1e-9) == same, restart
+    by_hand = losses_by_position(model, [rows[0][5:12]], **common | {"positions": 6})  # type: ignore[arg-type]
+    got = losses_with_restarts(model, rows, restart=5, **common)  # type: ignore[arg-type]
+    assert by_hand is not None and got is not None
+    # Positions 10 to 14 of the document are run from token 5 on.
+    np.testing.assert_allclose(got[0, 10], by_hand[0, 5], rtol=1e-9)
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 5, 31, 32, 33, 100, 4096, 8193, 65536, 1 << 20])

@@ -1,4 +1,4 @@
-"""Figure 6: PG19 loss by position to 64k tokens, and each model's difference to `sw` on the same documents.
+"""Figure 6: PG19 loss by position to 64k tokens, against `sw` on the same documents, and against less context.
 
     python -m eval.figures.fig6 dry_run=true                 the plan: runs, tokens, minutes
     python -m eval.figures.fig6 scale=cpu                    everything, on this machine
@@ -7,7 +7,9 @@
 
 All models are trained on the same tokens in the same order. Books differ much more from each other than models do; on
 the same book, at the same positions, the books cancel. So the second panel averages differences, document by document,
-and its bands are standard errors of their mean over documents, the seeds of a document averaged first.
+and its bands are standard errors of their mean over documents, the seeds of a document averaged first. Models also
+differ in what they make of the nearest tokens; so the third panel compares each with itself, on the same tokens, when
+it sees only those: what the rest of the context is worth to it.
 Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
 """
 
@@ -30,7 +32,9 @@ from ovq.schema import setting
 
 MODELS = models("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
 BASE = "sw"  # what differences are taken to
+FULL = "sw_nope"  # whose gain from context is 100%
 SPANS = ((0, 128), (128, 512), (512, 4096), (4096, 16384), (16384, 65536))  # tokens; the table of the caption
+WITHHELD = "context withheld"
 Curve = tuple[str, int | None]  # model, capacity
 
 
@@ -40,6 +44,9 @@ class Figure6Options(Options):
     documents: int = setting(32, "documents of the test split, at most", at_least=2)
     num_centroids: list[int] | None = setting(
         None, "test-time capacities of a model with a dictionary, besides its own; null: those of the scale", at_least=1
+    )
+    restart: int = setting(
+        512, "tokens that predictions see at least, and twice as many at most, where context is withheld", at_least=1
     )
     search_share: float = setting(
         0.1, "steps of a run that tries a learning rate, as a share of all steps", above=0, at_most=1
@@ -65,7 +72,8 @@ def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Tes
     def tests(cfg: Config, own: int | None) -> list[Test]:
         chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
         capacities = [None] if own is None else [None, *sorted({*chosen} - {own})]
-        return [Test(options.length, options.documents, capacity) for capacity in capacities]
+        short = Test(options.length, options.documents, None, WITHHELD, (f"eval.restart={options.restart}",))
+        return [*(Test(options.length, options.documents, capacity) for capacity in capacities), short]
 
     return tests
 
@@ -89,64 +97,94 @@ def mean_over_documents(values: dict[int, list[float]]) -> Mean:
     return Mean(fmean(of_document), spread, len(of_document))
 
 
-def losses(points: list[Point], span: tuple[int, int]) -> dict[Curve, dict[tuple[int, int], float]]:
-    """Curve -> (document, seed) -> mean loss of its positions in a span; buckets count by where they begin."""
+def losses(points: list[Point], span: tuple[int, int], test: str = "") -> dict[Curve, dict[tuple[int, int], float]]:
+    """Curve -> (document, seed) -> mean loss of its positions in a span; buckets count by where they begin.
+
+    Args:
+        test: "", or WITHHELD. Other tests are told apart by their capacity.
+    """
     sums: dict[Curve, dict[tuple[int, int], tuple[float, int]]] = {}
     for p in points:
         assert p.index is not None and p.document is not None
-        if span[0] <= p.index < span[1]:
+        if span[0] <= p.index < span[1] and (p.test == WITHHELD) == (test == WITHHELD):
             of_curve = sums.setdefault((p.model, p.num_centroids), {})
             nats, count = of_curve.get((p.document, p.seed), (0.0, 0))
             of_curve[p.document, p.seed] = (nats + p.value * p.count, count + p.count)
     return {curve: {at: nats / count for at, (nats, count) in of.items()} for curve, of in sums.items()}
 
 
+def paired(own: dict[tuple[int, int], float], other: dict[tuple[int, int], float]) -> Mean | None:
+    """The mean of own minus other over the documents and seeds that both have; None if there is none."""
+    found: dict[int, list[float]] = {}
+    for (document, seed), loss in own.items():
+        if (document, seed) in other:
+            found.setdefault(document, []).append(loss - other[document, seed])
+    return mean_over_documents(found) if found else None
+
+
 def differences(points: list[Point], span: tuple[int, int], base: str = BASE) -> dict[Curve, Mean]:
     """Curve -> its mean difference to `base` of the same seed, over documents that both were tested with."""
     of_curve = losses(points, span)
-    reference = of_curve.get((base, None), {})
-    made = {}
-    for curve, own in of_curve.items():
-        paired: dict[int, list[float]] = {}
-        for (document, seed), loss in own.items():
-            if (document, seed) in reference:
-                paired.setdefault(document, []).append(loss - reference[document, seed])
-        if paired:
-            made[curve] = mean_over_documents(paired)
-    return made
+    reference = next((of for (model, _), of in of_curve.items() if model == base), {})
+    return {curve: mean for curve, own in of_curve.items() if (mean := paired(own, reference)) is not None}
+
+
+def worth(points: list[Point], span: tuple[int, int]) -> dict[Curve, Mean]:
+    """Curve -> what its loss rises by where it sees only the tokens just before, over the documents."""
+    whole, part = losses(points, span), losses(points, span, WITHHELD)
+    found = {curve: paired(part[curve], own) for curve, own in whole.items() if curve in part}
+    return {curve: mean for curve, mean in found.items() if mean is not None}
 
 
 def findings(points: list[Point]) -> list[str]:
-    """Tables: the loss in each span, the difference to `sw` with its error, and the share of full attention's gain."""
+    """Tables: the loss in each span, the difference to `sw`, what the context is worth to each model, and its share of
+    what it is worth to full attention."""
     if not points:
         return []
     spans = [span for span in SPANS if any(p.index is not None and span[0] <= p.index < span[1] for p in points)]
-    head = " | ".join(f"{start:,} to {end:,}" for start, end in spans)
-    rule = " | ".join("---" for _ in range(len(spans) + 1))
-    absolute, relative, shares = [], [], []
-    by_span = [(losses(points, span), differences(points, span)) for span in spans]
-    for curve in dict.fromkeys((p.model, p.num_centroids) for p in points):
-        cells = [fmean(of[curve].values()) for of, _ in by_span]
-        absolute.append(f"| {label(curve)} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
-        found = [means.get(curve) for _, means in by_span]
-        if curve != (BASE, None) and all(found):
-            relative.append(f"| {label(curve)} | {' | '.join(cell_of(mean) for mean in found if mean)} |")
-        full = [means.get(("sw_nope", None)) for _, means in by_span]
-        if curve[0] not in (BASE, "sw_nope") and all(found) and all(full):
-            cells = [mean.value / most.value for mean, most in zip(found, full) if mean and most]
-            known = [m is not None and -m.value > 2 * m.error for m in full]
-            texts = [f"{100 * cell:.0f}%" if sure else "-" for cell, sure in zip(cells, known)]
-            shares.append(f"| {label(curve)} | {' | '.join(texts)} |")
+    head = f"| position | {' | '.join(f'{start:,} to {end:,}' for start, end in spans)} |"
+    rule = f"| {' | '.join('---' for _ in range(len(spans) + 1))} |"
+    curves = list(dict.fromkeys((p.model, p.num_centroids) for p in points if p.test != WITHHELD))
+
+    def table(cells: dict[Curve, list[str]]) -> list[str]:
+        return ["", head, rule, *(f"| {label(curve)} | {' | '.join(of)} |" for curve, of in cells.items()), ""]
+
+    def means(of_span: Callable[[list[Point], tuple[int, int]], dict[Curve, Mean]]) -> dict[Curve, list[Mean]]:
+        found = [of_span(points, span) for span in spans]
+        return {curve: [of[curve] for of in found] for curve in curves if all(curve in of for of in found)}
+
+    absolute = [losses(points, span) for span in spans]
     documents = len({p.document for p in points})
-    return [
+    relative, context = means(differences), means(worth)
+    lines = [
         f"Loss in nats per token by position, mean over {documents} documents and all seeds:",
-        *("", f"| position | {head} |", f"| {rule} |", *absolute, ""),
+        *table({curve: [f"{fmean(of[curve].values()):.3f}" for of in absolute] for curve in curves}),
         f"Difference to `{BASE}` on the same documents, mean and its standard error over documents, in thousandths of "
         "a nat; negative is better, **bold** where it is more than two standard errors from zero:",
-        *("", f"| position | {head} |", f"| {rule} |", *relative, ""),
-        f"Share of `sw_nope`'s gain over `{BASE}` (- where that gain itself is not two standard errors from zero):",
-        *("", f"| position | {head} |", f"| {rule} |", *shares),
+        *table({curve: [cell_of(mean) for mean in of] for curve, of in relative.items() if curve[0] != BASE}),
     ]
+    if not context:
+        return lines
+    lines += [
+        "What the context is worth: by how much a model's loss rises where its state is restarted, so that it sees only"
+        " the tokens just before (eval.restart), on the same tokens, in thousandths of a nat:",
+        *table({curve: [cell_of(mean) for mean in of] for curve, of in context.items()}),
+    ]
+    full = context.get((FULL, None))
+    if full:
+        shares = {
+            curve: [
+                f"{100 * mean.value / most.value:.0f}%" if most.value > 2 * most.error else "-"
+                for mean, most in zip(of, full)
+            ]
+            for curve, of in context.items()
+            if curve[0] not in (BASE, FULL)
+        }
+        lines += [
+            f"The same as a share of `{FULL}`'s (- where that is not two standard errors above zero):",
+            *table(shares),
+        ]
+    return lines
 
 
 def label(curve: Curve) -> str:
@@ -162,28 +200,29 @@ def cell_of(mean: Mean) -> str:
 
 
 def draw(figure: Figure, points: list[Point]) -> Any:
-    """The loss by position, and the difference to `sw`."""
-    picture, axes = panels.picture_of(2)
+    """The loss by position, the difference to `sw`, and what the context is worth."""
+    tested = any(p.test == WITHHELD for p in points)
+    picture, axes = panels.picture_of(3 if tested else 2)
     starts = sorted({p.index for p in points if p.index is not None})
     buckets = list(zip(starts, [*starts[1:], max((p.length for p in points), default=0)]))
-    middles = [math.sqrt((start + 1) * end) for start, end in buckets]
-    loss: dict[Curve, list[float]] = {}
-    gain: dict[Curve, list[tuple[float, Mean]]] = {}
-    for middle, bucket in zip(middles, buckets):
-        for curve, of in losses(points, bucket).items():
-            loss.setdefault(curve, []).append(fmean(of.values()))
-        for curve, mean in differences(points, bucket).items():
-            gain.setdefault(curve, []).append((middle, mean))
-    looks = panels.looks(list(loss), figure.models)
-    for curve, values in loss.items():
-        axes[0].plot(middles, values, label=label(curve), **looks[curve])
-    for curve, means in gain.items():
-        at = [1000 * mean.value for _, mean in means]
-        error = [1000 * mean.error for _, mean in means]
-        x = [middle for middle, _ in means]
-        axes[1].plot(x, at, label=label(curve), **looks[curve])
-        low, high = [a - e for a, e in zip(at, error)], [a + e for a, e in zip(at, error)]
-        axes[1].fill_between(x, low, high, color=looks[curve]["color"], alpha=0.15, linewidth=0)
+    middles = {bucket: math.sqrt((bucket[0] + 1) * bucket[1]) for bucket in buckets}
+    curves = list(dict.fromkeys((p.model, p.num_centroids) for p in points if p.test != WITHHELD))
+    looks = panels.looks(curves, figure.models)
+    by_bucket = {middle: losses(points, bucket) for bucket, middle in middles.items()}
+    for curve in curves:
+        found = {middle: fmean(of[curve].values()) for middle, of in by_bucket.items() if curve in of}
+        axes[0].plot(list(found), list(found.values()), label=label(curve), **looks[curve])
+    panels_of_means = [(axes[1], differences), *([(axes[2], worth)] if tested else [])]
+    for ax, of_span in panels_of_means:
+        means = {middle: of_span(points, bucket) for bucket, middle in middles.items()}
+        for curve in curves:
+            at = [(middle, of[curve]) for middle, of in means.items() if curve in of]
+            x, y = [middle for middle, _ in at], [1000 * mean.value for _, mean in at]
+            error = [1000 * mean.error for _, mean in at]
+            ax.plot(x, y, label=label(curve), **looks[curve])
+            low, high = [a - e for a, e in zip(y, error)], [a + e for a, e in zip(y, error)]
+            ax.fill_between(x, low, high, color=looks[curve]["color"], alpha=0.15, linewidth=0)
+        ax.set_ylabel("thousandths of a nat per token")
     for length in {point.train_length for point in points}:
         for ax in axes:
             ax.axvline(length, color=panels.GREY, linewidth=0.8, linestyle=":")
@@ -191,8 +230,9 @@ def draw(figure: Figure, points: list[Point]) -> Any:
         style.token_axis(ax, "position in the document (dotted: training length)")
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].set_title("PG19, loss by position", loc="left")
-    axes[1].set_ylabel(f"loss minus that of {BASE} (thousandths of a nat)")
-    axes[1].set_title("difference on the same documents, ± standard error", loc="left")
+    axes[1].set_title(f"loss minus that of {BASE}, same documents, ± s.e.", loc="left")
+    if tested:
+        axes[2].set_title("rise of the loss where context is withheld, ± s.e.", loc="left")
     panels.shared_legend(axes)
     return picture
 

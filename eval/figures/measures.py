@@ -153,7 +153,7 @@ class Loss:
 
     def overrides(self, test: Test) -> list[str]:
         wanted = ["eval.split=test", f"eval.context={test.length}", f"eval.documents={test.amount}"]
-        return [*PRECISION, *wanted, *capacity_of(test)]
+        return [*PRECISION, *wanted, *test.overrides, *capacity_of(test)]
 
     def check(self, cfg: Config, test: Test) -> None:
         changed(cfg, self.overrides(test))
@@ -170,7 +170,9 @@ class Loss:
         )
 
     def find(self, run_dir: Path, step: int, test: Test) -> list[Value]:
-        table, key = loss_table.BY_DOCUMENT, (step, test.length, test.num_centroids, "test", changes(PRECISION))
+        restart = changed(config.load(run_dir), self.overrides(test)).eval.restart
+        table = loss_table.BY_DOCUMENT
+        key = (step, test.length, test.num_centroids, "test", restart, changes(PRECISION))
         rows = [row for row in rows_of(table, run_dir) if table.key_of(row) == key]
         if not rows or rows[0]["asked"] < test.amount:
             return []

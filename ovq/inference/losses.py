@@ -57,3 +57,41 @@ def losses_by_position(
         state = detach_state(out.state)
         parts.append(out.loss)
     return torch.cat(parts, dim=1).to("cpu", torch.float64).numpy()
+
+
+def losses_with_restarts(
+    model: Transformer,
+    rows: list[np.ndarray],
+    *,
+    positions: int,
+    restart: int,
+    piece: int,
+    device: torch.device,
+    should_stop: Callable[[], bool],
+) -> np.ndarray | None:
+    """As `losses_by_position`, but a prediction sees only between `restart` and 2 x `restart` tokens before it.
+
+    The document is cut into overlapping stretches of twice `restart` tokens, each run without a state, and the second
+    half of each counts (of the first stretch, both). What the losses differ by from those with all of the context is
+    what the model makes of the tokens further back.
+    """
+    nats_DT = np.zeros((len(rows), positions))
+    at_once = max(1, piece // (2 * restart))  # stretches
+    for index, row in enumerate(rows):
+        starts = range(0, max(1, len(row) - 1 - restart), restart)
+        stretches = [row[start : start + 2 * restart + 1] for start in starts]
+        for first in range(0, len(stretches), at_once):
+            losses = losses_by_position(
+                *(model, stretches[first : first + at_once]),
+                positions=2 * restart,
+                piece=piece,
+                device=device,
+                should_stop=should_stop,
+            )
+            if losses is None:
+                return None
+            for start, nats_T in zip(starts[first : first + at_once], losses):
+                begin = start + restart if start else 0
+                end = min(start + 2 * restart, positions)
+                nats_DT[index, begin:end] = nats_T[begin - start : end - start]
+    return nats_DT
