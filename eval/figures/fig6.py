@@ -31,6 +31,7 @@ from ovq.config import Config
 from ovq.schema import setting
 
 MODELS = models("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
+SHOWN_FROM = 64  # tokens: before them, losses are those of title pages
 BASE = "sw"  # what differences are taken to
 FULL = "sw_nope"  # whose gain from context is 100%
 SPANS = ((0, 128), (128, 512), (512, 4096), (4096, 16384), (16384, 65536))  # tokens; the table of the caption
@@ -204,7 +205,9 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     tested = any(p.test == WITHHELD for p in points)
     picture, axes = panels.picture_of(3 if tested else 2)
     starts = sorted({p.index for p in points if p.index is not None})
-    buckets = list(zip(starts, [*starts[1:], max((p.length for p in points), default=0)]))
+    end = max((p.length for p in points), default=0)
+    shown = min(SHOWN_FROM, end // 4)
+    buckets = [bucket for bucket in zip(starts, [*starts[1:], end]) if bucket[0] >= shown]
     middles = {bucket: math.sqrt((bucket[0] + 1) * bucket[1]) for bucket in buckets}
     curves = list(dict.fromkeys((p.model, p.num_centroids) for p in points if p.test != WITHHELD))
     looks = panels.looks(curves, figure.models)
@@ -229,10 +232,10 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     for ax in axes:
         style.token_axis(ax, "position in the document (dotted: training length)")
     axes[0].set_ylabel("loss (nats per token)")
-    axes[0].set_title("PG19, loss by position", loc="left")
-    axes[1].set_title(f"loss minus that of {BASE}, same documents, ± s.e.", loc="left")
+    axes[0].set_title("loss by position", loc="left")
+    axes[1].set_title(f"minus {BASE}'s on the same text, ± s.e.", loc="left")
     if tested:
-        axes[2].set_title("rise of the loss where context is withheld, ± s.e.", loc="left")
+        axes[2].set_title("what the far context is worth, ± s.e.", loc="left")
     panels.shared_legend(axes)
     return picture
 
