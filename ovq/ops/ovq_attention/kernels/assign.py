@@ -35,6 +35,7 @@ from ovq.ops.ovq_attention.kernels.plan import Plan
 
 SCALARS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "log2_keep"]
 MAX_SPLITS = 16
+CONCURRENT = not INTERPRETED  # Triton's interpreter runs the programs of a launch one after another
 NOTHING = tl.constexpr(2147483647)  # larger than every index and rank
 
 
@@ -98,8 +99,8 @@ def assign(
         )  # fmt: skip
 
     longest = max(last - first for first, last, _ in plan.walks)
-    if INTERPRETED and flags["SPLITS"] > 1:
-        # The interpreter runs programs one after another, so a barrier would never be passed.
+    if flags["SPLITS"] > 1 and not CONCURRENT:
+        # The first program would wait at the barrier forever: one launch before it and one after it instead.
         for chunk in range(longest):
             launch(chunk, chunk + 1, True, False)
             launch(chunk, chunk + 1, False, True)
