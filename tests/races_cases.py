@@ -7,14 +7,29 @@ imported (TRITON_INTERPRET=1).
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
+from ovq.ops import ovq_attention
+from ovq.ops.ovq_attention.kernels import shipped
 from tests.interleave import Report, Violation, interleaved
 
 SEEDS = range(8)
+ROOM = "ovq.ops.ovq_attention.kernels"
+assign, configs, plans = (importlib.import_module(f"{ROOM}.{name}") for name in ("assign", "configs", "plan"))
 
 
 def launch(kernel, grid: tuple[int, ...], *args, seed: int = 0, **kwargs) -> Report:
@@ -23,7 +38,7 @@ def launch(kernel, grid: tuple[int, ...], *args, seed: int = 0, **kwargs) -> Rep
     return report
 
 
-def integers(*shape: int) -> torch.Tensor:
+def integers(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32)
 
 
@@ -171,3 +186,179 @@ def test_schedules_differ_by_seed_and_repeat() -> None:
 
     orders = [order(seed) for seed in SEEDS]
     assert orders == [order(seed) for seed in SEEDS] and len(set(orders)) > 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the operator, or several that carry its state; the last token alone is a step of decoding."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    pieces: tuple[int, ...] = (0, 84)
+    documents: tuple[int, ...] = ()
+    small_tables: bool = False
+
+
+CASES = {
+    "plain": Case(),
+    "packed": Case(documents=(0, 3, 35, 67, 67, 100), pieces=(0, 100)),
+    "carried": Case(pieces=(0, 37, 84, 85)),
+    "nearest": Case({"first_chunk": "nearest"}),
+    "rate": Case({"step": 0.3}),
+    "tiles": Case({"chunk_size": 32, "assign_on": "key_value", "first_chunk": "nearest"}, pieces=(0, 100)),
+    "small tables": Case({"seeding": "random"}, small_tables=True),
+}
+BARS = ("plain", "packed", "carried", "nearest", "rate")  # with any number of programs; the others with 4
+SEEDS_OF = {2: (0, 3), 4: (1, 2), 16: (4,)}  # by the number of programs a head
+RUNS = [(name, programs, seed) for name in BARS for programs, seeds in SEEDS_OF.items() for seed in seeds]
+RUNS += [("tiles", 4, 5), ("small tables", 4, 6)]
+KERNELS = {kernel.__name__ for kernel in shipped.KERNELS.values()}
+DECODE = {"decode_kernel", "combine_kernel"}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small shapes have many blocks: the last chunk of most cases has 12 of 4 centroids, in which 12 of 16
+    programs of a head own something, and "tiles" has two tiles a chunk."""
+    tile_of = lambda stage, *_: configs.Tile(16, 4 if stage == "assign" else 16, 4, 1, 16)  # noqa: E731
+    monkeypatch.setattr(configs, "tile_of", tile_of)
+
+
+def outputs(case: Case, programs: int, backward: bool) -> dict[str, Tensor]:
+    """All results of a case: outputs, state and, if `backward`, gradients."""
+    random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    T, results = case.pieces[-1], {}
+    q, k, v, beta = random(1, T, 2, 16), random(1, T, 1, 16), random(1, T, 1, 16), 1 + random(2).abs()
+    tensors = [x.requires_grad_(backward) for x in (q, k, v, beta)]
+    settings: dict[str, Any] = {"num_centroids": 48, "chunk_size": 16, "growth": "linear", "growth_tokens": 64}
+    settings |= {"backend": "triton"} | case.settings
+    if case.documents:
+        settings["cu_seqlens"] = torch.tensor(case.documents, dtype=torch.int32)
+    state, loss = None, torch.zeros(())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assign, "splits", lambda walks, device, packed: programs)
+        patch.setattr(assign, "CONCURRENT", programs > 1)
+        if case.small_tables:
+            patch.setattr(plans, "TABLE_SHARE", 1e-3)
+            patch.setattr(plans, "MIN_CHUNKS", 0)
+        for start, end in zip(case.pieces, case.pieces[1:]):
+            piece = [x[:, start:end] for x in tensors[:3]] + [beta]
+            piece = [x.detach() for x in piece] if end - start == 1 else piece  # decoding has no gradient
+            o, state = ovq_attention(*piece, state=state, return_state=not case.documents, **settings)
+            results[f"o from {start}"], loss = o.detach(), loss + o.square().sum()
+        if backward:
+            results |= zip(("dq", "dk", "dv", "dbeta"), torch.autograd.grad(loss, tensors))
+    if state is not None:
+        results |= {name: getattr(state, name) for name in ("key_sum", "value_sum", "count")}
+    return results
+
+
+@functools.cache
+def alone(name: str) -> dict[str, Tensor]:
+    """The results of one program a head, in Triton's own interpreter."""
+    return outputs(CASES[name], 1, backward=True)
+
+
+@pytest.mark.parametrize("name, programs, seed", RUNS)
+def test_kernels_have_no_race_and_no_schedule_changes_a_bit(name: str, programs: int, seed: int) -> None:
+    backward = programs == 4
+    with interleaved(seed) as report:
+        got = outputs(CASES[name], programs, backward)
+    assert not report.races, report.text
+    assert all(torch.equal(x, alone(name)[key]) for key, x in got.items())
+    assert report.accesses["assign_kernel", "atomic"] >= 3 * programs  # the barrier itself, not its substitute
+    unused = {kernel for kernel in KERNELS if "_grad_" in kernel} if not backward else set()
+    assert report.kernels == KERNELS - unused - (set() if name == "carried" else DECODE)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Kernels with a defect: text of a module replaced, what is found then, and in which case, with how many programs."""
+
+    module: str
+    changes: dict[str, str]
+    found: str
+    case: str = "plain"
+    programs: int = 4
+
+
+MUTANTS = {
+    "proposals are not double-buffered": Mutant(
+        "assign", {"((i % 2) * walks + walk)": "walk"}, "race in assign_kernel on (best|arg)_ptr"
+    ),
+    "arrivals do not release": Mutant(
+        "assign", {'sem="release"': 'sem="relaxed"'}, "race in assign_kernel on (best|arg)_ptr"
+    ),
+    "the barrier does not acquire": Mutant(
+        "assign", {'sem="acquire"': 'sem="relaxed"'}, "race in assign_kernel on (best|arg)_ptr"
+    ),
+    "the barrier is one short": Mutant(
+        "assign", {"< awaited:": "< awaited - 1:"}, "race in assign_kernel on (best|arg)_ptr"
+    ),
+    "the barrier waits for one more": Mutant("assign", {"< awaited:": "<= awaited:"}, "deadlock in assign_kernel"),
+    "every program commits every centroid": Mutant(
+        "assign", {"((place // BLOCK_N) % SPLITS == split)": "(split >= 0)"}, "race in assign_kernel on key_sum_ptr"
+    ),
+    "every program writes every version row": Mutant(
+        "assign", {"writes = owned & ": "writes = (l < L) & "}, "race in assign_kernel on row_key_ptr"
+    ),
+    "programs share their private places": Mutant(
+        "assign", {"place_ptr + tl.program_id(0) * 2 * L": "place_ptr + walk * 2 * L"},
+        "race in assign_kernel on place_ptr", "tiles",
+    ),
+    "scatter stores in place of its maximum": Mutant(
+        "tabulate", {"tl.atomic_max(": "tl.store(", ', sem="relaxed"': ""},
+        "race in scatter_kernel on table_ptr: store at .* at tabulate.py", "small tables",
+    ),
+    "predict stores past the queries of its tile": Mutant(
+        "predict", {"top + tl.log2(total), mask=live)": "top + tl.log2(total))"}, "(in predict_kernel.*lse_ptr)"
+    ),
+    "dictionary_grad forgets the initial rows": Mutant(
+        "backward", {"token = row - initial - start": "token = row - start"}, "in dictionary_grad_kernel.*d[kv]_ptr",
+        "carried",
+    ),
+    "parts of decode share a place": Mutant(
+        "decode", {"(first * (SPLITS + 1) + split)": "(first * (SPLITS + 1))"}, "race in decode_kernel on part_ptr",
+        "carried",
+    ),
+    "combine reads past the parts": Mutant(
+        "decode", {"head * (SPLITS + 1) *": "head * (SPLITS + 2) *"}, "out of bounds in combine_kernel: .* part_ptr",
+        "carried",
+    ),
+}  # fmt: skip
+
+
+def mutated(mutant: Mutant, folder: Path) -> ModuleType:
+    """The mutant's module, loaded from a changed copy of its source."""
+    original = importlib.import_module(f"{ROOM}.{mutant.module}")
+    source = Path(original.__file__).read_text()
+    for old, new in mutant.changes.items():
+        assert source.count(old) == 1, f"{mutant.module}.py has {source.count(old)} times: {old}"
+        source = source.replace(old, new)
+    file = folder / f"{mutant.module}.py"
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location(f"mutant_{mutant.module}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = MUTANTS[name]
+    original = importlib.import_module(f"{ROOM}.{mutant.module}")
+    for attribute, value in vars(mutated(mutant, tmp_path)).items():
+        if isinstance(value, InterpretedFunction):
+            monkeypatch.setattr(original, attribute, value)
+    found = ""
+    for seed in SEEDS:
+        with interleaved(seed) as report:
+            try:
+                outputs(CASES[mutant.case], mutant.programs, backward=mutant.module == "backward")
+            except Violation as violation:
+                found += f"seed {seed}: {violation}\n"
+        found += "".join(f"seed {seed}: {line}\n" for line in report.text.splitlines())
+        if re.search(mutant.found, found):
+            break
+    else:
+        pytest.fail(f"not found in {len(SEEDS)} schedules, only: {found or 'nothing'}")
+    print(found)
