@@ -52,7 +52,7 @@ ACQUIRING = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 RELEASING = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 GUARD, ALIGNMENT = 1 << 16, 256  # bytes between the copies of tensors, and to which they are aligned
 PATIENCE = 3  # rounds in which all programs poll in vain before this is a deadlock
-STAY = (0.0, 0.5, 0.9, 0.98)  # the chance that a program goes on at a switch, by seed
+STAY = (0.0, 0.5, 0.9, 0.98)  # the chance that a program goes on at a switch: one of these for each launch
 TRITON, HERE = str(Path(triton.__file__).parent), __file__
 
 Site = tuple[tuple[str, int], ...]  # file and line of the access and of the calls that led to it, innermost first
@@ -68,15 +68,12 @@ class _Stop(BaseException):
 
 @dataclass(frozen=True)
 class Race:
-    """A pair of places in the code that race, with an example of where in memory."""
+    """A pair of places in the code that race on a tensor."""
 
     kernel: str
     tensor: str
     first: str
     second: str
-
-    def __str__(self) -> str:
-        return f"race in {self.kernel} on {self.tensor}: {self.first}; {self.second}"
 
 
 @dataclass
@@ -93,14 +90,16 @@ class Report:
 
     @property
     def text(self) -> str:
-        return "\n".join(f"{race} ({count} elements, {self.examples[race]})" for race, count in self.races.items())
+        return "\n".join(
+            f"race in {x.kernel} on {x.tensor}: {x.first}; {x.second} ({count} elements, {self.examples[x]})"
+            for x, count in self.races.items()
+        )
 
 
 @contextlib.contextmanager
 def interleaved(seed: int) -> Iterator[Report]:
     """Within it, every launch of an interpreted kernel is interleaved and watched; the report is filled on the way."""
     report, rng = Report(), random.Random(seed)
-    stay = STAY[seed % len(STAY)]
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         named = {name: value for name, value in kwargs.items() if name in self.arg_names}
@@ -110,7 +109,7 @@ def interleaved(seed: int) -> Iterator[Report]:
         memory = Memory({name: x for name, x in arguments.items() if isinstance(x, Tensor)})
         arguments |= memory.copies
         arguments = {n: x if n in self.constexprs else interpreter._implicit_cvt(x) for n, x in arguments.items()}
-        Launch(self.fn, arguments, grid, memory, rng, stay, report).run()
+        Launch(self.fn, arguments, grid, memory, rng, report).run()
         memory.copy_back()
 
     with contextlib.ExitStack() as stack:
@@ -154,10 +153,8 @@ class Block:
     tensors: list[tuple[int, str, int]]  # address, name and size of an element of each
     start: int
     end: int
+    unit: int
     clocks: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.unit = min(size for _, _, size in self.tensors)
 
     def units(self, addresses: np.ndarray, size: int) -> np.ndarray:
         first = (addresses - self.start) // self.unit
@@ -192,14 +189,13 @@ class Memory:
                 self.copies[name] = whole[first : first + extent * item].view(x.dtype)
                 placed.append((whole.data_ptr() + first, name, item))
                 end = max(end, whole.data_ptr() + first + extent * item)
-            self.blocks.append(Block(placed, min(placed)[0], end))
+            self.blocks.append(Block(placed, min(placed)[0], end, min(item for _, _, item in placed)))
             offset += -(-(size + GUARD) // ALIGNMENT) * ALIGNMENT
         self.starts, self.ends = np.array([b.start for b in self.blocks]), np.array([b.end for b in self.blocks])
 
     def copy_back(self) -> None:
         for original, copy in self.pairs:
-            if not torch.equal(original, copy):  # inputs may be shared with others, who need not see them written
-                original.copy_(copy)
+            original.copy_(copy)
 
     def find(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """The block of each address; -1 if an element there is not inside one."""
@@ -213,24 +209,23 @@ class Launch:
     current: Launch
 
     def __init__(
-        self, fn: Callable, arguments: dict, grid: tuple[int, ...], memory: Memory,
-        rng: random.Random, stay: float, report: Report,
-    ) -> None:  # fmt: skip
+        self, fn: Callable, arguments: dict, grid: tuple[int, ...], memory: Memory, rng: random.Random, report: Report
+    ) -> None:
         self.fn, self.arguments, self.grid, self.memory = fn, arguments, grid, memory
-        self.rng, self.stay, self.report = rng, stay, report
-        self.index = list(np.ndindex(*grid))
-        programs = len(self.index)
+        self.rng, self.stay, self.report = rng, rng.choice(STAY), report
+        self.index, programs = list(np.ndindex(*grid)), int(np.prod(grid))
         self.clock = np.zeros((programs, programs), np.int32)
         self.sites: list[list[Site]] = [[()] for _ in range(programs)]  # of each program's accesses, by its clock
         self.released: dict[int, np.ndarray] = {}  # address -> the clock that an acquire takes over
         self.speed = [4 ** rng.uniform(-3, 3) for _ in range(programs)]  # some programs lag far behind others
         self.live = set(range(programs))
+        self.last_poll: dict[int, tuple[int, bytes]] = {}  # program -> address and value, if it did nothing since then
         self.polling: dict[int, int] = {}  # program -> the address that it polls, until another writes there
         self.in_vain = 0
         self.turns = [threading.Semaphore(0) for _ in range(programs)]
         self.done = threading.Semaphore(0)
         self.running = 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         Launch.current = self
@@ -250,9 +245,7 @@ class Launch:
         try:
             if not self.error:
                 self.fn(**self.arguments)
-        except _Stop:
-            pass
-        except Exception as error:
+        except (Exception, _Stop) as error:  # (before a _Stop, the error is set)
             self.error = self.error or error
         self.live.remove(p)
         if self.live:
@@ -293,11 +286,10 @@ class Launch:
         """Let others run first; then check and record an access."""
         self._switch()
         addresses = ptr.data[mask].astype(np.int64)
-        self.in_vain = 0
         self._record(kind, addresses, _size(ptr))
+        self._progress(addresses if kind == STORE else addresses[:0])
         if value is not None:
             self._check_lanes(addresses, value[mask])
-            self._wake(addresses)
 
     def atomic(
         self, operate: Callable, ptr: Any, mask: np.ndarray, sem: Any, scope: Any, expected: np.ndarray | None = None
@@ -315,16 +307,20 @@ class Launch:
         swapped = expected is None or np.array_equal(result.data, expected)  # else it wrote nothing
         for address in ordered if sem in RELEASING and swapped else ():
             self.released[address] = np.maximum(self.clock[p], self.released.get(address, 0))
-        if changed:
-            self.in_vain = 0
-            self._wake(addresses)
-        elif len(addresses) == 1:
-            self.polling[p] = int(addresses[0])
+        if changed or len(addresses) != 1:
+            self._progress(addresses)
+        else:
+            poll = (int(addresses[0]), before.tobytes())
+            if poll == self.last_poll.get(p):  # the second time in vain: not the one that ends its waiting
+                self.polling[p] = poll[0]
+            self.last_poll[p] = poll
         return result
 
-    def _wake(self, addresses: np.ndarray) -> None:
-        for p in [p for p, address in self.polling.items() if (addresses == address).any()]:
-            del self.polling[p]
+    def _progress(self, written: np.ndarray) -> None:
+        """This program did something other than poll in vain; what it wrote wakes those who poll there."""
+        self.in_vain = 0
+        self.last_poll.pop(self.running, None)
+        self.polling = {p: address for p, address in self.polling.items() if address not in written}
 
     def _record(self, kind: str, addresses: np.ndarray, size: int) -> None:
         """Check bounds and races; note that this program accessed these addresses now."""
@@ -344,8 +340,7 @@ class Launch:
                     if unordered.any():
                         self._report(kind, other, block, units, unordered)
             if kind not in block.clocks:
-                count = -(-(block.end - block.start) // block.unit)
-                block.clocks[kind] = np.zeros((count, len(self.index)), np.int32)
+                block.clocks[kind] = np.zeros(((block.end - block.start) // block.unit, len(self.index)), np.int32)
             block.clocks[kind][units, p] = mine[p]
 
     def _report(self, kind: str, other: str, block: Block, units: np.ndarray, unordered: np.ndarray) -> None:

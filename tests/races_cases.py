@@ -151,6 +151,9 @@ def test_detector_sees_through_tensors_that_share_memory(shift: int) -> None:
     assert {race.tensor for race in report.races} == ({"x_ptr"} if shift else set())
     assert not launch(shift_kernel, (2,), x, x[32:], 16, 0, 8).races
     assert launch(shift_kernel, (2,), x, x[8:], 16, 0, 8).races
+    halves = x.view(torch.int16)  # those that program 1 reads lie in the numbers that program 0 writes
+    assert launch(shift_kernel, (2,), halves, x, 16, 0, 8).races
+    assert not launch(shift_kernel, (2,), halves[32:], x, 16, 0, 8).races
 
 
 def test_detector_orders_launches() -> None:
@@ -193,23 +196,23 @@ class Case:
     """A call of the operator, or several that carry its state; the last token alone is a step of decoding."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    pieces: tuple[int, ...] = (0, 84)
+    pieces: tuple[int, ...] = (0, 68)
     documents: tuple[int, ...] = ()
     small_tables: bool = False
 
 
 CASES = {
     "plain": Case(),
-    "packed": Case(documents=(0, 3, 35, 67, 67, 100), pieces=(0, 100)),
-    "carried": Case(pieces=(0, 37, 84, 85)),
+    "packed": Case(documents=(0, 3, 35, 67, 67, 84), pieces=(0, 84)),
+    "carried": Case(pieces=(0, 37, 68, 69)),
     "nearest": Case({"first_chunk": "nearest"}),
     "rate": Case({"step": 0.3}),
     "tiles": Case({"chunk_size": 32, "assign_on": "key_value", "first_chunk": "nearest"}, pieces=(0, 100)),
     "small tables": Case({"seeding": "random"}, small_tables=True),
 }
-BARS = ("plain", "packed", "carried", "nearest", "rate")  # with any number of programs; the others with 4
-SEEDS_OF = {2: (0, 3), 4: (1, 2), 16: (4,)}  # by the number of programs a head
-RUNS = [(name, programs, seed) for name in BARS for programs, seeds in SEEDS_OF.items() for seed in seeds]
+MAIN = ("plain", "packed", "carried", "nearest", "rate")  # with any number of programs; the others with 4
+SEEDS_OF = {2: (0, 3), 4: (1, 2), 16: (4,)}  # by the number of programs a head (3 is not a legal width of a tile)
+RUNS = [(name, programs, seed) for name in MAIN for programs, seeds in SEEDS_OF.items() for seed in seeds]
 RUNS += [("tiles", 4, 5), ("small tables", 4, 6)]
 KERNELS = {kernel.__name__ for kernel in shipped.KERNELS.values()}
 DECODE = {"decode_kernel", "combine_kernel"}
@@ -217,8 +220,8 @@ DECODE = {"decode_kernel", "combine_kernel"}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small shapes have many blocks: the last chunk of most cases has 12 of 4 centroids, in which 12 of 16
-    programs of a head own something, and "tiles" has two tiles a chunk."""
+    """So that small shapes have many blocks: 36 centroids are 9 blocks, so that 9 of 16 programs own something, and a
+    chunk of "tiles" is two tiles."""
     tile_of = lambda stage, *_: configs.Tile(16, 4 if stage == "assign" else 16, 4, 1, 16)  # noqa: E731
     monkeypatch.setattr(configs, "tile_of", tile_of)
 
@@ -229,7 +232,7 @@ def outputs(case: Case, programs: int, backward: bool) -> dict[str, Tensor]:
     T, results = case.pieces[-1], {}
     q, k, v, beta = random(1, T, 2, 16), random(1, T, 1, 16), random(1, T, 1, 16), 1 + random(2).abs()
     tensors = [x.requires_grad_(backward) for x in (q, k, v, beta)]
-    settings: dict[str, Any] = {"num_centroids": 48, "chunk_size": 16, "growth": "linear", "growth_tokens": 64}
+    settings: dict[str, Any] = {"num_centroids": 36, "chunk_size": 16, "growth": "linear", "growth_tokens": 48}
     settings |= {"backend": "triton"} | case.settings
     if case.documents:
         settings["cu_seqlens"] = torch.tensor(case.documents, dtype=torch.int32)
@@ -272,7 +275,7 @@ def test_kernels_have_no_race_and_no_schedule_changes_a_bit(name: str, programs:
 
 @dataclass(frozen=True)
 class Mutant:
-    """Kernels with a defect: text of a module replaced, what is found then, and in which case, with how many programs."""
+    """A defect of the kernels: text of a module that is replaced, what is found then, and in which case."""
 
     module: str
     changes: dict[str, str]

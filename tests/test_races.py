@@ -28,3 +28,13 @@ def run(names: str) -> None:
 
 def test_the_detector_finds_races_and_nothing_else() -> None:
     run("detector or schedules")
+
+
+@pytest.mark.slow
+def test_kernels_have_no_race_and_no_schedule_changes_a_bit() -> None:
+    run("bit")
+
+
+@pytest.mark.slow
+def test_mutants_of_the_kernels_are_found() -> None:
+    run("mutants")
