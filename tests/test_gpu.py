@@ -5,6 +5,8 @@ Skipped where there is no CUDA device. `python -m pytest tests/test_gpu.py` take
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from ovq.ops import ovq_attention  # noqa: E402
 from ovq.ops.ovq_attention.spec import OVQSpec  # noqa: E402
 from tests.ovq_triton_cases import *  # noqa: E402, F403  every interpreter case, on the GPU
 
+plans = importlib.import_module("ovq.ops.ovq_attention.kernels.plan")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -84,6 +87,46 @@ def test_offsets_beyond_two_to_the_31_elements_are_right() -> None:
         whole = ovq_attention(q, q, q, beta, num_centroids=64 * D, backend="triton")[0]
         alone = ovq_attention(q[-1:], q[-1:], q[-1:], beta, num_centroids=64 * D, backend="triton")[0]
     assert torch.equal(whole[-1:], alone)
+
+
+def test_streams_that_share_a_plan_read_it_whole() -> None:
+    """A new plan, used at once from a second stream, and dropped while that stream still runs: the same bits."""
+    sizes = Sizes(tokens=4000, num_centroids=1000)
+    tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
+    settings = {"num_centroids": 1000, "backend": "triton"}
+    with torch.no_grad():
+        want = ovq_attention(*tensors, **settings)[0]
+        for _ in range(20):
+            plans.make_plan.cache_clear()
+            torch.cuda.synchronize()
+            side = torch.cuda.Stream()
+            got = [ovq_attention(*tensors, **settings)[0]]
+            with torch.cuda.stream(side):
+                got += [ovq_attention(*tensors, **settings)[0] for _ in range(3)]
+            plans.make_plan.cache_clear()
+            scribble = [torch.full((1000,), -1, dtype=torch.int32, device="cuda") for _ in range(50)]
+            torch.cuda.synchronize()
+            assert scribble and all(torch.equal(o, want) for o in got)
+
+
+def test_a_captured_graph_outlives_its_plan_and_a_first_call_in_a_capture_is_refused() -> None:
+    sizes = Sizes(tokens=1500, num_centroids=300)
+    tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
+    settings = {"num_centroids": 300, "backend": "triton"}
+    with torch.no_grad():
+        want = ovq_attention(*tensors, **settings)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = ovq_attention(*tensors, **settings)[0]
+        plans.make_plan.cache_clear()
+        scribble = [torch.full((1000,), -1, dtype=torch.int32, device="cuda") for _ in range(50)]
+        graph.replay()
+        torch.cuda.synchronize()
+        assert scribble and torch.equal(got, want)
+        plans.make_plan.cache_clear()
+        with pytest.raises(RuntimeError, match="within a CUDA-graph capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            ovq_attention(*tensors, **settings)
+        assert torch.equal(ovq_attention(*tensors, **settings)[0], want)
 
 
 def test_torch_compile_keeps_a_layer_whole_on_the_gpu() -> None:

@@ -38,7 +38,8 @@ from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds, par
 LATEST_NVIDIA = 9  # compute capability; query_grad in half precision does not build for sm_100 with Triton 3.6
 
 MAX_HEADS = 65535  # batch x heads: the limit on a grid's second axis
-# A first call copies its plan to the device, and plans are evicted eventually: a CUDA graph must not capture either.
+# A first call copies its plan to the device, which a CUDA graph must not capture (kernels/copies.py): the compiler must
+# not choose to. Whoever captures by hand calls once before.
 NO_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 _announced: set[tuple] = set()

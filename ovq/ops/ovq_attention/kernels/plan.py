@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ovq.ops.ovq_attention.kernels.copies import Copies
 from ovq.ops.ovq_attention.spec import OVQSpec
 
 ALIGNMENT = 16  # entries to which the start of a table row is aligned: 64 bytes
@@ -50,7 +51,8 @@ class Plan:
     documents: tuple[tuple[int, int], ...]
     walks: tuple[tuple[int, int, int], ...]
     sums: int
-    _tensors: dict = field(default_factory=dict)
+    _layouts: dict[tuple, tuple[np.ndarray, int]] = field(default_factory=dict)
+    _copies: Copies = field(default_factory=Copies)
 
     @property
     def chunks(self) -> int:
@@ -64,11 +66,12 @@ class Plan:
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """starts, ends and sizes, int32 [chunks]; walks, int32 [walks, 3]; ranks, int32 [chunks, L]: the keys' ranks in
         the order of random seeding ([1, 1] without it)."""
-        if device not in self._tensors:
+
+        def make() -> dict[str, np.ndarray]:
             arrays = {"starts": self.starts, "ends": self.ends, "sizes": self.sizes, "walks": np.array(self.walks)}
-            made = {name: _on(device, x) for name, x in arrays.items()}
-            self._tensors[device] = made | {"ranks": _on(device, self._ranks())}
-        return self._tensors[device]
+            return arrays | {"ranks": self._ranks()}
+
+        return self._copies.get("tensors", device, make)
 
     def _ranks(self) -> np.ndarray:
         spec, L = self.spec, self.spec.chunk_size
@@ -93,19 +96,20 @@ class Plan:
 
     def offsets(self, chunks: tuple[int, int], centroids: tuple[int, int], device: torch.device) -> tuple[Tensor, int]:
         """`layout` with the row starts on a device, int32 [chunks of the table]."""
-        key = (device, chunks, centroids)
-        if key not in self._tensors:
-            starts, size = self.layout(chunks, centroids)
-            self._tensors[key] = _on(device, starts), size
-        return self._tensors[key]
+        key = (chunks, centroids)
+        if key not in self._layouts:
+            self._layouts[key] = self.layout(chunks, centroids)
+        starts, size = self._layouts[key]
+        return self._copies.get(("offsets", *key), device, lambda: {"starts": starts})["starts"], size
 
     def document_ranges(self, chunks: tuple[int, int], device: torch.device) -> Tensor:
         """int32 [documents of these chunks, 2]: the first and last of these chunks in each document."""
-        key = (device, chunks, "documents")
-        if key not in self._tensors:
+
+        def make() -> dict[str, np.ndarray]:
             parts = ((max(first, chunks[0]), min(last, chunks[1] - 1)) for first, last in self.documents)
-            self._tensors[key] = _on(device, np.array([part for part in parts if part[0] <= part[1]]))
-        return self._tensors[key]
+            return {"ranges": np.array([part for part in parts if part[0] <= part[1]])}
+
+        return self._copies.get(("documents", chunks), device, make)["ranges"]
 
     @property
     def all_chunks(self) -> tuple[int, int]:
@@ -136,8 +140,8 @@ class Plan:
     def blocks(self, block: int, centroids: tuple[int, int], device: torch.device) -> Tensor:
         """int32 [blocks, 5]: the first centroid of a block, the chunk that founds it, its document's last chunk and the
         token bounds of that chunk; the longest walks come first."""
-        key = (device, block, centroids)
-        if key not in self._tensors:
+
+        def make() -> dict[str, np.ndarray]:
             made = []
             for first, last in self.documents:
                 sizes = self.sizes[first : last + 1]
@@ -145,8 +149,9 @@ class Plan:
                     born = first + max(int(np.searchsorted(sizes, n, side="right")) - 1, 0)
                     made.append((n, born, last, int(self.starts[last]), int(self.ends[last])))
             made.sort(key=lambda walk: walk[1] - walk[2])
-            self._tensors[key] = _on(device, np.array(made).reshape(-1, 5))
-        return self._tensors[key]
+            return {"blocks": np.array(made).reshape(-1, 5)}
+
+        return self._copies.get(("blocks", block, centroids), device, make)["blocks"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -172,9 +177,3 @@ def make_plan(spec: OVQSpec, size: int, position: int, bounds: tuple[int, ...]) 
             sums += sizes[-1]
     chunks = np.array(starts), np.array(ends), np.array(sizes)
     return Plan(spec, position, size, *chunks, tuple(documents), tuple(walks), sums)
-
-
-def _on(device: torch.device, array: np.ndarray) -> Tensor:
-    """An int32 copy on the device, made without synchronising."""
-    host = torch.from_numpy(array.astype(np.int32))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
