@@ -21,18 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.ops import ovq_attention
-from ovq.ops.ovq_attention import reference
 from ovq.ops.ovq_attention.interface import MODULES
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
-
-# ||got - want|| / ||want|| of outputs, and of gradients.
-BARS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (1e-2, 2e-2)}
-# How far a chosen centroid's similarity may be below the best one: the error of rounding a mean to the dtype.
-NEAR_TIE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-class Wrong(AssertionError):
-    """A check failed; the message says by how much."""
+from ovq.ops.ovq_attention.verify import BARS, SUMS, Wrong, judge, relative_error
 
 
 @dataclass(frozen=True)
@@ -81,16 +72,6 @@ def run(
     return [o, placed, *torch.autograd.grad(o, tensors, do.to(o.dtype))]
 
 
-@torch.no_grad()
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in float64 of two tensors of equal shape; infinite if either holds NaN or infinity."""
-    assert got.shape == want.shape, f"{list(got.shape)} is compared with {list(want.shape)}"
-    got, want = got.double(), want.double()
-    if not (torch.isfinite(got).all() and torch.isfinite(want).all()):
-        return float("inf")
-    return float((got - want).norm() / want.norm().clamp_min(1e-30))
-
-
 # --- the claims ------------------------------------------------------------------------------------------------------
 
 
@@ -120,40 +101,12 @@ def assignments_are_best(backend: str, sizes: Sizes, device: torch.device, dtype
     module = importlib.import_module(f"ovq.ops.ovq_attention.{MODULES[backend]}")
     _, new, placed = module.forward(*tensors, spec, empty_dictionary(tensors, spec))
     exact = [x.double() for x in tensors]
-    k, v = (x.transpose(1, 2) for x in exact[1:3])
-    start = empty_dictionary(exact, spec)
-    S_k, S_v, c, n, worst, apart = start.key_sum, start.value_sum, start.count, 0, 0.0, 0
-    for i, chunk in enumerate(placed.long().split(spec.chunk_size, dim=2)):
-        if chunk.shape[2] < spec.chunk_size:
-            if not bool((chunk == -1).all()):
-                raise Wrong("an incomplete chunk was assigned")
-            break
-        part = slice(i * spec.chunk_size, (i + 1) * spec.chunk_size)
-        after = spec.size_at(part.stop)
-        # In the first chunk, keys without a new centroid of their own join the first key's.
-        founds = chunk >= n if n else (chunk > 0) | (torch.arange(chunk.shape[2], device=device) == 0)
-        means = (S_k[:, :, :n] / c[:, :, :n, None]).to(dtype).double() if n else k[:, :, :1]
-        similarity = torch.einsum("bglk,bgnk->bgln", k[:, :, part], means)
-        best = similarity.amax(-1)
-        regret = best - similarity.gather(-1, chunk.clamp_max(max(n, 1) - 1)[..., None])[..., 0]
-        regret = regret.masked_fill(founds, 0)
-        if n == 0:  # the first key always founds centroid 0, so it is compared with neither group
-            best[:, :, 0] = float("nan")
-        highest = torch.where(founds & ~best.isnan(), best, -torch.inf).amax(-1)
-        lowest = torch.where(founds | best.isnan(), torch.inf, best).amin(-1)
-        founded = torch.where(founds, chunk, -1)
-        in_order = all(head[head >= 0].tolist() == list(range(n, after)) for head in founded.flatten(0, 1))
-        if not in_order:
-            raise Wrong(f"chunk {i} does not found centroids {n} to {after - 1} in token order")
-        worst = max(worst, float(regret.max()), float((highest - lowest).max()))
-        apart += int((regret > 0).sum())
-        S_k, S_v, c, n = *reference.commit(S_k, S_v, c, k[:, :, part], v[:, :, part], chunk, spec), after
-    errors = {name: relative_error(getattr(new, name), want) for name, want in (("key_sum", S_k), ("value_sum", S_v))}
-    if not torch.equal(new.count.double(), c):
+    worst, want = judge(placed, exact[1], exact[2], spec, empty_dictionary(exact, spec), dtype)
+    off = max(relative_error(getattr(new, name), getattr(want, name)) for name in ("key_sum", "value_sum"))
+    if not torch.equal(new.count.double(), want.count):
         raise Wrong("counts differ from the number of keys assigned")
-    off = max(errors.values())
-    found = f"at most {worst:.1e} below the best ({apart} of {placed.numel()} keys below it), sums within {off:.1e}"
-    if not (worst < NEAR_TIE[dtype] and off < 1e-5):
+    found = f"at most {worst:.1e} below the best, sums within {off:.1e}"
+    if not off < SUMS:
         raise Wrong(found)
     return found
 

@@ -72,20 +72,11 @@ def predict(q_BHTK: Tensor, mu_k: Tensor, mu_v: Tensor, c_BGn: Tensor, k_BGLK: T
 def assign(
     k: Tensor, v: Tensor, mu_k: Tensor, mu_v: Tensor, after: int, start: int, spec: OVQSpec, dtype: torch.dtype
 ) -> Tensor:
-    """int64 [B, G, L]: the centroid of each key of the chunk at token `start`; `after` centroids are in use afterwards.
-
-    Similarities are taken with means rounded to `dtype`, that of the inputs, as in every backend.
-    """
+    """int64 [B, G, L]: the centroid of each key of the chunk at token `start`, after which `after` are in use."""
     n = mu_k.shape[2]
     if n == 0:
         mu_k, mu_v = k[:, :, :1], v[:, :, :1]  # the first key is centroid 0
-    mu_k, mu_v = mu_k.to(dtype).to(k.dtype), mu_v.to(dtype).to(v.dtype)
-    similarity = torch.einsum("bglk,bgnk->bgln", k, mu_k)
-    if spec.assign_on == "key_value":
-        # -(|k - mu^k|^2 + |v - mu^v|^2)
-        similarity = 2 * (similarity + torch.einsum("bglv,bgnv->bgln", v, mu_v))
-        similarity = similarity - (mu_k.square().sum(-1) + mu_v.square().sum(-1))[:, :, None, :]
-        similarity = similarity - (k.square().sum(-1) + v.square().sum(-1))[:, :, :, None]
+    similarity = similarities(k, v, mu_k, mu_v, spec, dtype)
     best, a = similarity.max(-1)  # eq. 18; ties go to the lowest index
     order = best.argsort(dim=-1, stable=True)
     if spec.seeding == "random":
@@ -99,6 +90,18 @@ def assign(
         seeds = k.gather(2, founders[..., None].expand(-1, -1, -1, k.shape[3]))
         a = torch.einsum("bglk,bgnk->bgln", k, seeds).argmax(-1)
     return a.scatter(2, founders, torch.arange(n, after, device=k.device).expand_as(founders))
+
+
+def similarities(k: Tensor, v: Tensor, mu_k: Tensor, mu_v: Tensor, spec: OVQSpec, dtype: torch.dtype) -> Tensor:
+    """[B, G, L, n], with means rounded to `dtype`, that of the inputs, as in every backend."""
+    mu_k, mu_v = mu_k.to(dtype).to(k.dtype), mu_v.to(dtype).to(v.dtype)
+    similarity = torch.einsum("bglk,bgnk->bgln", k, mu_k)
+    if spec.assign_on == "key_value":
+        # -(|k - mu^k|^2 + |v - mu^v|^2)
+        similarity = 2 * (similarity + torch.einsum("bglv,bgnv->bgln", v, mu_v))
+        similarity = similarity - (mu_k.square().sum(-1) + mu_v.square().sum(-1))[:, :, None, :]
+        similarity = similarity - (k.square().sum(-1) + v.square().sum(-1))[:, :, :, None]
+    return similarity
 
 
 def commit(
