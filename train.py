@@ -66,6 +66,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.train.optim import build_optimizer, check_extension
     from ovq.train.parallelize import parallelize
     from ovq.train.rehearse import rehearse
+    from ovq.train.selftest import choose_backends
     from ovq.train.summary import finish
     from ovq.train.warm_start import start_from
 
@@ -79,6 +80,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     model = build_model(cfg.model, tokenizer.vocab_size)
     model.init_weights(cfg.seed)
     flops = flops_per_token(model, cfg.trainer.context)
+    choose_backends(model, cfg, world)
     model = parallelize(model, cfg.trainer, world)
     optimizer = build_optimizer(model, cfg.optim)
     check_capacity(model, cfg)

@@ -292,6 +292,7 @@ COMMANDS = {
     "bench aot": "eval.bench.aot",
     "bench gpu": "eval.bench.gpu.bench",
     "generate": "ovq.inference.generate",
+    "selftest": "ovq.ops.ovq_attention.selftest",
     "launch sweep": "launch.sweep",
     "checkpoint": "ovq.train.checkpoint",
 }

@@ -125,6 +125,9 @@ class TrainerConfig:
     keep_last: int = setting(2, "number of complete checkpoints to keep", at_least=1)
     async_checkpoint: bool = setting(True, "write checkpoints in a background thread while training continues")
     timeout_s: int = setting(600, "seconds a collective or a row of data may take, after the first step", at_least=1)
+    kernel_test_s: int = setting(
+        240, "seconds that a test of the Triton kernels on this GPU may take before training; 0: no test", at_least=0
+    )
     peak_tflops: float | None = setting(
         None, "peak TFLOP/s of one device, for MFU; null: from a table of known GPUs, else measured", above=0
     )
@@ -192,6 +195,7 @@ FREE_AT_RESUME = (
     "trainer.keep_last",
     "trainer.async_checkpoint",
     "trainer.timeout_s",
+    "trainer.kernel_test_s",
     "trainer.peak_tflops",
     "trainer.progress",
     "trainer.nonfinite",

@@ -159,6 +159,16 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any
     return chosen
 
 
+def backend_of(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str:
+    """The name of the backend that `attend` uses for such tensors (whatever their length), given its `backend`.
+
+    Raises:
+        BackendError: `backend` names one that cannot run here, or not on these tensors.
+    """
+    chosen = _choose(backend, q, k, v, spec)
+    return next(name for name, module in _MODULES.items() if module is chosen)
+
+
 def _load_backends() -> dict[str, Any]:
     """Backends by name, imported eagerly since torch.compile cannot trace an import; Triton only where it can run."""
     runs = torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"
