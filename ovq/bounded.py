@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 PATIENCE_S = 5.0  # for a killed process to be gone; one that waits for a driver may never be
@@ -74,3 +77,57 @@ def how(status: int) -> str:
         return f"signal {signal.Signals(-status).name}"
     except ValueError:
         return f"signal {-status}"
+
+
+def stream_bounded(
+    command: Sequence[str], seconds: float, line: Callable[[str], None], env: Mapping[str, str] | None = None
+) -> int | None:
+    """As `run_bounded`, but call `line` with each line of its stdout as it comes; returns the status.
+
+    What it writes to stderr goes to this process's. A line that it has not finished is lost.
+    """
+    kept = {name: value for name, value in (os.environ if env is None else env).items() if name not in JOB}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=kept,
+        start_new_session=True,
+    )
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for text in process.stdout:
+            lines.put(text)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    end, over = time.monotonic() + seconds, False
+    try:
+        while (text := _next(lines, end - time.monotonic())) is not None:
+            if text.endswith("\n"):
+                line(text.rstrip("\n"))
+        try:
+            return process.wait(timeout=max(end - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            over = True
+    finally:
+        if over or process.poll() is None:
+            _kill(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=PATIENCE_S)
+    while (text := _next(lines, 0.5)) is not None:  # what it wrote before it was killed
+        if text.endswith("\n"):
+            line(text.rstrip("\n"))
+    return None
+
+
+def _next(lines: queue.SimpleQueue[str | None], seconds: float) -> str | None:
+    """The next line; None at the end, or when the time is over."""
+    try:
+        return lines.get(timeout=max(seconds, 0))
+    except queue.Empty:
+        return None

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from eval.bench import rivals
-from eval.bench.gpu import bars, checks
+from eval.bench.gpu import bars, checks, group
 from eval.bench.gpu import bench as bench_gpu
-from eval.bench.gpu.bench import Bench, Setting, Task
+from eval.bench.gpu.bench import Runner
 from eval.bench.gpu.checks import CHECKS, Sizes, Wrong
 from eval.bench.gpu.plots import draw
+from eval.bench.gpu.tasks import START, Bench, Group, Setting, Task
 from eval.bench.rivals import Case
 from eval.bench.stopwatch import Stopwatch
 
@@ -66,9 +67,51 @@ def verdict(found: dict[str, Any], words: str) -> tuple[Any, str]:
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
+HERE = "tests.test_bench_gpu:STAND_IN"
+Rows = list[dict[str, Any]]
+
+
+def in_this_process(given: dict[str, Any], found: Group, seconds: float, hear: Any) -> int | None:
+    return group.run(given, lambda row: hear(json.loads(json.dumps(row))))
+
+
+class Script:
+    """A child that does as told: per group, the tasks to go through and how each of its processes ends."""
+
+    def __init__(self, **ends: list[Any]) -> None:
+        self.ends = ends
+        self.given: list[dict[str, Any]] = []
+
+    def __call__(self, given: dict[str, Any], found: Group, seconds: float, hear: Any) -> int | None:
+        self.given.append(given)
+        assert START < seconds <= 60
+        if found.name == "machine":
+            hear({"kind": "machine", "gpu": True, "accelerator": "Card 1"})
+            return 0
+        at, status = (self.ends.get(found.name.replace(" ", "_")) or [(None, 0)]).pop(0)
+        for task in found.tasks:
+            if task.name in given["skip"]:
+                continue
+            hear({"kind": "begin", "task": task.name})
+            if at is not None and at in task.name:
+                return status
+            hear({"kind": "end", "task": task.name})
+        return 0 if at is not None else status
+
+    def of(self, name: str) -> Rows:
+        return [given for given in self.given if given["group"] == name]
+
+
+def runner(folder: Path, child: Any, seconds: float = 10_000, where: str = "eval.bench.gpu.tasks:GPU") -> Runner:
+    return Runner(seconds, folder, where=where, child=child)
+
+
+def why(run: Runner, task: str) -> str:
+    return next(row["why"] for row in run.record.results["skipped"] if task in row["task"])
+
+
 def test_a_whole_run_checks_measures_and_plots(folder: Path) -> None:
-    bench = Bench(folder, STAND_IN, seconds=10_000)
-    assert bench.run() == 0
+    assert bench_gpu.measure(bench_gpu.Options(10_000, str(folder)), HERE, in_this_process) == 0
     written = json.loads((folder / "results.json").read_text())
     assert written["checks"] and all(check["passed"] for check in written["checks"])
     assert {check["check"].split(",")[0] for check in written["checks"]} == set(CHECKS)
@@ -77,113 +120,236 @@ def test_a_whole_run_checks_measures_and_plots(folder: Path) -> None:
     assert all(m["forward_median_ms"] <= m["total_median_ms"] for m in written["measurements"] if not m["error"])
     assert {(d["op"], d["position"]) for d in written["decode"]} >= {("ovq", 8), ("ovq", 2048), ("attention", 2048)}
     assert written["rates"]["matmul_flops"] > 0 and written["rates"]["copy_bytes"] > 0
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    kinds = [row["kind"] for row in lines]
+    assert kinds[:3] == ["begin", "machine", "end"] and kinds.count("check") == len(written["checks"])
+    assert kinds.count("measurement") == len(written["measurements"]) and all("s" in row for row in lines)
     drawn = draw(written, folder)
     assert all(path.stat().st_size > 10_000 for path in drawn)
     assert {"decode.png", "BH4_D16_N16.png"} <= {path.name for path in drawn}
 
 
-def test_a_rival_that_is_not_installed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rival_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals.fla_backend, "installed", lambda: False)
-    bench = Bench(folder, STAND_IN, seconds=10_000)
-    bench.measure(STAND_IN.case, ["ovq", "gated_deltanet"], 1)
-    assert [m["op"] for m in bench.results["measurements"]] == ["ovq"]
-    assert "fla-core is not installed" in bench.results["skipped"][0]["why"]
+    rows: Rows = []
+    Bench(STAND_IN, rows.append).measure(STAND_IN.case, ["ovq", "gated_deltanet"], 1)
+    assert [(row["kind"], row.get("op")) for row in rows] == [("skipped", None), ("measurement", "ovq")]
+    assert "fla-core is not installed" in rows[0]["why"]
 
 
-def test_without_options_the_benchmark_does_not_need_hydra(tmp_path: Path) -> None:
-    """A bare GPU machine has torch, Triton and numpy. Run here without a GPU: it writes a record, then reports that."""
+def test_the_benchmark_needs_torch_triton_and_numpy_only(tmp_path: Path) -> None:
+    """Run here without a GPU, with and without options, and one of its processes."""
     program = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "sys.modules['hydra'] = sys.modules['omegaconf'] = None\n"  # importing them fails
-        "from eval.bench.gpu import bench as bench_gpu\n"
-        "import eval.bench.gpu.plots\n"
-        "setting = bench_gpu.Setting(device='cpu', backend='torch')\n"
-        "bench_gpu.Bench(Path(sys.argv[1]), setting, seconds=1).write()\n"
-        "sys.exit(bench_gpu.main([]))\n"
+        "import json, sys\n"
+        "for name in ('hydra', 'omegaconf', 'psutil', 'matplotlib', 'pyarrow', 'requests'):\n"
+        "    sys.modules[name] = None\n"  # importing them fails
+        "from eval.bench.gpu import bench, group\n"
+        "rows = []\n"
+        "given = {'group': 'machine', 'skip': [], 'setting': 'eval.bench.gpu.tasks:GPU', 'programs': None}\n"
+        "assert group.run(given | {'rates': {}, 'best_sdpa': None}, rows.append) == 0\n"
+        "assert [row['kind'] for row in rows] == ['begin', 'machine', 'end'] and rows[1]['gpu'] is False, rows\n"
+        "assert bench.main(['seconds=300', 'out=' + sys.argv[1]]) == 2\n"
+        "from eval.bench.gpu.tasks import Bench, Setting\n"
+        "Bench(Setting(device='cpu'), rows.append).machine()\n"
+        "assert rows[-1]['torch'] and rows[-1]['triton']\n"
     )
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "there is no GPU here" in done.stderr, done.stderr[-2000:]
-    assert json.loads((tmp_path / "results.json").read_text())["checks"] == []
+    assert done.returncode == 0 and "there is no GPU here" in done.stderr, done.stderr[-2000:]
 
 
-def test_tasks_without_time_left_are_named_and_the_most_important_run_first(folder: Path) -> None:
-    bench = Bench(folder, STAND_IN, seconds=bench_gpu.RESERVED + 30)
-    order = [task.name for task in bench.tasks()]
-    assert order[0] == "rates of this card"
-    assert order[1].startswith("check: against float64")
-    first_timed = next(name for name in order if name.startswith("B x H"))
-    assert "T = 128: ovq, sdpa_flash" in first_timed
-    ran: list[str] = []
-    bench.tasks = lambda: [  # type: ignore[method-assign]
-        Task("long", 60, lambda: ran.append("long")),
-        Task("short", 1, lambda: ran.append("short")),
+def test_the_parent_never_uses_the_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("is_available", "device_count", "init", "_lazy_init", "synchronize", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, None)
+    monkeypatch.setattr(torch, "empty", None)
+    run = runner(folder, Script())
+    assert run.run() == 0 and run.record.results["machine"]["accelerator"] == "Card 1"
+
+
+def test_the_order_and_the_limits_are_those_of_the_design() -> None:
+    groups = Bench(Setting(), print).groups()
+    names = [found.name for found in groups]
+    assert names[:9] == [
+        *("machine", "1 programs a head", "2 programs a head", "4 programs a head", "16 programs a head"),
+        *("checks", "bar", "stages", "profile"),
     ]
-    bench.run()
-    assert ran == ["short"]
-    assert bench.results["skipped"] == [{"task": "long", "why": "no time left"}]
-    assert "skipped" in json.loads((folder / "results.json").read_text())["status"]
+    assert names.index("decoding") < names.index("checks in float32") < names.index("rivals")
+    for found in groups:
+        assert 25 <= found.limit <= 60 and found.seconds <= found.limit, (found.name, found.seconds)
+    tasks = [task.name for found in groups for task in found.tasks]
+    assert len(tasks) == len(set(tasks)) and len(names) == len(set(names))
+    important = groups[: names.index("decoding") + 1]
+    assert sum(found.seconds for found in important) < bench_gpu.Options().seconds - bench_gpu.RESERVED
 
 
-def test_the_important_tasks_fit_the_time_limit_of_the_command() -> None:
-    """By their estimates, including tasks that only some installations can run."""
-    bench = Bench(Path("unused"), Setting(device="cpu"), seconds=1)
-    important = []
-    for task in bench.tasks():
-        important.append(task)
-        if task.name == "decoding":
-            break
-    assert sum(task.seconds for task in important) < bench_gpu.Options().seconds - bench_gpu.RESERVED
-
-
-def test_every_measurement_is_on_disk_before_the_next_starts(folder: Path) -> None:
-    bench = Bench(folder, STAND_IN, seconds=10_000)
-    seen: list[int] = []
-
-    def look() -> None:
-        seen.append(len(json.loads((folder / "results.json").read_text())["measurements"]))
-
-    bench.tasks = lambda: [  # type: ignore[method-assign]
-        Task("one", 1, lambda: bench.results["measurements"].append(row("ovq", 2048, 1.0))),
-        Task("look", 1, look),
-        Task("breaks", 1, lambda: 1 / 0),  # type: ignore[arg-type, return-value]
-        Task("look again", 1, look),
+def test_a_task_that_hangs_is_named_and_the_rest_of_its_group_runs_in_a_new_process(folder: Path) -> None:
+    child = Script(checks=[("assignments are best", None), (None, 0)])
+    run = runner(folder, child)
+    assert run.run() == 1
+    first, second = child.of("checks")
+    assert first["skip"] == [] and [name.split(",")[0] for name in second["skip"]] == [
+        "check: against float64",
+        "check: assignments are best",
     ]
-    bench.run()
-    assert seen == [1, 1]
-    assert "ZeroDivisionError" in bench.results["skipped"][0]["why"]
+    assert why(run, "assignments are best").startswith("killed after 60 s")
+    others = [row for row in run.record.results["skipped"] if "is not installed" not in row["why"]]
+    assert len(others) == 1
+    assert child.of("bar") and run.record.results["status"] == "complete except for skipped tasks"
+    assert json.loads((folder / "results.json").read_text())["status"] == run.record.results["status"]
 
 
-def test_a_task_that_hangs_is_named_and_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(bench_gpu, "HANG", 0.05)
-    monkeypatch.setattr(os, "_exit", ended.append)
-    bench = Bench(folder, STAND_IN, seconds=10_000)
+def test_a_process_that_dies_is_followed_by_another(folder: Path) -> None:
+    """By an illegal access that it reports itself, and by a signal; one that dies at once is not tried again."""
+    child = Script(bar=[("rates", group.SPOILT), (None, 0)], stages=[("stages", -11)], short=[("", -6), ("", -6)])
+    run = runner(folder, child)
+    assert run.run() == 1
+    assert child.of("bar")[1]["skip"] == ["rates of this card"]
+    assert why(run, "stages at 65536") == "died: signal SIGSEGV"
+    assert len(child.of("short")) == 2 and child.of("decoding")
 
-    def hang() -> None:
-        while not ended:
-            time.sleep(0.01)
 
-    bench.tasks = lambda: [Task("spins", 0, hang)]  # type: ignore[method-assign]
-    written: list[str] = []
-    monkeypatch.setattr(
-        os, "_exit", lambda code: (written.append((folder / "results.json").read_text()), ended.append(code))
+def test_a_process_that_does_not_start_is_given_up(folder: Path) -> None:
+    started: list[str] = []
+
+    def child(given: dict[str, Any], found: Group, seconds: float, hear: Any) -> int | None:
+        started.append(found.name)
+        return Script()(given, found, seconds, hear) if found.name != "bar" else 1
+
+    run = runner(folder, child)
+    assert run.run() == 1 and started.count("bar") == 1 and "stages" in started
+    assert why(run, "rates of this card") == "its process died: exit status 1"
+
+
+def test_if_the_barrier_hangs_the_rest_runs_with_as_many_programs_as_work(folder: Path) -> None:
+    def child(given: dict[str, Any], found: Group, seconds: float, hear: Any) -> int | None:
+        if found.programs is None:
+            return Script.__call__(script, given, found, seconds, hear)
+        script.given.append(given)
+        hear({"kind": "begin", "task": found.tasks[0].name})
+        if found.programs == 4:
+            return None
+        hear({"kind": "kernel", "stage": "assign", "programs": found.programs})
+        hear({"kind": "end", "task": found.tasks[0].name})
+        return 0
+
+    script = Script()
+    run = runner(folder, child)
+    assert run.run() == 1
+    assert run.programs == 2 and not script.of("16 programs a head")
+    assert why(run, "16 programs") == "2 programs a head are the most that work"
+    assert script.of("2 programs a head")[0]["programs"] is None and script.of("checks")[0]["programs"] == 2
+
+
+def test_groups_without_time_left_are_named(folder: Path) -> None:
+    child = Script()
+    run = runner(folder, child, seconds=bench_gpu.RESERVED + 30)
+    run.run()
+    tried = [given["group"] for given in child.given]
+    assert tried[:5] == ["machine", *(f"{k} programs a head" for k in (2, 4, 16)), "checks"] and "profile" not in tried
+    assert run.programs is None
+    assert why(run, "decoding") == why(run, "every kernel alone, 1 ") == "no time left"
+
+
+def test_a_profiler_that_fails_or_is_missing_is_no_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu.shutil, "which", lambda name: None)
+    run = runner(folder, Script())
+    assert run.run() == 0 and why(run, "profile at 65536") == "ncu is not installed"
+    assert why(run, "sanitizer") == "compute-sanitizer is not installed"
+    monkeypatch.setattr(bench_gpu.shutil, "which", lambda name: name)
+    run = runner(folder, Script(profile=[(None, 1)]))
+    assert run.run() == 0 and "between tasks" in why(run, "profile")
+    assert runner(folder, Script(sanitizer=[(None, 9)])).run() == 1  # it found something
+
+
+@pytest.mark.parametrize("end", ["hang", "abort", "fine"])
+def test_rows_of_a_real_process_arrive_whatever_becomes_of_it(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = (
+        "import json, os, sys, time\n"
+        "given = json.loads(sys.argv[-1])\n"
+        "print(json.dumps({'kind': 'begin', 'task': given['group']}), flush=True)\n"
+        "print('a library prints', flush=True)\n"
+        "print('{\"kind\": \"half', end='', flush=True)\n"
+        "{'hang': lambda: time.sleep(600), 'abort': os.abort, 'fine': lambda: None}[given['end']]()\n"
     )
-    bench.run()
-    assert ended == [3]
-    assert json.loads(written[0])["status"] == "hung in: spins"
+    monkeypatch.setattr(bench_gpu, "program", lambda given: [sys.executable, "-c", fake, json.dumps(given)])
+    rows: Rows = []
+    limit = 15.0 if end == "hang" else 120.0
+    status = bench_gpu.in_a_process({"group": "g", "end": end, "out": None}, Group("g", 60, []), limit, rows.append)
+    assert rows == [{"kind": "begin", "task": "g"}]
+    assert status == {"hang": None, "abort": -6, "fine": 0}[end]
+
+
+def test_a_group_goes_on_after_an_error_and_ends_once_its_process_is_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: Rows = []
+    bench, ran = Bench(STAND_IN, rows.append), []
+    broken: list[bool] = []
+
+    def out_of_memory() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    def illegal() -> None:  # as a check does, which swallows the error
+        broken.append(True)
+
+    def settle(device: torch.device) -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(group, "settle", settle)
+    tasks = [Task("full", 1, out_of_memory), Task("next", 1, lambda: ran.append("next"))]
+    tasks += [Task("illegal", 1, illegal), Task("never", 1, lambda: ran.append("never"))]
+    assert group.run_tasks(bench, Group("g", 60, tasks), []) == group.SPOILT and ran == ["next"]
+    wrong = [(row["task"], row["why"]) for row in rows if row["kind"] == "skipped"]
+    assert wrong == [
+        ("full", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),
+        ("illegal", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+    ]
+    broken.clear()
+    assert group.run_tasks(bench, Group("g", 60, tasks[:1] + tasks[3:]), ["full"]) == 0 and ran == ["next", "never"]
+
+
+def test_memory_is_given_back_within_the_net_that_catches_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`empty_cache` fails too after an illegal access."""
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    rows: Rows = []
+    bench = Bench(Setting(), rows.append)
+    assert group.run_tasks(bench, Group("g", 60, [Task("one", 1, lambda: None)]), []) == group.SPOILT
+    assert [row["kind"] for row in rows] == ["begin", "skipped", "end"]
+
+
+def test_results_go_to_the_option_or_the_variable_or_the_folder_of_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options, variable, want in (
+        (bench_gpu.Options(out="a"), "b", "a"),
+        (bench_gpu.Options(), "b", "b"),
+        (bench_gpu.Options(), "", "docs/results/gpu/card-1"),
+    ):
+        monkeypatch.setenv("OUT", variable)
+        bench_gpu.measure(options, child=Script())
+        assert (tmp_path / want / "results.jsonl").is_file(), want
 
 
 def test_without_a_gpu_the_error_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    def child(given: dict[str, Any], found: Group, seconds: float, hear: Any) -> int | None:
+        hear({"kind": "machine", "gpu": False})
+        return 0
+
+    monkeypatch.setattr(bench_gpu, "in_a_process", child)
     assert bench_gpu.main([]) == 2
     said = capsys.readouterr()
     assert "no GPU" in said.err and len(said.err.splitlines()) == 1
-    assert bench_gpu.main(["secnds=3"]) == 2
-    assert "seconds" in capsys.readouterr().err
+    for words in (["secnds=3"], ["seconds=0"], ["seconds=x"], ["out"]):
+        assert bench_gpu.main(words) == 2
+        assert "seconds=540" in capsys.readouterr().err
     assert bench_gpu.main(["--help"]) == 0
     assert "seconds=540" in capsys.readouterr().out
 
@@ -294,6 +460,12 @@ def test_the_stages_of_the_kernels_run_one_by_one() -> None:
         "calls = stage_calls(make_inputs(case, torch.device('cpu'), torch.float32), case)\n"
         "assert list(calls) == list(cost.stages(shape_of(case))), list(calls)\n"
         "for call in calls.values(): call(lambda: None)\n"
+        "from eval.bench.gpu.tasks import Bench, Setting\n"
+        "rows, setting = [], Setting(device='cpu', dtypes=(torch.float32,), scale=4, case=case)\n"
+        "for k in (1, 2):\n"
+        "    Bench(setting, rows.append).alone(k)\n"
+        "assert [row['stage'] for row in rows] == 2 * [*calls, 'decode'], rows\n"
+        "assert [row['programs'] for row in rows] == 7 * [1] + 7 * [2]\n"
     )
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)

@@ -1,314 +1,239 @@
 """All measurements of OVQ-attention that need a GPU, in one command of at most nine minutes.
 
-    python -m eval.bench.gpu                            checks, then times, then plots, under docs/results/gpu/<card>/
+    python -m eval.bench.gpu                            results under $OUT, or docs/results/gpu/<card>/
     python -m eval.bench.gpu seconds=300 out=/tmp/gpu
 
-The kernels are first checked for correctness (against float64, on poisoned memory, for reproducibility), then timed,
-the most important measurements first: the shape of the bars at 64k tokens, stages against the cost model's floor, other
-lengths, small batches, decoding, other rivals, other widths and capacities. Tasks for which no time is left are listed
-as skipped. results.json is rewritten after every task, so that an interrupted run keeps what it has measured; a task
-that hangs is named and ends the run.
+The most important first: every kernel alone, with 1, 2, 4 and 16 programs per head; checks of correctness; the shape of
+the bars at 64k tokens; stages against the cost model's floor; a profile, where ncu is installed; other lengths,
+decoding, float32, rivals, other widths and capacities. Each group of tasks runs in a process of its own, killed after
+25 to 60 seconds, so that a hang, an illegal access or a lack of memory costs one task. If programs that share a head
+fail, the rest is measured with as many as work. This process itself never uses the GPU.
 
-Exit status: 0 if all measured bars hold, 1 if one does not, 2 if there is no GPU, 3 if a task hung.
+Every result is a line of results.jsonl as soon as it is known; results.json and the plots sum them up. Needs torch,
+Triton and numpy only: no network, no pip, no Hydra.
+
+Exit status: 0 if all measured bars hold, 1 if one does not or a process had to be killed, 2 if there is no GPU.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
+import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from eval.bench import cost
 from eval.bench.gpu import bars
-from eval.bench.gpu.checks import CHECKS, Sizes, Wrong
-from eval.bench.gpu.stages import shape_of, stage_calls
-from eval.bench.rivals import RIVALS, SDPA, Case, decode_attention, decode_ovq, forward_backward, make_inputs, missing
-from eval.bench.stopwatch import Stopwatch, copy_rate, matmul_rate
-from ovq.cli import command, guarded
+from eval.bench.gpu.group import SPOILT
+from eval.bench.gpu.tasks import SANITIZER, START, Bench, Group, Row, Task, setting_at
+from eval.bench.rivals import SDPA
+from ovq.bounded import how, stream_bounded
 from ovq.errors import ConfigError
 from ovq.files import write_whole
-from ovq.machine import describe_machine
-from ovq.schema import setting
+from ovq.schema import describe, setting
 
-K = 1024
 RESERVED = 15  # seconds set aside for plots and the summary
-HANG = 150  # seconds beyond its estimate after which a task counts as hung
+KINDS = {"check": "checks", "measurement": "measurements", "stage": "stages", "decode": "decode", "kernel": "kernels"}
+ROOT = Path(__file__).resolve().parents[3]
+Child = Callable[[dict[str, Any], Group, float, Callable[[Row], None]], int | None]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What the benchmark runs on: the GPU, or a stand-in that runs the same code on a CPU at small sizes."""
+class Record:
+    """The results so far, on disk: a line per row, and all of them in results.json with the bars' verdicts."""
 
-    device: str = "cuda"
-    backend: str = "triton"
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
-    sizes: tuple[Sizes, ...] = (Sizes(), Sizes(K=128, V=128), Sizes(K=64, V=128, tokens=3001, heads=3, kv_heads=1))
-    scale: int = 1  # divides all lengths and positions
-    case: Case = Case(batch=4, tokens=64 * K, heads=8, width=64, num_centroids=2048)
-    rivals: tuple[str, ...] = ("ovq", *RIVALS)
-    matmul_size: int = 8192
-    copy_bytes: int = 4 << 30
+    def __init__(self) -> None:
+        self.out: Path | None = None  # known once the card is, and then written to
+        self.rows: list[Row] = []
+        self.began = time.monotonic()
+        self.results: dict[str, Any] = {"status": "running", "machine": {}, "rates": {}, "skipped": [], "bars": []}
+        self.results |= {name: [] for name in KINDS.values()}
 
+    def open(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out = out
+        write_whole(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.write()
 
-@dataclass(frozen=True)
-class Task:
-    """`seconds`: expected duration, compilation included; the task is skipped if less time is left."""
-
-    name: str
-    seconds: float
-    run: Callable[[], None]
-
-
-class Bench:
-    """Runs tasks in order while time is left, and keeps results.json up to date."""
-
-    def __init__(self, out: Path, setting: Setting, seconds: float) -> None:
-        self.out, self.setting = out, setting
-        self.began, self.end = time.monotonic(), time.monotonic() + seconds - RESERVED
-        self.device = torch.device(setting.device)
-        self.stopwatch = Stopwatch(self.device)
-        self.best_sdpa: str | None = None
-        self.results: dict[str, Any] = {
-            "status": "running",
-            "machine": describe_machine() | {"cuda": torch.version.cuda, "triton": triton_version()},
-            "rates": {},
-            "checks": [],
-            "measurements": [],
-            "stages": [],
-            "decode": [],
-            "skipped": [],
-            "bars": [],
-        }
-
-    # --- tasks and their order ---
-
-    def tasks(self) -> list[Task]:
-        """All tasks, the most important first."""
-        case, long = self.setting.case, 64 * K // self.setting.scale
-        bar = replace(case, tokens=long)
-        wide = replace(bar, width=2 * case.width)
-        tasks = [Task("rates of this card", 8, self.rates), *self.check_tasks()]
-        tasks.append(self.passes(bar, ["ovq", *SDPA], 40))
-        tasks += [Task(f"stages at {long}", 15, lambda: self.stages(bar))]
-        tasks += [self.passes(replace(bar, tokens=long // n), ["ovq", *SDPA], 8) for n in (8, 4, 2, 16, 32)]
-        tasks.append(self.passes(replace(bar, tokens=2 * long), ["ovq", "best_sdpa"], 20))
-        tasks.append(self.passes(replace(bar, batch=1), ["ovq", *SDPA], 12))
-        tasks.append(Task("decoding", 35, self.decoding))
-        peers = ["flash_attention_3", "gated_deltanet", "mamba2", "flex", "ovq_torch"]
-        tasks.append(self.passes(bar, peers, 40))
-        tasks.append(self.passes(wide, ["ovq", "best_sdpa"], 25))
-        tasks += [self.passes(replace(bar, num_centroids=n), ["ovq"], 6) for n in (1024, 8192)]
-        tasks += [Task(f"stages at {long}, B = 1", 10, lambda: self.stages(replace(bar, batch=1)))]
-        tasks += [self.passes(replace(bar, tokens=long // n), peers, 25) for n in (8, 32)]
-        tasks.append(self.passes(replace(bar, tokens=4 * long), ["ovq", "best_sdpa"], 30))
-        for n in (8, 32, 2):
-            tasks.append(self.passes(replace(wide, tokens=long // n), ["ovq", "best_sdpa"], 8))
-            tasks.append(self.passes(replace(bar, batch=1, tokens=long // n), ["ovq", "best_sdpa"], 6))
-        for n in (1024, 8192):
-            tasks += [self.passes(replace(bar, num_centroids=n, tokens=long // m), ["ovq"], 5) for m in (8, 32)]
-            tasks.append(self.passes(replace(wide, num_centroids=n), ["ovq"], 8))
-        tasks += [self.passes(replace(wide, tokens=n * long), ["ovq", "best_sdpa"], 40) for n in (2, 4)]
-        return tasks
-
-    def run(self) -> int:
-        """Run the tasks; returns 1 if a bar fails, else 0."""
-        for task in self.tasks():
-            if time.monotonic() + task.seconds > self.end:
-                self.results["skipped"].append({"task": task.name, "why": "no time left"})
-                continue
-            with self.watchdog(task):
-                try:
-                    task.run()
-                except Exception as error:
-                    why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-                    self.results["skipped"].append({"task": task.name, "why": why})
-                    self.say(f"{task.name}: {why}")
+    def add(self, row: Row) -> None:
+        self.rows.append({"s": round(time.monotonic() - self.began, 1), **row})
+        if self.out is not None:
+            with (self.out / "results.jsonl").open("a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        kind, rest = row["kind"], {name: value for name, value in row.items() if name != "kind"}
+        if kind in ("machine", "rates"):
+            self.results[kind] = rest
+        elif kind == "skipped" and rest not in self.results["skipped"]:
+            self.results["skipped"].append(rest)
+        elif kind in KINDS:
+            self.results[KINDS[kind]].append(rest)
+        if line := told(row):
+            print(f"{self.rows[-1]['s']:6.1f}s  {line}", flush=True)
+        if kind != "begin":
             self.write()
-            if self.stopwatch.cuda:
-                torch.cuda.empty_cache()
-        self.results["status"] = "complete" if not self.results["skipped"] else "complete except for skipped tasks"
-        self.write()
-        return int(any(bar["verdict"] == "FAIL" for bar in self.results["bars"]))
-
-    def watchdog(self, task: Task) -> Watchdog:
-        return Watchdog(task.seconds + HANG, lambda: self.hung(task))
-
-    def hung(self, task: Task) -> None:
-        """End the process, because a kernel that never returns cannot be interrupted."""
-        self.results["status"] = f"hung in: {task.name}"
-        self.write()
-        self.say(f"hung in: {task.name}")
-        os._exit(3)
 
     def write(self) -> None:
-        """Rewrite results.json atomically."""
-        self.results["seconds"] = round(time.monotonic() - self.began, 1)
-        self.results["bars"] = bars.evaluate(self.results)
-        write_whole(self.out / "results.json", json.dumps(self.results, indent=1) + "\n")
+        if self.out is not None:
+            self.results["seconds"] = round(time.monotonic() - self.began, 1)
+            self.results["bars"] = bars.evaluate(self.results)
+            write_whole(self.out / "results.json", json.dumps(self.results, indent=1) + "\n")
 
-    def say(self, line: str) -> None:
-        print(f"{time.monotonic() - self.began:6.1f}s  {line}", flush=True)
+    def best_sdpa(self) -> str | None:
+        rows = [row for row in self.results["measurements"] if row["op"] in SDPA and row["total_median_ms"]]
+        longest = max((row["tokens"] * row["batch"] for row in rows), default=0)
+        rows = [row for row in rows if row["tokens"] * row["batch"] == longest]
+        return min(rows, key=lambda row: row["total_median_ms"])["op"] if rows else None
 
-    # --- checks ---
 
-    def check_tasks(self) -> list[Task]:
-        tasks = []
-        for name in CHECKS:
-            for dtype in self.setting.dtypes:
-                sizes = self.setting.sizes if name == "against float64" else self.setting.sizes[:1]
-                tasks += [self.check_task(name, size, dtype) for size in sizes]
-        return tasks
+class Runner:
+    """Runs the groups in order, each in a process of its own, while time is left."""
 
-    def check_task(self, name: str, sizes: Sizes, dtype: torch.dtype) -> Task:
-        label = f"{name}, {str(dtype).removeprefix('torch.')}, K = {sizes.K}, V = {sizes.V}"
+    def __init__(self, seconds: float, out: Path | None, *, where: str, child: Child | None = None) -> None:
+        """`where`: the setting, as "module:name". `child`: runs one process; tests put a fake in its place."""
+        self.end = time.monotonic() + seconds - RESERVED
+        self.out, self.where, self.child = out, where, child or in_a_process
+        self.record = Record()
+        self.programs: int | None = None  # the most that may share a head; None: as many as the kernels choose
+        self.killed = False
 
-        def run() -> None:
-            found: dict[str, Any] = {"check": label, "sizes": asdict(sizes), "passed": False}
-            try:
-                found["found"] = CHECKS[name](self.setting.backend, sizes, self.device, dtype)
-                found["passed"] = True
-            except Exception as error:  # a kernel that does not run is wrong as well
-                found["found"] = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"[:500]
-            self.results["checks"].append(found)
-            self.say(f"{'ok   ' if found['passed'] else 'WRONG'} {label}: {found['found']}")
+    def run(self) -> int:
+        """Returns 1 if a bar fails or a process had to be killed, else 0.
 
-        return Task(f"check: {label}", 6, run)
+        Raises:
+            ConfigError: there is no GPU.
+        """
+        record, setting = self.record, setting_at(self.where)
+        for group in Bench(setting, record.add).groups():
+            if group.programs is not None and self.programs is not None:
+                self.skip(group.tasks, f"{self.programs} programs a head are the most that work")
+                continue
+            if group.under == SANITIZER and self.programs is not None:
+                self.skip(group.tasks, "programs that share a head fail")
+                continue
+            good = self.run_group(group)
+            if group.programs is not None and not good:
+                works = [row["programs"] for row in record.results["kernels"] if row["programs"] < group.programs]
+                self.programs = max(works, default=1)
+            if group.name == "machine":
+                machine = record.results["machine"]
+                if setting.device == "cuda" and not machine.get("gpu"):
+                    why = next((f" ({row['why']})" for row in record.results["skipped"]), "")
+                    raise ConfigError(
+                        f"there is no GPU here{why}, so nothing was measured; on a CPU, use python -m eval.bench.ops"
+                    )
+                record.open(self.out or folder_of(machine.get("accelerator") or machine["processor"]))
+        skipped = record.results["skipped"]
+        record.results["status"] = "complete" if not skipped else "complete except for skipped tasks"
+        record.write()
+        failed = any(bar["verdict"] == "FAIL" for bar in record.results["bars"])
+        return int(failed or self.killed)
 
-    # --- times ---
+    def run_group(self, group: Group) -> bool:
+        """Whether all tasks that ran ended without an error. A process that dies or hangs is followed by another."""
+        if group.under and shutil.which(group.under[0]) is None:
+            self.skip(group.tasks, f"{group.under[0]} is not installed")
+            return True
+        begun: list[str] = []
+        errors = len(self.record.results["skipped"])
+        while tasks := [task for task in group.tasks if task.name not in begun]:
+            left = self.end - time.monotonic()
+            if left < START + tasks[0].seconds:
+                self.skip(tasks, "no time left")
+                return True
+            before, running = len(begun), None
 
-    def rates(self) -> None:
-        self.results["rates"] = {
-            "matmul_flops": matmul_rate(self.stopwatch, self.setting.matmul_size),
-            "copy_bytes": copy_rate(self.stopwatch, self.setting.copy_bytes),
+            def hear(row: Row) -> None:
+                nonlocal running
+                if row["kind"] == "begin":
+                    running = row["task"]
+                    begun.append(row["task"])
+                elif row["kind"] == "end":
+                    running = None
+                self.record.add(row)
+
+            limit = min(group.limit, left)
+            status = self.child(self.given(group, begun, limit), group, limit, hear)
+            if status == 0:
+                break
+            self.killed |= not group.optional
+            why = f"killed after {limit:.0f} s: it hung, or was too slow" if status is None else f"died: {how(status)}"
+            if running is not None:
+                self.record.add({"kind": "skipped", "task": running, "why": why})
+            elif status != SPOILT:
+                self.record.add({"kind": "skipped", "task": group.name, "why": f"{why}, between tasks"})
+            if len(begun) == before:  # it does not even start
+                self.skip([task for task in tasks if task.name not in begun], f"its process {why}")
+                return False
+        return len(self.record.results["skipped"]) == errors
+
+    def given(self, group: Group, skip: list[str], limit: float) -> dict[str, Any]:
+        """What a process is told."""
+        return {
+            "group": group.name,
+            "skip": list(skip),
+            "setting": self.where,
+            "programs": self.programs,
+            "seconds": limit,
+            "rates": self.record.results["rates"],
+            "best_sdpa": self.record.best_sdpa(),
+            "out": None if self.record.out is None else str(self.record.out),
         }
-        flops, moved = self.results["rates"].values()
-        self.say(f"bf16 matmul {flops / 1e12:.3g} TFLOP/s, copy {moved / 1e12:.3g} TB/s")
 
-    def passes(self, case: Case, ops: list[str], seconds: float) -> Task:
-        """A task that times forward and forward + backward of several rivals in turns."""
-        shape = f"B x H = {case.batch} x {case.heads}, D = {case.width}, N = {case.num_centroids}"
-        return Task(f"{shape}, T = {case.tokens}: {', '.join(ops)}", seconds, lambda: self.measure(case, ops, seconds))
+    def skip(self, tasks: list[Task], why: str) -> None:
+        for task in tasks:
+            self.record.add({"kind": "skipped", "task": task.name, "why": why})
 
-    def measure(self, case: Case, ops: list[str], seconds: float) -> None:
-        chosen = [op for name in ops if (op := self.best_sdpa if name == "best_sdpa" else name) in self.setting.rivals]
-        for op in list(chosen):
-            if op and (why := missing(op, self.device)):
-                chosen.remove(op)
-                note = {"task": op, "why": why}
-                self.results["skipped"] += [note] if note not in self.results["skipped"] else []
-        x = make_inputs(case, self.device, self.setting.dtypes[0])
-        calls = {op: forward_backward(self.rival(op), x, case) for op in chosen if op}
-        for op, timing in self.stopwatch.turns(calls, seconds=seconds / 3).items():
-            known = bool(timing.whole_ms) and timing.error is None
-            row = {
-                "op": op,
-                **asdict(case),
-                "forward_ms": timing.first_ms,
-                "total_ms": timing.whole_ms,
-                "forward_median_ms": timing.first if known else None,
-                "total_median_ms": timing.whole if known else None,
-                "peak_bytes": timing.peak_bytes,
-                "error": timing.error,
-            }
-            self.results["measurements"].append(row)
-            what = f"forward {timing.first:.3f} ms, with backward {timing.whole:.3f} ms" if known else timing.error
-            self.say(
-                f"{op:18} BH {case.batch * case.heads} D {case.width} N {case.num_centroids} T {case.tokens}: {what}"
-            )
-        if self.best_sdpa is None:
-            done = [row for row in self.results["measurements"] if row["op"] in SDPA and row["total_median_ms"]]
-            self.best_sdpa = min(done, key=lambda row: row["total_median_ms"])["op"] if done else None
 
-    def rival(self, op: str) -> Any:
-        """A rival by name; "ovq" is OVQ-attention on this setting's backend."""
-        return RIVALS[f"ovq_{self.setting.backend}" if op == "ovq" else op]
+def in_a_process(given: dict[str, Any], group: Group, seconds: float, hear: Callable[[Row], None]) -> int | None:
+    """Run a group in a process; its exit status, None if it was killed. `hear` is told every row."""
+    command = program(given)
+    if group.under:
+        log = Path(given["out"] or ".") / f"{group.under[0]}.txt"
+        command = [*group.under, "--log-file", str(log), *command]
 
-    def stages(self, case: Case) -> None:
-        """Time every stage separately, against its floor at this card's measured rates."""
-        if self.setting.backend != "triton":
+    def line(text: str) -> None:
+        try:
+            row = json.loads(text)
+        except ValueError:  # something that a library printed
+            print(text, file=sys.stderr, flush=True)
             return
-        x = make_inputs(case, self.device, self.setting.dtypes[0])
-        chip = self.chip()
-        work = cost.stages(shape_of(case), chip)
-        for name, timing in self.stopwatch.turns(stage_calls(x, case), seconds=3).items():
-            if timing.error is not None:
-                self.results["skipped"].append({"task": f"stage {name}", "why": timing.error})
-                continue
-            low, high = work[name].predicted_ms(chip)
-            row = {"stage": name, **asdict(case), "ms": timing.whole_ms, "median_ms": timing.whole}
-            row |= {"floor_ms": work[name].floor_ms(chip), "predicted_ms": [low, high]}
-            row["over_floor"] = round(timing.whole / row["floor_ms"], 2)
-            self.results["stages"].append(row)
-            self.say(
-                f"{name:18} {timing.whole:.3f} ms, {row['over_floor']} times its floor of {row['floor_ms']:.3f} ms, "
-                f"predicted {low:.1f} to {high:.1f}"
-            )
+        if isinstance(row, dict) and "kind" in row:
+            hear(row)
 
-    def chip(self) -> cost.Chip:
-        """The cost model's chip nearest to this card, with the rates measured here."""
-        name = self.results["machine"].get("accelerator", "")
-        chip = cost.CHIPS["h200" if "H200" in name else "a100" if "A100" in name else "h100"]
-        rates = self.results["rates"]
-        return replace(chip, name=name, matmul=rates["matmul_flops"], copy=rates["copy_bytes"]) if rates else chip
-
-    def decoding(self) -> None:
-        """Time per decoded token, averaged over a chunk, at several positions, for OVQ and for a key/value cache."""
-        setting, case = self.setting, self.setting.case
-        positions = [n * K // setting.scale for n in (4, 16, 64, 256, 1024)]
-        steps = {}
-        for position in positions:
-            steps["ovq", position] = decode_ovq(case, position, self.device, setting.dtypes[0], setting.backend)
-            steps["attention", position] = decode_attention(case, position, self.device, setting.dtypes[0])
-
-        def tokens(step: Callable[[], None]) -> Callable[[Callable[[], None]], None]:
-            def call(mark: Callable[[], None]) -> None:
-                for _ in range(case.chunk_size):
-                    step()
-
-            return call
-
-        calls = {f"{op} {position}": tokens(step) for (op, position), step in steps.items()}
-        timings = self.stopwatch.turns(calls, seconds=8, most=9)
-        for op, position in steps:
-            timing = timings[f"{op} {position}"]
-            if timing.error is not None:
-                self.results["skipped"].append({"task": f"decoding: {op} at {position}", "why": timing.error})
-                continue
-            us = 1e3 * timing.whole / case.chunk_size
-            row = {"op": op, "position": position, **asdict(case), "us_per_token": us, "ms": timing.whole_ms}
-            self.results["decode"].append(row)
-            self.say(f"decode {op:11} at {position}: {us:.1f} us per token")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return stream_bounded(command, seconds, line, os.environ | {"PYTHONPATH": path})
 
 
-class Watchdog:
-    """Context manager that calls `bark` from another thread if its block takes longer than `seconds`."""
-
-    def __init__(self, seconds: float, bark: Callable[[], None]) -> None:
-        self.timer = threading.Timer(seconds, bark)
-        self.timer.daemon = True
-
-    def __enter__(self) -> None:
-        self.timer.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.timer.cancel()
+def program(given: dict[str, Any]) -> list[str]:
+    """The command that runs a group."""
+    return [sys.executable, "-m", "eval.bench.gpu.group", json.dumps(given)]
 
 
-def triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def told(row: Row) -> str:
+    """A row as text, for whoever watches; "" for one that tells nothing."""
+    kind = row["kind"]
+    if kind == "rates":
+        return f"bf16 matmul {row['matmul_flops'] / 1e12:.3g} TFLOP/s, copy {row['copy_bytes'] / 1e12:.3g} TB/s"
+    if kind == "kernel":
+        return f"ok    {row['stage']} alone, {row['programs']} programs a head"
+    if kind == "check":
+        return f"{'ok   ' if row['passed'] else 'WRONG'} {row['check']}: {row['found']}"
+    if kind == "measurement":
+        forward, total = row["forward_median_ms"], row["total_median_ms"]
+        what = row["error"] if total is None else f"forward {forward:.3f} ms, with backward {total:.3f} ms"
+        shape = f"BH {row['batch'] * row['heads']} D {row['width']} N {row['num_centroids']} T {row['tokens']}"
+        return f"{row['op']:18} {shape}: {what}"
+    if kind == "stage":
+        low, high = row["predicted_ms"]
+        floor = f"{row['over_floor']} times its floor of {row['floor_ms']:.3f} ms"
+        return f"{row['stage']:18} {row['median_ms']:.3f} ms, {floor}, predicted {low:.1f} to {high:.1f}"
+    if kind == "decode":
+        return f"decode {row['op']:11} at {row['position']}: {row['us_per_token']:.1f} us per token"
+    return f"{row['task']}: {row['why']}" if kind == "skipped" else ""
 
 
 def folder_of(card: str) -> Path:
@@ -319,36 +244,57 @@ def folder_of(card: str) -> Path:
 @dataclass
 class Options:
     seconds: int = setting(540, "time limit in seconds", above=0)
-    out: str | None = setting(None, "output folder; null: docs/results/gpu/<card>")
+    out: str | None = setting(None, "output folder; null: $OUT if it is set, else docs/results/gpu/<card>")
+
+
+def options_of(argv: list[str]) -> Options:
+    """The options, read without Hydra, which a bare machine lacks.
+
+    Raises:
+        ConfigError: an option that does not exist, or a value that is not legal.
+    """
+    options = Options()
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name == "out" and equals:
+            options.out = value or None
+        elif name == "seconds" and re.fullmatch("[1-9][0-9]*", value):
+            options.seconds = int(value)
+        else:
+            raise ConfigError(f"'{word}' is not an option; legal: seconds=540 (a whole number), out=FOLDER")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line described in the module's docstring."""
-    argv = sys.argv[1:] if argv is None else argv
-    return command_line(argv) if argv else guarded(lambda: measure(Options()))  # works without Hydra
+    from ovq.cli import HELP, guarded
+
+    words = sys.argv[1:] if argv is None else argv
+    if any(word in HELP for word in words):
+        print("\n".join([(__doc__ or "").strip(), "", "Options (key=value):", *describe(Options)]))
+        return 0
+    return guarded(lambda: measure(options_of(words)))
 
 
-@command(Options)
-def command_line(options: Options) -> int:
-    return measure(options)
-
-
-def measure(options: Options) -> int:
+def measure(options: Options, where: str = "eval.bench.gpu.tasks:GPU", child: Child | None = None) -> int:
     """Run the whole benchmark and draw its plots; returns the exit status.
 
     Raises:
         ConfigError: there is no GPU.
     """
-    if not torch.cuda.is_available():
-        raise ConfigError("there is no GPU here, so nothing was measured; on a CPU, use python -m eval.bench.ops")
-    out = Path(options.out) if options.out else folder_of(torch.cuda.get_device_name(0))
-    bench = Bench(out, Setting(), options.seconds)
-    status = bench.run()
-    from eval.bench.gpu.plots import draw
+    out = options.out or os.environ.get("OUT")
+    runner = Runner(options.seconds, Path(out) if out else None, where=where, child=child)
+    status = runner.run()
+    record = runner.record
+    assert record.out is not None
+    try:
+        from eval.bench.gpu.plots import draw
 
-    for path in draw(bench.results, out):
-        bench.say(f"drawn: {path}")
-    for line in bars.lines(bench.results["bars"]):
+        for path in draw(record.results, record.out):
+            print(f"drawn: {path}")
+    except ImportError as error:
+        print(f"no plots: {error}; they can be drawn elsewhere from results.json")
+    for line in bars.lines(record.results["bars"]):
         print(line)
-    print(f"written: {out / 'results.json'} ({bench.results['status']})")
+    print(f"written: {record.out / 'results.json'} ({record.results['status']})")
     return status

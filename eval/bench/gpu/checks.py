@@ -196,10 +196,46 @@ def packed_documents_are_documents_alone(backend: str, sizes: Sizes, device: tor
     return found
 
 
+@contextmanager
+def programs_per_head(choose: Callable[[int], int]) -> Iterator[None]:
+    """Let `choose(usual number)` programs share a head, where the Triton kernels can run; elsewhere do nothing."""
+    try:
+        assign: Any = importlib.import_module("ovq.ops.ovq_attention.kernels.assign")
+    except ImportError:
+        yield
+        return
+    usual = assign.splits
+    assign.splits = lambda walks, device, packed=False: choose(usual(walks, device, packed=packed))
+    try:
+        yield
+    finally:
+        assign.splits = usual
+
+
+def programs_that_share_a_head_change_no_bit(
+    backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
+) -> str:
+    """As many programs per head as fit the card give the bits of one: the barrier between them works."""
+    tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
+    do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
+    used: list[int] = []
+
+    def usual(programs: int) -> int:
+        used.append(programs)
+        return programs
+
+    with programs_per_head(usual):
+        together = run(backend, tensors, spec, do)
+    with programs_per_head(lambda programs: 1):
+        _same_bits(run(backend, tensors, spec, do), together)
+    return f"{max(used, default=1)} programs"
+
+
 Check = Callable[..., str]
 CHECKS: dict[str, Check] = {
     "against float64": against_float64,
     "assignments are best": assignments_are_best,
+    "k programs are one": programs_that_share_a_head_change_no_bit,
     "repeats are bit-equal": repeats_are_bit_equal,
     "decoding is prefilling": decoding_is_prefilling,
     "poisoned memory": poisoned_memory_changes_nothing,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -18,8 +19,11 @@ def shape_of(case: Case) -> Shape:
     return Shape(case.batch, case.tokens, case.heads, case.heads, case.width, case.width, spec)
 
 
-def stage_calls(x: Inputs, case: Case) -> dict[str, Marked]:
-    """A call for every stage of `cost.stages`, by name, with the results of the stages before it as inputs."""
+def stage_calls(x: Inputs, case: Case, done: Callable[[str], None] = lambda stage: None) -> dict[str, Marked]:
+    """A call for every stage of `cost.stages`, by name, with the results of the stages before it as inputs.
+
+    Each is made once, so that the next reads real results; `done` is told of each.
+    """
     kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
     spec = OVQSpec(case.num_centroids, case.chunk_size)
     plan = kernels.make_plan(spec, 0, 0, (0, case.tokens))
@@ -30,7 +34,9 @@ def stage_calls(x: Inputs, case: Case) -> dict[str, Marked]:
         return tuple(torch.zeros(shape, device=k.device) for shape in ((B, H, N, K), (B, H, N, K), (B, H, N)))
 
     placed, rows = kernels.assign(k, v, plan, *zeros(), None)
+    done("assign")
     table = kernels.tabulate(placed, plan, plan.all_chunks, plan.all_centroids)
+    done("tabulate")
     o, lse = torch.empty_like(v), q.new_empty(B, H, case.tokens, dtype=torch.float32)
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     dbeta = lse.new_empty(B, H, kernels.query_tiles(plan, q, K))
@@ -45,6 +51,8 @@ def stage_calls(x: Inputs, case: Case) -> dict[str, Marked]:
         # It adds to dk and dv, so repeating it changes only their values.
         "chunk_grad": lambda mark: kernels.chunk_grad(q, k, v, beta, plan, placed, x.do, lse, delta, dk, dv),
     }
-    for call in calls.values():  # so that every stage reads real results of the ones before it
-        call(lambda: None)
+    for name, call in calls.items():
+        if name not in ("assign", "tabulate"):
+            call(lambda: None)
+            done(name)
     return calls
