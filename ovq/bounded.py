@@ -69,6 +69,18 @@ def _text(written: bytes | str | None) -> str:
     return written.decode(errors="replace") if isinstance(written, bytes) else written or ""
 
 
+def end_with_parent() -> None:
+    """In a program that was started this way: end within a second or two of the process that waits for it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def how(status: int) -> str:
     """'exit status 3', or 'signal SIGSEGV' for a process that a signal ended."""
     if status >= 0:

@@ -59,6 +59,7 @@ SHARED = (
 CORE = (*SHARED, "ovq.instantiate", "ovq.processes")
 MAY_IMPORT = {
     "ovq.ops.ovq_attention.selftest": (*SHARED, "ovq.ops"),  # a tool: no operator imports it
+    "ovq.ops.ovq_attention.verify": ("ovq.bounded", "ovq.ops"),
     "ovq.ops": (),
     "ovq.mixers": ("ovq.ops", "ovq.processes"),
     "ovq.model": (*CORE, "ovq.mixers", "ovq.ops"),

@@ -373,6 +373,29 @@ def test_a_program_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
         assert not pid or not state.exists() or state.read_text().split()[2] == "Z"
 
 
+def test_a_program_ends_soon_after_the_process_that_waits_for_it(tmp_path: Path) -> None:
+    """As when a trainer is killed during the test: no process is left on the card."""
+    child = (
+        "import os, time\n"
+        "from ovq.bounded import end_with_parent\n"
+        "end_with_parent()\n"
+        f"open({str(tmp_path / 'pid.tmp')!r}, 'w').write(str(os.getpid()))\n"
+        f"os.replace({str(tmp_path / 'pid.tmp')!r}, {str(tmp_path / 'pid')!r})\n"
+        "time.sleep(600)\n"
+    )
+    parent = f"import sys\nfrom ovq.bounded import run_bounded\nrun_bounded([sys.executable, '-c', {child!r}], 500)\n"
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    end = time.monotonic() + SECONDS
+    while not (tmp_path / "pid").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.1)
+    assert time.monotonic() < end
+
+
 def test_a_program_runs_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")

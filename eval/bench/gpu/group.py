@@ -20,6 +20,7 @@ import torch
 
 from eval.bench.gpu.checks import programs_per_head
 from eval.bench.gpu.tasks import Bench, Group, Row, setting_at
+from ovq.bounded import end_with_parent
 
 SPOILT = 4
 
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> int:
     """JSON: {"group": name, "skip": names of tasks, "setting": "module:name", "programs": most per head or null,
     "seconds": limit, "rates": ..., "best_sdpa": ...}."""
     given = json.loads(argv[0])
-    signal.alarm(int(given["seconds"]) + 10)  # so that a hang ends even if the parent is gone
+    end_with_parent()
+    signal.alarm(int(given["seconds"]) + 10)  # even if a hang holds Python's lock
     return run(given, write)
 
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovq.bounded import end_with_parent
 from ovq.ops.ovq_attention import chunked, reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, parse_spec
 
@@ -304,7 +305,8 @@ def main(argv: list[str]) -> int:
         at = what
         print(f"at {at}", flush=True)
 
-    if "seconds" in given:  # so that a hang ends even if whoever waits for this process is gone
+    end_with_parent()
+    if "seconds" in given:  # even if a hang holds Python's lock
         signal.alarm(int(given["seconds"]) + 5)
     try:
         kernels = importlib.import_module(given["kernels"])
