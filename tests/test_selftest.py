@@ -255,14 +255,14 @@ def test_the_judge_accepts_the_definition_and_no_other_assignment(variant: dict[
 
 
 def run_with(
-    verdict: Verdict, monkeypatch: pytest.MonkeyPatch, *overrides: str, rank: int = 0, local_rank: int = 0
+    verdict: Any, monkeypatch: pytest.MonkeyPatch, *overrides: str, rank: int = 0, local_rank: int = 0
 ) -> tuple[list[str], list[Problem]]:
-    """The backends of the OVQ layers after `choose_backends`, and what was tested."""
+    """The backends of the OVQ layers after `choose_backends`, and what was tested. `verdict`: one, or a `check`."""
     tested: list[Problem] = []
 
-    def check(problem: Problem, *_: Any, **__: Any) -> Verdict:
+    def check(problem: Problem, device: torch.device, **options: Any) -> Verdict:
         tested.append(problem)
-        return verdict
+        return verdict if isinstance(verdict, Verdict) else verdict(problem, device, **options)
 
     monkeypatch.setattr(selftest, "check", check)
     monkeypatch.setattr(selftest, "card_of", lambda device: "a card")
@@ -308,6 +308,38 @@ def test_kernels_that_fail_and_are_asked_for_by_name_stop_the_run(monkeypatch: p
     said = str(error.value)
     assert said.startswith("model.mixers.ovq.backend=triton, but the Triton kernels fail") and BAD.what in said
     assert "backend=torch" in said and "trainer.kernel_test_s=0" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "fault, seconds, said",
+    [
+        ("exception", 300, "illegal memory access"),
+        ("gradient", 300, "dq is off by"),
+        ("hang", 3, "no answer within 3 s"),
+    ],
+)
+def test_from_wrong_kernels_to_the_run(
+    fault: str,
+    seconds: int,
+    said: str,
+    interpreter: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing between them is replaced but the card. (Three seconds may pass before the kernels are even imported.)"""
+    monkeypatch.setenv("OVQ_TEST_FAULT", fault)
+    real = selftest.check
+
+    def check(problem: Problem, device: torch.device, **options: Any) -> Verdict:
+        tiny = replace(problem, batch=1, heads=1, kv_heads=1, context=24, settings=TINY.settings, dtype="float32")
+        return real(tiny, CPU, **options | {"kernels": WRONG})
+
+    short = f"trainer.kernel_test_s={seconds}"
+    assert set(run_with(check, monkeypatch, short)[0]) == {"torch"}
+    assert said in (line := capsys.readouterr().err) and len(line.splitlines()) == 1
+    if fault == "hang":
+        with pytest.raises(ConfigError, match=said):
+            run_with(check, monkeypatch, short, "model.mixers.ovq.backend=triton")
 
 
 def test_nothing_is_tested_where_the_kernels_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
