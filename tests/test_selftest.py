@@ -75,6 +75,7 @@ def test_right_kernels_pass_and_are_not_tested_again(interpreter: None, monkeypa
         selftest.check(TINY, CPU, again=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, said",
     [
@@ -126,6 +127,7 @@ def test_packed_documents_are_tested_where_they_are_asked_for(
     assert not verdict.passed and verdict.what.startswith("packed documents: o is off by")
 
 
+@pytest.mark.slow
 def test_the_tool_runs_alone(interpreter: None) -> None:
     words = ["heads=1", "width=16", "context=24", "num_centroids=8", "chunk_size=16", "dtype=float32", "device=cpu"]
     command = [sys.executable, "-m", "ovq.ops.ovq_attention.selftest", *words]
@@ -310,6 +312,7 @@ def test_kernels_that_fail_and_are_asked_for_by_name_stop_the_run(monkeypatch: p
     assert "backend=torch" in said and "trainer.kernel_test_s=0" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, seconds, said",
     [
