@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from eval.bench import aot as aot_report
+from eval.bench import sass
 from eval.bench.aot import Build, offences
 
 pytest.importorskip("triton")
@@ -58,6 +59,22 @@ def test_every_kernel_is_built_for_every_chip(report: dict[str, Any]) -> None:
         built = {b["stage"] for b in report["builds"] if (b["target"], b["K"]) == (target, width)}
         assert stages <= built, f"{target} at {width}"
     assert all(b["registers"] > 0 and b["shared"] >= 0 for b in report["builds"])
+
+
+def test_no_loop_of_the_main_path_costs_more_than_its_bar(report: dict[str, Any]) -> None:
+    held = json.loads((Path(__file__).parent.parent / "docs" / "results" / "aot" / "bars.json").read_text())
+    if report["triton"] != held["triton"]:
+        pytest.skip(f"the bars are of Triton {held['triton']}")
+    main = [held[name] for name in ("target", "dtype", "width")]
+    builds = {b["stage"]: b for b in report["builds"] if [b["target"], b["dtype"], b["K"]] == main}
+    broken = []
+    for stage, bars in held["bars"].items():
+        b = builds[stage]
+        broken += sass.broken_bars(stage, sass.figures(b["code"], b["registers"], b["spills"]), bars)
+    assert not broken, "\n".join(broken)
+    for stage, loops in {"predict": 2, "query_grad": 2, "dictionary_grad": 1, "chunk_grad": 1}.items():
+        assert len(builds[stage]["code"]["instructions"]) == loops
+    assert builds["assign"]["code"]["step"] > 1000
 
 
 def test_the_table_has_a_row_for_every_build(report: dict[str, Any]) -> None:
@@ -139,7 +156,7 @@ def test_serialised_products_are_found_in_the_log_of_ptxas(monkeypatch: pytest.M
     compiled = dataclasses.make_dataclass("Compiled", ["asm", "metadata"])({"cubin": b""}, metadata)
     monkeypatch.setattr(triton.compiler, "ASTSource", lambda *args: None)
     monkeypatch.setattr(triton, "compile", lambda *args, **options: print(warning) or compiled)
-    monkeypatch.setattr(aot_report, "_read_cubin", lambda made, cubin: made.matmuls.update(HGMMA=1))
+    monkeypatch.setattr(aot_report, "_read_cubin", lambda made, _: made.matmuls.update(HGMMA=1))
     made = aot_report.build(kernel, "sm_90")
     assert made.serialized == warning
     assert "C7511" in offences(made)[0]

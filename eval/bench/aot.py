@@ -4,7 +4,9 @@
     python -m eval.bench.aot targets=[sm_90] quick=true          the main path only: bfloat16
     python -m eval.bench.aot out=docs/results/aot jobs=8
 
-Writes aot.json and aot.md (the same as a table) to `out`. The requirements, none of which the compilers enforce:
+Writes aot.json and aot.md (the same as a table) to `out`; for NVIDIA's chips with what each kernel's loops cost
+(`eval.bench.sass`), which tests/test_aot.py holds to the bars of docs/results/aot/bars.json. The requirements, none of
+which the compilers enforce:
 
 - no spills in the attention kernels: a spilled register costs a memory access in the innermost loop;
 - shared memory within the chip's limit: the compiler accepts kernels that cannot be launched;
@@ -34,6 +36,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.bench import sass
 from ovq.cli import command
 from ovq.errors import ConfigError
 from ovq.files import write_whole
@@ -76,7 +79,8 @@ class Build:
     """A compiled kernel.
 
     `matmuls` counts matrix instructions by name, `spills` the loads and stores of spilled registers; `shared` and
-    `stack` are bytes; `serialized` is ptxas's warning about serialized products, `error` why compilation failed.
+    `stack` are bytes; `code` is what its loops cost (NVIDIA); `serialized` is ptxas's warning about serialized
+    products, `error` why compilation failed.
     """
 
     target: str
@@ -95,6 +99,7 @@ class Build:
     spills: int = 0
     shared: int = 0
     matmuls: dict[str, int] = field(default_factory=dict)
+    code: sass.Code = field(default_factory=sass.Code)
     serialized: str = ""
     seconds: float = 0.0
     error: str = ""
@@ -165,6 +170,7 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
     made.serialized = " ".join(said[0].split()) if said else ""
     if chip.backend == "cuda":
         _read_cubin(made, compiled.asm["cubin"])
+        made.code.waits = sass.waits(compiled.asm.get("ttgir", ""))
     else:
         _read_amdgcn(made, compiled.asm["amdgcn"])
     made.seconds = round(time.monotonic() - began, 2)
@@ -192,11 +198,12 @@ def _read_cubin(made: Build, cubin: bytes) -> None:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _cuobjdump("--dump-resource-usage", path)
-        sass = _cuobjdump("-sass", path)
+        code = _cuobjdump("-sass", path)
     made.registers, made.stack = (int(_find(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
-    counts = Counter(re.findall(rf"\b({'|'.join(COUNTED)})\b", sass))
+    counts = Counter(re.findall(rf"\b({'|'.join(COUNTED)})\b", code))
     made.spills = counts["STL"] + counts["LDL"]
     made.matmuls = {name: counts[name] for name in ("HGMMA", "HMMA", "UTCHMMA") if counts[name]}
+    made.code = sass.measure(code)
 
 
 def _cuobjdump(option: str, path: Path) -> str:
@@ -273,8 +280,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 # --- what is written -------------------------------------------------------------------------------------------------
 
-COLUMNS = ("target", "stage", "dtype", "width", "tile", "warps", "stages", "registers", "spills", "shared", "products")
-WIDTHS = (6, 15, 8, 5, 6, 5, 6, 9, 6, 14, 16)
+BUILT = ("target", "stage", "dtype", "width", "tile", "warps", "stages", "registers", "spills", "shared", "products")
+COLUMNS = (*BUILT, *sass.COLUMNS)
+WIDTHS = (6, 15, 8, 5, 6, 5, 6, 9, 6, 14, 16, 12, 12, 5, 9, 4, 4, 4, 16, 5)
 
 
 def cells(build: Build) -> list[str]:
@@ -282,10 +290,10 @@ def cells(build: Build) -> list[str]:
     names = ("BLOCK_L", "BLOCK_M", "BLOCK_R", "BLOCK_N")
     tile = "x".join(str(build.tile[name]) for name in names if name in build.tile)
     products = " ".join(f"{count} {name}" for name, count in build.matmuls.items())
-    numbers = (build.warps, build.stages, build.registers, build.spills)
+    numbers = [str(x) for x in (build.warps, build.stages, build.registers, build.spills)]
     shared = f"{build.shared / 1024:.0f} of {CHIPS[build.target].shared_kib} KiB"
     width = str(build.K) if build.K == build.V else f"{build.K}/{build.V}"
-    return [build.target, build.stage, build.dtype, width, tile, *map(str, numbers), shared, products]
+    return [build.target, build.stage, build.dtype, width, tile, *numbers, shared, products, *sass.cells(build.code)]
 
 
 def _line(row: Iterable[str]) -> str:
