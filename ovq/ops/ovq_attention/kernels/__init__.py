@@ -128,7 +128,7 @@ def _forward(
     size: int,
     position: int,
     spec_text: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the new sums and counts (unchanged for packed documents), the assignment; then what only the backward pass
     reads: log-sum-exp and version rows."""
     spec = parse_spec(spec_text)
@@ -180,6 +180,7 @@ def _(q, k, v, beta, key_sum, value_sum, count, assignment, cu_seqlens, size, po
         q.new_empty(B, G, size + S, K),
         q.new_empty(B, G, size + S, V),
         q.new_empty(B, G, size + S, dtype=torch.float32),
+        q.new_empty(B, G, 0 if parse_spec(spec_text).rate is None else size + S, dtype=torch.float32),
     )
 
 
@@ -195,6 +196,7 @@ def _backward(
     lse: Tensor,
     row_key: Tensor,
     row_value: Tensor,
+    row_log: Tensor,
     row_count: Tensor,
     cu_seqlens: Tensor | None,
     size: int,
@@ -206,7 +208,7 @@ def _backward(
     plan = _plan(spec, size, position, cu_seqlens, k.shape[1])
     beta_float = beta.float().contiguous()
     do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
-    rows, (B, _, H, _), V = (row_key, row_value, row_count), q.shape, v.shape[3]
+    rows, (B, _, H, _), V = (row_key, row_value, row_log, row_count), q.shape, v.shape[3]
     with torch.cuda.device_of(q):
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
         dbeta = lse.new_empty(B, H, query_tiles(plan, q, V))

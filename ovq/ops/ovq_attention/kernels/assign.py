@@ -8,8 +8,8 @@ For chunk i with n_i centroids (means mu = S / c):
     commit    S_n += sum of its keys / values, c_n += their number
 
 and the dictionary's history is written as *version rows*: when a chunk touches a centroid, its new mean key, mean value
-and count are written to the row of the chunk's last token assigned to it, so that all versions together are no larger
-than k and v. Which row each centroid has before each chunk follows from the assignment alone (tabulate.py).
+and log count are written to the row of the chunk's last token assigned to it, so that all versions together are no
+larger than k and v. Which row each centroid has before each chunk follows from the assignment alone (tabulate.py).
 
 A head is walked by SPLITS programs. Program p owns the centroids of blocks p, p + SPLITS, ...: it proposes only among
 them, and commits only to them. The only barrier lies between the two: after it, every program reads all proposals and
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED, load_rows, load_tokens, store_rows, token_at
+from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED, Rows, load_rows, load_tokens, store_rows, token_at
 from ovq.ops.ovq_attention.kernels.configs import arch_of, constants
 from ovq.ops.ovq_attention.kernels.plan import Plan
 
@@ -41,20 +41,22 @@ NOTHING = tl.constexpr(2147483647)  # larger than every index and rank
 
 def assign(
     k: Tensor, v: Tensor, plan: Plan, key_sum: Tensor, value_sum: Tensor, count: Tensor, forced: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Rows]:
     """Commit all whole chunks to the sums [B, G, M, K or V] and counts [B, G, M], in place.
 
     M is the capacity; for packed documents, whose sums are concatenated, the number of centroids of all documents.
 
     Returns:
         The assignment, int32 [B, G, S], -1 in an unfinished chunk; and the version rows: keys [B, G, rows, K], values
-        [B, G, rows, V] and counts [B, G, rows]. The rows of the initial dictionary come first, then one per token.
+        [B, G, rows, V], log2 of the counts [B, G, rows] and, for a constant rate, the counts (else [B, G, 0]). The rows
+        of the initial dictionary come first, then one per token.
     """
     (B, S, G, K), V, spec, M = k.shape, v.shape[3], plan.spec, count.shape[2]
     L, initial, device = spec.chunk_size, plan.initial, k.device
     host, empty = plan.tensors(device), k.new_empty
     row_key, row_value = empty(B, G, initial + S, K), empty(B, G, initial + S, V)
-    row_count = empty(B, G, initial + S, dtype=torch.float32)
+    row_log = empty(B, G, initial + S, dtype=torch.float32)
+    row_count = torch.empty_like(row_log) if spec.rate is not None else row_log.new_empty(B, G, 0)
     assignment = torch.full((B, G, S), -1, dtype=torch.int32, device=device)
     mean_key = empty(B, G, M, K)
     key_value = spec.assign_on == "key_value" and forced is None
@@ -62,11 +64,13 @@ def assign(
     if initial:
         row_key[:, :, :initial] = key_sum[:, :, :initial] / count[:, :, :initial, None]
         row_value[:, :, :initial] = value_sum[:, :, :initial] / count[:, :, :initial, None]
-        row_count[:, :, :initial] = count[:, :, :initial]
+        row_log[:, :, :initial] = count[:, :, :initial].log2()
+        if spec.rate is not None:
+            row_count[:, :, :initial] = count[:, :, :initial]
         mean_key[:, :, :initial] = row_key[:, :, :initial]
         if key_value:
             mean_value[:, :, :initial] = row_value[:, :, :initial]
-    rows = (row_key, row_value, row_count)
+    rows = (row_key, row_value, row_log, row_count)
     if not plan.committed:
         return assignment, rows
     documents = len(plan.walks)
@@ -144,7 +148,8 @@ def assign_kernel(
     mean_value_ptr,  # [B, G, M, V] likewise, if KEY_VALUE
     row_key_ptr,  # [B, G, rows, K] out
     row_value_ptr,  # [B, G, rows, V] out
-    row_count_ptr,  # [B, G, rows] float32 out
+    row_log_ptr,  # [B, G, rows] float32 out: log2 of the counts
+    row_count_ptr,  # [B, G, rows] float32 out, if RATE
     assignment_ptr,  # [B, G, S] int32 out
     best_ptr,  # [2, walks, SPLITS, L] float32: similarities of the proposals
     arg_ptr,  # [2, walks, SPLITS, L] int32: centroids of the proposals
@@ -201,6 +206,7 @@ def assign_kernel(
     count_ptr += dictionary
     row_key_ptr += tl.cast(head, tl.int64) * rows * K
     row_value_ptr += tl.cast(head, tl.int64) * rows * V
+    row_log_ptr += tl.cast(head, tl.int64) * rows
     row_count_ptr += tl.cast(head, tl.int64) * rows
     chosen_ptr += tl.program_id(0) * L
     arg_own_ptr = place_ptr + tl.program_id(0) * 2 * L
@@ -248,7 +254,7 @@ def assign_kernel(
                     place = tl.where(l < L, place, -1)
                 _settle(
                     place, l, place_ptr, chunk_k, chunk_v, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
-                    mean_value_ptr, row_key_ptr, row_value_ptr, row_count_ptr, assignment_ptr + start,
+                    mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr + start,
                     initial + start, split, L, G, log2_keep,
                     K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
                 )  # fmt: skip
@@ -287,7 +293,7 @@ def assign_kernel(
                     place = tl.load(place_ptr + l0 + l, mask=l0 + l < L, other=-1)
                     _settle(
                         place, l0 + l, place_ptr, chunk_k, chunk_v, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
-                        mean_value_ptr, row_key_ptr, row_value_ptr, row_count_ptr, assignment_ptr + start,
+                        mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr + start,
                         initial + start, split, L, G, log2_keep,
                         K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
                     )  # fmt: skip
@@ -439,7 +445,7 @@ def _nearest(
 @triton.jit
 def _settle(
     place, l, place_ptr, k_ptr, v_ptr, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr, mean_value_ptr,
-    row_key_ptr, row_value_ptr, row_count_ptr, assignment_ptr, first_row, split, L, G, log2_keep,
+    row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr, first_row, split, L, G, log2_keep,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr, ONE: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr, RATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -470,7 +476,9 @@ def _settle(
     )  # fmt: skip
     tl.debug_barrier()  # a token may be held by several threads: all must have read its old count
     tl.store(count_ptr + place, new, mask=writes)
-    tl.store(row_count_ptr + row, new, mask=writes)
+    tl.store(row_log_ptr + row, tl.log2(new), mask=writes)
+    if RATE:
+        tl.store(row_count_ptr + row, new, mask=writes)
 
 
 @triton.jit

@@ -29,10 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ovq.ops.ovq_attention.kernels.assign import log2_keep
-from ovq.ops.ovq_attention.kernels.blocks import load_rows, load_tokens, store_tokens, token_at
+from ovq.ops.ovq_attention.kernels.blocks import Rows, load_numbers, load_rows, load_tokens, store_tokens, token_at
 from ovq.ops.ovq_attention.kernels.configs import arch_of, constants
 from ovq.ops.ovq_attention.kernels.plan import Plan
-from ovq.ops.ovq_attention.kernels.predict import LOG2E, Rows
+from ovq.ops.ovq_attention.kernels.predict import LOG2E
 from ovq.ops.ovq_attention.kernels.tabulate import Table
 
 QUERY_SCALARS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk", "all_tiles"]
@@ -56,7 +56,7 @@ def query_grad(
     host, L, (first, last) = plan.tensors(q.device), plan.spec.chunk_size, table.chunks
     settings = constants("query_grad", arch_of(q.device), q.dtype, K, V, L)
     query_grad_kernel[(last - first) * triton.cdiv(L, settings["BLOCK_M"]), B * H](
-        q, k, v, beta, *rows, table.rows, host["starts"], host["ends"], host["sizes"], table.offsets,
+        q, k, v, beta, *rows[:3], table.rows, host["starts"], host["ends"], host["sizes"], table.offsets,
         o, do, lse, delta, dq, dbeta,
         T, S, L, H, G, rows[2].shape[2], table.size, first, dbeta.shape[2], **settings,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def query_grad_kernel(
     beta_ptr,  # [H] float32
     row_key_ptr,  # [B, G, rows, K]
     row_value_ptr,  # [B, G, rows, V]
-    row_count_ptr,  # [B, G, rows] float32
+    row_log_ptr,  # [B, G, rows] float32: log2 of the counts
     table_ptr,  # [B, G, table_size] int32
     starts_ptr,  # [chunks] int32
     ends_ptr,  # [chunks] int32
@@ -158,7 +158,7 @@ def query_grad_kernel(
     row_base = tl.cast(b * G + g, tl.int64) * rows
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
-    row_count_ptr += row_base
+    row_log_ptr += row_base
     table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + tile // tiles)
     has_queries = (first < end) & (first + BLOCK_M > S - T)
     size = tl.load(sizes_ptr + chunk, mask=has_queries, other=0)
@@ -179,8 +179,7 @@ def query_grad_kernel(
         row = tl.load(table_ptr + centroid, mask=held, other=0)
         key = load_rows(row_key_ptr, row, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, row, held, V, BLOCK_V)
-        count = tl.load(row_count_ptr + row, mask=held, other=1.0)
-        bias = tl.where(held, tl.log2(count), float("-inf"))
+        bias = load_numbers(row_log_ptr, row, held, float("-inf"))
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + bias[None, :]
         p = tl.exp2(logit - lse[:, None])
         dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
@@ -212,7 +211,8 @@ def dictionary_grad_kernel(
     beta_ptr,  # [H] float32
     row_key_ptr,  # [B, G, rows, K]
     row_value_ptr,  # [B, G, rows, V]
-    row_count_ptr,  # [B, G, rows] float32
+    row_log_ptr,  # [B, G, rows] float32: log2 of the counts
+    row_count_ptr,  # [B, G, rows] float32, if RATE
     table_ptr,  # [B, G, table_size] int32
     blocks_ptr,  # [blocks, 5] int32: first centroid, chunk that founds it, its document's last chunk, that one's bounds
     sizes_ptr,  # [chunks] int32
@@ -254,6 +254,7 @@ def dictionary_grad_kernel(
     row_base = tl.cast(tl.program_id(1), tl.int64) * rows
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
+    row_log_ptr += row_base
     row_count_ptr += row_base
     table_ptr += tl.cast(tl.program_id(1), tl.int64) * table_size - low
 
@@ -284,7 +285,7 @@ def dictionary_grad_kernel(
         made = before != row
         if RATE:
             old = tl.load(row_count_ptr + before, mask=held, other=1.0)
-            bias = tl.where(held, tl.log2(old), float("-inf"))
+            bias = load_numbers(row_log_ptr, before, held, float("-inf"))
             added = tl.maximum(count - tl.where(held, old, 0.0), 1.0)
             decay = tl.where(held, tl.exp2(added * log2_keep), 0.0)
             gain = (1 - decay) / added
@@ -312,8 +313,8 @@ def dictionary_grad_kernel(
         t = position - (S - T)
         q = load_tokens(token_at(q_ptr, batch * T + t, H, h, K), m, H, live, K, BLOCK_K)
         do = load_tokens(token_at(do_ptr, batch * T + t, H, h, V), m, H, live, V, BLOCK_V)
-        lse = tl.load(lse_ptr + (batch * H + h) * T + t + m, mask=live, other=float("inf"))
-        delta = tl.load(delta_ptr + (batch * H + h) * T + t + m, mask=live, other=0.0)
+        lse = load_numbers(lse_ptr + (batch * H + h) * T + t, m, live, float("inf"))
+        delta = load_numbers(delta_ptr + (batch * H + h) * T + t, m, live, 0.0)
         logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E)
         if RATE:
             logit += bias[:, None]
@@ -394,8 +395,8 @@ def chunk_grad_kernel(
                 live = (query < length) & (query >= -t)
                 q = load_tokens(q_head, query, H, live, K, BLOCK_K)
                 do = load_tokens(do_head, query, H, live, V, BLOCK_V)
-                lse = tl.load(lse_ptr + lse_offset + query, mask=live, other=float("inf"))
-                delta = tl.load(delta_ptr + lse_offset + query, mask=live, other=0.0)
+                lse = load_numbers(lse_ptr + lse_offset, query, live, float("inf"))
+                delta = load_numbers(delta_ptr + lse_offset, query, live, 0.0)
                 logit = tl.dot(key, tl.trans(q), input_precision=PRECISION) * (beta * LOG2E)
                 p = tl.exp2(logit - lse[None, :])
                 p = tl.where(own[:, None] <= query[None, :], p, 0.0)

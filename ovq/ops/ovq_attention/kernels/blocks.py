@@ -8,6 +8,10 @@ padded one). Offsets that grow with tokens x heads are 64-bit, offsets within on
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# Of the version rows: keys, values, log2 of the counts and, for a constant rate, the counts.
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @triton.jit
@@ -46,6 +50,20 @@ def store_rows(ptr, row, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] if WIDTH == BLOCK else valid[:, None] & (d < WIDTH)[None, :]
     tl.store(ptr + row[:, None] * WIDTH + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_numbers(ptr, index, valid, other):
+    """ptr[index], float32, for a tile that is multiplied as rows or columns of a matrix; `other` where not valid.
+
+    A one-dimensional load would be repeated by every thread whose part of the product needs the number. The sum over a
+    second, masked column gives the load a layout of its own: one thread reads each number and hands it on.
+    """
+    first = (tl.arange(0, 2) == 0)[None, :]
+    pair = tl.load(
+        ptr + index[:, None] + tl.arange(0, 2)[None, :], mask=valid[:, None] & first, other=tl.where(first, other, 0.0)
+    )
+    return tl.sum(pair, 1)
 
 
 # Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported).

@@ -69,7 +69,7 @@ TILES = {
     "sm_80": {
         ("half", 64): {
             "assign": Tile(128, 64, 8, 3, 128),
-            "predict": Tile(128, 64, 4, 3),
+            "predict": Tile(128, 64, 8, 3),
             "query_grad": Tile(64, 32, 4, 2),
             "dictionary_grad": Tile(32, 128, 8, 3),
             "chunk_grad": Tile(32, 64, 4, 1),
@@ -77,7 +77,7 @@ TILES = {
         },
         ("half", 128): {
             "assign": Tile(128, 64, 8, 3, 128),
-            "predict": Tile(128, 64, 8, 3),
+            "predict": Tile(128, 32, 8, 3),
             "query_grad": Tile(64, 64, 8, 3),
             "dictionary_grad": Tile(64, 32, 8, 3),
             "chunk_grad": Tile(32, 64, 8, 2),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ovq.ops.ovq_attention.kernels.blocks import load_rows, load_tokens, store_tokens, token_at
+from ovq.ops.ovq_attention.kernels.blocks import Rows, load_numbers, load_rows, load_tokens, store_tokens, token_at
 from ovq.ops.ovq_attention.kernels.configs import arch_of, constants
 from ovq.ops.ovq_attention.kernels.plan import Plan
 from ovq.ops.ovq_attention.kernels.tabulate import Table
@@ -27,7 +27,6 @@ from ovq.ops.ovq_attention.kernels.tabulate import Table
 LOG2E = tl.constexpr(1.4426950408889634)
 
 SCALARS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk"]
-Rows = tuple[Tensor, Tensor, Tensor]  # keys, values and counts of the version rows
 
 
 def predict(
@@ -38,7 +37,7 @@ def predict(
     host, L, (first, last) = plan.tensors(q.device), plan.spec.chunk_size, table.chunks
     settings = constants("predict", arch_of(q.device), q.dtype, K, V, L)
     predict_kernel[(last - first) * triton.cdiv(L, settings["BLOCK_M"]), B * H](
-        q, k, v, beta, *rows, table.rows, host["starts"], host["ends"], host["sizes"], table.offsets, o, lse,
+        q, k, v, beta, *rows[:3], table.rows, host["starts"], host["ends"], host["sizes"], table.offsets, o, lse,
         T, S, L, H, G, rows[2].shape[2], table.size, first, **settings,
     )  # fmt: skip
 
@@ -51,7 +50,7 @@ def predict_kernel(
     beta_ptr,  # [H] float32
     row_key_ptr,  # [B, G, rows, K]
     row_value_ptr,  # [B, G, rows, V]
-    row_count_ptr,  # [B, G, rows] float32
+    row_log_ptr,  # [B, G, rows] float32: log2 of the counts
     table_ptr,  # [B, G, table_size] int32
     starts_ptr,  # [chunks] int32: the first token of chunk i
     ends_ptr,  # [chunks] int32: the first token after it
@@ -95,7 +94,7 @@ def predict_kernel(
     row_base = tl.cast(b * G + g, tl.int64) * rows
     row_key_ptr += row_base * K
     row_value_ptr += row_base * V
-    row_count_ptr += row_base
+    row_log_ptr += row_base
     table_ptr += tl.cast(b * G + g, tl.int64) * table_size + tl.load(offsets_ptr + tile // tiles)
     has_queries = (first < end) & (first + BLOCK_M > S - T)  # a tile without queries skips the dictionary
     size = tl.load(sizes_ptr + chunk, mask=has_queries, other=0)
@@ -112,8 +111,7 @@ def predict_kernel(
         row = tl.load(table_ptr + centroid, mask=held, other=0)
         key = load_rows(row_key_ptr, row, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, row, held, V, BLOCK_V)
-        count = tl.load(row_count_ptr + row, mask=held, other=1.0)
-        bias = tl.where(held, tl.log2(count), float("-inf"))
+        bias = load_numbers(row_log_ptr, row, held, float("-inf"))
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + bias[None, :]
         top, total, acc = absorb(top, total, acc, logit, value, PRECISION)
 

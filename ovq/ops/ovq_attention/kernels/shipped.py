@@ -48,7 +48,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 # Types of the arguments by name; all other pointers are to the operands' dtype, all other scalars int32.
 TYPES = {
-    **dict.fromkeys(("beta_ptr", "row_count_ptr", "lse_ptr", "delta_ptr", "dbeta_ptr"), "*fp32"),
+    **dict.fromkeys(("beta_ptr", "row_log_ptr", "row_count_ptr", "lse_ptr", "delta_ptr", "dbeta_ptr"), "*fp32"),
     **dict.fromkeys(("key_sum_ptr", "value_sum_ptr", "count_ptr", "best_ptr", "chosen_ptr", "part_ptr"), "*fp32"),
     **dict.fromkeys(("table_ptr", "sizes_ptr", "starts_ptr", "ends_ptr", "offsets_ptr", "blocks_ptr"), "*i32"),
     **dict.fromkeys(("documents_ptr", "walks_ptr", "forced_ptr", "rank_ptr", "assignment_ptr"), "*i32"),
