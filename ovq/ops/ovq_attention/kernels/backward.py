@@ -151,6 +151,7 @@ def query_grad_kernel(
     live = (position < end) & (position >= S - T)  # queries are of the last T tokens
     query = tl.cast(b, tl.int64) * T + first - (S - T)
     m = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
 
     k_ptr = token_at(k_ptr, tl.cast(b, tl.int64) * S + start, G, g, K)
     v_ptr = token_at(v_ptr, tl.cast(b, tl.int64) * S + start, G, g, V)
@@ -173,13 +174,14 @@ def query_grad_kernel(
     scale = beta * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
 
+    # A tile's row indices are read one iteration before its rows, in registers, so that gathers need not wait for them.
+    row = tl.load(table_ptr + column, mask=column < size, other=0)
     for n in tl.range(0, size, BLOCK_N, num_stages=STAGES):
-        centroid = n + tl.arange(0, BLOCK_N)
-        held = centroid < size
-        row = tl.load(table_ptr + centroid, mask=held, other=0)
+        held = n + column < size
         key = load_rows(row_key_ptr, row, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, row, held, V, BLOCK_V)
         bias = load_numbers(row_log_ptr, row, held, float("-inf"))
+        row = tl.load(table_ptr + n + BLOCK_N + column, mask=n + BLOCK_N + column < size, other=0)
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + bias[None, :]
         p = tl.exp2(logit - lse[:, None])
         dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
@@ -261,21 +263,23 @@ def dictionary_grad_kernel(
     tiles = tl.cdiv(L, BLOCK_M)
     group = H // G
     steps = group * tiles
+    total = (last + 1 - first) * steps
     centroid = n + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    held = centroid < tl.load(sizes_ptr + last)
-    row = tl.load(table_ptr + tl.load(offsets_ptr + last) + centroid, mask=held, other=-1)
+    offset, size = tl.load(offsets_ptr + last), tl.load(sizes_ptr + last)
+    row = tl.load(table_ptr + offset + centroid, mask=centroid < size, other=-1)
     if RATE:
         count = tl.load(row_count_ptr + row, mask=row >= 0, other=1.0)
     dkey = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    # A step's row indices are read one step before its rows, and where to find them two steps before.
+    before = row
+    ahead = last - tl.minimum(1, total - 1) // steps
+    offset, size = tl.load(offsets_ptr + ahead), tl.load(sizes_ptr + ahead)
 
-    for step in tl.range(0, (last + 1 - first) * steps, num_stages=STAGES):
-        chunk = last - step // steps
+    for step in tl.range(0, total, num_stages=STAGES):
         start = last_start - step // steps * L
         h = g * group + (step % steps) // tiles
-        held = centroid < tl.load(sizes_ptr + chunk)
-        before = tl.load(table_ptr + tl.load(offsets_ptr + chunk) + centroid, mask=held, other=-1)
         held = before >= 0
         key = load_rows(row_key_ptr, before, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, before, held, V, BLOCK_V)
@@ -307,6 +311,9 @@ def dictionary_grad_kernel(
                 dkey = tl.where(held[:, None], dkey, 0.0)
                 dvalue = tl.where(held[:, None], dvalue, 0.0)
         row = before
+        before = tl.load(table_ptr + offset + centroid, mask=centroid < size, other=-1)
+        ahead = last - tl.minimum(step + 2, total - 1) // steps
+        offset, size = tl.load(offsets_ptr + ahead), tl.load(sizes_ptr + ahead)
 
         position = start + (step % tiles) * BLOCK_M
         live = (position + m < tl.minimum(start + L, end)) & (position + m >= S - T)

@@ -88,6 +88,7 @@ def predict_kernel(
     live = (position < end) & (position >= S - T)  # queries are of the last T tokens
     query = tl.cast(b, tl.int64) * T + first - (S - T)
     m = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
 
     k_ptr = token_at(k_ptr, tl.cast(b, tl.int64) * S + start, G, g, K)
     v_ptr = token_at(v_ptr, tl.cast(b, tl.int64) * S + start, G, g, V)
@@ -105,13 +106,14 @@ def predict_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
+    # A tile's row indices are read one iteration before its rows, in registers, so that gathers need not wait for them.
+    row = tl.load(table_ptr + column, mask=column < size, other=0)
     for n in tl.range(0, size, BLOCK_N, num_stages=STAGES):
-        centroid = n + tl.arange(0, BLOCK_N)
-        held = centroid < size
-        row = tl.load(table_ptr + centroid, mask=held, other=0)
+        held = n + column < size
         key = load_rows(row_key_ptr, row, held, K, BLOCK_K)
         value = load_rows(row_value_ptr, row, held, V, BLOCK_V)
         bias = load_numbers(row_log_ptr, row, held, float("-inf"))
+        row = tl.load(table_ptr + n + BLOCK_N + column, mask=n + BLOCK_N + column < size, other=0)
         logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + bias[None, :]
         top, total, acc = absorb(top, total, acc, logit, value, PRECISION)
 
