@@ -38,7 +38,8 @@ def forward(
     for start in range(0, S, L):
         chunk = slice(start, min(start + L, S))
         k, v = k_BGSK[:, :, chunk], v_BGSV[:, :, chunk]
-        mu_k, mu_v = S_k[:, :, :n] / c[:, :, :n, None], S_v[:, :, :n] / c[:, :, :n, None]
+        inverse = c[:, :, :n, None].reciprocal()  # rounded once, in every backend
+        mu_k, mu_v = S_k[:, :, :n] * inverse, S_v[:, :, :n] * inverse
         queries = slice(max(start, first) - first, max(chunk.stop - first, 0))
         outputs.append(predict(q_BHTK[:, :, queries], mu_k, mu_v, c[:, :, :n], k, v))
         if k.shape[2] < L:  # an unfinished chunk is not committed

@@ -133,8 +133,9 @@ class Table:
         if n := dictionary.size:
             count_Pn1 = count[:, :, :n].to(work).flatten(0, 1)[..., None]
             held = self.means[:, L : L + n]
-            torch.div(dictionary.value_sum[:, :, :n].flatten(0, 1), count_Pn1, out=held[..., : self.V])
-            torch.div(dictionary.key_sum[:, :, :n].flatten(0, 1), count_Pn1, out=held[..., self.V :])
+            inverse = count_Pn1.reciprocal()
+            torch.mul(dictionary.value_sum[:, :, :n].flatten(0, 1), inverse, out=held[..., : self.V])
+            torch.mul(dictionary.key_sum[:, :, :n].flatten(0, 1), inverse, out=held[..., self.V :])
             torch.log2(count_Pn1[..., 0], out=self.log_count[:, 0, L : L + n])
             self._round(held)
         self.flat_means, self.flat_log_count = self.means.view(-1, W), self.log_count.view(-1)
@@ -150,7 +151,7 @@ class Table:
         rows, W = self.P * self.L, self.V + self.K
         self._picked, self._step = (self.sums.new_empty(rows, W + 1) for _ in range(2))
         self.picked_count, self._picked_sums = self._picked[:, -1:], self._picked[:, :-1]
-        self._divisor = torch.empty_like(self.picked_count)
+        self._inverse = torch.empty_like(self.picked_count)
         self._means, self._log_count = self.means.new_empty(rows, W), self.means.new_empty(rows)
 
     def write_sums(self, into: Dictionary) -> None:
@@ -181,7 +182,8 @@ class Table:
         """
         torch.index_select(self.flat_sums, 0, index, out=self._picked)
         torch.log2(self.picked_count.squeeze(1), out=self._log_count)
-        torch.div(self._picked_sums, torch.clamp_min(self.picked_count, 1, out=self._divisor), out=self._means)
+        torch.clamp_min(self.picked_count, 1, out=self._inverse).reciprocal_()
+        torch.mul(self._picked_sums, self._inverse, out=self._means)
         self._round(self._means)
         self.flat_means.index_copy_(0, index, self._means)
         self.flat_log_count.index_copy_(0, index, self._log_count)
@@ -189,7 +191,7 @@ class Table:
     def set_means(self, index: Tensor) -> None:
         """As `refresh`, for any number of centroids in use."""
         rows = self.flat_sums.index_select(0, index)
-        means = (rows[:, :-1] / rows[:, -1:]).to(self.work)
+        means = (rows[:, :-1] * rows[:, -1:].reciprocal()).to(self.work)
         self._round(means)
         self.flat_means.index_copy_(0, index, means)
         self.flat_log_count.index_copy_(0, index, rows[:, -1].log2().to(self.work))

@@ -62,8 +62,9 @@ def assign(
     key_value = spec.assign_on == "key_value" and forced is None
     mean_value = empty(B, G, M, V) if key_value else mean_key  # unused then
     if initial:
-        row_key[:, :, :initial] = key_sum[:, :, :initial] / count[:, :, :initial, None]
-        row_value[:, :, :initial] = value_sum[:, :, :initial] / count[:, :, :initial, None]
+        inverse = count[:, :, :initial, None].reciprocal()
+        row_key[:, :, :initial] = key_sum[:, :, :initial] * inverse
+        row_value[:, :, :initial] = value_sum[:, :, :initial] * inverse
         row_log[:, :, :initial] = count[:, :, :initial].log2()
         if spec.rate is not None:
             row_count[:, :, :initial] = count[:, :, :initial]
@@ -171,7 +172,8 @@ def assign_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_L: tl.constexpr,  # keys per tile when proposing
-    BLOCK_C: tl.constexpr,  # keys per tile when founding and committing
+    BLOCK_C: tl.constexpr,  # keys per tile when founding
+    BLOCK_W: tl.constexpr,  # centroids per tile when committing
     BLOCK_N: tl.constexpr,
     ONE: tl.constexpr,  # a chunk fits one commit tile
     SPLITS: tl.constexpr,
@@ -244,7 +246,7 @@ def assign_kernel(
                     rank = _rank(best, l, chosen_ptr, rank_ptr + i * L, L, BLOCK_C, ONE, RANDOM)
                     place = _place(
                         rank, arg, l, place_ptr, chunk_k, size, founded, L, G,
-                        K, BLOCK_K, BLOCK_C, ONE, NEAREST, PRECISION,
+                        K, BLOCK_K, BLOCK_C, BLOCK_W, ONE, NEAREST, PRECISION,
                     )  # fmt: skip
                     if NEAREST and size == 0:
                         # (Registers cannot be indexed, so places are looked up through memory.)
@@ -256,7 +258,7 @@ def assign_kernel(
                     place, l, place_ptr, chunk_k, chunk_v, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
                     mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr + start,
                     initial + start, split, L, G, log2_keep,
-                    K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
+                    K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
                 )  # fmt: skip
             else:
                 if FORCED:
@@ -279,7 +281,7 @@ def assign_kernel(
                         arg = tl.load(arg_own_ptr + l0 + l, mask=l0 + l < L, other=0)
                         place = _place(
                             rank, arg, l0 + l, place_ptr, chunk_k, size, founded, L, G,
-                            K, BLOCK_K, BLOCK_C, ONE, NEAREST, PRECISION,
+                            K, BLOCK_K, BLOCK_C, BLOCK_W, ONE, NEAREST, PRECISION,
                         )  # fmt: skip
                         tl.store(arg_own_ptr + l0 + l, place, mask=l0 + l < L)
                     tl.debug_barrier()
@@ -295,7 +297,7 @@ def assign_kernel(
                         place, l0 + l, place_ptr, chunk_k, chunk_v, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
                         mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr + start,
                         initial + start, split, L, G, log2_keep,
-                        K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
+                        K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
                     )  # fmt: skip
             tl.debug_barrier()
 
@@ -395,15 +397,15 @@ def _rank(best, l, chosen_ptr, rank_ptr, L, BLOCK_C: tl.constexpr, ONE: tl.const
             m = m0 + tl.arange(0, BLOCK_C)
             other = _peer(best, chosen_ptr, m, L, float("inf"), ONE)
             tie = (other[:, None] == best[None, :]) & (m[:, None] < l[None, :])
-            ahead = (other[:, None] < best[None, :]) | tie
-            rank += tl.sum((ahead & (m < L)[:, None]).to(tl.int32), 0)
+            # (Past the chunk's end, `other` is infinite and m no smaller than l.)
+            rank += tl.sum(((other[:, None] < best[None, :]) | tie).to(tl.int32), 0)
     return rank
 
 
 @triton.jit
 def _place(
     rank, arg, l, rank_ptr, k_ptr, size, founded, L, G,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ONE: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, ONE: tl.constexpr,
     NEAREST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each key's centroid: the keys of lowest rank found new ones, numbered in text order, the others go to `arg`. In
@@ -411,11 +413,15 @@ def _place(
     if founded > 0:
         if NEAREST and size == 0:
             arg = _nearest(rank, l, rank_ptr, k_ptr, founded, L, G, K, BLOCK_K, BLOCK_C, ONE, PRECISION)
-        ordinal = tl.zeros([BLOCK_C], tl.int32)
-        for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
-            m = m0 + tl.arange(0, BLOCK_C)
-            founds = (_peer(rank, rank_ptr, m, L, NOTHING, ONE) < founded) & (m < L)
-            ordinal += tl.sum((founds[:, None] & (m[:, None] < l[None, :])).to(tl.int32), 0)
+        if BLOCK_W < BLOCK_C:  # (not for SPLITS = 1: there a scan's layout makes everything after it spill)
+            founds = ((rank < founded) & (l < L)).to(tl.int32)
+            ordinal = tl.cumsum(founds, 0) - founds
+        else:
+            ordinal = tl.zeros([BLOCK_C], tl.int32)
+            for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
+                m = m0 + tl.arange(0, BLOCK_C)
+                founds = (_peer(rank, rank_ptr, m, L, NOTHING, ONE) < founded) & (m < L)
+                ordinal += tl.sum((founds[:, None] & (m[:, None] < l[None, :])).to(tl.int32), 0)
         arg = tl.where(rank < founded, size + ordinal, arg)
     return arg
 
@@ -447,35 +453,67 @@ def _settle(
     place, l, place_ptr, k_ptr, v_ptr, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr, mean_value_ptr,
     row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr, first_row, split, L, G, log2_keep,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr, ONE: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr, RATE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr,
+    RATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Commit some keys to their centroids; each centroid of this program is written by its last key in the chunk."""
     if split == 0:
         tl.store(assignment_ptr + l, place, mask=l < L)
     owned = (l < L) & ((place // BLOCK_N) % SPLITS == split)
-    # Issue the load before computing which key writes its centroid.
-    old = tl.load(count_ptr + place, mask=owned, other=0.0)
-    added = tl.zeros([BLOCK_C], tl.int32)
+    if BLOCK_W == BLOCK_C:
+        # Issue the load before counting the keys.
+        old = tl.load(count_ptr + place, mask=owned, other=0.0)
+        added = tl.zeros([BLOCK_C], tl.int32)
     later = tl.zeros([BLOCK_C], tl.int32)
     for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
         m = m0 + tl.arange(0, BLOCK_C)
         same = _peer(place, place_ptr, m, L, -2, ONE)[:, None] == place[None, :]
-        added += tl.sum(same.to(tl.int32), 0)
+        if BLOCK_W == BLOCK_C:
+            added += tl.sum(same.to(tl.int32), 0)
         later += tl.sum((same & (m[:, None] > l[None, :])).to(tl.int32), 0)
     writes = owned & (later == 0)
-    new = old + added
-    row = first_row + l
+    if BLOCK_W == BLOCK_C:
+        _write(
+            place, first_row + l, writes, old, old + added, place, place_ptr, k_ptr, v_ptr, key_sum_ptr, value_sum_ptr,
+            count_ptr, mean_key_ptr, mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr,
+            L, G, log2_keep, K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, ONE, KEY_VALUE, RATE, PRECISION,
+        )  # fmt: skip
+    else:
+        # Few of a chunk's keys are a centroid's last and this program's: only these are committed, BLOCK_W at a time.
+        order = tl.where(writes, tl.cumsum(writes.to(tl.int32), 0) - 1, -1)
+        writers = tl.sum(writes.to(tl.int32), 0)
+        for w0 in tl.range(0, writers, BLOCK_W, num_stages=1):
+            w = w0 + tl.arange(0, BLOCK_W)
+            both = tl.sum(tl.where(order[:, None] == w[None, :], (place * BLOCK_C + l)[:, None], 0), 0)
+            own = both // BLOCK_C
+            old = tl.load(count_ptr + own, mask=w < writers, other=0.0)
+            new = old + tl.sum((place[:, None] == own[None, :]).to(tl.int32), 0)
+            _write(
+                own, first_row + both % BLOCK_C, w < writers, old, new, place, place_ptr, k_ptr, v_ptr, key_sum_ptr,
+                value_sum_ptr, count_ptr, mean_key_ptr, mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr,
+                row_count_ptr, L, G, log2_keep, K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, ONE, KEY_VALUE, RATE,
+                PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _write(
+    own, row, writes, old, new, place, place_ptr, k_ptr, v_ptr, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
+    mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, L, G, log2_keep,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr, ONE: tl.constexpr, KEY_VALUE: tl.constexpr, RATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All that changes with the centroids `own`, from counts `old` to `new`; `place` is that of all keys, if ONE."""
     _commit(
-        k_ptr, key_sum_ptr, mean_key_ptr, row_key_ptr, place, row, owned, writes, old, new, place_ptr,
-        L, G, log2_keep, K, BLOCK_K, BLOCK_C, ONE, RATE, True, PRECISION,
+        k_ptr, key_sum_ptr, mean_key_ptr, row_key_ptr, own, row, writes, old, new, place, place_ptr,
+        L, G, log2_keep, K, BLOCK_K, BLOCK_C, BLOCK_W, ONE, RATE, True, PRECISION,
     )  # fmt: skip
     _commit(
-        v_ptr, value_sum_ptr, mean_value_ptr, row_value_ptr, place, row, owned, writes, old, new, place_ptr,
-        L, G, log2_keep, V, BLOCK_V, BLOCK_C, ONE, RATE, KEY_VALUE, PRECISION,
+        v_ptr, value_sum_ptr, mean_value_ptr, row_value_ptr, own, row, writes, old, new, place, place_ptr,
+        L, G, log2_keep, V, BLOCK_V, BLOCK_C, BLOCK_W, ONE, RATE, KEY_VALUE, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()  # a token may be held by several threads: all must have read its old count
-    tl.store(count_ptr + place, new, mask=writes)
+    tl.store(count_ptr + own, new, mask=writes)
     tl.store(row_log_ptr + row, tl.log2(new), mask=writes)
     if RATE:
         tl.store(row_count_ptr + row, new, mask=writes)
@@ -483,20 +521,20 @@ def _settle(
 
 @triton.jit
 def _commit(
-    x_ptr, sum_ptr, mean_ptr, row_ptr, place, row, owned, writes, old, new, place_ptr, L, G, log2_keep,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, ONE: tl.constexpr, RATE: tl.constexpr,
-    MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, sum_ptr, mean_ptr, row_ptr, own, row, writes, old, new, place, place_ptr, L, G, log2_keep,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, ONE: tl.constexpr,
+    RATE: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Update the sums, means and version rows of the centroids that one of these tokens writes.
+    """Update the sums, means and version rows of the centroids `own`.
 
     With a constant rate eta, m keys move the mean to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys), and the stored sum is
-    count x mean.
+    count x mean. A mean is the sum times the rounded 1 / count, as in every backend: one division a centroid.
     """
-    total = load_rows(sum_ptr, place, owned, WIDTH, BLOCK)
-    more = tl.zeros([BLOCK_C, BLOCK], tl.float32)
+    total = load_rows(sum_ptr, own, writes, WIDTH, BLOCK)
+    more = tl.zeros([BLOCK_W, BLOCK], tl.float32)
     for m0 in tl.range(0, BLOCK_C if ONE else L, BLOCK_C, num_stages=1):
         m = m0 + tl.arange(0, BLOCK_C)
-        same = place[:, None] == _peer(place, place_ptr, m, L, -2, ONE)[None, :]
+        same = own[:, None] == _peer(place, place_ptr, m, L, -2, ONE)[None, :]
         x = load_tokens(x_ptr, m, G, m < L, WIDTH, BLOCK)
         more = tl.dot(same.to(x.dtype), x, more, input_precision=PRECISION)
     if RATE:
@@ -505,8 +543,8 @@ def _commit(
         total = total * (keep * new / tl.maximum(old, 1.0))[:, None]
         more = more * ((1 - keep) * new / tl.maximum(added, 1.0))[:, None]
     total += more
-    store_rows(sum_ptr, place, writes, total, WIDTH, BLOCK)
-    mean = tl.div_rn(total, tl.maximum(new, 1.0)[:, None])
+    store_rows(sum_ptr, own, writes, total, WIDTH, BLOCK)
+    mean = total * tl.div_rn(1.0, tl.maximum(new, 1.0))[:, None]
     store_rows(row_ptr, row, writes, mean, WIDTH, BLOCK)
     if MEAN:
-        store_rows(mean_ptr, place, writes, mean, WIDTH, BLOCK)
+        store_rows(mean_ptr, own, writes, mean, WIDTH, BLOCK)

@@ -190,7 +190,10 @@ def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: i
     }
     if stage == "assign":
         commit = min(tile.commit, longest)
-        return settings | {"BLOCK_L": rows, "BLOCK_C": commit, "ONE": commit == longest}
+        # A program owns about one in SPLITS of the centroids that a chunk changes, at most one a key.
+        shared = settings.get("SPLITS", 1) > 1 and commit == longest
+        writes = min(max(commit // settings["SPLITS"], 16), 32, commit) if shared else commit
+        return settings | {"BLOCK_L": rows, "BLOCK_C": commit, "BLOCK_W": writes, "ONE": commit == longest}
     if stage == "decode":
         return settings | {"BLOCK_R": longest}
     return settings | {"BLOCK_M": rows}

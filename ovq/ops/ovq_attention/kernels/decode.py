@@ -91,8 +91,9 @@ def decode_kernel(
             centroid = n + tl.arange(0, BLOCK_N)
             held = centroid < size
             count = tl.load(count_ptr + centroid, mask=held, other=1.0)
-            key = tl.div_rn(load_rows(key_sum_ptr, centroid, held, K, BLOCK_K), count[:, None]).to(q.dtype)
-            value = tl.div_rn(load_rows(value_sum_ptr, centroid, held, V, BLOCK_V), count[:, None]).to(q.dtype)
+            inverse = tl.div_rn(1.0, count)[:, None]
+            key = (load_rows(key_sum_ptr, centroid, held, K, BLOCK_K) * inverse).to(q.dtype)
+            value = (load_rows(value_sum_ptr, centroid, held, V, BLOCK_V) * inverse).to(q.dtype)
             bias = tl.where(held, tl.log2(count), float("-inf"))
             logit = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale[:, None] + bias[None, :]
             top, total, acc = absorb(top, total, acc, logit, value, PRECISION)
