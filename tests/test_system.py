@@ -200,7 +200,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing_saved(
     whole: Path, tmp_path: Path, corpus: list[str]
 ) -> None:
     run_dir = copy_of(whole, tmp_path / "run")
-    longer = [*corpus, "trainer.steps=50", "eval.at_end=false"]
+    longer = [*corpus, "trainer.steps=50", "trainer.allow_rate_jump=true", "eval.at_end=false"]
 
     def full() -> None:  # limits the size of every file
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))

@@ -71,7 +71,7 @@ TILES = {
             "assign": Tile(128, 64, 8, 3, 128),
             "predict": Tile(128, 64, 8, 3),
             "query_grad": Tile(64, 32, 4, 2),
-            "dictionary_grad": Tile(32, 128, 8, 3),
+            "dictionary_grad": Tile(32, 128, 8, 2),
             "chunk_grad": Tile(32, 64, 4, 1),
             "decode": Tile(16, 64, 4, 2),
         },
