@@ -60,7 +60,7 @@ TILES = {
         ("float", 128): {
             "assign": Tile(64, 32, 8, 2, 32),
             "predict": Tile(16, 32, 8, 2),
-            "query_grad": Tile(16, 32, 8, 2),
+            "query_grad": Tile(16, 32, 8, 1),
             "dictionary_grad": Tile(16, 16, 8, 2),
             "chunk_grad": Tile(16, 16, 8, 2),
             "decode": Tile(16, 32, 4, 2),
