@@ -34,17 +34,7 @@ def run_bounded(command: Sequence[str], seconds: float, env: Mapping[str, str] |
 
     The command has `env`, or this process's environment, without the variables of a distributed job.
     """
-    kept = {name: value for name, value in (os.environ if env is None else env).items() if name not in JOB}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=kept,
-        start_new_session=True,
-    )
+    process = _start(command, env, stderr=subprocess.PIPE)
     try:
         out, err = process.communicate(timeout=seconds)
         return Ended(process.returncode, out, err)
@@ -58,6 +48,21 @@ def run_bounded(command: Sequence[str], seconds: float, env: Mapping[str, str] |
     finally:
         if process.poll() is None:
             _kill(process)
+
+
+def _start(command: Sequence[str], env: Mapping[str, str] | None, stderr: int | None = None) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own, without the variables of a distributed job."""
+    kept = {name: value for name, value in (os.environ if env is None else env).items() if name not in JOB}
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+        env=kept,
+        start_new_session=True,
+    )
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -98,16 +103,7 @@ def stream_bounded(
 
     What it writes to stderr goes to this process's. A line that it has not finished is lost.
     """
-    kept = {name: value for name, value in (os.environ if env is None else env).items() if name not in JOB}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=kept,
-        start_new_session=True,
-    )
+    process = _start(command, env)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:

@@ -250,6 +250,13 @@ class RecallOptions(TaskOptions):
 LONGEST = 65536
 
 
+def capacities(options: Any, own: int | None) -> list[int | None]:
+    """Of a model with its own capacity (None: no dictionary), those of the tests; None: as trained. `options` have
+    `scale` and `num_centroids`."""
+    chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
+    return [None] if own is None else [None, *sorted({*chosen} - {own})]
+
+
 def by_length(options: Any) -> Callable[[Config, int | None], list[Test]]:
     """The tests of recall: every capacity at every length. `options` are a figure's, with `RecallOptions`."""
 
@@ -257,9 +264,7 @@ def by_length(options: Any) -> Callable[[Config, int | None], list[Test]]:
         context = cfg.trainer.context
         lengths = options.lengths or [length for power in range(20) if (length := context << 2 * power) < LONGEST]
         lengths = sorted({*lengths, *([] if options.lengths else [LONGEST])})
-        chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
-        capacities = [None] if own is None else [None, *sorted({*chosen} - {own})]
-        return [Test(length, options.answers, capacity) for capacity in capacities for length in lengths]
+        return [Test(length, options.answers, capacity) for capacity in capacities(options, own) for length in lengths]
 
     return tests
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from eval import style
 from eval.figures import panels
-from eval.figures.declare import PG19, SCALES, Figure, Options, Panel, Point, Test, models
+from eval.figures.declare import PG19, Figure, Options, Panel, Point, Test, capacities, models
 from eval.figures.make import make
 from ovq.cli import command
 from ovq.config import Config
@@ -71,10 +71,8 @@ def figure(options: Figure6Options) -> Figure:
 
 def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Test]]:
     def tests(cfg: Config, own: int | None) -> list[Test]:
-        chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
-        capacities = [None] if own is None else [None, *sorted({*chosen} - {own})]
         short = Test(options.length, options.documents, None, WITHHELD, (f"eval.restart={options.restart}",))
-        return [*(Test(options.length, options.documents, capacity) for capacity in capacities), short]
+        return [*(Test(options.length, options.documents, capacity) for capacity in capacities(options, own)), short]
 
     return tests
 

@@ -63,9 +63,9 @@ class Line:
     def parameters(self) -> int:
         return count_parameters(self.network)[0]
 
-    @property
+    @functools.cached_property
     def tests(self) -> list[Test]:
-        """The tests of all panels, each once."""
+        """The tests of all panels, each once. For lines whose panels are complete."""
         return list(dict.fromkeys(test for panel in self.panels for test in panel.tests(self.cfg, self.own_capacity)))
 
     def state(self, test: Test) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from ovq.errors import ConfigError
 from ovq.inference.generate import Sampling, generate
 from ovq.inference.losses import losses_by_position
 from ovq.inference.run import Run, load_run
+from ovq.mixers.base import with_dictionaries
 from ovq.model import Transformer
 
 
@@ -104,18 +105,28 @@ def load(
     num_centroids: int | None = None,
     trust: Collection[str] = (),
 ) -> LoadedModel:
-    """See `ovq.load`."""
+    """Open a trained model: its weights, its tokenizer and its config. Nothing in the folder is changed.
+
+    Args:
+        path: a run folder, or one of its checkpoints.
+        checkpoint: of a run folder, a checkpoint's folder, name or step; None: the newest good one.
+        device: auto | cpu | cuda.
+        precision: fp32 | bf16 | auto; None: that of the run.
+        num_centroids: capacity of the dictionaries, if not that of training.
+        trust: what the config may use: classes outside this project, whose code then runs, and oc.env:NAME.
+
+    Raises:
+        ConfigError: no such run, a class that is not trusted, an unusable device, or no dictionary to change.
+        CheckpointError: there is no good checkpoint, or a damaged one was named.
+    """
     path = Path(path)
     if checkpoint is None and not (path / "config.yaml").exists() and path.parent.name == "checkpoints":
         path, checkpoint = path.parent.parent, str(path)
     settings = [f"trainer.device={device}", *([f"trainer.precision={precision}"] if precision else [])]
     run = load_run(path, settings, checkpoint_at=checkpoint, trust=trust)
     if num_centroids is not None:
-        held = [mixer for mixer in run.model.mixers() if mixer.capacity is not None]
-        if not held:
-            raise ConfigError(f"num_centroids={num_centroids}: no layer of {path} has a dictionary")
         try:
-            for mixer in held:
+            for mixer in with_dictionaries(run.model.mixers()):
                 mixer.set_capacity(num_centroids)
         except ValueError as error:
             raise ConfigError(f"num_centroids={num_centroids}: {error}") from None

@@ -119,10 +119,7 @@ def other_capacity(mixers: Sequence[SequenceMixer], capacity: int | None) -> Ite
     if capacity is None:
         yield
         return
-    held = {mixer: own for mixer in mixers if (own := mixer.capacity) is not None}
-    if not held:
-        names = ", ".join(dict.fromkeys(type(mixer).__name__ for mixer in mixers))
-        raise ValueError(f"no layer has a dictionary whose capacity could be changed (layers: {names})")
+    held = with_dictionaries(mixers)
     try:
         for mixer in held:
             mixer.set_capacity(capacity)
@@ -130,6 +127,19 @@ def other_capacity(mixers: Sequence[SequenceMixer], capacity: int | None) -> Ite
     finally:
         for mixer, own in held.items():
             mixer.set_capacity(own)
+
+
+def with_dictionaries(mixers: Sequence[SequenceMixer]) -> dict[SequenceMixer, int]:
+    """The mixers whose capacity can be changed, each with its own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    held = {mixer: own for mixer in mixers if (own := mixer.capacity) is not None}
+    if not held:
+        names = ", ".join(dict.fromkeys(type(mixer).__name__ for mixer in mixers))
+        raise ValueError(f"no layer has a dictionary whose capacity could be changed (layers: {names})")
+    return held
 
 
 def detach_state(state: Any) -> Any:
