@@ -191,18 +191,23 @@ class Figure:
         """The names of all models, in their order."""
         return list(dict.fromkeys(model.name for panel in self.panels for model in panel.models))
 
-    def only(self, models: list[str] | None) -> Figure:
-        """The figure with fewer models.
+    @property
+    def panel_names(self) -> list[str]:
+        """The names of all panels, in their order."""
+        return [panel.name for panel in self.panels]
+
+    def only(self, panels: list[str] | None = None, models: list[str] | None = None) -> Figure:
+        """The figure with fewer panels or models; None: all of them.
 
         Raises:
-            ConfigError: a model that the figure does not show.
+            ConfigError: a panel or a model that the figure does not have.
         """
-        if models is None:
-            return self
-        for model in models:
-            if model not in self.models:
-                raise ConfigError(f"models: '{model}' is not in {self.name}; legal: {', '.join(self.models)}")
-        chosen = [(panel, tuple(m for m in panel.models if m.name in models)) for panel in self.panels]
+        for what, asked, legal in (("panels", panels, self.panel_names), ("models", models, self.models)):
+            for name in asked or []:
+                if name not in legal:
+                    raise ConfigError(f"{what}: '{name}' is not in {self.name}; legal: {', '.join(legal)}")
+        shown = [panel for panel in self.panels if panels is None or panel.name in panels]
+        chosen = [(panel, tuple(m for m in panel.models if models is None or m.name in models)) for panel in shown]
         return replace(self, panels=tuple(replace(panel, models=kept) for panel, kept in chosen if kept))
 
 
@@ -214,6 +219,7 @@ class Options:
     dry_run: bool = setting(False, "print the plan (runs, tokens, minutes) and start nothing")
     only_draw: bool = setting(False, "only write the folder, from what has been tested so far")
     part: int | None = setting(None, "do only this part of the plan, from 1 (scale=gpu)", at_least=1)
+    panels: list[str] | None = setting(None, "panels to show; null: all of the figure")
     models: list[str] | None = setting(None, "models to show; null: all of the figure")
     seeds: list[int] | None = setting(None, "training seeds; null: as many as the scale has, from 0", at_least=0)
     rates: list[float] = setting(RATES, "learning rates to choose from, the same for every model", above=0)

@@ -200,7 +200,7 @@ def make_plan(figure: Figure, options: Options, overrides: list[str]) -> Plan:
     seeds = list(range(figure.seeds[scale.name])) if options.seeds is None else options.seeds
     if search.TRAIN_SEED in seeds:
         raise ConfigError(f"seeds: {search.TRAIN_SEED} is the seed of the runs that choose learning rates; use another")
-    figure = figure.only(options.models)
+    figure = figure.only(options.panels, options.models)
     lines: dict[tuple[str, str], Line] = {}
     for panel in figure.panels:
         for model in panel.models:
