@@ -69,6 +69,7 @@ MAY_IMPORT = {
     "ovq": CORE,
     "data": CORE,
     "eval.figures": ("ovq", "data", "eval", "launch"),
+    "eval.report": ("ovq", "data", "eval", "launch"),
     "eval.bench": ("ovq", "data", "eval"),
     "eval": ("ovq", "data"),
     "launch": ("ovq",),

@@ -19,13 +19,14 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from eval import style
 from eval.figures import panels
 from eval.figures.declare import PG19, Figure, Options, Panel, Point, Test, capacities, models
 from eval.figures.make import make
+from eval.paired import Losses, Mean, paired
 from ovq.cli import command
 from ovq.config import Config
 from ovq.schema import setting
@@ -80,23 +81,7 @@ def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Tes
 # --- differences on the same documents --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over `documents` and its standard error, in nats per token."""
-
-    value: float
-    error: float
-    documents: int
-
-
-def mean_over_documents(values: dict[int, list[float]]) -> Mean:
-    """The mean of the documents' means over seeds; its error from the spread over documents."""
-    of_document = [fmean(seeds) for seeds in values.values()]
-    spread = stdev(of_document) / math.sqrt(len(of_document)) if len(of_document) > 1 else math.nan
-    return Mean(fmean(of_document), spread, len(of_document))
-
-
-def losses(points: list[Point], span: tuple[int, int], test: str = "") -> dict[Curve, dict[tuple[int, int], float]]:
+def losses(points: list[Point], span: tuple[int, int], test: str = "") -> dict[Curve, Losses]:
     """Curve -> (document, seed) -> mean loss of its positions in a span; buckets count by where they begin.
 
     Args:
@@ -110,15 +95,6 @@ def losses(points: list[Point], span: tuple[int, int], test: str = "") -> dict[C
             nats, count = of_curve.get((p.document, p.seed), (0.0, 0))
             of_curve[p.document, p.seed] = (nats + p.value * p.count, count + p.count)
     return {curve: {at: nats / count for at, (nats, count) in of.items()} for curve, of in sums.items()}
-
-
-def paired(own: dict[tuple[int, int], float], other: dict[tuple[int, int], float]) -> Mean | None:
-    """The mean of own minus other over the documents and seeds that both have; None if there is none."""
-    found: dict[int, list[float]] = {}
-    for (document, seed), loss in own.items():
-        if (document, seed) in other:
-            found.setdefault(document, []).append(loss - other[document, seed])
-    return mean_over_documents(found) if found else None
 
 
 def differences(points: list[Point], span: tuple[int, int], base: str = BASE) -> dict[Curve, Mean]:
@@ -191,8 +167,7 @@ def label(curve: Curve) -> str:
 
 
 def cell_of(mean: Mean) -> str:
-    text = f"{1000 * mean.value:+.1f} ± {1000 * mean.error:.1f}"
-    return f"**{text}**" if abs(mean.value) > 2 * mean.error else text
+    return f"**{mean}**" if mean.clear else str(mean)
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------

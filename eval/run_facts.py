@@ -1,0 +1,178 @@
+"""What is known of a run from its folder, whatever state it is in: for reports over many runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from data.build import build_tokenizer
+from eval import accuracy, loss_table
+from eval.paired import Losses
+from eval.run_table import Row
+from ovq import config
+from ovq.config import Config
+from ovq.errors import Failure, one_line
+from ovq.model import build_model, count_parameters, state_bytes
+from ovq.train.metrics import read_rows
+from ovq.train.summary import read_finished
+
+LAST_SHARE = 0.02  # of the steps, over which the final training loss is averaged
+LOGS = ("*.log", "*.out", "*.err")  # what a sweep or a scheduler leaves in a run folder
+
+
+@dataclass
+class Facts:
+    """A run folder, read.
+
+    Args:
+        cfg: its settings; None: it has not begun, or cannot be read.
+        status: "finished", "unfinished" or "not begun".
+        why: what its log or its folder says about a run that is not finished.
+        steps: the rows of metrics.jsonl that are training steps.
+        evaluation: log buckets of the best evaluation by position (`best_evaluation`).
+        by_document: rows of loss_by_document.parquet.
+        answers: rows of the accuracies of all answers of a task, by length and capacity.
+    """
+
+    run_dir: Path
+    cfg: Config | None
+    status: str
+    why: str = ""
+    steps: list[Row] = field(default_factory=list)
+    evaluation: list[Row] = field(default_factory=list)
+    by_document: list[Row] = field(default_factory=list)
+    answers: list[Row] = field(default_factory=list)
+    parameters: int | None = None
+    state_bytes: int | None = None
+    fingerprint: str | None = None
+
+    @property
+    def step(self) -> int:
+        return self.steps[-1]["step"] if self.steps else 0
+
+    def last_loss(self) -> float | None:
+        """Mean training loss of the last steps, in nats per token."""
+        last = [row["loss"] for row in self.steps if row["step"] > (1 - LAST_SHARE) * self.step]
+        return fmean(last) if last else None
+
+    def tokens_per_s(self) -> float | None:
+        return median(row["tokens_per_s"] for row in self.steps) if self.steps else None
+
+    def peak_gib(self) -> float | None:
+        """Peak memory of a process."""
+        return max((row.get("memory_gib") or 0.0 for row in self.steps), default=None)
+
+    def loss_at(self, position: int) -> tuple[float, float | None] | None:
+        """Mean loss and standard error of the bucket whose last position, or a later one, is the `position`-th."""
+        for row in self.evaluation:
+            if row["position_start"] < position <= row["position_end"]:
+                return row["loss"], row["stderr"]
+        return None
+
+    def evaluated(self) -> str:
+        """'12 test documents of 65,536 tokens'; empty if nothing was."""
+        if not self.evaluation:
+            return ""
+        row = self.evaluation[0]
+        number = row["tokens"] // (row["position_end"] - row["position_start"])
+        return f"{number} {row['split']} documents of {row['context']:,} tokens"
+
+    def document_losses(self, span: tuple[int, int], seed: int) -> Losses:
+        """Mean loss of the positions in a span of each document of `by_document`; buckets count by where they begin."""
+        sums: dict[int, tuple[float, int]] = {}
+        for row in self.by_document:
+            if span[0] <= row["position_start"] < span[1]:
+                count = row["position_end"] - row["position_start"]
+                nats, before = sums.get(row["document"], (0.0, 0))
+                sums[row["document"]] = (nats + row["loss"] * count, before + count)
+        return {(document, seed): nats / count for document, (nats, count) in sums.items()}
+
+
+def facts_of(run_dir: Path) -> Facts:
+    """Read a run folder. What cannot be read is told in `why`, not raised."""
+    problems: list[str] = []
+
+    def attempt(read: Any, otherwise: Any) -> Any:
+        try:
+            return read()
+        except (Failure, OSError, ValueError) as error:
+            problems.append(one_line(error))
+            return otherwise
+
+    if not (run_dir / "config.yaml").exists():
+        return Facts(run_dir, None, "not begun", log_line(run_dir) or "no config.yaml in its folder")
+    cfg = attempt(lambda: config.load(run_dir), None)
+    if cfg is None:
+        return Facts(run_dir, None, "unreadable", problems[0])
+    steps = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("loss") is not None]
+    finished = read_finished(run_dir) is not None
+    rows = attempt(lambda: loss_table.read(run_dir), [])
+    documents = attempt(lambda: loss_table.BY_DOCUMENT.read(run_dir), [])
+    evaluation = best_evaluation(rows)
+    chosen = [loss_table.key_of(row) for row in evaluation[:1]]
+    made = Facts(
+        run_dir,
+        cfg,
+        "finished" if finished else "unfinished",
+        steps=steps,
+        evaluation=evaluation,
+        by_document=[row for row in documents if is_plain(row) and loss_table.key_of(row) in chosen],
+        answers=[row for row in attempt(lambda: accuracy.TABLE.read(run_dir), []) if row["index"] is None],
+    )
+    attempt(lambda: measure(made), None)
+    if not finished:
+        problems += [line] if (line := log_line(run_dir)) else []
+    made.why = "; ".join(problems)
+    return made
+
+
+def measure(facts: Facts) -> None:
+    """Fill in what follows from the settings: parameters, and the state of a sequence of 65,536 tokens."""
+    assert facts.cfg is not None
+    tokenizer = build_tokenizer(facts.cfg, facts.run_dir)
+    facts.fingerprint = tokenizer.fingerprint
+    with torch.device("meta"):
+        model = build_model(facts.cfg.model, tokenizer.vocab_size)
+    facts.parameters, facts.state_bytes = count_parameters(model)[0], state_bytes(model, 65536)
+
+
+def best_evaluation(rows: list[Row]) -> list[Row]:
+    """The log buckets of the evaluation to show: as trained, of the newest step, then the longest context, then the
+    most documents."""
+    plain = [row for row in rows if row["buckets"] == "log" and row["num_centroids"] is None]
+    if not plain:
+        return []
+    rank = {loss_table.key_of(row): (row["step"], row["context"], row["tokens"]) for row in plain}
+    best = max(rank, key=lambda key: rank[key])
+    return [row for row in plain if loss_table.key_of(row) == best]
+
+
+def is_plain(row: Row) -> bool:
+    """Whether a row of loss_by_document is of the model as trained, with all of its context."""
+    return row["restart"] is None and not row["changes"] and row["num_centroids"] is None
+
+
+def log_line(run_dir: Path) -> str:
+    """The last line of the newest log in a run folder: the error, if one ended the run."""
+    logs = [path for pattern in LOGS for path in run_dir.glob(pattern) if path.is_file()]
+    for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
+        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        if lines:
+            return f"{path.name}: {lines[-1][:300]}"
+    return ""
+
+
+def finite(value: Any) -> Any:
+    """A number as JSON has it: NaN and infinities are null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_json(value: Any) -> str:
+    """JSON that can stand in an HTML element."""
+    return json.dumps(value).replace("</", "<\\/")
