@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ovq.config import Config, digest
+from ovq.memory import MemoryPlan, memory_of
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
-MIXING_FACTOR = 14  # activations a block keeps for backward besides the MLP's hidden ones, in residual-stream sizes
 
 
 def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, run_dir: Any) -> str:
@@ -42,7 +42,7 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
         ("tokens", f"{tokens_per_step:,} per step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in total"),
         ("steps", f"{trainer.steps:,}"),
         ("processes", _processes(cfg, world_size)),
-        ("device memory", _memory(cfg, total, vocab_size, world_size)),
+        ("device memory", _memory(memory_of(cfg, model, world_size))),
     ]
     rows += [(f"data {split}", _found(found)) for split, found in data.items()]
     rows += [] if data else [("data", "none: data.train is empty")]
@@ -92,21 +92,14 @@ def _runs(names: list[str]) -> str:
     return ", ".join(names)
 
 
-def _memory(cfg: Config, total: int, vocab_size: int, world_size: int) -> str:
-    """Estimated memory: sharded float32 parameters, gradients and two AdamW moments; activations; a chunk of logits."""
-    trainer, width = cfg.trainer, 4 if cfg.trainer.precision == "fp32" else 2
-    shards = {"full": world_size, "hybrid": max(1, world_size // trainer.replicas), "none": 1}[trainer.shard]
-    weights = 16 * total / shards
-    stream = trainer.micro_batch * trainer.context * cfg.model.dim * width
-    ffn = 3 * trainer.micro_batch * trainer.context * cfg.model.ffn_dim * width
-    block = MIXING_FACTOR * stream + ffn
-    kept = {"none": block, "selective": block / 2, "full": stream}[trainer.activation_checkpointing]
-    activations = cfg.model.num_layers * kept + block
-    logits = 3 * min(trainer.loss_chunk_tokens, trainer.micro_batch * trainer.context) * vocab_size * 4
-    return (
-        f"about {format_bytes(weights + activations + logits)} (weights, gradients, optimizer {format_bytes(weights)}; "
-        f"activations {format_bytes(activations)}; logits {format_bytes(logits)})"
-    )
+def _memory(plan: MemoryPlan) -> str:
+    parts = {
+        "weights, gradients, optimizer": plan.weights + plan.gradients + plan.optimizer,
+        "gathered blocks": plan.gathered,
+        "activations": plan.activations,
+        "at work": plan.working,
+    }
+    return f"about {format_bytes(plan.total)} ({'; '.join(f'{n} {format_bytes(v)}' for n, v in parts.items() if v)})"
 
 
 def format_bytes(number: float) -> str:
