@@ -81,9 +81,8 @@ def trained(run_dir: Path, steps: int, *overrides: str, **how: Any) -> Path:
 def seal(path: Path) -> None:
     """Write a checkpoint's manifest anew, as someone who tampers with it would."""
     written = json.loads((path / "manifest.json").read_bytes())
-    write_manifest(
-        path, written["step"], {k: v for name in written["files"] for k, v in fingerprints(path, name).items()}
-    )
+    files = {k: v for name in written["files"] for k, v in fingerprints(path, name).items()}
+    write_manifest(path, written["step"], files, written["seconds"])
     verify(path)
 
 

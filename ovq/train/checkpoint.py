@@ -29,6 +29,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class Checkpointer:
         self.last: Path | None = None  # the newest complete one that this process has saved or resumed from
         self._group = processes.background_group()
         self._writing: concurrent.futures.Future[Path] | None = None
+        self._began = 0.0  # of the save that is being written
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
         """Save the state after `step`, with `extra` (plain values) and every rank's random-number generators.
@@ -97,6 +99,7 @@ class Checkpointer:
             TrainingError: a weight or a moment is not finite; nothing was written.
         """
         self.wait()
+        self._began = time.monotonic()
         model_state, optimizer_state = get_state_dict(model, optimizer)
         self._refuse_nonfinite(step, model_state, optimizer_state)
         scratch, trouble = self.root / f"saving_{name_of(step)}", ""
@@ -175,7 +178,7 @@ class Checkpointer:
                     errno.ENOENT, "run_dir must be on a file system that all nodes share; missing", name
                 )
         sync(scratch / EXTRA)
-        write_manifest(scratch, step, files)
+        write_manifest(scratch, step, files, time.monotonic() - self._began)
         sync(scratch)
         if final.exists():
             set_aside(final)

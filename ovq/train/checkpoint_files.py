@@ -170,13 +170,15 @@ def fingerprints(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
     return out
 
 
-def write_manifest(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+def write_manifest(folder: Path, step: int, files: dict[str, dict[str, Any]], seconds: float) -> None:
+    """`seconds`: how long the save took up to here; a scheduler's grace period must be longer."""
     content = {
         "format": FORMAT,
         "step": step,
         "processes": processes.world_size(),
         "torch": torch.__version__,
         "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 3),
         "files": dict(sorted(files.items())),
     }
     path = folder / MANIFEST
