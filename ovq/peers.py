@@ -165,11 +165,12 @@ def leave(status: int | None, error: BaseException) -> None:
         status: exit status of an error that has been printed; None for one whose traceback has not, with status 1.
     """
     if not in_job():
+        tell_launcher(error, status)
         return
     outlast_signals()
     if status is None:
         traceback.print_exception(error)
-    tell_launcher(one_line(error))
+    tell_launcher(error, status)
     from ovq import processes
 
     # Without a peer, all that a checkpoint can still complete is its last stage on rank 0.
@@ -179,10 +180,15 @@ def leave(status: int | None, error: BaseException) -> None:
     os._exit(1 if status is None else status)
 
 
-def tell_launcher(message: str) -> None:
-    """Give torchrun the message for its summary, in the format of torch.distributed.elastic."""
+def tell_launcher(error: BaseException, status: int | None) -> None:
+    """Give torchrun the error for its summary, in the format of torch.distributed.elastic; alone, do nothing.
+
+    Its "py_callstack" is the traceback of an error that is none of the user's (status None), else the message.
+    """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        message = one_line(error)
+        stack = "".join(traceback.format_exception(error)).rstrip() if status is None else message
+        extra = {"py_callstack": stack, "timestamp": str(int(time.time())), "error": type(error).__name__}
         with contextlib.suppress(OSError):
             # Whole or not at all: torchrun ends in a traceback of its own over half a file.
             write_whole(path, json.dumps({"message": {"message": message, "extraInfo": extra}}))
