@@ -149,26 +149,33 @@ def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
         )
 
 
+def check_same_run(run_dir: Path, cfg: Config) -> None:
+    """Refuse a run folder that was made with other settings, or, with resume=never, one that has checkpoints."""
+    from ovq import config
+    from ovq.errors import ConfigError
+    from ovq.train.metrics import read_rows
+
+    saved = [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "checkpoints").glob("aside_step_*")]
+    if cfg.resume == "never" and saved:
+        raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
+    # A start that failed before the first step claims nothing.
+    stepped = saved or read_rows(run_dir / "metrics.jsonl")
+    if stepped and (run_dir / "config.yaml").exists() and cfg.resume != "never":
+        changed = config.changed_identity(config.load(run_dir), cfg)
+        if changed:
+            raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")
+
+
 def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
     """Claim the run folder: refuse one made with other settings, then store config and tokenizer in it."""
     from ovq import config
-    from ovq.errors import ConfigError
     from ovq.processes import on_main
     from ovq.train.checkpoint import hold
-    from ovq.train.metrics import read_rows
     from ovq.train.summary import FILE
 
     def store() -> None:
         hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
-        saved = [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "checkpoints").glob("aside_step_*")]
-        if cfg.resume == "never" and saved:
-            raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
-        # A start that failed before the first step claims nothing.
-        stepped = saved or read_rows(run_dir / "metrics.jsonl")
-        if stepped and (run_dir / "config.yaml").exists() and cfg.resume != "never":
-            changed = config.changed_identity(config.load(run_dir), cfg)
-            if changed:
-                raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")
+        check_same_run(run_dir, cfg)
         (run_dir / FILE).unlink(missing_ok=True)  # or a process waiting for it would take that of an earlier run
         tokenizer.save(run_dir / "tokenizer")
         config.save(cfg, run_dir)

@@ -60,15 +60,23 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
 def _processes(cfg: Config, world_size: int) -> str:
     """How the batch is divided among the processes, or why it cannot be."""
     trainer = cfg.trainer
-    share, rest = divmod(trainer.global_batch, trainer.micro_batch * world_size)
-    if rest or not share:
+    if problem := indivisible(cfg, world_size):
+        return f"{world_size}: impossible, {problem}"
+    accumulation = trainer.global_batch // (trainer.micro_batch * world_size)
+    return f"{world_size}, micro-batch {trainer.micro_batch}, accumulation {accumulation}"
+
+
+def indivisible(cfg: Config, world_size: int) -> str:
+    """Why the batch or the copies of the model cannot be divided among so many processes; empty if they can."""
+    trainer = cfg.trainer
+    if trainer.global_batch % (trainer.micro_batch * world_size):
         return (
-            f"{world_size}: impossible, trainer.global_batch={trainer.global_batch} is not a multiple of "
+            f"trainer.global_batch={trainer.global_batch} is not a multiple of "
             f"trainer.micro_batch={trainer.micro_batch} x {world_size}"
         )
     if trainer.shard == "hybrid" and world_size % trainer.replicas:
-        return f"{world_size}: impossible, trainer.replicas={trainer.replicas} does not divide {world_size}"
-    return f"{world_size}, micro-batch {trainer.micro_batch}, accumulation {share}"
+        return f"trainer.replicas={trainer.replicas} does not divide {world_size}"
+    return ""
 
 
 def _found(found: dict[str, Any]) -> str:
