@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "eval.report": ("ovq", "data", "eval", "launch"),
     "eval.bench": ("ovq", "data", "eval"),
     "eval": ("ovq", "data"),
-    "launch": ("ovq",),
+    "launch": ("ovq", "data", "train"),
     "train": ("ovq", "data", "eval"),
 }
 

@@ -1,0 +1,88 @@
+"""What can be refused before a job takes a GPU or a place in a queue: settings, data, tokenizer, run folder, memory.
+
+Nothing is written, no GPU is touched and the run folder is not locked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train
+from data.build import build_tokenizer, describe
+from launch.claims import trainer_of
+from ovq.compose import compose, run_dir_of
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.model import build_model, count_parameters
+from ovq.plan import estimate_memory, format_bytes, indivisible, report
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that can start. `report`: what a dry run prints of it; `warnings`: one line each."""
+
+    cfg: Config
+    run_dir: Path
+    report: str
+    warnings: tuple[str, ...] = ()
+
+
+def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -> Checked:
+    """Check a run of `world_size` processes.
+
+    Args:
+        gpu_bytes: memory of each GPU that it will run on; None: unknown, or it runs on CPUs.
+
+    Raises:
+        ConfigError: a setting, a data file, the tokenizer or the run folder cannot be used, the batch cannot be divided
+            among the processes, or weights, gradients and moments alone do not fit on a GPU.
+    """
+    cfg = compose(overrides)
+    run_dir = run_dir_of(cfg, overrides)
+    if running := trainer_of(run_dir):
+        raise ConfigError(f"{run_dir} is in use by another process ({running}); wait for it, or stop it")
+    train.check_held_out(cfg)
+    train.check_same_run(run_dir, cfg)
+    tokenizer = build_tokenizer(cfg, run_dir)
+    train.check_vocabulary(cfg, tokenizer)
+    found = describe(cfg)
+    for split, facts in found.items():
+        if facts.get("error"):
+            raise ConfigError(str(facts["error"]))
+    if "train" not in found:
+        raise ConfigError("data.train is empty; give it files")
+    if problem := indivisible(cfg, world_size):
+        raise ConfigError(f"{world_size} processes: {problem}; change trainer.global_batch or trainer.micro_batch")
+    text = report(cfg, tokenizer.vocab_size, found, world_size, run_dir)
+    warnings = check_memory(cfg, tokenizer.vocab_size, world_size, gpu_bytes) if gpu_bytes else ()
+    return Checked(cfg, run_dir, text, warnings)
+
+
+def check_memory(cfg: Config, vocab_size: int, world_size: int, gpu_bytes: int) -> tuple[str, ...]:
+    """Refuse what cannot fit on a GPU, warn of what may not: the estimate of activations is rough.
+
+    Raises:
+        ConfigError: weights, gradients and moments need more than a GPU has.
+    """
+    with torch.device("meta"):
+        total, _ = count_parameters(build_model(cfg.model, vocab_size))
+    weights, activations, logits = estimate_memory(cfg, total, vocab_size, world_size)
+    has, needed = f"each GPU has {format_bytes(gpu_bytes)}", weights + activations + logits
+    if weights > gpu_bytes:
+        raise ConfigError(
+            f"weights, gradients and moments need {format_bytes(weights)} on each GPU and {has}; use more GPUs"
+            + ("" if cfg.trainer.shard == "full" else f", or trainer.shard=full instead of {cfg.trainer.shard}")
+        )
+    if needed > gpu_bytes:
+        advice = "lower trainer.micro_batch, or set trainer.activation_checkpointing=full"
+        return (f"the run may not fit: about {format_bytes(needed)} are needed and {has}; {advice}",)
+    return ()
+
+
+def gpus_here() -> list[int]:
+    """The memory in bytes of each GPU that this process may use, without taking any of it."""
+    return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+
