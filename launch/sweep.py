@@ -1,7 +1,8 @@
-"""Run a list of configurations, one fresh process each, and carry on where an earlier sweep stopped.
+"""Run a list of configurations on this machine, one fresh process each, and carry on where an earlier sweep stopped.
 
-    python -m launch.sweep experiment=cpu_demo model=sw,sw_nope,sw_ovq seed=0,1
-    python -m launch.sweep --gpus 8 --per-job 2 experiment=pg19_70m model=sw_ovq,sw_nope
+    python -m launch sweep -- experiment=cpu_demo model=sw,sw_nope,sw_ovq seed=0,1
+    python -m launch sweep --gpus 8 --per-job 2 -- experiment=pg19_70m model=sw_ovq,sw_nope
+    python -m launch slurm --gpus-per-node 1 -- experiment=pg19_70m model=sw_ovq,sw_nope     # the same as an array of jobs
 
 The values use Hydra's sweep syntax. Every job is `train.py` with one combination of them, so its run folder is the one
 that the same command uses when it is run by hand: finished jobs are skipped, others resume from their last checkpoint.
@@ -9,7 +10,10 @@ A finished job whose settings have changed since is refused before anything star
 jobs (unless --stop-on-failure); the sweep ends with a table of failures.
 
 A signal that stops the sweep stops its jobs too: they save, the sweep prints where they stand and exits with status
-128 + the signal's number, and the same sweep continues.
+128 + the signal's number, and the same sweep continues. So it does after `kill -9` of the sweep, whose jobs go on.
+
+Sweeps that have jobs in common can run at once, also on several machines that share the run folders: a job, and a GPU
+of a machine, is used by one of them at a time. Each ends when all of its jobs have, wherever they ran.
 """
 
 from __future__ import annotations
@@ -17,27 +21,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from launch import options as arguments
+from launch.claims import claim, claim_gpus, release, trainer_of
+from launch.options import positive
 from ovq import config
 from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError, Stopped
+from ovq.files import write_whole
 from ovq.train.stop import SIGNALS
 from ovq.train.summary import read_finished
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.2
+LOCK, OUTCOME = ".sweep.lock", "sweep.json"  # in a run folder: whose it is now, and how its last job ended
+LOGS = ("sweep.log", "slurm.log")
 
 
 @dataclass
@@ -46,12 +58,13 @@ class Job:
 
     overrides: list[str]
     run_dir: Path
-    status: str = "waiting"  # waiting | finished before | running | finished | stopped | failed
+    status: str = "waiting"  # waiting | elsewhere | finished before | running | finished | stopped | failed
     code: int | None = None
+    locks: list[int] = field(default_factory=list)  # descriptors that this process holds for it
 
     @property
     def log(self) -> Path:
-        return self.run_dir / "sweep.log"
+        return self.run_dir / LOGS[0]
 
 
 def expand(overrides: list[str]) -> list[Job]:
@@ -107,21 +120,25 @@ def mark_finished(jobs: list[Job]) -> None:
 def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool, at_once: int = 1) -> None:
     """Run the waiting jobs, as many at a time as there are groups of GPUs; without GPUs, `at_once`.
 
-    No job outlives this function: if it ends early, it stops the running jobs and waits for them to save.
+    No job outlives this function: if it ends early, it stops the running jobs and waits for them to save. A job that
+    another sweep runs meanwhile is waited for, and its outcome taken.
 
     Raises:
+        ConfigError: there are fewer GPUs.
         Stopped: by a signal, after the jobs have saved.
     """
-    slots = [list(range(at, at + per_job)) for at in range(0, gpus - per_job + 1, per_job)] or [[]] * at_once
-    free, running = list(slots), dict[subprocess.Popen[bytes], tuple[Job, list[int]]]()
-    waiting = [job for job in jobs if job.status == "waiting"]
+    names = visible_gpus(gpus)
+    free = [names[at : at + per_job] for at in range(0, gpus - per_job + 1, per_job)] or [[]] * at_once
+    running = dict[subprocess.Popen[bytes], tuple[Job, list[str]]]()
+    waiting, began = [job for job in jobs if job.status == "waiting"], time.time()
     with noted_signals() as received:
         passed_on = 0
         try:
             while running or (waiting and not received):
-                while waiting and free and not received:
-                    job, slot = waiting.pop(0), free.pop(0)
-                    running[start(job, slot, at_once)] = (job, slot)
+                for slot in list(free):
+                    if not received and (job := next_job(waiting, slot, began)):
+                        free.remove(slot)
+                        running[start(job, slot, at_once)] = (job, slot)
                 time.sleep(POLL_S)
                 if len(received) > passed_on:
                     passed_on = len(received)
@@ -130,13 +147,9 @@ def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool, at_o
                 for process in [process for process in running if process.poll() is not None]:
                     job, slot = running.pop(process)
                     free.append(slot)
-                    job.code = process.returncode
-                    job.status = "finished" if job.code == 0 and is_finished(job.run_dir) else "failed"
-                    if received and job.status == "failed":
-                        job.status = "stopped"
-                    print(f"{job.status:<9} {job.run_dir}", flush=True)
-                    if job.status == "failed" and stop_on_failure:
-                        waiting.clear()
+                    end(job, process.returncode, bool(received))
+                if stop_on_failure and any(job.status == "failed" for job in jobs):
+                    waiting.clear()
         finally:
             if running:  # an error of the sweep itself
                 stop(running)
@@ -144,6 +157,69 @@ def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool, at_o
                     process.wait()
     if received:
         raise Stopped(received[0], f"stopped by {received[0].name}; the same sweep continues from here")
+
+
+def visible_gpus(wanted: int) -> list[str]:
+    """The first `wanted` GPUs that CUDA_VISIBLE_DEVICES shows; without it, GPUs 0, 1, ...
+
+    Raises:
+        ConfigError: it shows fewer.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(wanted)] if shown is None else [name for name in shown.split(",") if name]
+    if len(names) < wanted:
+        raise ConfigError(f"--gpus {wanted}, but CUDA_VISIBLE_DEVICES={shown} shows {len(names)}")
+    return names[:wanted]
+
+
+def next_job(waiting: list[Job], slot: list[str], began: float) -> Job | None:
+    """Take the first waiting job that nobody else runs, and lock it and the slot's GPUs; None: none, or no GPU is free.
+
+    Jobs that another sweep has ended since `began` (seconds since 1970) leave the list with its outcome.
+    """
+    if (gpus := claim_gpus(slot)) is None:
+        return None
+    for job in list(waiting):
+        held = claim(job.run_dir / LOCK)
+        if held is None or trainer_of(job.run_dir):
+            release([held] if held is not None else [])
+            if job.status == "waiting":
+                job.status = "elsewhere"
+                print(f"elsewhere {job.run_dir}: another process trains it", flush=True)
+        elif ended_elsewhere(job, began):
+            release([held])
+            waiting.remove(job)
+        else:
+            job.locks = [held, *gpus]
+            waiting.remove(job)
+            return job
+    release(gpus)
+    return None
+
+
+def ended_elsewhere(job: Job, began: float) -> bool:
+    """Whether another process has finished a job, or another sweep has seen it fail since `began`; notes that."""
+    outcome: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        outcome = json.loads((job.run_dir / OUTCOME).read_bytes())
+    if is_finished(job.run_dir):
+        job.status = "finished"
+    elif outcome.get("status") == "failed" and outcome.get("ended", 0.0) >= began:
+        job.status, job.code = "failed", outcome.get("code")
+    else:
+        return False
+    print(f"{job.status:<9} {job.run_dir} (elsewhere)", flush=True)
+    return True
+
+
+def end(job: Job, code: int, stopped: bool) -> None:
+    """Note how a job ended, for this sweep and for others, and unlock it. `stopped`: this sweep has told it to end."""
+    job.code = code
+    job.status = "finished" if code == 0 and is_finished(job.run_dir) else "stopped" if stopped else "failed"
+    with contextlib.suppress(OSError):  # a full disk: then another sweep will try the job too
+        write_whole(job.run_dir / OUTCOME, json.dumps({"status": job.status, "code": code, "ended": time.time()}) + "\n")
+    release(job.locks)
+    print(f"{job.status:<9} {job.run_dir}", flush=True)
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
@@ -167,23 +243,32 @@ def noted_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def start(job: Job, slot: list[int], at_once: int = 1) -> subprocess.Popen[bytes]:
+def start(job: Job, slot: list[str], at_once: int = 1) -> subprocess.Popen[bytes]:
     """Start one job, its output in <run folder>/sweep.log, with its share of the cores if `at_once` jobs share them.
 
-    In a session of its own: a Ctrl-C in the terminal reaches the sweep alone, which passes it on once.
+    In a session of its own: a Ctrl-C in the terminal reaches the sweep alone, which passes it on once. It inherits the
+    job's locks, and so keeps them if the sweep is killed.
     """
     job.status = "running"
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, slot))} if slot else {})
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(slot)} if slot else {})
     if at_once > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
-    launcher = [sys.executable]
+    command = [sys.executable, str(ROOT / "train.py")]
     if len(slot) > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(len(slot))]
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "launch", "run", "--no-check", "--gpus", str(len(slot)), "--"]
+    command += [*job.overrides, "trainer.progress=false"]
     print(f"started   {job.run_dir}   log: {job.log}", flush=True)
     with job.log.open("ab") as log:
-        command = [*launcher, str(ROOT / "train.py"), *job.overrides, "trainer.progress=false"]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=job.locks,
+        )
 
 
 def table(jobs: list[Job]) -> str:
@@ -193,25 +278,32 @@ def table(jobs: list[Job]) -> str:
 
 def failures(jobs: list[Job]) -> str:
     """The failed jobs, each with the last line that it printed."""
-    lines = []
-    for job in jobs:
-        if job.status == "failed":
-            printed = job.log.read_text(errors="replace").strip().splitlines() if job.log.exists() else []
-            lines.append(f"exit {job.code}  {job.run_dir}\n    {printed[-1] if printed else '(printed nothing)'}")
-    return "\n".join(lines)
+    return "\n".join(f"exit {job.code}  {job.run_dir}\n    {last_line(job)}" for job in jobs if job.status == "failed")
+
+
+def last_line(job: Job) -> str:
+    """The last line that a job printed, here or under SLURM."""
+    logs = [job.run_dir / name for name in LOGS if (job.run_dir / name).exists()]
+    newest = max(logs, key=lambda log: log.stat().st_mtime, default=None)
+    printed = newest.read_text(errors="replace").strip().splitlines() if newest else []
+    return printed[-1] if printed else "(printed nothing)"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("overrides", nargs="*", help="settings in Hydra's syntax; key=a,b sweeps")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] -- key=value,value ...",
+    )
     parser.add_argument(
         "--gpus", type=int, default=0, help="GPUs of this machine to use (0: run on what train.py picks)"
     )
-    parser.add_argument("--per-job", type=int, default=1, help="GPUs a job")
-    parser.add_argument("--at-once", type=int, default=1, help="without GPUs: jobs at a time, sharing the cores")
+    parser.add_argument("--per-job", type=positive, default=1, help="GPUs a job")
+    parser.add_argument("--at-once", type=positive, default=1, help="without GPUs: jobs at a time, sharing the cores")
     parser.add_argument("--stop-on-failure", action="store_true", help="start no further job after a failure")
-    parser.add_argument("--plan", action="store_true", help="only show what would run")
-    return guarded(lambda: sweep(parser.parse_args(argv)))
+    parser.add_argument("--plan", action="store_true", help="only show the jobs, and how the unfinished ones stand")
+    return guarded(lambda: sweep(arguments.read(parser, argv)))
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -220,6 +312,9 @@ def sweep(options: argparse.Namespace) -> int:
     mark_finished(jobs)
     print(table(jobs), flush=True)
     if options.plan:
+        for job in jobs:
+            if job.status == "waiting" and any((job.run_dir / name).exists() for name in LOGS):
+                print(f"\n{job.run_dir} is not finished; its last line is:\n    {last_line(job)}")
         return 0
     try:
         run(
