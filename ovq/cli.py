@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ovq.errors import ConfigError, Failure, omegaconf_message, one_line
+from ovq.errors import ConfigError, Failure, Stopped, omegaconf_message, one_line
 from ovq.report import lasting_streams
 from ovq.schema import describe, problems
 
@@ -112,7 +112,7 @@ def failure_of(error: BaseException) -> tuple[int | None, str]:
     status = status_of(error)
     if status is None:
         return None, ""
-    if status > 128:  # stopped by a signal: not an error
+    if isinstance(error, Stopped):  # not an error
         return status, one_line(error)
     rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
     named = f"error: {one_line(error)}" if alone else f"error: rank {rank}: {one_line(error)}"
