@@ -5,11 +5,11 @@
     python -m launch run --cpu-ranks 2 -- experiment=cpu_demo
     python -m launch run --gpus 8 --nodes 4 --rendezvous node0:29400 -- experiment=pg19_480m     # on each of 4 machines
 
-This process is torchrun (torch.distributed.run) with three differences. What is wrong with the settings, the shards,
+This process is torchrun (torch.distributed.run), with these differences. What is wrong with the settings, the shards,
 the tokenizer, the run folder or the memory is said before a GPU is taken. A signal is handed to the ranks, which save
 and end with status 0; nothing kills them while they save. A failure is shown once: the first rank that failed, with
-its error or its traceback, and the exit status is that rank's. A port is never chosen: on one machine the system gives
-a free one; on several, --rendezvous names it.
+its error or its traceback, and the exit status is that rank's. On one machine the system gives a free port, so two
+launches never clash; on several, --rendezvous names it.
 
 Exit status: 0 finished, or stopped by a signal after saving; the first failing rank's, or 128 + the number of the signal
 that ended it; 2 refused before the start.
@@ -43,7 +43,7 @@ SHUTDOWN_S = 600  # torchrun's own limit, where it has one: only SIGQUIT and an 
 class RankFailed(Failure):
     """A rank failed; the message is one line that names it. `status` is its exit status."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
 
@@ -209,12 +209,13 @@ def explained(failures: dict[int, Any], received: list[signal.Signals]) -> Failu
         received: the signals that were handed to the ranks.
     """
 
-    def order(rank: int) -> tuple[bool, int, int]:
-        # Within a second of a failure its peers report that they lost a rank: the cause comes first.
-        return _told(failures[rank]).get("error") == "PeerLost", int(failures[rank].timestamp), rank
+    def order(rank: int) -> tuple[int, int, int]:
+        # Within a second of a failure its peers report that they lost a rank, or torchrun ends them: the cause is first.
+        failure = failures[rank]
+        ended = failure.exitcode == -signal.SIGTERM and not _told(failure)
+        return 2 if ended else 1 if _lost_a_peer(failure) else 0, int(failure.timestamp), rank
 
-    lost = [rank for rank in sorted(failures) if failures[rank].exitcode < 0 and not _told(failures[rank])]
-    if received and len(lost) == len(failures):
+    if received and all(failure.exitcode < 0 and not _told(failure) for failure in failures.values()):
         return Stopped(received[0], f"stopped by {received[0].name} before the ranks could save")
     if received and all(failure.exitcode > 128 for failure in failures.values()):
         return Stopped(received[0], f"stopped at once by a second signal, {received[-1].name}")
@@ -224,13 +225,20 @@ def explained(failures: dict[int, Any], received: list[signal.Signals]) -> Failu
         print(f"\nrank {first} failed first:\n{told['py_callstack']}", file=sys.stderr)
     code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     how = f"exit status {code}" if failure.exitcode > 0 else f"killed by {failure.signal_name()}"
-    said = failure.message["message"] if isinstance(failure.message, dict) else ""
+    witness = next((failures[rank] for rank in sorted(failures) if _lost_a_peer(failures[rank])), failure)
+    heard = failure if _told(failure) else witness
+    said = heard.message["message"] if _told(heard) else ""
     return RankFailed(f"rank {first} failed first ({how}){': ' * bool(said)}{said}", code)
 
 
 def _told(failure: Any) -> dict[str, str]:
     """What the rank itself has left for torchrun (`ovq.peers.tell_launcher`); empty if it could not."""
     return failure.message.get("extraInfo", {}) if isinstance(failure.message, dict) else {}
+
+
+def _lost_a_peer(failure: Any) -> bool:
+    """Whether a rank ended because it had lost another."""
+    return _told(failure).get("error") == "PeerLost"
 
 
 if __name__ == "__main__":
