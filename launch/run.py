@@ -102,7 +102,8 @@ def place(options: argparse.Namespace) -> tuple[list[str], int, int | None]:
     if options.cpu_ranks:
         if options.gpus:
             raise ConfigError("give --gpus or --cpu-ranks, not both")
-        return [*options.overrides, "trainer.device=cpu"], options.cpu_ranks, None
+        given = [text for text in options.overrides if not text.startswith("trainer.device=")]
+        return [*given, "trainer.device=cpu"], options.cpu_ranks, None
     from launch.check import gpus_here
 
     found = gpus_here()

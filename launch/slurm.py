@@ -75,23 +75,27 @@ fi
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    return guarded(lambda: submit(arguments.read(parser(), argv, literal=("--sbatch", "--setup"))))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m launch slurm",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [options] -- key=value ...",
     )
-    parser.add_argument("--nodes", type=positive, default=1, help="nodes of each job (default: 1)")
-    parser.add_argument("--gpus-per-node", type=positive, help="GPUs on each node, one rank each")
-    parser.add_argument("--cpu-ranks", type=positive, help="use no GPU: so many ranks on each node")
-    parser.add_argument("--cpus-per-node", type=positive, help="cores of each node (default: what the cluster gives)")
-    parser.add_argument("--time", default="24:00:00", help="time limit of a job, as sbatch has it (default: 24:00:00)")
-    parser.add_argument("--grace", type=positive, default=300, metavar="S", help="seconds to save in (default: 300)")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="LINE", help="one more #SBATCH line; repeatable")
-    parser.add_argument("--setup", action="append", default=[], metavar="LINE", help="one more shell line before the run")
-    parser.add_argument("--python", default=sys.executable, metavar="WORDS", help="Python, or container ... python")
-    parser.add_argument("--print", action="store_true", dest="only_print", help="print the file; submit nothing")
-    return guarded(lambda: submit(arguments.read(parser, argv, literal=("--sbatch", "--setup"))))
+    made.add_argument("--nodes", type=positive, default=1, help="nodes of each job (default: 1)")
+    made.add_argument("--gpus-per-node", type=positive, help="GPUs on each node, one rank each")
+    made.add_argument("--cpu-ranks", type=positive, help="use no GPU: so many ranks on each node")
+    made.add_argument("--cpus-per-node", type=positive, help="cores of each node (default: what the cluster gives)")
+    made.add_argument("--time", default="24:00:00", help="time limit of a job, as sbatch has it (default: 24:00:00)")
+    made.add_argument("--grace", type=positive, default=300, metavar="S", help="seconds to save in (default: 300)")
+    made.add_argument("--sbatch", action="append", default=[], metavar="LINE", help="one more #SBATCH line; repeatable")
+    made.add_argument("--setup", action="append", default=[], metavar="LINE", help="one more shell line before the run")
+    made.add_argument("--python", default=sys.executable, metavar="WORDS", help="Python, or container ... python")
+    made.add_argument("--print", action="store_true", dest="only_print", help="print the file; submit nothing")
+    return made
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -103,8 +107,7 @@ def submit(options: argparse.Namespace) -> int:
     """
     if bool(options.gpus_per_node) == bool(options.cpu_ranks):
         raise ConfigError("give one of --gpus-per-node N and --cpu-ranks N")
-    on_cpu = ["trainer.device=cpu"] if options.cpu_ranks else []
-    jobs = sweep.expand([*options.overrides, *on_cpu])
+    jobs = sweep.expand(options.overrides)
     swept = len(jobs) > 1
     sweep.mark_finished(jobs)
     waiting = [job for job in jobs if job.status == "waiting"]
