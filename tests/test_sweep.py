@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
-from launch import sweep
+from launch import claims, sweep
 from ovq import config
 from ovq.errors import ConfigError
+from tests.faults import wait_until
 
 # Stands in for train.py: fails for seed=1 until the file `repaired` exists, otherwise saves its config and finishes;
 # records its starts.
@@ -141,3 +146,122 @@ def test_a_summary_that_is_damaged_does_not_count_as_finished(fake_train, conten
     assert sweep.main(line) == 0
     assert len(starts.read_text().split()) == 2
     assert json.loads(path.read_text())["stopped_by"] is None
+
+
+# --- sweeps at once --------------------------------------------------------------------------------------------------
+
+# Stands in for train.py: notes its start, and ends once the file `go` is there, as the file `status` says (0: finished).
+FAKE_WAITING = """
+import os, pathlib, sys, time
+here, overrides = pathlib.Path(__file__).parent, sys.argv[1:]
+folder = next(o for o in overrides if o.startswith("run_dir=") or o.startswith("seed="))
+with (here / "starts").open("a") as starts:
+    print(folder, os.environ.get("CUDA_VISIBLE_DEVICES"), file=starts)
+while not (here / "go").exists():
+    time.sleep(0.01)
+if (here / "status").exists():
+    sys.exit("error: as told")
+run = here / "runs" / f"default,{folder}"
+(run / "summary.json").write_text((here / "summary").read_text())
+"""
+SUMMARY = {"step": 1, "stopped_by": None, "tokens": 1, "last_loss": 1.0, "checkpoint": ""}
+
+
+@pytest.fixture
+def waiting_train(fake_train: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (fake_train / "train.py").write_text(FAKE_WAITING)
+    (fake_train / "summary").write_text(json.dumps(SUMMARY))
+    monkeypatch.setattr(sweep, "mark_finished", lambda jobs: None)  # it would compose every job again
+    return fake_train
+
+
+def other_sweep(folder: Path, line: list[str]) -> subprocess.Popen[bytes]:
+    """A sweep in another process, with the same stand-in for train.py."""
+    code = f"import pathlib, sys; from launch import sweep; sweep.ROOT = pathlib.Path({str(folder)!r}); "
+    return subprocess.Popen([sys.executable, "-c", code + "sys.exit(sweep.main(sys.argv[1:]))", *line])
+
+
+def starts(folder: Path) -> list[str]:
+    return [line.split()[0] for line in (folder / "starts").read_text().splitlines()]
+
+
+def end_the_jobs(folder: Path) -> None:
+    wait_until(lambda: len(starts(folder)) == 2)
+    (folder / "go").touch()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_two_sweeps_at_once_share_the_jobs_and_agree_on_the_outcome(
+    waiting_train: Path, capsys: pytest.CaptureFixture[str], failing: bool
+) -> None:
+    line = [f"runs_root={waiting_train}/runs", "seed=0,1"]
+    if failing:
+        (waiting_train / "status").touch()
+    with other_sweep(waiting_train, line) as other:
+        wait_until(lambda: (waiting_train / "starts").exists())
+        ending = threading.Thread(target=end_the_jobs, args=(waiting_train,))
+        ending.start()  # once each sweep runs one
+        assert sweep.main(line) == int(failing)
+        assert other.wait(timeout=60) == int(failing)
+        ending.join()
+    assert sorted(starts(waiting_train)) == ["seed=0", "seed=1"]
+    said = capsys.readouterr()
+    assert said.out.count("(elsewhere)") == 1
+    assert said.err.count("exit 1") == (2 if failing else 0)  # the failure elsewhere is listed too
+
+
+def test_a_sweep_that_was_killed_is_continued_by_the_same_command_while_its_job_goes_on(waiting_train: Path) -> None:
+    line = [f"runs_root={waiting_train}/runs", "seed=0,1"]
+    with other_sweep(waiting_train, line) as other:
+        wait_until(lambda: (waiting_train / "starts").exists())
+        other.kill()
+    jobs = sweep.expand(line)
+    assert claims.claim(jobs[0].run_dir / sweep.LOCK) is None  # its job has kept the lock
+    (waiting_train / "go").touch()
+    assert sweep.main(line) == 0
+    assert starts(waiting_train) == ["seed=0", "seed=1"]
+
+
+def test_a_gpu_is_used_by_one_job_at_a_time_and_only_those_that_are_visible(
+    waiting_train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a/b")
+    held = claims.claim_gpus(["GPU-a/b"])
+    assert held and claims.claim_gpus(["5", "GPU-a/b"]) is None
+    (waiting_train / "go").touch()
+    assert sweep.main(["--gpus", "2", f"runs_root={waiting_train}/runs", "seed=0,1"]) == 0
+    assert (waiting_train / "starts").read_text().splitlines() == ["seed=0 5", "seed=1 5"]
+    claims.release(held)
+    free = claims.claim_gpus(["5", "GPU-a/b"])
+    assert free
+    claims.release(free)
+    with pytest.raises(ConfigError, match="--gpus 3, but CUDA_VISIBLE_DEVICES=5,GPU-a/b shows 2"):
+        sweep.visible_gpus(3)
+
+
+def test_a_job_that_somebody_trains_by_hand_is_waited_for(
+    waiting_train: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = waiting_train / "runs" / "default,seed=0"
+    run_dir.mkdir(parents=True)
+    asked: list[Path] = []
+
+    def trainer_of(folder: Path) -> str:
+        asked.append(folder)
+        if len(asked) == 3:
+            (run_dir / "summary.json").write_text(json.dumps(SUMMARY))
+        return "process 1 on host" if len(asked) < 3 else ""
+
+    monkeypatch.setattr(sweep, "trainer_of", trainer_of)
+    assert sweep.main([f"runs_root={waiting_train}/runs", "seed=0"]) == 0
+    assert not (waiting_train / "starts").exists()
+    assert capsys.readouterr().out.count(f"elsewhere {run_dir}: another process trains it") == 1
+
+
+def test_names_survive_slashes_commas_and_equals_signs(tmp_path: Path) -> None:
+    values = ["'a/b,c=d'", "\"e=f,g/h\"", "plain"]
+    jobs = sweep.expand([f"runs_root={tmp_path}", f"name={','.join(values)}", "seed=0"])
+    assert [job.overrides[1] for job in jobs] == [f"name={value}" for value in values]
+    assert all(job.run_dir.parent == tmp_path for job in jobs) and len({job.run_dir for job in jobs}) == 3
+    assert jobs[0].run_dir.name.startswith("a_b,c=d")
