@@ -293,6 +293,8 @@ COMMANDS = {
     "bench gpu": "eval.bench.gpu.bench",
     "generate": "ovq.inference.generate",
     "selftest": "ovq.ops.ovq_attention.selftest",
+    "launch run": "launch.run",
+    "launch slurm": "launch.slurm",
     "launch sweep": "launch.sweep",
     "checkpoint": "ovq.train.checkpoint",
 }

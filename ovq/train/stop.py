@@ -23,8 +23,9 @@ class StopSignal:
     set to be ignored (nohup) stays ignored. Forked children inherit the handler, in which it does nothing: loader
     workers are needed until the last batch.
 
-    A torchrun that receives SIGTERM, SIGINT or SIGHUP passes on SIGTERM, waits 30 s for its processes and exits with
-    status 1, though theirs is 0. SIGUSR1 and SIGUSR2 end torchrun itself unless it is given --signals-to-handle.
+    A torchrun that receives SIGTERM, SIGINT or SIGHUP passes it on, waits 30 s for its processes and exits with status
+    1, though theirs is 0. SIGUSR1 and SIGUSR2 end torchrun itself unless it is given --signals-to-handle.
+    `python -m launch run` hands any of SIGNALS to its ranks, waits without a limit, and has their status.
 
     Args:
         announce: write a line to stderr when the flag is raised.
