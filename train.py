@@ -59,7 +59,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from data.build import build_loader, build_tokenizer, is_task
     from data.loader import merge_states
     from eval.per_position import check_capacity, evaluate
-    from ovq import processes
+    from ovq import processes, stacks
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, loop
     from ovq.train.metrics import Metrics
@@ -76,6 +76,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     tokenizer = build_tokenizer(cfg, run_dir)
     check_vocabulary(cfg, tokenizer)
     claim(run_dir, cfg, tokenizer)
+    stacks.register(run_dir)
 
     model = build_model(cfg.model, tokenizer.vocab_size)
     model.init_weights(cfg.seed)

@@ -37,7 +37,7 @@ from ovq.errors import ConfigError, Failure, Stopped, one_line
 from ovq.train.stop import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
-SHUTDOWN_S = 600  # torchrun's own limit, where it has one: only SIGQUIT and an error of torchrun itself come to it
+SHUTDOWN_S = 600  # torchrun's own patience, where that can be set; only after an error of torchrun itself is it needed
 
 
 class RankFailed(Failure):
@@ -121,7 +121,7 @@ def torchrun_words(options: argparse.Namespace, ranks: int) -> list[str]:
         words += ["--standalone"]
     else:
         words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}", f"--rdzv-id={options.id}"]
-    words += ["--signals-to-handle=SIGQUIT"]  # `passing_on` handles the others
+    words += ["--signals-to-handle=SIGXCPU"]  # it must have one; `passing_on` handles those that come
     if has_shutdown_timeout():
         words += [f"--shutdown-timeout={SHUTDOWN_S}"]
     return words
@@ -174,6 +174,7 @@ def quiet_torchrun() -> Iterator[None]:
 def passing_on() -> Iterator[list[signal.Signals]]:
     """Within the `with` block, hand a signal of SIGNALS to the ranks as SIGTERM; yields those received.
 
+    SIGQUIT is handed on as it is, and not yielded: ranks write their stacks (`ovq.stacks`) and go on.
     The ranks save and end by themselves, in whatever time that takes. A second signal ends them at once (train.py sees
     to that), a third kills them. A rank that has also got the signal itself takes the two as one.
 
@@ -183,15 +184,17 @@ def passing_on() -> Iterator[list[signal.Signals]]:
     received: list[signal.Signals] = []
 
     def handle(number: int, _: Any) -> None:
-        received.append(signal.Signals(number))
         ranks = psutil.Process().children()
+        if number != signal.SIGQUIT:
+            received.append(signal.Signals(number))
+            number = signal.SIGKILL if len(received) > 2 else signal.SIGTERM
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
-                rank.kill() if len(received) > 2 else rank.terminate()
-        if not ranks:
-            raise Stopped(number, f"stopped by {received[-1].name} before a rank was started")
+                rank.send_signal(number)
+        if received and not ranks:
+            raise Stopped(received[-1], f"stopped by {received[-1].name} before a rank was started")
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGQUIT)}
     for number, handler in before.items():
         if number != signal.SIGHUP or handler is not signal.SIG_IGN:  # nohup
             signal.signal(number, handle)

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ovq import stacks
 from ovq.errors import Failure, one_line
 from ovq.files import write_whole
 
@@ -73,7 +74,8 @@ def watched(checkpoints: Path) -> Iterator[None]:
         outlast_signals()
         if is_communication_error(error):
             absent, failed = roll_call()
-            raise PeerLost(explanation(absent, failed, one_line(error), checkpoints)) from error
+            folder, states = stacks.collect(absent, error)
+            raise PeerLost(explanation(absent, failed, one_line(error), checkpoints, folder, states)) from error
         report_failure(f"{type(error).__name__}: {one_line(error)}")
         raise
 
@@ -139,20 +141,30 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def explanation(absent: list[int], failed: dict[int, str], seen: str, checkpoints: Path) -> str:
-    """One line: what happened, what is intact, what to do."""
+def explanation(
+    absent: list[int], failed: dict[int, str], seen: str, checkpoints: Path, folder: Path | None, states: dict[int, str]
+) -> str:
+    """One line: what happened, what is intact, what to do.
+
+    Args:
+        seen: the error of this rank.
+        folder: of the stacks, if there is one.
+        states: rank -> what its process is doing, where that is known.
+    """
     from ovq.train.checkpoint_files import complete
 
     said = [f"rank {rank} failed ({text})" for rank, text in failed.items()]
     if absent:
         ranks = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
         said.append(f"{ranks} did not answer (killed, stopped or frozen)")
+        said += [states[rank] for rank in absent if rank in states]
     if not said:
         said = [f"communication with the other ranks failed, and none of them is known to be lost ({seen})"]
     saved = complete(checkpoints)
     kept = f"the newest checkpoint, {saved[-1]}, is intact" if saved else "there is no checkpoint yet"
     advice = "end any process that is left and start the same command again"
-    return f"{'; '.join(said)}; {kept}; {advice}"
+    found = f"; stacks: {folder}" if folder else ""
+    return f"{'; '.join(said)}; {kept}; {advice}{found}"
 
 
 def leave(status: int | None, error: BaseException) -> None:

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from ovq import peers
+from ovq import peers, stacks
 from ovq.report import LastingStream, lasting_streams
 from ovq.train import checkpoint
 from ovq.train.summary import read_finished
@@ -190,6 +191,37 @@ def test_every_survivor_names_the_rank_that_was_stopped(tmp_path: Path) -> None:
     for rank, line in zip((0, 2), said):
         assert line.startswith(f"error: rank {rank}: rank 1 did not answer")
         assert f"the newest checkpoint, {kept}, is intact" in line
+        assert f"; its process {job.processes[1].pid} on {os.uname().nodename} is stopped; " in line
+    stacks = [(job.run_dir / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in range(3)]
+    assert stacks[1].endswith(" is stopped\n")
+    assert all("train_step" in stacks[rank] for rank in (0, 2))
+
+
+FROZEN = """
+import faulthandler, signal, sys
+file = open(sys.argv[1], "a")
+faulthandler.register(signal.SIGQUIT, file)
+def frozen():
+    print("ready", flush=True)
+    while True:
+        pass
+frozen()
+"""
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "gone"])
+def test_a_process_is_asked_for_its_stacks_and_what_it_is_doing_is_known(tmp_path: Path, state: str) -> None:
+    path = tmp_path / "rank.txt"
+    with subprocess.Popen([sys.executable, "-c", FROZEN, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        member = stacks.Member("host", process.pid, psutil.Process(process.pid).create_time())
+        if state != "running":
+            process.send_signal(signal.SIGSTOP if state == "stopped" else signal.SIGKILL)
+        faults.wait_until(lambda: stacks.state_of(member) == f"its process {process.pid} on host is {state}")
+        stacks._ask(member, stacks.state_of(member), path)
+        process.kill()
+    assert ("in frozen" in path.read_text()) == (state == "running")
+    assert path.read_text().startswith("its process ")
 
 
 @pytest.mark.slow
