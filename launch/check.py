@@ -49,7 +49,7 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
     tokenizer = build_tokenizer(cfg, run_dir)
     train.check_vocabulary(cfg, tokenizer)
     found = describe(cfg)
-    for split, facts in found.items():
+    for facts in found.values():
         if facts.get("error"):
             raise ConfigError(str(facts["error"]))
     if "train" not in found:
@@ -85,4 +85,3 @@ def check_memory(cfg: Config, vocab_size: int, world_size: int, gpu_bytes: int) 
 def gpus_here() -> list[int]:
     """The memory in bytes of each GPU that this process may use, without taking any of it."""
     return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
-

@@ -11,8 +11,8 @@ and end with status 0; nothing kills them while they save. A failure is shown on
 its error or its traceback, and the exit status is that rank's. On one machine the system gives a free port, so two
 launches never clash; on several, --rendezvous names it.
 
-Exit status: 0 finished, or stopped by a signal after saving; the first failing rank's, or 128 + the number of the signal
-that ended it; 2 refused before the start.
+Exit status: 0 finished, or stopped by a signal after saving; the first failing rank's, or 128 + the number of the
+signal that ended it; 2 refused before the start.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--gpus", type=positive, help="GPUs of this machine to use, one rank each (default: all)")
     parser.add_argument("--cpu-ranks", type=positive, help="use no GPU: so many ranks that share this machine's cores")
-    parser.add_argument("--nodes", type=positive, default=1, help="machines; start the same command on each (default: 1)")
+    parser.add_argument("--nodes", type=positive, default=1, help="machines; start this on each (default: 1)")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="with --nodes: one of them, and a free port there")
     parser.add_argument("--id", default="ovq", help="with --nodes: a name for this start, the same on each machine")
     parser.add_argument("--dry-run", action="store_true", help="check, show what would run, and end")
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.nodes > 1 and not options.rendezvous:
         raise ConfigError(
-            f"--nodes {options.nodes} needs --rendezvous HOST:PORT, the same on every node: one node and a free port there"
+            f"--nodes {options.nodes} needs --rendezvous HOST:PORT, the same on each: one of them and a free port"
         )
     overrides, ranks, gpu_bytes = place(options)
     if not options.no_check:
@@ -154,8 +154,8 @@ def launch(words: list[str], ranks: int, *, on_cpu: bool) -> None:
         raise explained(error.failures, received) from None
     except RendezvousError as error:
         raise Failure(
-            f"the nodes did not find each other ({one_line(error)}); --nodes, --rendezvous and --id must be the same on "
-            "each, and the port of --rendezvous free and open"
+            f"the nodes did not find each other ({one_line(error)}); --nodes, --rendezvous and --id must be the same "
+            "on each, and the port of --rendezvous free and open"
         ) from None
 
 
@@ -214,7 +214,7 @@ def explained(failures: dict[int, Any], received: list[signal.Signals]) -> Failu
     """
 
     def order(rank: int) -> tuple[int, int, int]:
-        # Within a second of a failure its peers report that they lost a rank, or torchrun ends them: the cause is first.
+        # Within a second of a failure its peers report that they lost a rank, or torchrun ends them: the cause first.
         failure = failures[rank]
         ended = failure.exitcode == -signal.SIGTERM and not _told(failure)
         return 2 if ended else 1 if _lost_a_peer(failure) else 0, int(failure.timestamp), rank

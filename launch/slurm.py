@@ -10,8 +10,8 @@ and end, and the batch script queues the job again until summary.json says that 
 not queued again, and neither is a job that was cancelled. SLURM itself queues a job again that loses a node.
 
 The same command continues a run that was cancelled or has failed, with any --nodes whose ranks divide the batch. A run
-has one job at a time: another waits for it (--dependency=singleton). Of a sweep only what is not finished is queued, and
-nothing while its jobs are queued.
+has one job at a time: another waits for it (--dependency=singleton). Of a sweep only what is not finished is queued,
+and nothing while its jobs are queued.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from launch import options as arguments
 from launch import sweep
 from launch.options import positive
 from ovq.cli import guarded
+from ovq.compose import compose
 from ovq.errors import ConfigError, Failure
 from ovq.files import write_whole
+from ovq.train.summary import read_finished
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "slurm.log"
@@ -56,7 +58,7 @@ srun --kill-on-bad-exit=1 {cpus}{python} -m launch run --no-check {ranks} --node
   --rendezvous "$host:$port" --id "$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" -- "${{settings[@]}}"
 status=$?
 
-if [ -e "$run/summary.json" ]; then
+if [ "$run/summary.json" -nt {file} ]; then  # the run's last file, and not that of a shorter run
   echo "job $SLURM_JOB_ID: finished"
   exit 0
 fi
@@ -109,7 +111,8 @@ def submit(options: argparse.Namespace) -> int:
         raise ConfigError("give one of --gpus-per-node N and --cpu-ranks N")
     jobs = sweep.expand(options.overrides)
     swept = len(jobs) > 1
-    sweep.mark_finished(jobs)
+    if swept or not got_longer(jobs[0]):
+        sweep.mark_finished(jobs)
     waiting = [job for job in jobs if job.status == "waiting"]
     if not waiting:
         print("finished already:\n" + sweep.table(jobs))
@@ -133,6 +136,12 @@ def submit(options: argparse.Namespace) -> int:
     print(f"{done.stdout.strip()}: {len(waiting)} run(s), {path}")
     print("\n".join(f"  {job.run_dir / LOG}" for job in waiting))
     return 0
+
+
+def got_longer(job: sweep.Job) -> bool:
+    """Whether a run that is finished is to have more steps now."""
+    finished = read_finished(job.run_dir)
+    return finished is not None and finished["step"] < compose(job.overrides).trainer.steps
 
 
 def check(jobs: list[sweep.Job], options: argparse.Namespace) -> None:
@@ -197,6 +206,7 @@ def script(jobs: list[sweep.Job], options: argparse.Namespace, name: str, path: 
         directives="\n".join(lines),
         folder=shlex.quote(str(Path.cwd())),
         root=shlex.quote(str(ROOT)),
+        file=shlex.quote(str(path)),
         setup="".join(f"{line}\n" for line in options.setup),
         which=array(jobs) if swept else assignments(jobs[0]),
         cpus=f"--cpus-per-task={options.cpus_per_node} " if options.cpus_per_node else "",

@@ -2,7 +2,7 @@
 
     python -m launch sweep -- experiment=cpu_demo model=sw,sw_nope,sw_ovq seed=0,1
     python -m launch sweep --gpus 8 --per-job 2 -- experiment=pg19_70m model=sw_ovq,sw_nope
-    python -m launch slurm --gpus-per-node 1 -- experiment=pg19_70m model=sw_ovq,sw_nope     # the same as an array of jobs
+    python -m launch slurm --gpus-per-node 1 -- experiment=pg19_70m model=sw_ovq,sw_nope     # as an array of jobs
 
 The values use Hydra's sweep syntax. Every job is `train.py` with one combination of them, so its run folder is the one
 that the same command uses when it is run by hand: finished jobs are skipped, others resume from their last checkpoint.
@@ -39,6 +39,7 @@ from launch import options as arguments
 from launch.claims import claim, claim_gpus, release, trainer_of
 from launch.options import positive
 from ovq import config
+from ovq.bounded import how
 from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError, Stopped
@@ -216,8 +217,9 @@ def end(job: Job, code: int, stopped: bool) -> None:
     """Note how a job ended, for this sweep and for others, and unlock it. `stopped`: this sweep has told it to end."""
     job.code = code
     job.status = "finished" if code == 0 and is_finished(job.run_dir) else "stopped" if stopped else "failed"
+    outcome = {"status": job.status, "code": code, "ended": time.time()}
     with contextlib.suppress(OSError):  # a full disk: then another sweep will try the job too
-        write_whole(job.run_dir / OUTCOME, json.dumps({"status": job.status, "code": code, "ended": time.time()}) + "\n")
+        write_whole(job.run_dir / OUTCOME, json.dumps(outcome) + "\n")
     release(job.locks)
     print(f"{job.status:<9} {job.run_dir}", flush=True)
 
@@ -277,8 +279,9 @@ def table(jobs: list[Job]) -> str:
 
 
 def failures(jobs: list[Job]) -> str:
-    """The failed jobs, each with the last line that it printed."""
-    return "\n".join(f"exit {job.code}  {job.run_dir}\n    {last_line(job)}" for job in jobs if job.status == "failed")
+    """The failed jobs: how each ended, and the last line that it printed."""
+    failed = [job for job in jobs if job.status == "failed"]
+    return "\n".join(f"{how(job.code or 0)}  {job.run_dir}\n    {last_line(job)}" for job in failed)
 
 
 def last_line(job: Job) -> str:

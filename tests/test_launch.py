@@ -155,7 +155,10 @@ def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--cpu-ranks", "1", "--nodes", "2", "--rendezvous", "a:1", "--", "trainer.global_batch=2"], "2 x 2;"),
         (["--cpu-ranks", "1", "--", "data=text", "data.train=[no/*.txt]", "data.validation=[x]"], "no/*.txt"),
         (["--cpu-ranks", "1", "--", "data=text", "data.train=[no/*.txt]"], "data.validation is empty"),
-        (["--cpu-ranks", "1", "--", "tokenizer=sentencepiece", "tokenizer.model_path=no.model"], "no.model does not exist"),
+        (
+            ["--cpu-ranks", "1", "--", "tokenizer=sentencepiece", "tokenizer.model_path=a.model"],
+            "a.model does not exist",
+        ),
         (["--gpus", "1", "--cpu-ranks", "1"], "give --gpus or --cpu-ranks, not both"),
         (["--cpu-ranks", "1", "--nodes", "2"], "--nodes 2 needs --rendezvous HOST:PORT"),
         (["--gpus", "99"], "--gpus 99, but this machine shows"),

@@ -5,6 +5,7 @@ SLURM is tests/fake_slurm.py, which runs the ranks on this machine.
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 import train
 from launch import options as arguments
 from launch import slurm, sweep
+from ovq import config
+from ovq.compose import compose
 from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
 from tests.fake_slurm import Cluster, warn
@@ -39,17 +42,18 @@ def launcher(folder: Path, body: str) -> list[str]:
 
 
 FINISHED = '{"step": 1, "stopped_by": null, "tokens": 1, "last_loss": 1.0, "checkpoint": ""}'
+AGAIN = f"test -e run/once && echo '{FINISHED}' > run/summary.json"
 
 
 @pytest.mark.parametrize(
     ("body", "state", "statuses"),
     [
         (f"echo '{FINISHED}' > run/summary.json", "RUNNING", [0]),
-        (f"test -e run/once && echo '{FINISHED}' > run/summary.json; touch run/once", "RUNNING", [0, 0]),
+        (f"{AGAIN}; touch run/once", "RUNNING", [0, 0]),
         ("exit 1", "RUNNING", [1]),
         ("exit 2", "RUNNING", [2]),
         ("exit 137", "RUNNING", [137]),  # killed: out of memory, for instance
-        (f"test -e run/once && echo '{FINISHED}' > run/summary.json && exit; touch run/once; exit 143", "RUNNING", [0, 0]),
+        (f"{AGAIN} && exit; touch run/once; exit 143", "RUNNING", [0, 0]),
         ("exit 0", "CANCELLED", [0]),
     ],
 )
@@ -64,6 +68,19 @@ def test_a_job_is_queued_again_when_it_was_stopped_and_not_when_it_finished_fail
     assert cluster.run() == statuses
     log = (tmp_path / "run" / "slurm.log").read_text()
     assert log.count("job 100: ") == (0 if state == "CANCELLED" else len(statuses)), log
+
+
+def test_a_finished_run_is_not_submitted_again_unless_it_gets_more_steps(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm, "check", lambda *_: None)
+    line = ["--cpu-ranks", "1", "--", *QUICK, "run_dir=run", "trainer.steps=7"]
+    config.save(compose(line[3:]), "run")
+    Path("run/summary.json").write_text(json.dumps(json.loads(FINISHED) | {"step": 7}))
+    assert slurm.main(line) == 0
+    assert capsys.readouterr().out.startswith("finished already:\n")
+    assert slurm.main([*line, "trainer.steps=8"]) == 0
+    assert capsys.readouterr().out.startswith("Submitted batch job 1: 1 run(s)")
 
 
 def test_the_file_is_what_the_options_say_and_print_writes_nothing(
@@ -87,7 +104,7 @@ def test_an_array_hands_every_run_its_settings_whatever_is_in_them(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "check", lambda *_: None)
-    odd = ["'a/b,c=d'", "\"it's $HOME\""]
+    odd = ["'a/b,c=d'", '"it\'s $HOME"']
     body = 'while [ "$1" != -- ]; do shift; done; shift; printf "%s\\n" "$@"; exit 3'
     line = ["--cpu-ranks", "2", *launcher(tmp_path, body), "--", *QUICK, f"name={','.join(odd)}", "seed=0"]
     assert slurm.main(line) == 0
@@ -163,5 +180,5 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_losses_of_an_un
     assert "stopped by SIGUSR1 at step" in log and "resumed from" in log and log.endswith("job 100: finished\n")
     assert read_finished(run) is not None
     assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-    tokens = [[row.get("token_hash") for row in read_rows(path / "metrics.jsonl")] for path in (run, tmp_path / "whole")]
-    assert tokens[0] == tokens[1] and None not in tokens[0]
+    rows = [read_rows(path / "metrics.jsonl") for path in (run, tmp_path / "whole")]
+    assert [row["token_hash"] for row in rows[0]] == [row["token_hash"] for row in rows[1]]

@@ -150,7 +150,7 @@ def test_a_summary_that_is_damaged_does_not_count_as_finished(fake_train, conten
 
 # --- sweeps at once --------------------------------------------------------------------------------------------------
 
-# Stands in for train.py: notes its start, and ends once the file `go` is there, as the file `status` says (0: finished).
+# Stands in for train.py: notes its start, and ends once the file `go` is there: in failure if `status` is there too.
 FAKE_WAITING = """
 import os, pathlib, sys, time
 here, overrides = pathlib.Path(__file__).parent, sys.argv[1:]
@@ -207,7 +207,7 @@ def test_two_sweeps_at_once_share_the_jobs_and_agree_on_the_outcome(
     assert sorted(starts(waiting_train)) == ["seed=0", "seed=1"]
     said = capsys.readouterr()
     assert said.out.count("(elsewhere)") == 1
-    assert said.err.count("exit 1") == (2 if failing else 0)  # the failure elsewhere is listed too
+    assert said.err.count("exit status 1") == (2 if failing else 0)  # the failure elsewhere is listed too
 
 
 def test_a_sweep_that_was_killed_is_continued_by_the_same_command_while_its_job_goes_on(waiting_train: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_job_that_somebody_trains_by_hand_is_waited_for(
 
 
 def test_names_survive_slashes_commas_and_equals_signs(tmp_path: Path) -> None:
-    values = ["'a/b,c=d'", "\"e=f,g/h\"", "plain"]
+    values = ["'a/b,c=d'", '"e=f,g/h"', "plain"]
     jobs = sweep.expand([f"runs_root={tmp_path}", f"name={','.join(values)}", "seed=0"])
     assert [job.overrides[1] for job in jobs] == [f"name={value}" for value in values]
     assert all(job.run_dir.parent == tmp_path for job in jobs) and len({job.run_dir for job in jobs}) == 3
