@@ -85,12 +85,11 @@ def run(options: argparse.Namespace) -> None:
         print(checked.report)
         for warning in checked.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    words = torchrun_words(options, ranks)
-    shown = shlex.join([str(ROOT / "train.py"), *overrides])
-    print(f"\n{ranks} rank{'s' * (ranks > 1)} on each of {options.nodes} node(s): torchrun {shlex.join(words)} {shown}")
-    sys.stdout.flush()
+    words = [*torchrun_words(options, ranks), str(ROOT / "train.py"), *overrides]
+    if options.dry_run or not options.no_check:
+        print(f"\n{options.nodes} node(s), {ranks} rank(s) on each: torchrun {shlex.join(words)}", flush=True)
     if not options.dry_run:
-        launch([*words, str(ROOT / "train.py"), *overrides], ranks, on_cpu=bool(options.cpu_ranks))
+        launch(words, ranks, on_cpu=bool(options.cpu_ranks))
 
 
 def place(options: argparse.Namespace) -> tuple[list[str], int, int | None]:
