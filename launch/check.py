@@ -13,11 +13,13 @@ import torch
 import train
 from data.build import build_tokenizer, describe
 from launch.claims import trainer_of
+from launch.plan import HEADROOM
 from ovq.compose import compose, run_dir_of
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.model import build_model, count_parameters
-from ovq.plan import estimate_memory, format_bytes, indivisible, report
+from ovq.memory import memory_of
+from ovq.model import build_model
+from ovq.plan import format_bytes, indivisible, report
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,22 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
 
 
 def check_memory(cfg: Config, vocab_size: int, world_size: int, gpu_bytes: int) -> tuple[str, ...]:
-    """Refuse what cannot fit on a GPU, warn of what may not: the estimate of activations is rough.
+    """Refuse what cannot fit on a GPU, warn of what may not: memory of the step itself is estimated.
 
     Raises:
         ConfigError: weights, gradients and moments need more than a GPU has.
     """
     with torch.device("meta"):
-        total, _ = count_parameters(build_model(cfg.model, vocab_size))
-    weights, activations, logits = estimate_memory(cfg, total, vocab_size, world_size)
-    has, needed = f"each GPU has {format_bytes(gpu_bytes)}", weights + activations + logits
-    if weights > gpu_bytes:
+        plan = memory_of(cfg, build_model(cfg.model, vocab_size), world_size)
+    has, kept = f"each GPU has {format_bytes(gpu_bytes)}", plan.weights + plan.gradients + plan.optimizer
+    if kept > gpu_bytes:
         raise ConfigError(
-            f"weights, gradients and moments need {format_bytes(weights)} on each GPU and {has}; use more GPUs"
+            f"weights, gradients and moments need {format_bytes(kept)} on each GPU and {has}; use more GPUs"
             + ("" if cfg.trainer.shard == "full" else f", or trainer.shard=full instead of {cfg.trainer.shard}")
         )
-    if needed > gpu_bytes:
+    if plan.total > HEADROOM * gpu_bytes:
         advice = "lower trainer.micro_batch, or set trainer.activation_checkpointing=full"
-        return (f"the run may not fit: about {format_bytes(needed)} are needed and {has}; {advice}",)
+        return (f"the run may not fit: about {format_bytes(plan.total)} are needed and {has}; {advice}",)
     return ()
 
 

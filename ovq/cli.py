@@ -296,6 +296,7 @@ COMMANDS = {
     "launch run": "launch.run",
     "launch slurm": "launch.slurm",
     "launch sweep": "launch.sweep",
+    "launch plan": "launch.plan",
     "checkpoint": "ovq.train.checkpoint",
 }
 

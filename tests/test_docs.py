@@ -155,7 +155,7 @@ def test_every_command_and_path_that_a_document_names_exists(document: str) -> N
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) if command.startswith("launch ") else open(os.devnull):
+    with pytest.raises(SystemExit) if command in ("launch run", "launch slurm", "launch sweep") else open(os.devnull):
         assert cli.main([*command.split(), "--help"]) == 0
     said = capsys.readouterr().out
     assert len(said.splitlines()) > 5, said
