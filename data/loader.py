@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,22 @@ class Batch:
     def token_hash(self) -> int:
         """64-bit hash of the rows' tokens. Over the micro-batches of a step it is summed, modulo 2^64."""
         return token_hash(list(self.lanes), self.inputs.numpy(), self.targets.numpy())
+
+    def shard(self, rank: int, ranks: int) -> Batch:
+        """The share of one of `ranks` processes that hold the same rows: the rank-th part of every row.
+
+        Packed documents lie in one long row, the rows end to end: of that. `cu_seqlens` remains that of the whole.
+
+        Raises:
+            ConfigError: the rows cannot be divided evenly.
+        """
+        if self.inputs.shape[1] % ranks:
+            raise ConfigError(
+                f"trainer.context_parallel={ranks} must divide the {self.inputs.shape[1]} tokens of every row"
+            )
+        packed = self.cu_seqlens is not None and ranks > 1
+        inputs, targets = ((x.reshape(1, -1) if packed else x) for x in (self.inputs, self.targets))
+        return replace(self, inputs=inputs.chunk(ranks, 1)[rank], targets=targets.chunk(ranks, 1)[rank])
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device. Copies to a GPU go through pinned memory and are not waited for."""

@@ -108,6 +108,7 @@ class TrainerConfig:
     )
     shard: str = one_of("full", "hybrid", "none", help="FSDP, HSDP, or a full copy of the model on each device")
     replicas: int = setting(1, "groups of processes that each hold a copy of the model (shard=hybrid)", at_least=1)
+    context_parallel: int = setting(1, "ranks that share each sequence: its tokens and, in mixers, heads", at_least=1)
     activation_checkpointing: str = one_of("none", "selective", "full", help="what to recompute in the backward pass")
     compile: bool = setting(False, "apply torch.compile to each block")
     grad_clip: float = setting(1.0, "maximum global gradient norm; 0: no clipping", at_least=0)
@@ -185,6 +186,7 @@ FREE_AT_RESUME = (
     "trainer.device",
     "trainer.shard",
     "trainer.replicas",
+    "trainer.context_parallel",
     "trainer.compile",
     "trainer.activation_checkpointing",
     "trainer.loss_chunk_tokens",
@@ -238,6 +240,10 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"trainer.global_batch={trainer.global_batch} must be a multiple of "
             f"trainer.micro_batch={trainer.micro_batch}"
+        )
+    if trainer.context % trainer.context_parallel:
+        raise ConfigError(
+            f"trainer.context_parallel={trainer.context_parallel} must divide trainer.context={trainer.context}"
         )
     if cfg.model.num_heads % cfg.model.num_kv_heads:
         raise ConfigError(

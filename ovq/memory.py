@@ -222,14 +222,15 @@ def memory_of(
     total = sum(p.numel() for p in network.parameters())
     outside = total - sum(p.numel() for block in network.blocks() for p in block.parameters())
     shards = {"full": world_size, "hybrid": max(1, world_size // trainer.replicas), "none": 1}[trainer.shard]
-    tokens, size = rows * context, dtype.itemsize
+    ranks = trainer.context_parallel  # a process holds 1/ranks of the tokens, and while they are mixed of the heads
+    tokens, size = rows * context // ranks, dtype.itemsize
     stream, chunk = tokens * model.dim * size, min(trainer.loss_chunk_tokens, tokens)
     table = network.head.weight.numel()
     # The loss holds its input, the gradients of that and of the head, and of a chunk the logits, probabilities in
     # float32 and, where the precision is another, their gradients and the chunk's share of the head's.
     cast = size if size < 4 else 0
     loss = 2 * stream + 4 * table + chunk * network.vocab_size * (size + 4 + cast) + table * cast
-    backward = max(layer.worst(rows, context) for layer in layers)
+    backward = max(layer.worst(rows, context) for layer in layers) / ranks
     sharded = dtype != torch.float32 or world_size > 1
     largest = max(layer.gradients for layer in layers)
     return MemoryPlan(
@@ -238,6 +239,6 @@ def memory_of(
         gradients=4 * total / shards,
         # Two blocks (one is fetched ahead), what lies outside of blocks, and a block's gradients in float32.
         gathered=2 * largest + outside * size + largest * 4 / size if sharded else 0,
-        activations=sum(layer.kept(rows, context) for layer in layers) + stream,
+        activations=sum(layer.kept(rows, context) for layer in layers) / ranks + stream,
         working=max(backward, loss),
     )

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +210,21 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     tables = {id(p): p.numel() for m in (model.embed, model.head) for p in m.parameters()}
     return total, total - sum(tables.values())
+
+
+def undivided(model: Transformer, ranks: int) -> str:
+    """Why the model cannot be trained with trainer.context_parallel=`ranks`, as one line; empty if it can."""
+    for mixer in model.mixers() if ranks > 1 else ():
+        heads = mixer.head_counts()
+        if heads is None:
+            return f"trainer.context_parallel={ranks} is not possible: {type(mixer).__name__} needs whole sequences"
+        for name, number in heads.items():
+            if number % ranks:
+                return (
+                    f"trainer.context_parallel={ranks} must divide {name}, which is {number}, since ranks that share a "
+                    f"sequence share its heads; use trainer.context_parallel={math.gcd(ranks, number)} or other heads"
+                )
+    return ""
 
 
 def flops_per_token(model: Transformer, context: int, *, training: bool = True) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from ovq.config import Config, digest
 from ovq.memory import MemoryPlan, memory_of
-from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
+from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size, undivided
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -41,7 +41,7 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
         ("training FLOPs", f"{flops:.4g} per token at context {trainer.context:,}; {flops * tokens:.3g} in total"),
         ("tokens", f"{tokens_per_step:,} per step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in total"),
         ("steps", f"{trainer.steps:,}"),
-        ("processes", _processes(cfg, world_size)),
+        ("processes", _processes(cfg, world_size, undivided(model, trainer.context_parallel))),
         ("device memory", _memory(memory_of(cfg, model, world_size))),
     ]
     rows += [(f"data {split}", _found(found)) for split, found in data.items()]
@@ -57,22 +57,25 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
     return "\n".join(lines)
 
 
-def _processes(cfg: Config, world_size: int) -> str:
-    """How the batch is divided among the processes, or why it cannot be."""
-    trainer = cfg.trainer
-    if problem := indivisible(cfg, world_size):
+def _processes(cfg: Config, world_size: int, problem: str) -> str:
+    """How the batch is divided among the processes, or why it cannot be: `problem`, if the model is the reason."""
+    trainer, ranks = cfg.trainer, cfg.trainer.context_parallel
+    if problem := problem or indivisible(cfg, world_size):
         return f"{world_size}: impossible, {problem}"
-    accumulation = trainer.global_batch // (trainer.micro_batch * world_size)
-    return f"{world_size}, micro-batch {trainer.micro_batch}, accumulation {accumulation}"
+    accumulation = trainer.global_batch * ranks // (trainer.micro_batch * world_size)
+    sharing = f", {ranks} share each sequence" if ranks > 1 else ""
+    return f"{world_size}{sharing}, micro-batch {trainer.micro_batch}, accumulation {accumulation}"
 
 
 def indivisible(cfg: Config, world_size: int) -> str:
     """Why the batch or the copies of the model cannot be divided among so many processes; empty if they can."""
-    trainer = cfg.trainer
-    if trainer.global_batch % (trainer.micro_batch * world_size):
+    trainer, ranks = cfg.trainer, cfg.trainer.context_parallel
+    if world_size % ranks:
+        return f"trainer.context_parallel={ranks} does not divide {world_size}"
+    if trainer.global_batch % (trainer.micro_batch * world_size // ranks):
         return (
             f"trainer.global_batch={trainer.global_batch} is not a multiple of "
-            f"trainer.micro_batch={trainer.micro_batch} x {world_size}"
+            f"trainer.micro_batch={trainer.micro_batch} x {world_size // ranks}"
         )
     if trainer.shard == "hybrid" and world_size % trainer.replicas:
         return f"trainer.replicas={trainer.replicas} does not divide {world_size}"

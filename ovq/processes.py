@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 
 from ovq import cpu
@@ -54,12 +55,29 @@ class Axis:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, of equal shapes, one after the other along dimension 0. Not differentiable."""
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """All-to-all of `tensor` [size, ...]: row i goes to rank i, and row i of the result comes from it.
+
+        Differentiable: the gradient makes the same exchange, as part of every rank's backward pass.
+        """
+        group = dist.group.WORLD if self.group is None else self.group
+        assert group is not None
+        received = functional.all_to_all_single_autograd(tensor.contiguous(), None, None, group)
+        return functional.wait_tensor(received)  # a plain tensor, which custom operators and kernels can use
+
 
 @dataclass(frozen=True)
 class World:
     """This process's rank, device and compute precision ("fp32" or "bf16"), and the number of processes, `size`.
 
-    `data` and `context` are the axes of the process mesh; the product of their sizes is `size`.
+    `data` and `context` are the axes of the process mesh; the product of their sizes is `size`. Neighbouring ranks,
+    probably on one machine, share a context axis: it exchanges most.
     """
 
     rank: int = 0
@@ -83,10 +101,16 @@ def init(trainer: TrainerConfig) -> World:
     """Join the other processes (by torchrun's environment) or run alone, and choose the device.
 
     Raises:
-        ConfigError: the device does not exist, or there are more processes on this machine than GPUs.
+        ConfigError: the device does not exist, there are more processes on this machine than GPUs, or
+            trainer.context_parallel does not divide the number of processes.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if size % trainer.context_parallel:
+        raise ConfigError(
+            f"trainer.context_parallel={trainer.context_parallel} must divide the number of processes, {size}; start "
+            f"with torchrun --nproc_per_node {trainer.context_parallel} train.py ..."
+        )
     kind = trainer.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,17 +123,29 @@ def init(trainer: TrainerConfig) -> World:
     if kind == "cuda":
         torch.cuda.set_device(device)
     precision = "bf16" if (kind, trainer.precision) == ("cuda", "auto") else trainer.precision
+    timeout = datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s))
     if size > 1 or (precision == "bf16" and (kind == "cuda" or trainer.compile)):  # see `parallelize`
         alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-            timeout=datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s)),
-            **alone,
-        )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout, **alone)
     if kind == "cpu":
         cpu.keep_freed_memory()
         precision = cpu.choose_precision(on_main(lambda: cpu.choose_precision(trainer.precision)))
-    return World(rank, size, local_rank, device, precision, data=Axis("data", rank, size))
+    data, context = axes(rank, size, trainer.context_parallel, timeout)
+    return World(rank, size, local_rank, device, precision, data=data, context=context)
+
+
+def axes(rank: int, size: int, context: int, timeout: datetime.timedelta | None = None) -> tuple[Axis, Axis]:
+    """The data and the context axis of `size` processes, `context` neighbouring ranks sharing each sequence.
+
+    A collective if both axes have several ranks, and therefore groups of their own.
+    """
+    data = size // context
+    groups: list[dist.ProcessGroup | None] = [None, None]
+    if data > 1 and context > 1:
+        columns = [list(range(first, size, context)) for first in range(context)]
+        rows = [list(range(first, first + context)) for first in range(0, size, context)]
+        groups = [dist.new_subgroups_by_enumeration(ranks, timeout)[0] for ranks in (columns, rows)]
+    return Axis("data", rank // context, data, groups[0]), Axis("context", rank % context, context, groups[1])
 
 
 def shutdown() -> None:

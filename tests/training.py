@@ -38,12 +38,12 @@ class Lessons:
 
     def __init__(self, cfg: Any, world: World, done: int = 0) -> None:
         self.cfg, self.world, self.done = cfg, world, done
-        self.own = cfg.trainer.global_batch // world.size
+        self.own = cfg.trainer.global_batch // world.data.size
         self.micro_batches_per_step = self.own // cfg.trainer.micro_batch
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            first, micro = self.world.rank * self.own, self.cfg.trainer.micro_batch
+            first, micro = self.world.data.rank * self.own, self.cfg.trainer.micro_batch
             inputs, targets = rows(self.cfg, self.done)
             self.done += 1
             for start in range(first, first + self.own, micro):

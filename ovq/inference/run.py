@@ -42,6 +42,7 @@ COMPUTED = {
     "trainer.activation_checkpointing": "none",
     "trainer.shard": "full",
     "trainer.replicas": 1,
+    "trainer.context_parallel": 1,
 }
 # The settings of a run that an evaluation may change; the others define what was trained.
 CHANGEABLE = ("eval", "data", "trainer", "logger", "model.mixers")

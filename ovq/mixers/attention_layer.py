@@ -56,8 +56,14 @@ class AttentionLayer(SequenceMixer):
         if self.beta is not None:
             nn.init.constant_(self.beta, self.beta_init)
 
+    def head_counts(self) -> dict[str, int] | None:
+        return {"model.num_heads": self.shape.num_heads, "model.num_kv_heads": self.shape.num_kv_heads}
+
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, K], k and v [B, T, G, K]; q and k have unit norm with `qk_norm`."""
+        """q [B, T, H, K], k and v [B, T, G, K]; q and k have unit norm with `qk_norm`.
+
+        Of this process's heads, for the tokens of all processes, if sequences are divided (see `gather_tokens`).
+        """
         B, T, _ = x_BTD.shape
         K = self.shape.head_dim
         q = self.q_proj(x_BTD).view(B, T, self.shape.num_heads, K)
@@ -65,18 +71,19 @@ class AttentionLayer(SequenceMixer):
         v = self.v_proj(x_BTD).view(B, T, self.shape.num_kv_heads, K)
         if self.beta is not None:
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k, v = self.gather_tokens(q, k, v)
         return q, k, v
 
     def scale_queries(self, q_BTHK: Tensor) -> Tensor:
         """Queries scaled so that q.k / sqrt(K) gives the logits, beta sqrt(K) cos(q, k) with `qk_norm`."""
         if self.beta is None:
             return q_BTHK
-        return q_BTHK * (self.beta * self.shape.head_dim).to(q_BTHK.dtype)[:, None]
+        return q_BTHK * (self.own_heads(self.beta) * self.shape.head_dim).to(q_BTHK.dtype)[:, None]
 
     def inverse_temperature(self) -> Tensor:
-        """beta_h sqrt(K) [H] in float32 or float64, of a layer with `qk_norm`."""
+        """beta_h sqrt(K) of this process's heads [H] in float32 or float64, of a layer with `qk_norm`."""
         assert self.beta is not None
-        return self.beta.to(work_dtype(self.beta)) * self.shape.head_dim**0.5
+        return self.own_heads(self.beta).to(work_dtype(self.beta)) * self.shape.head_dim**0.5
 
     def mean_beta(self) -> Tensor:
         """Mean beta of the heads, for health reports."""
@@ -84,7 +91,8 @@ class AttentionLayer(SequenceMixer):
         return self.beta.detach().float().mean()
 
     def project_out(self, o_BTHK: Tensor) -> Tensor:
-        return self.out_proj(o_BTHK.flatten(2))
+        """y [B, T, D] from what `project` and mixing give; T and H as `project` got them."""
+        return self.out_proj(self.gather_heads(o_BTHK).flatten(2))
 
     def extend(self, cache: KVCache | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the cache followed by the new ones."""

@@ -47,6 +47,8 @@ class SequenceMixer(nn.Module):
     # The processes that see other tokens of the batch; set when the model is parallelised. Statistics over tokens that
     # are not gradients (VQ's codebook) are summed over this axis.
     data_axis: Axis = Axis("data")
+    # The processes that hold other tokens of the same rows, likewise: see `gather_tokens`.
+    context_axis: Axis = Axis("context")
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -69,6 +71,60 @@ class SequenceMixer(nn.Module):
             y [B, T, D], and the state (None unless return_state).
         """
         raise NotImplementedError
+
+    # --- sequences divided over the context axis: all tokens of some heads are mixed here, not some tokens of all heads
+
+    def head_counts(self) -> dict[str, int] | None:
+        """The numbers of heads that the context axis divides, by the names of the settings that they come from.
+
+        None: this mixer does not call `gather_tokens` and `gather_heads`, and needs whole sequences.
+        """
+        return None
+
+    @property
+    def head_ranks(self) -> int:
+        """R, the number of processes that share out the heads: the context axis in training. In evaluation, where every
+        process has whole sequences of its own, 1."""
+        return self.context_axis.size if self.training else 1
+
+    def gather_tokens(self, *tensors_BtHC: Tensor) -> tuple[Tensor, ...]:
+        """Whole sequences of this process's heads, from its tokens of all heads: call it before mixing.
+
+        DeepSpeed-Ulysses (arXiv 2309.14509), one all-to-all for all tensors. Process r of the context axis passes the
+        tokens [r T/R, (r + 1) T/R) and receives the heads [r H/R, (r + 1) H/R).
+
+        Args:
+            tensors_BtHC: [B, T/R, H, C] each, of one dtype; H, a multiple of R, and C may differ between them.
+
+        Returns:
+            Contiguous tensors [B, T, H/R, C]; with R = 1 the arguments.
+        """
+        R = self.head_ranks
+        if R == 1:
+            return tensors_BtHC
+        sent = [x.unflatten(2, (R, -1)).permute(2, 0, 1, 3, 4) for x in tensors_BtHC]  # [R, B, t, H/R, C]
+        flat = self.context_axis.exchange(torch.cat([x.flatten(1) for x in sent], dim=1))
+        received = flat.split([x[0].numel() for x in sent], dim=1)
+        return tuple(y.unflatten(1, x.shape[1:]).transpose(0, 1).flatten(1, 2) for x, y in zip(sent, received))
+
+    def gather_heads(self, o_BThC: Tensor) -> Tensor:
+        """This process's tokens of all heads [B, T/R, H, C], from whole sequences of its heads [B, T, H/R, C]: the
+        inverse of `gather_tokens`, to be called after mixing."""
+        R = self.head_ranks
+        if R == 1:
+            return o_BThC
+        received_RBthC = self.context_axis.exchange(o_BThC.unflatten(1, (R, -1)).transpose(0, 1))
+        return received_RBthC.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def own_heads(self, parameter: Tensor, dim: int = 0) -> Tensor:
+        """The part of a parameter or buffer that belongs to this process's heads; `dim` is over heads, or channels of
+        them."""
+        R = self.head_ranks
+        return parameter if R == 1 else parameter.chunk(R, dim)[self.context_axis.rank]
+
+    def all_heads(self, statistics_hX: Tensor) -> Tensor:
+        """[H, ...] from [H/R, ...], the inverse of `own_heads`, without a gradient."""
+        return statistics_hX if self.head_ranks == 1 else self.context_axis.gather(statistics_hX)
 
     def auxiliary_loss(self) -> Tensor | None:
         """Weighted loss term of the last training forward pass, averaged over tokens (VQ's commitment), or None."""

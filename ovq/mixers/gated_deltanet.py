@@ -85,23 +85,37 @@ class GatedDeltaNet(SequenceMixer):
         state: RecurrentState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, RecurrentState | None]:
-        qkv = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)], dim=-1)
-        qkv, tail = self.conv(qkv, cu_seqlens, state.tail if state else None)
-        widths = [self.key_width, self.key_width, self.value_width]
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv.split(widths, dim=-1))
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.alpha_proj, self.beta_proj)
+        q, k, v, alpha, beta = self.gather_tokens(
+            *(projection(x_BTD).unflatten(-1, (self.num_heads, -1)) for projection in projections)
+        )
+        H, K, V = q.shape[2], q.shape[3], v.shape[3]
+        qkv = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], dim=-1)
+        qkv, tail = self.conv(qkv, cu_seqlens, state.tail if state else None, self._own_channels)
+        q, k, v = (part.unflatten(-1, (H, -1)) for part in qkv.split([H * K, H * K, H * V], dim=-1))
         o, memory = gated_delta_rule(
             F.normalize(q, dim=-1),
             F.normalize(k, dim=-1),
             v,
-            self.decay(self.alpha_proj(x_BTD))[0],
-            self.beta_proj(x_BTD).sigmoid(),
+            self.decay(alpha.squeeze(-1), self.own_heads)[0],
+            beta.squeeze(-1).sigmoid(),
             chunk_size=self.chunk_size,
             cu_seqlens=cu_seqlens,
             state=state.memory if state else None,
             backend=self.backend,
         )
-        y = self.out_proj(self.norm(o).flatten(2) * F.silu(self.g_proj(x_BTD)))
+        y = self.out_proj(self.norm(self.gather_heads(o)).flatten(2) * F.silu(self.g_proj(x_BTD)))
         return y, RecurrentState(memory, tail) if return_state else None
+
+    def _own_channels(self, filters: Tensor) -> Tensor:
+        """Those of this process's heads, out of the filters of all channels of q, k and v."""
+        if self.head_ranks == 1:
+            return filters
+        parts = filters.split([self.key_width, self.key_width, self.value_width])
+        return torch.cat([self.own_heads(part) for part in parts])
+
+    def head_counts(self) -> dict[str, int] | None:
+        return {"num_heads of gated_deltanet": self.num_heads}
 
     def state_size(self, context: int) -> int:
         """A K x V memory per head, and the convolution's last inputs."""

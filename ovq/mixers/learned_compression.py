@@ -54,7 +54,8 @@ class LearnedCompression(MemoryLayer):
     def entries(self, key_BLGK: Tensor, value_BLGK: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         c = self.tokens_per_slot
         key, value = key_BLGK.unflatten(1, (-1, c)), value_BLGK.unflatten(1, (-1, c))  # [B, slots, c, G, K]
-        score = (key * self.pool_key.to(key.dtype)).sum(-1) + self.pool_place.to(key.dtype)
+        pool_key, pool_place = self.own_heads(self.pool_key), self.own_heads(self.pool_place, dim=1)
+        score = (key * pool_key.to(key.dtype)).sum(-1) + pool_place.to(key.dtype)
         weight = score.softmax(dim=2)[..., None]
         position = torch.arange(start, start + key_BLGK.shape[1], c, device=key.device)
         return (weight * key).sum(2), (weight * value).sum(2), position

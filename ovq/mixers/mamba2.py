@@ -76,11 +76,17 @@ class Mamba2(SequenceMixer):
         return_state: bool = False,
     ) -> tuple[Tensor, RecurrentState | None]:
         E, N, H = self.inner, self.state_dim, self.num_heads
-        z, xBC, raw = self.in_proj(x_BTD).split([E, E + 2 * N, H], dim=-1)
-        xBC, tail = self.conv(xBC, cu_seqlens, state.tail if state else None)
-        x_BTE, B_BTN, C_BTN = xBC.split([E, N, N], dim=-1)
-        g_BTH, step_BTH = self.decay(raw)
-        x_BTHP = x_BTE.unflatten(-1, (H, -1))
+        z, x, BC, raw = self.in_proj(x_BTD).split([E, E, 2 * N, H], dim=-1)
+        x, BC, raw = self.gather_tokens(
+            x.unflatten(-1, (H, -1)),
+            BC[:, :, None].expand(-1, -1, self.head_ranks, -1),  # every process needs them
+            raw[..., None],
+        )
+        xBC = torch.cat([x.flatten(2), BC.flatten(2)], dim=-1)
+        xBC, tail = self.conv(xBC, cu_seqlens, state.tail if state else None, self._own_channels)
+        x_BTE, B_BTN, C_BTN = xBC.split([xBC.shape[-1] - 2 * N, N, N], dim=-1)
+        g_BTH, step_BTH = self.decay(raw.squeeze(-1), self.own_heads)
+        x_BTHP = x_BTE.unflatten(-1, (raw.shape[2], -1))
         y, memory = simple_gla(
             C_BTN[:, :, None],
             B_BTN[:, :, None],
@@ -91,9 +97,19 @@ class Mamba2(SequenceMixer):
             state=state.memory if state else None,
             backend=self.backend,
         )
-        y = y + x_BTHP * self.skip.to(y.dtype)[:, None]
+        y = self.gather_heads(y + x_BTHP * self.own_heads(self.skip).to(y.dtype)[:, None])
         y = self.out_proj(self.norm(y.flatten(2) * F.silu(z)))
         return y, RecurrentState(memory, tail) if return_state else None
+
+    def _own_channels(self, filters: Tensor) -> Tensor:
+        """Those of this process's heads and of B and C, out of the filters of all channels."""
+        if self.head_ranks == 1:
+            return filters
+        x, BC = filters.split([self.inner, 2 * self.state_dim])
+        return torch.cat([self.own_heads(x), BC])
+
+    def head_counts(self) -> dict[str, int] | None:
+        return {"num_heads of mamba2": self.num_heads}
 
     def state_size(self, context: int) -> int:
         """An N x P state per head, and the convolution's last inputs."""

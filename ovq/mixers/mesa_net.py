@@ -84,17 +84,21 @@ class MesaNet(SequenceMixer):
         state: RecurrentState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, RecurrentState | None]:
-        H = self.shape.num_heads
-        qk = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD)], dim=-1)
-        qk, tail = self.conv(qk, cu_seqlens, state.tail if state else None)
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.alpha_proj, self.beta_proj)
+        q, k, v, alpha, beta = self.gather_tokens(
+            *(projection(x_BTD).unflatten(-1, (self.shape.num_heads, -1)) for projection in projections)
+        )
+        H = q.shape[2]
+        qk = torch.cat([q.flatten(2), k.flatten(2)], dim=-1)
+        qk, tail = self.conv(qk, cu_seqlens, state.tail if state else None, self._own_channels)
         q, k = (F.normalize(part.unflatten(-1, (H, -1)), dim=-1) for part in qk.chunk(2, dim=-1))
-        lamb_HK = F.softplus(self.ridge.to(work_dtype(self.ridge))) + self.lambda_min
+        lamb_HK = F.softplus(self.own_heads(self.ridge).to(work_dtype(self.ridge))) + self.lambda_min
         o, memory = mesa(
             q,
             k,
-            self.v_proj(x_BTD).unflatten(-1, (H, -1)),
-            self.decay(self.alpha_proj(x_BTD))[0],
-            self.beta_proj(x_BTD).sigmoid(),
+            v,
+            self.decay(alpha.squeeze(-1), self.own_heads)[0],
+            beta.squeeze(-1).sigmoid(),
             lamb_HK.view(H, -1),
             iterations=self.iterations,
             chunk_size=self.chunk_size,
@@ -102,8 +106,17 @@ class MesaNet(SequenceMixer):
             state=state.memory if state else None,
             backend=self.backend,
         )
-        y = self.out_proj(self.norm(o).flatten(2))
+        y = self.out_proj(self.norm(self.gather_heads(o)).flatten(2))
         return y, RecurrentState(memory, tail) if return_state else None
+
+    def _own_channels(self, filters: Tensor) -> Tensor:
+        """Those of this process's heads, out of the filters of all channels of q and k."""
+        if self.head_ranks == 1:
+            return filters
+        return torch.cat([self.own_heads(part) for part in filters.chunk(2)])
+
+    def head_counts(self) -> dict[str, int] | None:
+        return {"model.num_heads": self.shape.num_heads}
 
     def state_size(self, context: int) -> int:
         """Hkk and Hkv, each K x K per head, and the convolution's last inputs."""

@@ -98,7 +98,7 @@ class OVQ(AttentionLayer):
 
     @torch.no_grad()
     def _report(self, state: OVQState) -> None:
-        used = state.count[:, :, : max(state.size, 1)]
+        used = self.all_heads(state.count[:, :, : max(state.size, 1)].transpose(0, 1))
         self.health = {
             "fill": used.new_tensor(state.size / self.spec.num_centroids),
             "used_once": (used == 1).float().mean(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,16 @@ class DecayGate(nn.Module):
             step = self.dt_bias.exp()
             self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def forward(self, raw_BTH: Tensor) -> tuple[Tensor, Tensor]:
-        """(log decay, step), [B, T, H] each, in float32 or float64: bf16 would round a decay of 0.999 to 1."""
+    def forward(
+        self, raw_BTH: Tensor, own: Callable[[Tensor], Tensor] = lambda parameter: parameter
+    ) -> tuple[Tensor, Tensor]:
+        """(log decay, step), [B, T, H] each, in float32 or float64: bf16 would round a decay of 0.999 to 1.
+
+        `own` takes from the parameters those of the H heads at hand, if these are not all.
+        """
         work = work_dtype(raw_BTH)
-        step = F.softplus(raw_BTH.to(work) + self.dt_bias.to(work))
-        return -self.A_log.to(work).exp() * step, step
+        step = F.softplus(raw_BTH.to(work) + own(self.dt_bias).to(work))
+        return -own(self.A_log).to(work).exp() * step, step
 
 
 def width(shape: MixerShape) -> int:

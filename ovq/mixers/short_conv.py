@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D channels, W taps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,16 +36,23 @@ class ShortConv(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self, x_BTD: Tensor, cu_seqlens: Tensor | None = None, tail_BSD: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        cu_seqlens: Tensor | None = None,
+        tail_BSD: Tensor | None = None,
+        own: Callable[[Tensor], Tensor] = lambda parameter: parameter,
     ) -> tuple[Tensor, Tensor]:
-        """(y [B, T, D], the last W - 1 inputs [B, W - 1, D], to pass as the next call's `tail_BSD`)."""
+        """(y [B, T, D], the last W - 1 inputs [B, W - 1, D], to pass as the next call's `tail_BSD`).
+
+        `own` takes from the parameters those of the D channels at hand, if these are not all.
+        """
         B, T, D = x_BTD.shape
         W = self.weight.shape[1]
         if tail_BSD is None:
             tail_BSD = x_BTD.new_zeros(B, W - 1, D)
         longer = torch.cat([tail_BSD, x_BTD], dim=1)
         since_start = None if cu_seqlens is None else positions(cu_seqlens, T)
-        weight = self.weight.to(x_BTD.dtype)
+        weight = own(self.weight).to(x_BTD.dtype)
         y = x_BTD * weight[:, W - 1]
         for j in range(1, W):
             past = longer[:, W - 1 - j : W - 1 - j + T]
@@ -51,7 +60,7 @@ class ShortConv(nn.Module):
                 past = past * (since_start >= j).to(past.dtype)[:, None]
             y = y + past * weight[:, W - 1 - j]
         if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+            y = y + own(self.bias).to(y.dtype)
         return F.silu(y), longer[:, T:].clone()  # a view would keep the whole piece alive
 
 

@@ -110,7 +110,7 @@ class VQ(AttentionLayer):
             k,
             v,
             # The averages are updated after this pass, and the backward pass may still need the old codes.
-            self.codebook.clone() if learns else self.codebook,
+            self.own_heads(self.codebook).clone() if learns else self.codebook,
             self.inverse_temperature(),
             block_size=self.block_size,
             quantize_recent=self.quantize_recent,
@@ -130,8 +130,9 @@ class VQ(AttentionLayer):
         return loss
 
     def _distance(self, k_BTGK: Tensor) -> Tensor:
-        code_BTG = assign(k_BTGK, self.codebook)
-        nearest = self.codebook[torch.arange(len(self.codebook), device=k_BTGK.device), code_BTG]
+        codebook = self.own_heads(self.codebook)
+        code_BTG = assign(k_BTGK, codebook)
+        nearest = codebook[torch.arange(len(codebook), device=k_BTGK.device), code_BTG]
         work = work_dtype(k_BTGK)
         return self.commitment * (k_BTGK.to(work) - nearest.to(work)).square().sum(-1).mean()
 
@@ -154,9 +155,10 @@ class VQ(AttentionLayer):
         """Update the averages with the keys of all ranks, and replace dead codes."""
         if in_backward():
             return
-        G, N, K = self.codebook.shape
+        codebook = self.own_heads(self.codebook)
+        G, N, K = codebook.shape
         keys_GSK = k_BTGK.to(self.ema_sum.dtype).flatten(0, 1).transpose(0, 1)
-        index_GS = assign(k_BTGK, self.codebook).flatten(0, 1).transpose(0, 1)
+        index_GS = assign(k_BTGK, codebook).flatten(0, 1).transpose(0, 1)
         count = self.ema_count.new_zeros(G, N, 1).scatter_add(
             1, index_GS[..., None], torch.ones_like(keys_GSK[..., :1])
         )
@@ -166,7 +168,8 @@ class VQ(AttentionLayer):
         spaced = torch.arange(N, device=keys_GSK.device) * (S * axis.size) // N
         own = (spaced // S == axis.rank)[:, None]
         spare = torch.where(own, keys_GSK[:, spaced % S], 0)
-        count, total, spare = axis.sum(torch.cat([count, total, spare], dim=-1)).split([1, K, K], dim=-1)
+        learned = self.all_heads(axis.sum(torch.cat([count, total, spare], dim=-1)))
+        count, total, spare = learned.split([1, K, K], dim=-1)
         self.ema_count.lerp_(count[..., 0], 1 - self.ema_decay)
         self.ema_sum.lerp_(total, 1 - self.ema_decay)
         mean_count = self.ema_count.mean(-1, keepdim=True)

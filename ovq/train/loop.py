@@ -228,7 +228,8 @@ class Trainer:
 
     def _forward_backward(self, batch: MicroBatch, valid: int, *, report: bool) -> Tensor:
         """Accumulate the gradient of a micro-batch's share of the step's loss; returns its loss, z and aux sums [3]."""
-        batch = batch.to(self.world.device)
+        context = self.world.context
+        batch = batch.shard(context.rank, context.size).to(self.world.device)
         self.model.collect_health(report)
         out = self.model(
             batch.inputs, targets_BT=batch.targets, cu_seqlens=batch.cu_seqlens, z_loss=self.cfg.trainer.z_loss
@@ -244,9 +245,10 @@ class Trainer:
 
         On the CPU, without a device synchronisation.
         """
-        valid = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
-        digest = sum(batch.token_hash() for batch in micro_batches) % (1 << 64)
-        counts = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in COUNTED]
+        own = micro_batches if self.world.context.rank == 0 else []  # all ranks of a context axis hold the same rows
+        valid = sum(int((batch.targets != -100).sum()) for batch in own)
+        digest = sum(batch.token_hash() for batch in own) % (1 << 64)
+        counts = [sum(batch.counts.get(name, 0) for batch in own) for name in COUNTED]
         missing = self.loader.micro_batches_per_step - len(micro_batches)
         *total, missing = processes.sum_integers([valid, digest >> 32, digest & 0xFFFFFFFF, *counts, missing])
         if missing:
@@ -314,7 +316,8 @@ class Trainer:
             return
         self.flush()  # raises if a step was not finite: such a state must never be saved
         self.metrics.sync()
-        data = self.merge_states(processes.gather_objects(self.loader.state_dict()))
+        states = processes.gather_objects(self.loader.state_dict())
+        data = self.merge_states(states[:: self.world.context.size])  # one of each set of ranks that hold the same rows
         extra = {
             "step": self.step,
             "tokens": self.tokens,

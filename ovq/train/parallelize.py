@@ -2,8 +2,9 @@
 
 - `parallelize` wraps each block and the model in FSDP2. `shard=full` shards over all processes, `hybrid` over groups
   of them with `replicas` copies (HSDP), `none` keeps whole copies (HSDP with groups of one).
-- Gradients are *summed* over processes. The loss is divided once, by the global count of valid tokens, before
-  backward, so that one process and N processes compute the same gradients.
+- Gradients are *summed* over processes, those that hold other rows and those that hold other tokens of the same rows.
+  The loss is divided once, by the global count of valid tokens, before backward, so that one process and N processes
+  compute the same gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
-from ovq.model import Transformer
+from ovq.model import Transformer, undivided
 from ovq.processes import World
 
 
@@ -33,13 +34,16 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
     process is not wrapped, unless a GPU or the compiler computes in bf16: those leave the casts to FSDP.
 
     Raises:
-        ConfigError: replicas do not divide the number of processes, or there is no compiler.
+        ConfigError: replicas do not divide the number of processes, the context axis does not divide the heads of a
+            mixer, or there is no compiler.
     """
+    if problem := undivided(model, world.context.size):
+        raise ConfigError(problem)
     if trainer.compile and world.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
         raise ConfigError("trainer.compile=true needs a C++ compiler on a CPU and found none; install g++ or set CXX")
     model.loss_chunk_tokens = trainer.loss_chunk_tokens
     for mixer in model.mixers():
-        mixer.data_axis = world.data
+        mixer.data_axis, mixer.context_axis = world.data, world.context
     for block in model.blocks():
         if trainer.compile:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]

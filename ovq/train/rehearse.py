@@ -33,8 +33,8 @@ def rehearse(model: Transformer, cfg: Config, vocab_size: int, world: World) -> 
     except torch.cuda.OutOfMemoryError:
         raise TrainingError(
             f"trainer.micro_batch={trainer.micro_batch} x trainer.context={trainer.context} does not fit this GPU; "
-            "lower trainer.micro_batch, or set trainer.activation_checkpointing=full or a smaller "
-            "trainer.loss_chunk_tokens"
+            "lower trainer.micro_batch, set trainer.activation_checkpointing=full or a smaller "
+            "trainer.loss_chunk_tokens, or share sequences between ranks with trainer.context_parallel"
         ) from None
     del moments
     model.zero_grad()

@@ -65,24 +65,24 @@ def _first_failure(problems: set[Problem], cfg: Config, world: World) -> str | N
 
 def problem_of(mixer: OVQ, cfg: Config, world: World) -> Problem | None:
     """What a layer asks of the kernels in this run; None if it does not use them."""
-    shape, trainer = mixer.shape, cfg.trainer
+    shape, trainer, ranks = mixer.shape, cfg.trainer, world.context.size
     dtype = torch.bfloat16 if world.precision == "bf16" else torch.float32
     packed = cfg.data.isolate_documents
     batch = 1 if packed else trainer.micro_batch
     q, k = (
         torch.empty(batch, 1, heads, shape.head_dim, dtype=dtype, device=world.device)
-        for heads in (shape.num_heads, shape.num_kv_heads)
+        for heads in (shape.num_heads // ranks, shape.num_kv_heads // ranks)
     )
     if backend_of(mixer.backend, q, k, k, mixer.spec) != "triton":
         return None
     return Problem(
         batch=batch,
-        heads=shape.num_heads,
-        kv_heads=shape.num_kv_heads,
+        heads=shape.num_heads // ranks,
+        kv_heads=shape.num_kv_heads // ranks,
         key_width=shape.head_dim,
         value_width=shape.head_dim,
         dtype=str(dtype).removeprefix("torch."),
-        context=world.local_tokens(trainer.context),
+        context=trainer.context,
         packed=packed,
         settings=mixer.spec.text,
     )

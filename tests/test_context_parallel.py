@@ -1,0 +1,236 @@
+"""Claims about sequences divided over ranks: R ranks compute what one does, whatever mixes the tokens.
+
+Two ranks are started once for all claims (four in the slow tests): they compare every mixer with itself on whole
+sequences, then train through `train.main` like ranks under torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import train
+from data.loader import Batch
+from ovq import processes
+from ovq.config import TrainerConfig
+from ovq.errors import ConfigError
+from ovq.inference.run import load_run
+from ovq.model import Transformer, build_model, undivided
+from ovq.processes import Axis
+from ovq.train.metrics import read_rows
+from ovq.train.optim import persistent_buffers
+from ovq.train.parallelize import recomputed
+from tests.helpers import MIXERS, relative_error, small_config, small_model
+
+HEADS = ["model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=4"]  # two query heads share keys and values
+VOCAB, ROWS, T = 31, 2, 48  # 48 tokens: six chunks of 8, which end within the shard of one of four ranks
+TRAIN = [
+    *("model=sw_ovq", "model.num_layers=2", "model.dim=32", *HEADS, "model.ffn_dim=48"),
+    *("model.mixers.sliding_window.window=7", "model.mixers.ovq.num_centroids=12", "model.mixers.ovq.chunk_size=8"),
+    *("data=builtin", "data.isolate_documents=true", "tokenizer=byte", "trainer.device=cpu", "trainer.precision=fp32"),
+    *("trainer.context=96", "trainer.global_batch=2", "trainer.steps=4", "trainer.checkpoint_every=2"),
+    *("trainer.health_every=2", "trainer.activation_checkpointing=selective", "trainer.progress=false"),
+    *("optim.lr=1e-2", "optim.warmup_steps=1", "eval.context=64", "eval.documents=2"),
+]
+
+
+def model_of(mixer: str) -> Transformer:
+    """One layer of the mixer, in float64."""
+    others = [f"+model/mixer@model.mixers.{name}={name}" for name in MIXERS if name != "full_attention"]
+    cfg = small_config("std_att", *HEADS, "model.num_layers=1", *others, f"model.pattern=[{','.join(MIXERS)}]")
+    cfg.model.pattern = [mixer]
+    model = build_model(cfg.model, VOCAB)
+    model.init_weights(0)
+    return model.double().train()
+
+
+def batch_of(step: int, packed: bool) -> Batch:
+    tokens = torch.randint(VOCAB, (ROWS, T + 1), generator=torch.Generator().manual_seed(step))
+    targets = tokens[:, 1:].clone()
+    targets[0, :9] = -100
+    bounds = torch.tensor([0, 5, 30, T, T + 41, 2 * T], dtype=torch.int32)
+    return Batch(tokens[:, :-1].contiguous(), targets, bounds if packed else None)
+
+
+def two_steps(model: Transformer, context: Axis, packed: bool) -> dict[str, torch.Tensor]:
+    """Losses, gradients and buffers after two passes, summed over the context axis."""
+    for mixer in model.mixers():
+        mixer.context_axis = context
+    model.collect_health(True)
+    results: dict[str, torch.Tensor] = {}
+    for step in range(2):  # VQ learns in the first pass what it uses in the second
+        batch = batch_of(step, packed).shard(context.rank, context.size)
+        out = model(batch.inputs, targets_BT=batch.targets, cu_seqlens=batch.cu_seqlens, z_loss=1e-3)
+        parts = {"loss": out.loss, "z_loss": out.z_loss, "aux_loss": out.aux_loss}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        torch.stack(list(parts.values())).sum().backward()
+        results |= {f"{name} {step}": context.sum(part.detach().clone()) for name, part in parts.items()}
+    results |= {name: context.sum(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    results |= {f"buffer {index}": buffer for index, buffer in enumerate(persistent_buffers(model))}
+    return results | {name: torch.tensor(value) for name, value in model.health().items()}
+
+
+def errors_of(mixer: str, context: Axis, packed: bool) -> dict[str, float]:
+    """Relative difference of every result between whole sequences and shards of them."""
+    whole = two_steps(model_of(mixer), Axis("context"), packed)
+    model = model_of(mixer)
+    if packed:
+        for block in model.blocks():
+            block.forward = recomputed(block.forward)  # type: ignore[method-assign]
+    parts = two_steps(model, context, packed)
+    assert parts.keys() == whole.keys()
+    return {name: relative_error(parts[name], whole[name]) for name in whole}
+
+
+def work(rank: int, size: int, ports: list[int], folder: Path, settings: list[str]) -> None:
+    """One of `size` ranks: compares all mixers over a context axis of all ranks, then trains with `settings`."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+    world = processes.init(TrainerConfig(device="cpu", precision="fp32", context_parallel=size))
+    errors = {
+        f"{mixer}, {'packed' if packed else 'rows'}": errors_of(mixer, world.context, packed)
+        for mixer in MIXERS
+        for packed in (False, True)
+    }
+    every = processes.gather_objects(errors)
+    if rank == 0:
+        (folder / "errors.json").write_text(json.dumps(every))
+    dist.barrier()
+    processes.shutdown()
+    os.environ["MASTER_PORT"] = str(ports[1])
+    assert train.main([*TRAIN, *settings, f"run_dir={folder / 'run'}"]) == 0
+
+
+def start(size: int, folder: Path, *settings: str) -> Path:
+    with socket.socket() as first, socket.socket() as second:
+        for free in (first, second):
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in (first, second)]
+    torch.multiprocessing.spawn(work, args=(size, ports, folder, list(settings)), nprocs=size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    assert train.main([*TRAIN, "trainer.micro_batch=2", f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start(2, tmp_path_factory.mktemp("two"), "trainer.context_parallel=2", "trainer.micro_batch=2")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start(4, tmp_path_factory.mktemp("four"), "trainer.context_parallel=2", "trainer.micro_batch=1")
+
+
+def check_errors(folder: Path, mixer: str) -> None:
+    for errors in json.loads((folder / "errors.json").read_text()):
+        for case in ("rows", "packed"):
+            assert max(errors[f"{mixer}, {case}"].values()) < 1e-13, errors[f"{mixer}, {case}"]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_losses_gradients_and_buffers_of_two_ranks_equal_those_of_one(two: Path, mixer: str) -> None:
+    check_errors(two, mixer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_losses_gradients_and_buffers_of_four_ranks_equal_those_of_one(four: Path, mixer: str) -> None:
+    check_errors(four, mixer)
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+def check_run(run_dir: Path, one: Path) -> None:
+    got, want = steps_of(run_dir), steps_of(one)
+    assert len(got) == len(want) == 4
+    for exact in ("step", "token_hash", "tokens", "data/bytes", "data/documents"):
+        assert [row.get(exact) for row in got] == [row.get(exact) for row in want], exact
+    for name in ("loss", "grad_norm", "bits_per_byte"):
+        assert [row[name] for row in got] == pytest.approx([row[name] for row in want], rel=1e-4), name
+    health = [name for name in want[1] if name.startswith("health/")]
+    assert health and [got[1][name] for name in health] == pytest.approx([want[1][name] for name in health], rel=1e-3)
+
+
+def evaluations_of(run_dir: Path) -> list[float]:
+    return [row["eval/loss"] for row in read_rows(run_dir / "metrics.jsonl") if "eval/loss" in row]
+
+
+def test_a_run_that_two_ranks_share_sequences_in_logs_what_one_rank_does(two: Path, one: Path) -> None:
+    check_run(two / "run", one)
+    assert evaluations_of(two / "run") == pytest.approx(evaluations_of(one), rel=1e-4) and len(evaluations_of(one)) == 1
+
+
+@pytest.mark.slow
+def test_a_run_on_two_by_two_ranks_logs_what_one_rank_does(four: Path, one: Path) -> None:
+    check_run(four / "run", one)
+
+
+def test_a_checkpoint_of_ranks_that_share_sequences_is_resumed_and_opened_by_one(two: Path, one: Path) -> None:
+    run_dir = two / "run"
+    assert load_run(run_dir).step == 4
+    branch = f"resume={run_dir / 'checkpoints' / 'step_00000002'}"
+    assert train.main([*TRAIN, "trainer.micro_batch=2", "eval.at_end=false", f"run_dir={run_dir}", branch]) == 0
+    check_run(run_dir, one)
+
+
+def test_a_shard_holds_labels_shifted_before_and_packed_rows_end_to_end() -> None:
+    tokens = torch.arange(18).view(2, 9)
+    rows = Batch(tokens[:, :-1], tokens[:, 1:])
+    last = rows.shard(1, 2)
+    assert last.inputs.tolist() == [[4, 5, 6, 7], [13, 14, 15, 16]]
+    assert last.targets.tolist() == [[5, 6, 7, 8], [14, 15, 16, 17]]
+    bounds = torch.tensor([0, 5, 8, 16], dtype=torch.int32)
+    packed = Batch(rows.inputs, rows.targets, bounds).shard(1, 2)
+    assert packed.inputs.tolist() == [[9, 10, 11, 12, 13, 14, 15, 16]]
+    assert packed.cu_seqlens is bounds
+    with pytest.raises(ConfigError, match="trainer.context_parallel=3 must divide the 8 tokens of every row"):
+        rows.shard(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "ranks", "says"),
+    [
+        ("sw_ovq", [*HEADS, "model.num_kv_heads=2"], 4, "model.num_kv_heads, which is 2"),
+        ("std_att", HEADS, 3, "model.num_heads, which is 8"),
+        ("gdn", HEADS, 8, "num_heads of gated_deltanet, which is 4"),
+        ("mamba2", [*HEADS, "model.mixers.mamba2.num_heads=6"], 4, "num_heads of mamba2, which is 6"),
+    ],
+)
+def test_ranks_that_do_not_divide_the_heads_are_one_line(
+    model: str, overrides: list[str], ranks: int, says: str
+) -> None:
+    problem = undivided(small_model(model, *overrides), ranks)
+    assert problem.startswith(f"trainer.context_parallel={ranks} must divide {says}") and "\n" not in problem
+    assert undivided(small_model(model, *overrides), 1) == ""
+
+
+def test_a_mixer_that_knows_nothing_of_ranks_is_refused() -> None:
+    model = small_model("sw")
+    model.mixers()[0].head_counts = lambda: None  # type: ignore[method-assign]
+    assert undivided(model, 2) == "trainer.context_parallel=2 is not possible: SlidingWindow needs whole sequences"
+
+
+def test_ranks_that_do_not_divide_the_context_or_the_processes_are_one_line() -> None:
+    with pytest.raises(ConfigError, match="trainer.context_parallel=3 must divide trainer.context=32"):
+        small_config("sw", "trainer.context=32", "trainer.context_parallel=3")
+    cfg = small_config("sw", "trainer.context=32", "trainer.context_parallel=2")
+    with pytest.raises(ConfigError, match="trainer.context_parallel=2 must divide the number of processes, 1; start"):
+        processes.init(cfg.trainer)
+
+
