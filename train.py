@@ -10,6 +10,7 @@ Exit status: 0 finished, or stopped by a signal after saving; 1 training or data
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -80,7 +81,6 @@ def train(cfg: Config, run_dir: Path) -> None:
 
     model = build_model(cfg.model, tokenizer.vocab_size)
     model.init_weights(cfg.seed)
-    flops = flops_per_token(model, cfg.trainer.context)
     model = parallelize(model, cfg.trainer, world)
     choose_backends(model, cfg, world)
     optimizer = build_optimizer(model, cfg.optim)
@@ -109,7 +109,7 @@ def train(cfg: Config, run_dir: Path) -> None:
         run_dir=run_dir,
         merge_states=merge_states,
         evaluate=None if is_task(cfg) else loss_by_position,
-        flops_per_token=flops,
+        flops_per_token=functools.cache(functools.partial(flops_per_token, model)),
     )
     if extra:
         trainer.resume(extra)

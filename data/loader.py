@@ -50,6 +50,24 @@ class Batch:
         """64-bit hash of the rows' tokens. Over the micro-batches of a step it is summed, modulo 2^64."""
         return token_hash(list(self.lanes), self.inputs.numpy(), self.targets.numpy())
 
+    def cut(self, length: int) -> Batch:
+        """The same tokens in sequences of at most `length`, none of which sees another.
+
+        Raises:
+            ConfigError: the rows are longer, and no multiple of it.
+        """
+        T = self.inputs.shape[1]
+        if length >= T:
+            return self
+        if T % length:
+            raise ConfigError(f"trainer.lengths has {length} tokens, which must divide the {T} tokens of every row")
+        bounds = self.cu_seqlens
+        if bounds is not None:
+            starts = {*bounds.tolist(), *range(0, self.inputs.numel(), length)}
+            bounds = torch.tensor(sorted(starts), dtype=torch.int32)
+        inputs, targets = self.inputs.reshape(-1, length), self.targets.reshape(-1, length)
+        return replace(self, inputs=inputs, targets=targets, cu_seqlens=bounds)
+
     def shard(self, rank: int, ranks: int) -> Batch:
         """The share of one of `ranks` processes that hold the same rows: the rank-th part of every row.
 

@@ -36,6 +36,7 @@ def compose(overrides: list[str]) -> Config:
         ConfigError: an unknown group, option, key or value; the one-line message lists the legal ones.
     """
     overrides = [f"init_from.path={t.partition('=')[2]}" if t.startswith("init_from=") else t for t in overrides]
+    overrides = [f"+{t}" if t.startswith("trainer.lengths=") else t for t in overrides]  # its keys are new ones
     _check_overrides(overrides)
     _register_schema()
     GlobalHydra.instance().clear()

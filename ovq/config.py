@@ -16,6 +16,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ovq import lengths
 from ovq.environment import freeze, plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.files import write_whole
@@ -100,6 +101,7 @@ class InitConfig:
 class TrainerConfig:
     steps: int = setting(1000, "optimizer steps", at_least=1)
     context: int = setting(2048, "tokens per sequence", at_least=1)
+    lengths: dict[int, int] = setting({}, "tokens per sequence from a step on, {step: tokens}; {}: trainer.context")
     global_batch: int = setting(8, "sequences per step, over all ranks and accumulation steps", at_least=1)
     micro_batch: int = setting(8, "sequences per forward pass on one device", at_least=1)
     device: str = one_of("auto", "cpu", "cuda", help="device to train on")
@@ -241,10 +243,8 @@ def check(cfg: Config) -> None:
             f"trainer.global_batch={trainer.global_batch} must be a multiple of "
             f"trainer.micro_batch={trainer.micro_batch}"
         )
-    if trainer.context % trainer.context_parallel:
-        raise ConfigError(
-            f"trainer.context_parallel={trainer.context_parallel} must divide trainer.context={trainer.context}"
-        )
+    if problem := lengths.problem(trainer):
+        raise ConfigError(problem)
     if cfg.model.num_heads % cfg.model.num_kv_heads:
         raise ConfigError(
             f"model.num_heads={cfg.model.num_heads} must be a multiple of model.num_kv_heads={cfg.model.num_kv_heads}"

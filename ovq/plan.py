@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ovq.config import Config, digest
+from ovq.lengths import phases
 from ovq.memory import MemoryPlan, memory_of
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size, undivided
 
@@ -29,7 +30,9 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
     total, body = count_parameters(model)
     trainer = cfg.trainer
     tokens_per_step = trainer.global_batch * trainer.context
-    flops = flops_per_token(model, trainer.context)
+    flops = {length: flops_per_token(model, length) for _, length in phases(trainer)}
+    total_flops = tokens_per_step * sum(steps * flops[length] for steps, length in phases(trainer))
+    each = ", ".join(f"{number:.4g} per token at context {length:,}" for length, number in flops.items())
     names = [cfg.model.pattern[index % len(cfg.model.pattern)] for index in range(cfg.model.num_layers)]
     tokens = tokens_per_step * trainer.steps
     rows = [
@@ -38,7 +41,7 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
         ("model", f"{cfg.model.name}, size {cfg.model.size}, vocabulary {vocab_size:,}"),
         ("layers", f"{len(names)}: {_runs(names)}"),
         ("parameters", f"{total:,} in total, {body:,} without embedding and head"),
-        ("training FLOPs", f"{flops:.4g} per token at context {trainer.context:,}; {flops * tokens:.3g} in total"),
+        ("training FLOPs", f"{each}; {total_flops:.3g} in total"),
         ("tokens", f"{tokens_per_step:,} per step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in total"),
         ("steps", f"{trainer.steps:,}"),
         ("processes", _processes(cfg, world_size, undivided(model, trainer.context_parallel))),

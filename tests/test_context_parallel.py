@@ -30,13 +30,14 @@ from ovq.train.parallelize import recomputed
 from tests.helpers import MIXERS, relative_error, small_config, small_model
 
 HEADS = ["model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=4"]  # two query heads share keys and values
-VOCAB, ROWS, T = 31, 2, 48  # 48 tokens: six chunks of 8, which end within the shard of one of four ranks
+VOCAB, ROWS, T = 31, 3, 48  # six chunks of 8; documents and chunks reach from one shard into the next
+# Not OVQ, which chooses the nearest centroid: in float32, another rounding sum may choose another one.
 TRAIN = [
-    *("model=sw_ovq", "model.num_layers=2", "model.dim=32", *HEADS, "model.ffn_dim=48"),
-    *("model.mixers.sliding_window.window=7", "model.mixers.ovq.num_centroids=12", "model.mixers.ovq.chunk_size=8"),
+    *("model=sw_gdn", "model.num_layers=2", "model.dim=32", *HEADS, "model.ffn_dim=48"),
+    *("model.mixers.sliding_window.window=7", "model.mixers.gated_deltanet.chunk_size=8"),
     *("data=builtin", "data.isolate_documents=true", "tokenizer=byte", "trainer.device=cpu", "trainer.precision=fp32"),
-    *("trainer.context=96", "trainer.global_batch=2", "trainer.steps=4", "trainer.checkpoint_every=2"),
-    *("trainer.health_every=2", "trainer.activation_checkpointing=selective", "trainer.progress=false"),
+    *("trainer.context=96", "trainer.lengths={0:48,2:96}", "trainer.global_batch=2", "trainer.steps=4"),
+    *("trainer.checkpoint_every=2", "trainer.activation_checkpointing=selective", "trainer.progress=false"),
     *("optim.lr=1e-2", "optim.warmup_steps=1", "eval.context=64", "eval.documents=2"),
 ]
 
@@ -55,7 +56,7 @@ def batch_of(step: int, packed: bool) -> Batch:
     tokens = torch.randint(VOCAB, (ROWS, T + 1), generator=torch.Generator().manual_seed(step))
     targets = tokens[:, 1:].clone()
     targets[0, :9] = -100
-    bounds = torch.tensor([0, 5, 30, T, T + 41, 2 * T], dtype=torch.int32)
+    bounds = torch.tensor([0, 5, 30, T, T + 11, T + 41, 2 * T, 3 * T], dtype=torch.int32)
     return Batch(tokens[:, :-1].contiguous(), targets, bounds if packed else None)
 
 
@@ -163,8 +164,6 @@ def check_run(run_dir: Path, one: Path) -> None:
         assert [row.get(exact) for row in got] == [row.get(exact) for row in want], exact
     for name in ("loss", "grad_norm", "bits_per_byte"):
         assert [row[name] for row in got] == pytest.approx([row[name] for row in want], rel=1e-4), name
-    health = [name for name in want[1] if name.startswith("health/")]
-    assert health and [got[1][name] for name in health] == pytest.approx([want[1][name] for name in health], rel=1e-3)
 
 
 def evaluations_of(run_dir: Path) -> list[float]:
@@ -232,5 +231,3 @@ def test_ranks_that_do_not_divide_the_context_or_the_processes_are_one_line() ->
     cfg = small_config("sw", "trainer.context=32", "trainer.context_parallel=2")
     with pytest.raises(ConfigError, match="trainer.context_parallel=2 must divide the number of processes, 1; start"):
         processes.init(cfg.trainer)
-
-

@@ -418,7 +418,7 @@ def test_progress_shows_loss_speed_peak_memory_and_time_left(tmp_path: Path) -> 
     for stream in (plain, terminal):
         trainer = trainer_for(tmp_path / str(stream is plain))
         trainer.peak = (1e12, "measured matrix product")
-        trainer.flops_per_token = 1e6
+        trainer.flops_per_token = lambda length: 1e6
         trainer.progress = Progress(6, 0, True, stream)
         trainer._restart_window()
         batches = iter(trainer.loader)

@@ -99,7 +99,6 @@ def build_trainer(cfg: Config, vocab_size: int, world: World, folder: str) -> Tr
     """
     model = build_model(cfg.model, vocab_size)
     model.init_weights(cfg.seed)
-    flops = flops_per_token(model, cfg.trainer.context)
     model = parallelize(model, cfg.trainer, world).train()
     return Trainer(
         cfg,
@@ -111,7 +110,6 @@ def build_trainer(cfg: Config, vocab_size: int, world: World, folder: str) -> Tr
         world,
         run_dir=folder,
         merge_states=merge_states,
-        flops_per_token=flops,
     )
 
 
@@ -145,14 +143,15 @@ def measure(settings: dict[str, Any]) -> Measured:
     # Only after memory has been read, because measuring the peak rate allocates.
     peak, origin = machine.peak_flops(world.device, world.precision, settings["peak_tflops"])
     tokens_per_s = cfg.trainer.global_batch * cfg.trainer.context / statistics.median(seconds)
+    flops = flops_per_token(trainer.model, cfg.trainer.context)
     processes.shutdown()
     return {
         "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s * trainer.flops_per_token / peak,
+        "mfu": tokens_per_s * flops / peak,
         "peak_memory_bytes": memory,
         "step_s": seconds,
         "first_step_s": first,
-        "flops_per_token": trainer.flops_per_token,
+        "flops_per_token": flops,
         "peak_tflops": peak / 1e12,
         "peak_is_from": origin,
         "device": name,

@@ -24,7 +24,7 @@ from eval.bench.stopwatch import Marked, Stopwatch, Timing, ratio_in_turns, show
 from ovq import cpu, processes
 from ovq.compose import compose
 from ovq.config import Config, TrainerConfig
-from ovq.model import count_parameters
+from ovq.model import count_parameters, flops_per_token
 from ovq.processes import World
 
 PEER, PEERS_WIDTHS = "plain_gpt", "std_att"
@@ -102,7 +102,8 @@ def our_step(cfg: Config, world: World, folder: str) -> Step:
         trainer.flush()
 
     tokens = cfg.trainer.global_batch * cfg.trainer.context
-    return Step(call, tokens, count_parameters(trainer.model)[0], trainer.flops_per_token)
+    flops = flops_per_token(trainer.model, cfg.trainer.context)
+    return Step(call, tokens, count_parameters(trainer.model)[0], flops)
 
 
 def plain_step(cfg: Config) -> Step:

@@ -28,6 +28,7 @@ from torch import Tensor
 from ovq import processes
 from ovq.config import Config, to_dict
 from ovq.errors import TrainingError
+from ovq.lengths import length_at
 from ovq.machine import code_commit, peak_flops, peak_memory_gib
 from ovq.model import Transformer
 from ovq.processes import World
@@ -87,7 +88,7 @@ class Trainer:
         merge_states: `data.merge_states`, which merges the data states of all ranks into one.
         evaluate: called as evaluate(model, step, should_stop); returns its metrics, or None once should_stop() is true.
             With several processes should_stop is a collective: every rank must call it equally often.
-        flops_per_token: training FLOPs per token, for MFU.
+        flops_per_token: training FLOPs per token of sequences of a given length, for MFU.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Trainer:
         run_dir: Path | str,
         merge_states: Callable[[list[dict[str, Any]]], dict[str, Any]],
         evaluate: Evaluate | None = None,
-        flops_per_token: float = 0.0,
+        flops_per_token: Callable[[int], float] | None = None,
     ) -> None:
         self.cfg, self.model, self.optimizer, self.loader = cfg, model, optimizer, loader
         self.checkpointer, self.metrics, self.world = checkpointer, metrics, world
@@ -199,6 +200,8 @@ class Trainer:
             return
         valid, token_hash, counts = agreed
 
+        length = length_at(step, trainer)
+        micro_batches = [batch.cut(length) for batch in micro_batches]
         self._buffers.snapshot()
         losses = torch.zeros(3, device=self.world.device)
         for index, batch in enumerate(micro_batches):
@@ -264,11 +267,13 @@ class Trainer:
             return
         records, self.pending = self.pending, []
         fetched = torch.stack([record.results for record in records]).tolist()  # the host waits for the device here
-        tokens = len(records) * self.cfg.trainer.global_batch * self.cfg.trainer.context
+        each = self.cfg.trainer.global_batch * self.cfg.trainer.context  # tokens of a step
+        tokens = len(records) * each
         elapsed = max(1e-9, time.perf_counter() - self._window)
         speed = {"tokens_per_s": round(tokens / elapsed, 1), "data_wait": round(self._data_wait / elapsed, 4)}
-        if self.peak[0]:
-            achieved = self.flops_per_token * tokens / elapsed
+        if self.peak[0] and self.flops_per_token:
+            flops = sum(each * self.flops_per_token(length_at(record.step, self.cfg.trainer)) for record in records)
+            achieved = flops / elapsed
             speed["mfu"] = round(achieved / (self.peak[0] * self.world.size), 4)
         speed["memory_gib"] = round(peak_memory_gib(self.world.device), 3)
         self.tokens_per_s.append(speed["tokens_per_s"])
@@ -283,6 +288,8 @@ class Trainer:
         self.tokens += record.valid
         row: dict[str, Any] = {"step": record.step, "loss": _finite(loss), "grad_norm": _finite(norm), "lr": record.lr}
         row |= {"tokens": self.tokens, "token_hash": record.token_hash, **speed}
+        if self.cfg.trainer.lengths:
+            row["length"] = length_at(record.step, self.cfg.trainer)
         row |= {f"data/{name}": count for name, count in record.counts.items() if count}
         if record.counts["bytes"] and math.isfinite(loss):
             row["bits_per_byte"] = loss * record.valid / math.log(2) / record.counts["bytes"]
