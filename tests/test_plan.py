@@ -97,6 +97,8 @@ def test_memory_falls_with_sharding_and_recomputation() -> None:
         for how in ("none", "selective", "full")
     }
     assert kept["none"] > kept["selective"] > kept["full"] > 0
+    halves = plan("model=sw", "trainer.context_parallel=2", world_size=2)["device memory"].split("activations")[1]
+    assert mib(halves) == pytest.approx(kept["none"] / 2, rel=2e-3)
 
 
 @pytest.mark.parametrize(
