@@ -63,10 +63,12 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq import processes, stacks
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, loop
+    from ovq.train.ema import WeightAverage
     from ovq.train.metrics import Metrics
-    from ovq.train.optim import build_optimizer, check_extension
+    from ovq.train.optim import build_optimizer
     from ovq.train.parallelize import parallelize
     from ovq.train.rehearse import rehearse
+    from ovq.train.schedule import check_extension
     from ovq.train.selftest import choose_backends
     from ovq.train.summary import finish
     from ovq.train.warm_start import start_from
@@ -83,12 +85,13 @@ def train(cfg: Config, run_dir: Path) -> None:
     model.init_weights(cfg.seed)
     model = parallelize(model, cfg.trainer, world)
     choose_backends(model, cfg, world)
-    optimizer = build_optimizer(model, cfg.optim)
+    optimizer = build_optimizer(model, cfg)
+    ema = WeightAverage(model, cfg.optim.ema) if cfg.optim.ema else None
     check_capacity(model, cfg)
     rehearse(model, cfg, tokenizer.vocab_size, world)
 
     start = checkpoint.choose(run_dir, cfg.resume, cfg.trainer.keep_last)
-    extra = checkpoint.load(start, model, optimizer) if start else None
+    extra = checkpoint.load(start, model, optimizer, ema) if start else None
     if extra:
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
     began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
@@ -110,6 +113,7 @@ def train(cfg: Config, run_dir: Path) -> None:
         merge_states=merge_states,
         evaluate=None if is_task(cfg) else loss_by_position,
         flops_per_token=functools.cache(functools.partial(flops_per_token, model)),
+        ema=ema,
     )
     if extra:
         trainer.resume(extra)

@@ -88,7 +88,8 @@ class RunTable:
 
 def changes(overrides: list[str]) -> str:
     """What overrides change of the model or its numerics, as a column of a table; data and eval have others."""
-    return " ".join(sorted(text for text in overrides if not text.startswith(("data.", "eval.", "logger."))))
+    about_model = [text for text in overrides if not text.startswith(("data.", "eval.", "logger."))]
+    return " ".join(sorted([*about_model, *(text for text in overrides if text.startswith("eval.weights="))]))
 
 
 def _set_aside(path: Path) -> str:

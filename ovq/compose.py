@@ -28,6 +28,9 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 # Overrides left out of a run folder's name: they say where and how the run executes, not what it computes.
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
 
+# Settings that are dictionaries of names this project does not know: entries are added without Hydra's "+".
+DICTIONARIES = ("optim.custom", "optim.custom_schedule", "optim.groups")
+
 
 def compose(overrides: list[str]) -> Config:
     """The config that a list of overrides in Hydra's syntax describes, checked against the schema.
@@ -35,7 +38,7 @@ def compose(overrides: list[str]) -> Config:
     Raises:
         ConfigError: an unknown group, option, key or value; the one-line message lists the legal ones.
     """
-    overrides = [f"init_from.path={t.partition('=')[2]}" if t.startswith("init_from=") else t for t in overrides]
+    overrides = [_in_full(text) for text in overrides]
     overrides = [f"+{t}" if t.startswith("trainer.lengths=") else t for t in overrides]  # its keys are new ones
     _check_overrides(overrides)
     _register_schema()
@@ -51,6 +54,13 @@ def compose(overrides: list[str]) -> Config:
     with open_dict(composed):
         cfg.model.mixers = {name: cfg.model.mixers[name] for name in dict.fromkeys(cfg.model.pattern)}
     return cfg
+
+
+def _in_full(override: str) -> str:
+    """An override as Hydra wants it: init_from=DIR names a path, and settings that are dictionaries get entries."""
+    if override.startswith("init_from="):
+        return f"init_from.path={override.partition('=')[2]}"
+    return f"++{override}" if within(override.partition("=")[0], DICTIONARIES) else override
 
 
 def _register_schema() -> None:

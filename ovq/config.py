@@ -21,6 +21,8 @@ from ovq.environment import freeze, plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.files import write_whole
 from ovq.instantiate import is_ours
+from ovq.optim_config import OptimConfig as OptimConfig
+from ovq.optim_config import check_optim
 from ovq.schema import REQUIRED, one_of, problems, setting
 
 
@@ -39,6 +41,9 @@ class ModelConfig:
     tie_embeddings: bool = setting(False, "share one matrix between the embedding and the head")
     norm_eps: float = setting(1e-5, "epsilon of RMSNorm", above=0)
     init_std: float = setting(0.02, "standard deviation of initial weights", above=0)
+    logit_softcap: float = setting(
+        0.0, "cap c of the logits, which become c tanh(logits / c); 0: none (Gemma 2 has 30)", at_least=0
+    )
 
 
 @dataclass
@@ -71,22 +76,6 @@ class TokenizerConfig:
     kind: str = setting(REQUIRED, "how text is split into ids", choices=("byte", "sentencepiece"))
     model_path: str | None = setting(None, "file of a trained tokenizer model")
     vocab_size: int | None = setting(None, "pieces in the model; if set, a dry run needs no model file", at_least=1)
-
-
-@dataclass
-class OptimConfig:
-    name: str = setting("adamw", "name of the optimizer, an option of configs/optim")
-    lr: float = setting(1e-3, "peak learning rate", at_least=0)
-    betas: list[float] = setting([0.9, 0.95], "decay rates of AdamW's two moments", at_least=0, at_most=1)
-    eps: float = setting(1e-8, "AdamW's epsilon", at_least=0)
-    weight_decay: float = setting(0.1, "decoupled weight decay, applied to matrices", at_least=0)
-    fused: bool = setting(True, "use the fused AdamW kernel")
-    schedule: str = one_of(
-        "cosine", "wsd", "linear", "constant", help="learning rate after warm-up; wsd: constant, then linear decay"
-    )
-    warmup_steps: int = setting(100, "steps of linear warm-up", at_least=0)
-    min_lr_ratio: float = setting(0.1, "final learning rate as a fraction of the peak", at_least=0, at_most=1)
-    decay_share: float = setting(0.2, "fraction of the steps over which wsd decays", at_least=0, at_most=1)
 
 
 @dataclass
@@ -140,7 +129,7 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    name: str = one_of("none", "wandb", help="where to send metrics in addition to metrics.jsonl")
+    name: str = one_of("none", "wandb", "tensorboard", help="where to send metrics in addition to metrics.jsonl")
     project: str = setting("ovq", "wandb project")
     entity: str | None = setting(None, "wandb entity")
     mode: str = one_of("offline", "online", help="wandb mode")
@@ -160,6 +149,7 @@ class EvalConfig:
         "let predictions see only this many tokens, and fewer than twice as many, before them; null: all",
         at_least=1,
     )
+    weights: str = one_of("trained", "ema", help="weights to evaluate; ema: their moving average, see optim.ema")
     at_end: bool = setting(True, "evaluate after the last step")
 
 
@@ -245,6 +235,9 @@ def check(cfg: Config) -> None:
         )
     if problem := lengths.problem(trainer):
         raise ConfigError(problem)
+    check_optim(cfg.optim)
+    if cfg.eval.weights == "ema" and not cfg.optim.ema:
+        raise ConfigError("eval.weights=ema needs averaged weights, which this run does not keep; set optim.ema=0.999")
     if cfg.model.num_heads % cfg.model.num_kv_heads:
         raise ConfigError(
             f"model.num_heads={cfg.model.num_heads} must be a multiple of model.num_kv_heads={cfg.model.num_kv_heads}"

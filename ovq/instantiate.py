@@ -47,13 +47,17 @@ def get_class(path: str, kind: type[T], where: str) -> type[T]:
     return found
 
 
-def settings_of(cls: type, given: dict[str, Any], where: str) -> dict[str, Any]:
+def settings_of(cls: type, given: dict[str, Any], where: str, after: int = 0) -> dict[str, Any]:
     """All settings of a class in the order of its signature: its defaults, replaced by those given.
+
+    Args:
+        after: the number of leading parameters that are not settings.
 
     Raises:
         ConfigError: a setting that the class does not have, or one without a default that is missing.
     """
-    keywords = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = list(inspect.signature(cls).parameters.values())[after:]
+    keywords = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for key in given:
         if key not in [p.name for p in keywords]:
             legal = ", ".join(p.name for p in keywords)
@@ -73,7 +77,7 @@ def instantiate(config: dict[str, Any], kind: type[T], where: str, *args: Any) -
     """
     given = {key: value for key, value in config.items() if key != "_target_"}
     cls = get_class(config["_target_"], kind, where)
-    settings = settings_of(cls, given, where)
+    settings = settings_of(cls, given, where, len(args))
     try:
         return cls(*args, **settings)
     except ConfigError:  # names the setting already

@@ -31,7 +31,7 @@ EXTRA = {"step": 3, "data": {"lanes": {0: {"ordinal": 7}}}, "none": None, "share
 
 def trained(seed: int, steps: int = 1) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = small_model(NAME, seed=seed, vocab_size=31)
-    optimizer = build_optimizer(model, small_config(NAME).optim)
+    optimizer = build_optimizer(model, small_config(NAME))
     for step in range(steps):
         learn(model, optimizer, step)
     return model, optimizer
@@ -145,7 +145,7 @@ def test_loading_into_another_model_is_an_error_that_names_the_checkpoint(tmp_pa
     saved(tmp_path, 3)
     model = small_model("sw", vocab_size=31)
     with pytest.raises(CheckpointError, match="step_00000003 does not fit this model"):
-        load(folder(tmp_path, 3), model, build_optimizer(model, small_config("sw").optim))
+        load(folder(tmp_path, 3), model, build_optimizer(model, small_config("sw")))
 
 
 # --- retention -------------------------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ from ovq.train import checkpoint, progress
 from ovq.train import stop as stop_module
 from ovq.train.loop import Trainer, TrainingError
 from ovq.train.metrics import Metrics, read_rows
-from ovq.train.optim import build_optimizer, clip_gradients, lr_at, persistent_buffers, step_unless
+from ovq.train.optim import build_optimizer, clip_gradients, persistent_buffers, step_unless
 from ovq.train.parallelize import mesh_shape, parallelize
 from ovq.train.progress import Progress
+from ovq.train.schedule import lr_at
 from ovq.train.stop import SIGNALS, StopSignal
 from ovq.train.summary import summary_text
 from tests.helpers import relative_error, small_config, small_model
@@ -74,7 +75,7 @@ def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
 
 def test_matrices_decay_and_vectors_and_the_embedding_do_not() -> None:
     model = small_model("sw_ovq")
-    decayed, rest = build_optimizer(model, small_config("sw_ovq").optim).param_groups
+    decayed, rest = build_optimizer(model, small_config("sw_ovq")).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] > 0 == rest["weight_decay"]
     assert "embed.weight" in {names[id(p)] for p in rest["params"]}
@@ -100,7 +101,7 @@ def test_a_bad_step_leaves_no_trace_in_parameters_or_moments(fused: str) -> None
 
     def train(with_bad_step: bool) -> list[torch.Tensor]:
         model = small_model("sw", vocab_size=31)
-        optimizer = build_optimizer(model, cfg.optim)
+        optimizer = build_optimizer(model, cfg)
         for seed in range(4):
             bad = seed == 2
             for p in model.parameters():

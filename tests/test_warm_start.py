@@ -12,7 +12,7 @@ import ovq.config
 import train
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError
-from ovq.train.optim import check_extension, lr_at
+from ovq.train.schedule import check_extension, lr_at
 from tests.helpers import TINY
 
 RUN = [

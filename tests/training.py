@@ -12,6 +12,7 @@ from data.loader import Batch
 from ovq import processes
 from ovq.processes import World
 from ovq.train import checkpoint
+from ovq.train.ema import WeightAverage
 from ovq.train.loop import Trainer
 from ovq.train.metrics import Metrics, read_rows
 from ovq.train.optim import build_optimizer
@@ -91,9 +92,10 @@ def trainer_for(
     built = small_model(model, *overrides, vocab_size=VOCAB)
     prepare(built)
     built = parallelize(built, cfg.trainer, world)
-    optimizer = build_optimizer(built, cfg.optim)
+    optimizer = build_optimizer(built, cfg)
+    ema = WeightAverage(built, cfg.optim.ema) if cfg.optim.ema else None
     start = checkpoint.choose(run_dir, resume)
-    extra = checkpoint.load(start, built, optimizer) if start else None
+    extra = checkpoint.load(start, built, optimizer, ema) if start else None
     trainer = Trainer(
         cfg,
         built,
@@ -105,6 +107,7 @@ def trainer_for(
         run_dir=run_dir,
         merge_states=lambda states: states[0],
         evaluate=evaluate,
+        ema=ema,
     )
     if extra:
         trainer.resume(extra)

@@ -103,7 +103,7 @@ def build_trainer(cfg: Config, vocab_size: int, world: World, folder: str) -> Tr
     return Trainer(
         cfg,
         model,
-        build_optimizer(model, cfg.optim),
+        build_optimizer(model, cfg),
         RandomTokens(cfg, vocab_size),
         Checkpointer(folder),
         Metrics(folder, cfg, main=False),

@@ -102,6 +102,7 @@ def load(
     checkpoint: str | int | None = None,
     device: str = "auto",
     precision: str | None = None,
+    weights: str = "trained",
     num_centroids: int | None = None,
     trust: Collection[str] = (),
 ) -> LoadedModel:
@@ -112,6 +113,7 @@ def load(
         checkpoint: of a run folder, a checkpoint's folder, name or step; None: the newest good one.
         device: auto | cpu | cuda.
         precision: fp32 | bf16 | auto; None: that of the run.
+        weights: trained, or ema: the moving average of the weights that a run with optim.ema keeps.
         num_centroids: capacity of the dictionaries, if not that of training.
         trust: what the config may use: classes outside this project, whose code then runs, and oc.env:NAME.
 
@@ -122,7 +124,7 @@ def load(
     path = Path(path)
     if checkpoint is None and not (path / "config.yaml").exists() and path.parent.name == "checkpoints":
         path, checkpoint = path.parent.parent, str(path)
-    settings = [f"trainer.device={device}", *([f"trainer.precision={precision}"] if precision else [])]
+    settings = [f"trainer.device={device}", f"eval.weights={weights}", *([f"trainer.precision={precision}"] if precision else [])]
     run = load_run(path, settings, checkpoint_at=checkpoint, trust=trust)
     if num_centroids is not None:
         try:

@@ -13,8 +13,8 @@
 - `save` copies tensors to CPU memory and returns; a thread writes, over a process group of its own, so that no rank
   waits in the training step while another writes. An error there is raised on every rank by the next `save` or `wait`.
 - Weights or moments that are not finite are never saved.
-- Parameters and moments are stored by name and global position: another number of processes, or another way of
-  sharding, loads them.
+- Parameters, moments and averaged weights (`optim.ema`) are stored by name and global position: another number of
+  processes, or another way of sharding, loads them.
 - Loading runs nothing that a file names (`checkpoint_files`).
 
     python -m ovq.train.checkpoint verify DIR    a checkpoint, or all of a run folder; exit status 1 if one is damaged
@@ -67,6 +67,7 @@ from ovq.train.checkpoint_files import (
 )
 from ovq.train.checkpoint_files import hold as hold
 from ovq.train.checkpoint_files import step_of as step_of
+from ovq.train.ema import WeightAverage
 
 FAILED = (Exception, dcp.CheckpointException)  # the latter is no Exception
 
@@ -91,7 +92,14 @@ class Checkpointer:
         self._writing: concurrent.futures.Future[Path] | None = None
         self._began = 0.0  # of the save that is being written
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        extra: dict[str, Any],
+        ema: WeightAverage | None = None,
+    ) -> None:
         """Save the state after `step`, with `extra` (plain values) and every rank's random-number generators.
 
         Raises:
@@ -115,6 +123,8 @@ class Checkpointer:
             raise self._failure(step, ranks[0][0])
         extra = {**extra, "rng": [rng for _, rng in ranks]}
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+        if ema is not None:
+            state["ema"] = dict(ema.weights)
         writer = Writer(scratch, sync_files=True)
         if self.asynchronous:
             state = writer.stage(state)
@@ -234,32 +244,77 @@ def ways_on(last: Path | None) -> str:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Load a verified checkpoint into the model and the optimizer, however sharded; returns `extra` of its save.
+def load(
+    path: Path | str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    ema: WeightAverage | None = None,
+    *,
+    weights: str = "trained",
+) -> dict[str, Any]:
+    """Load a verified checkpoint into the model, the optimizer and the averaged weights, however sharded; returns
+    `extra` of its save.
 
-    Without an optimizer (evaluation), only the weights are read. `extra` has two more entries: "rng", the states of the
-    random-number generators of each rank that saved, and "checkpoint", the path.
+    Without an optimizer (evaluation), only the weights are read. Settings of the optimizer stay those it was built
+    with. `extra` has two more entries: "rng", the states of the random-number generators of each rank that saved, and
+    "checkpoint", the path.
+
+    Args:
+        ema: restarted with the model's weights if the checkpoint has no average.
+        weights: "trained", or "ema": the model gets the averaged weights.
 
     Raises:
-        CheckpointError: it belongs to another model, or holds something other than data.
+        CheckpointError: it belongs to another model or optimizer, has no averaged weights, or holds something other
+            than data.
     """
     path = Path(path)
     optimizers = () if optimizer is None else (optimizer,)
     model_state, optimizer_state = get_state_dict(model, optimizers)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     reader = SafeReader(path)
-    stored = {key for key in reader.read_metadata().state_dict_metadata if key.startswith("model.")}
+    stored = set(reader.read_metadata().state_dict_metadata)
     surplus = sorted(stored - {f"model.{name}" for name in model_state})
-    if surplus:
+    if surplus := [key for key in surplus if key.startswith("model.")]:
         raise CheckpointError(f"{path} does not fit this model, which has no {surplus[0].removeprefix('model.')}")
+    keeps_average = any(key.startswith("ema.") for key in stored)
+    state: dict[str, Any] = {"model": model_state, "optimizer": _asked_of(optimizer, optimizer_state, stored)}
+    if weights == "ema":
+        if not keeps_average:
+            raise CheckpointError(f"{path} holds no averaged weights, as optim.ema was 0; use eval.weights=trained")
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        state["model"] = {name: value for name, value in model_state.items() if name not in names}
+        state["ema"] = {name: model_state[name] for name, _ in model.named_parameters()}
+    elif ema is not None and keeps_average:
+        state["ema"] = dict(ema.weights)
     try:
         dcp.load(state, storage_reader=reader, planner=SafePlanner(path), no_dist=not processes.distributed())
     except FAILED as error:
         if not path.is_dir():
             raise CheckpointError(f"{path} was removed while it was read (see trainer.keep_last); try again") from error
         raise refusal_in(error) or CheckpointError(f"{path} does not fit this model ({reason(error)})") from error
-    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    if optimizer is not None:
+        optimizer_state["state"] = state["optimizer"]["state"]
+        for group, loaded in zip(optimizer_state["param_groups"], state["optimizer"]["param_groups"]):
+            group |= loaded
+    set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    if ema is not None and not keeps_average:
+        ema.restart(model)
     return read_extra(path) | {"checkpoint": str(path)}
+
+
+def _asked_of(optimizer: torch.optim.Optimizer | None, own: dict[str, Any], stored: set[str]) -> dict[str, Any]:
+    """The part of an optimizer's state that a checkpoint is asked for: all but the settings that the config gives.
+
+    Those are all entries of its groups, unless the optimizer names them in `configured`: one of the user's own may keep
+    state in its groups, too.
+    """
+    if optimizer is None:
+        return {}
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(own["param_groups"]):
+        configured = getattr(optimizer, "configured", set(group)) | {"params", "lr"}
+        asked = {key: value for key, value in group.items() if key not in configured}
+        groups.append({key: v for key, v in asked.items() if f"optimizer.param_groups.{index}.{key}" in stored})
+    return {"state": own["state"], "param_groups": groups}
 
 
 def read_extra(path: Path | str) -> dict[str, Any]:

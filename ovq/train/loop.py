@@ -34,10 +34,12 @@ from ovq.model import Transformer
 from ovq.processes import World
 from ovq.train.batches import Loader, MicroBatch
 from ovq.train.checkpoint import Checkpointer, ways_on
+from ovq.train.ema import WeightAverage
 from ovq.train.metrics import Metrics, read_rows
-from ovq.train.optim import LearnedBuffers, clip_gradients, lr_at, step_unless
+from ovq.train.optim import LearnedBuffers, clip_gradients, step_unless
 from ovq.train.parallelize import reshard, sync_gradients
 from ovq.train.progress import Progress, shown
+from ovq.train.schedule import lr_at
 from ovq.train.stop import StopSignal
 from ovq.train.summary import recorded
 
@@ -89,6 +91,7 @@ class Trainer:
         evaluate: called as evaluate(model, step, should_stop); returns its metrics, or None once should_stop() is true.
             With several processes should_stop is a collective: every rank must call it equally often.
         flops_per_token: training FLOPs per token of sequences of a given length, for MFU.
+        ema: the moving average of the weights, if the run keeps one.
     """
 
     def __init__(
@@ -105,11 +108,12 @@ class Trainer:
         merge_states: Callable[[list[dict[str, Any]]], dict[str, Any]],
         evaluate: Evaluate | None = None,
         flops_per_token: Callable[[int], float] | None = None,
+        ema: WeightAverage | None = None,
     ) -> None:
         self.cfg, self.model, self.optimizer, self.loader = cfg, model, optimizer, loader
         self.checkpointer, self.metrics, self.world = checkpointer, metrics, world
         self.run_dir, self.merge_states, self.evaluate = Path(run_dir), merge_states, evaluate
-        self.flops_per_token = flops_per_token
+        self.flops_per_token, self.ema = flops_per_token, ema
         self.step = self.start = 0  # steps done; steps done when this process began
         self.tokens = 0  # labels trained on so far, over all ranks
         self.skipped_in_row = 0
@@ -215,6 +219,8 @@ class Trainer:
         lr = lr_at(step, self.cfg)
         step_unless(self.optimizer, bad, lr)
         self._buffers.restore_if(bad)
+        if self.ema is not None:
+            self.ema.update(self.model, step, bad)
 
         results = torch.cat([losses, norm.float().view(1), bad.float().view(1)])
         documents = [title for batch in micro_batches for title in batch.documents]
@@ -332,7 +338,7 @@ class Trainer:
             "data": data,
             "config": to_dict(self.cfg),
         }
-        self.checkpointer.save(self.step, self.model, self.optimizer, extra)
+        self.checkpointer.save(self.step, self.model, self.optimizer, extra, self.ema)
         self.saved_step = self.step
         self._restart_window()
 
@@ -347,9 +353,10 @@ class Trainer:
         self.flush()
         self.save()
         rng = processes.rng_state()
+        averaged = self.ema is not None and self.cfg.eval.weights == "ema"
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.ema.in_place(self.model) if averaged else contextlib.nullcontext():
                 results = self.evaluate(self.model, step, self.should_stop)
         finally:
             self.model.train()

@@ -1,80 +1,147 @@
-"""AdamW and the learning rate, a pure function of the step: there is no scheduler state to save or lose."""
+"""The optimizer: which parameters get which rule, learning rate and weight decay; clipping; a step that may be skipped."""
 
 from __future__ import annotations
 
-import copy
-import math
+import fnmatch
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ovq.config import Config, OptimConfig
+from ovq.config import Config
+from ovq.environment import plain
 from ovq.errors import ConfigError
+from ovq.instantiate import get_class, instantiate
 from ovq.model import Transformer
+from ovq.train.muon import Muon
 
 # Weight decay is not applied to parameters of these modules, nor to vectors (norms, biases, temperatures): it is meant
 # for weights that multiply activations, and the rows of a look-up table multiply nothing.
 UNDECAYED = ("embed.",)
 
 
-def lr_at(step: int, cfg: Config) -> float:
-    """Learning rate of step `step` (the first step is 1): linear warm-up, then `optim.schedule`.
+def build_optimizer(model: Transformer, cfg: Config) -> torch.optim.Optimizer:
+    """The optimizer of `optim.name` over the groups of `parameter_groups`. Call after sharding.
 
-    "cosine" and "linear" reach lr * min_lr_ratio at the last step; "wsd" stays at lr and decays linearly over the last
-    `decay_share` of the steps; "constant" stays at lr.
-    """
-    optim, steps = cfg.optim, cfg.trainer.steps
-    if step < optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
-    share = min(1.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))  # of the steps after warm-up
-    if optim.schedule == "cosine":
-        height = 0.5 * (1 + math.cos(math.pi * share))
-    elif optim.schedule == "linear":
-        height = 1 - share
-    elif optim.schedule == "wsd":
-        height = min(1.0, (steps - step) / max(1.0, optim.decay_share * steps))
-    else:
-        height = 1.0
-    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * max(0.0, height))
-
-
-def check_extension(cfg: Config, steps_before: int, step: int) -> None:
-    """Refuse to continue at a much higher learning rate than the run had at this step because it got more steps.
-
-    Args:
-        steps_before: trainer.steps of the run that saved the checkpoint.
+    "adamw": AdamW (arXiv 1711.05101). "muon": `Muon`. "custom": the subclass of torch.optim.Optimizer in
+    `optim.custom`, called as cls(groups, lr=optim.lr, **settings).
 
     Raises:
-        ConfigError: the rate would jump, and trainer.allow_rate_jump is not set.
+        ConfigError: the custom class cannot be used, or has no weight decay; a pattern that matches no parameter.
     """
-    before = copy.deepcopy(cfg)
-    before.trainer.steps = steps_before
-    old, new = lr_at(step, before), lr_at(step, cfg)
-    if new > 1.01 * old and not cfg.trainer.allow_rate_jump:
-        raise ConfigError(
-            f"trainer.steps: {steps_before} -> {cfg.trainer.steps} changes the {cfg.optim.schedule} schedule: the "
-            f"learning rate would jump from {old:.3g} to {new:.3g} at step {step}. Start a new run with "
-            "init_from=DIR, resume a checkpoint from before the decay of optim.schedule=wsd, or accept the jump with "
-            "trainer.allow_rate_jump=true"
+    optim, groups = cfg.optim, parameter_groups(model, cfg)
+    betas = (optim.betas[0], optim.betas[-1])
+    if optim.name == "custom":
+        return _custom(groups, cfg)
+    if optim.name == "muon":
+        return Muon(
+            groups,
+            lr=optim.lr,
+            betas=betas,
+            eps=optim.eps,
+            fused=optim.fused,
+            momentum=optim.momentum,
+            ns_steps=optim.ns_steps,
+            adjust_lr=optim.adjust_lr,
         )
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=optim.fused)
 
 
-def build_optimizer(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with weight decay for matrices, but not for vectors and `UNDECAYED`.
+def _custom(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = dict(plain(cfg.optim.custom))
+    target = settings["_target_"]
+    for name in ("lr", "weight_decay"):
+        if name in settings:
+            raise ConfigError(f"optim.custom.{name}={settings[name]}: set optim.{name} instead")
+    known = inspect.signature(get_class(target, torch.optim.Optimizer, "optim.custom")).parameters
+    if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
+        raise ConfigError(f"optim.custom: {target} has no weight decay; set optim.weight_decay=0")
+    if "lr" in known:
+        settings["lr"] = cfg.optim.lr
+    optimizer = instantiate(settings, torch.optim.Optimizer, "optim.custom", groups)  # type: ignore[type-abstract]
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ConfigError(f"optim.custom: {target} has no learning rate 'lr' that a schedule could set")
+    # The rest of a group may be its state (a step count, an estimate), which a checkpoint restores.
+    optimizer.configured = {*settings, "weight_decay", "lr_scale"}  # type: ignore[attr-defined]
+    return optimizer
 
-    Call after sharding.
+
+def parameter_groups(model: Transformer, cfg: Config) -> list[dict[str, Any]]:
+    """The trained parameters, grouped by "weight_decay", "lr_scale" (a factor of the learning rate) and, with Muon, by
+    whether Muon updates them ("muon"): the weights of the linear layers in the blocks.
+
+    `optim.weight_decay` is for matrices, not for vectors and `UNDECAYED`. The first pattern of `optim.groups` that
+    matches a parameter's name (fnmatch: layers.*.mlp.*) replaces its weight decay and multiplies its "lr_scale", which
+    is otherwise that of `rate_factor`; for that factor weight decay is divided, so that a step still decays by lr *
+    weight_decay (arXiv 2405.13698).
+
+    Raises:
+        ConfigError: a pattern that matches no parameter.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim >= 2 and not name.startswith(UNDECAYED)]
-    rest = [p for name, p in named if p.ndim < 2 or name.startswith(UNDECAYED)]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.lr,
-        betas=(optim.betas[0], optim.betas[1]),
-        eps=optim.eps,
-        fused=optim.fused,
-    )
+    optim = cfg.optim
+    linear = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    unused = list(optim.groups)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        decayed = p.ndim >= 2 and not name.startswith(UNDECAYED)
+        matrix = id(p) in linear and name.startswith("layers.")
+        factor = rate_factor(name, matrix, cfg)
+        decay, scale = (optim.weight_decay / factor if decayed else 0.0), factor
+        pattern = next((pattern for pattern in optim.groups if fnmatch.fnmatchcase(name, pattern)), None)
+        if pattern is not None:
+            unused = [other for other in unused if other != pattern]
+            own = optim.groups[pattern]
+            decay, scale = own.get("weight_decay", decay * factor) / factor, scale * own.get("lr", 1.0)
+        groups.setdefault((matrix and optim.name == "muon", decay, scale), []).append(p)
+    if unused:
+        raise ConfigError(f"optim.groups.{unused[0]} matches no parameter, or an earlier pattern matches them all")
+    order = sorted(groups, key=lambda key: (not key[0], -key[1], key[2]))
+    return [
+        {"params": groups[key], "weight_decay": key[1], "lr_scale": key[2]}
+        | ({"muon": key[0]} if optim.name == "muon" else {})
+        for key in order
+    ]
+
+
+def rate_factor(name: str, matrix: bool, cfg: Config) -> float:
+    """The factor of a parameter's learning rate that `optim.base_dim` and `optim.base_layers` give; 1 without them.
+
+    With w = model.dim / base_dim and d = model.num_layers / base_layers:
+
+    ===================================  =====================  ==========
+    parameters                           width                  depth
+    ===================================  =====================  ==========
+    embedding (tied to the head or not)  1                      1
+    head                                 1/w                    1
+    final norm                           1                      1
+    linear layers of blocks, out_proj    1/w; Muon: 1/sqrt(w)   1/d
+    other linear layers of blocks        1/w; Muon: 1/sqrt(w)   1/sqrt(d)
+    all else in blocks                   1                      1/sqrt(d)
+    ===================================  =====================  ==========
+
+    Width: an update of AdamW has a fixed size per element, and its effect on activations grows with the fan-in (muP,
+    arXiv 2203.03466; for the standard parameterisation that models here have, arXiv 2407.05872). Muon with
+    adjust_lr=match_rms_adamw has spectral norm 0.2 sqrt(max(rows, columns)), where a constant one transfers (arXiv
+    2310.17813), as it has with adjust_lr=original: there the factor is 1. Depth: arXiv 2310.02244, Adam, whose branch
+    multiplier 1/sqrt(layers) is here in the output projections, which are also initialised so. A custom optimizer is
+    taken to be like AdamW. Only rates are scaled: `model.init_std` is the user's (muP: as 1/sqrt(w)).
+
+    Args:
+        matrix: whether it is the weight of a linear layer of a block.
+    """
+    optim, factor = cfg.optim, 1.0
+    if optim.base_dim is not None and (matrix or name == "head.weight"):
+        power = 1.0
+        if matrix and optim.name == "muon":
+            power = {"match_rms_adamw": 0.5, "original": 0.0}[optim.adjust_lr]
+        factor *= (optim.base_dim / cfg.model.dim) ** power
+    if optim.base_layers is not None and name.startswith("layers."):
+        power = 1.0 if matrix and name.endswith("out_proj.weight") else 0.5
+        factor *= (optim.base_layers / cfg.model.num_layers) ** power
+    return factor
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
@@ -93,13 +160,13 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor, lr: float) -> None:
-    """One optimizer step at learning rate `lr`, or none if `bad` (bool scalar on the device) is true.
+    """One optimizer step at learning rate `lr` (times a group's "lr_scale"), or none if `bad` (bool scalar on the device) is true.
 
     The fused kernel reads the flag on the device (the same one that gradient scalers set), so the host does not wait;
     the unfused optimizer needs its value on the host.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]

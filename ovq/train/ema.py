@@ -1,0 +1,70 @@
+"""A moving average of the weights, which often predicts better than the weights themselves: `optim.ema`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ovq.train.parallelize import reshard
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters (Polyak and Juditsky 1992), sharded as they are, in float32.
+
+        average = d_n average + (1 - d_n) weights after step n,    d_n = min(decay, (n - 1) / (n + 9))
+
+    The average of a young run spans the last tenth of its steps and so forgets the initial weights; it begins with the
+    weights after step 1. It is a function of the weights and of n alone, so that a resumed run continues it exactly. It
+    takes 4 bytes a parameter. Learned buffers (VQ's codebook) are averages already, and are not averaged again.
+
+    Attributes:
+        weights: the average, by parameter name.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Begin again with the model's weights, as after resuming a run that kept no average."""
+        for name, p in model.named_parameters():
+            local(self.weights[name]).copy_(local(p))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, bad: Tensor) -> None:
+        """Take up the weights after `step` (from 1), or nothing if `bad` (bool scalar on the device) is true; the host
+        does not wait."""
+        decay = min(self.decay, (step - 1) / (step + 9))
+        share = torch.where(bad, 0.0, 1.0 - decay)
+        for name, p in model.named_parameters():
+            average = local(self.weights[name])
+            average.lerp_(local(p), share.to(average.dtype))
+
+    @contextlib.contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """Within the `with` block the model has the averaged weights; afterwards its own, to the last bit."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            reshard(model)  # gathered copies of the averaged weights must not be taken for the model's own
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            mine, theirs = local(self.weights[name]), local(p)
+            kept = theirs.clone()  # one tensor at a time: no second copy of the model
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, without its history."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

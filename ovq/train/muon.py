@@ -1,0 +1,94 @@
+"""Muon for matrices and AdamW for everything else, as one optimizer: one state to save, one `step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, _adjust_lr, _zeropower_via_newtonschulz
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan, https://kellerjordan.github.io/posts/muon) for groups with "muon": True, AdamW for the others.
+
+    A step of a matrix W with gradient G at rate lr, as in `torch.optim.Muon`, to which it is equal bit by bit:
+
+        B = momentum B + (1 - momentum) G
+        W = (1 - lr weight_decay) W - lr scale(W) orthogonalised((1 - momentum) G + momentum B)
+
+    Unlike it, this also takes matrices that FSDP has sharded. `torch.optim.Muon` would run each product of the
+    Newton-Schulz iteration on shards, each with collectives of its own and sums that are rounded to bf16 in another
+    order. Here the momentum stays sharded, every process gathers the whole of one matrix after another, orthogonalises
+    it in bf16, and keeps its own rows: one collective a matrix, and on any number of processes the same update.
+
+    Whether a step is skipped is decided on the host (`step_unless`), which therefore waits for the device in each step.
+
+    Args:
+        groups: parameter groups with "weight_decay" and "muon"; those of Muon hold 2-D parameters only.
+        lr: learning rate, which `step_unless` sets in each step.
+        betas, eps, fused: of AdamW.
+        momentum: decay rate of the momentum B.
+        ns_steps: Newton-Schulz iterations.
+        adjust_lr: scale(W): "original", sqrt(max(1, rows / columns)), or "match_rms_adamw", 0.2 sqrt(max(rows,
+            columns)), with which AdamW's learning rate and weight decay fit (arXiv 2502.16982, section 2.2).
+
+    Raises:
+        ValueError: a parameter of Muon that is not a matrix.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        fused: bool = True,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        adjust_lr: str = "match_rms_adamw",
+    ) -> None:
+        matrices = [group for group in groups if group["muon"]]
+        for p in (p for group in matrices for p in group["params"]):
+            if p.ndim != 2:
+                raise ValueError(f"Muon is for matrices, and got a parameter of shape {tuple(p.shape)}")
+        rest = [group for group in groups if not group["muon"]]
+        self._adamw = torch.optim.AdamW(rest or [{"params": []}], lr=lr, betas=betas, eps=eps, fused=fused)
+        for group in matrices:
+            group |= {"momentum": momentum, "ns_steps": ns_steps, "adjust_lr": adjust_lr}
+        super().__init__([*matrices, *(self._adamw.param_groups if rest else [])], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        # Loading a checkpoint replaces both of these.
+        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self._adamw.state = self.state
+        self._adamw.step()
+        for group in self.param_groups:
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is not None:
+                    self._step_of(p, group)
+
+    def _step_of(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        assert p.grad is not None
+        momentum_buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(momentum_buffer, group["momentum"])
+        update = orthogonalised(update, group["ns_steps"])
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr"], p.shape))
+
+
+def orthogonalised(matrix: Tensor, ns_steps: int) -> Tensor:
+    """Nearly U V^T of the singular value decomposition U S V^T of a matrix, in bf16, sharded as the matrix is."""
+    coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+    if not isinstance(matrix, DTensor):
+        return _zeropower_via_newtonschulz(matrix, coefficients, ns_steps, EPS)
+    whole = _zeropower_via_newtonschulz(matrix.full_tensor(), coefficients, ns_steps, EPS)
+    return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)

@@ -1,0 +1,102 @@
+"""The learning rate, a pure function of the step: there is no scheduler state to save or lose."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from typing import Any
+
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.instantiate import instantiate
+
+
+class Schedule:
+    """The base of a schedule of your own: `optim.schedule=custom optim.custom_schedule={_target_: mine.Sawtooth, ...}`.
+
+    A subclass takes its settings by keyword, after `steps` and `warmup_steps`, and defines `factor`.
+
+    Attributes:
+        steps: trainer.steps.
+        warmup_steps: optim.warmup_steps; during these the rate rises linearly, and `factor` is not asked.
+    """
+
+    def __init__(self, steps: int, warmup_steps: int) -> None:
+        self.steps, self.warmup_steps = steps, warmup_steps
+
+    def factor(self, step: int) -> float:
+        """Learning rate of `step` (the first is 1) as a fraction of optim.lr, finite and at least 0.
+
+        It must depend on the step and the settings alone, or a resumed run would take another course.
+        """
+        raise NotImplementedError
+
+
+def lr_at(step: int, cfg: Config) -> float:
+    """Learning rate of step `step` (the first step is 1): linear warm-up, then `optim.schedule`.
+
+    "cosine" and "linear" reach lr * min_lr_ratio at the last step; "wsd" stays at lr and decays linearly over the last
+    `decay_share` of the steps; "constant" stays at lr; "inverse_sqrt" falls as lr sqrt(warmup_steps / step) (arXiv
+    1706.03762, section 5.3) to lr * min_lr_ratio, whatever the number of steps.
+
+    Raises:
+        ConfigError: a class of `optim.custom_schedule` that cannot be used, or what it returned.
+    """
+    optim, steps = cfg.optim, cfg.trainer.steps
+    if step < optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "custom":
+        return optim.lr * _custom_factor(step, cfg)
+    if optim.schedule == "inverse_sqrt":
+        return optim.lr * max(optim.min_lr_ratio, math.sqrt(max(1, optim.warmup_steps) / step))
+    share = min(1.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))  # of the steps after warm-up
+    if optim.schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * share))
+    elif optim.schedule == "linear":
+        height = 1 - share
+    elif optim.schedule == "wsd":
+        height = min(1.0, (steps - step) / max(1.0, optim.decay_share * steps))
+    else:
+        height = 1.0
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * max(0.0, height))
+
+
+def _custom_factor(step: int, cfg: Config) -> float:
+    optim = cfg.optim
+    settings = json.dumps(dict(optim.custom_schedule), sort_keys=True, default=list)
+    factor = _custom(settings, cfg.trainer.steps, optim.warmup_steps).factor(step)
+    if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+        raise ConfigError(
+            f"optim.custom_schedule: {optim.custom_schedule['_target_']} gave {factor!r} at step {step}; "
+            "a factor of optim.lr must be a finite number of at least 0"
+        )
+    return factor
+
+
+@functools.lru_cache(maxsize=8)
+def _custom(settings: str, steps: int, warmup_steps: int) -> Schedule:
+    config: dict[str, Any] = json.loads(settings)
+    return instantiate(config, Schedule, "optim.custom_schedule", steps, warmup_steps)
+
+
+def check_extension(cfg: Config, steps_before: int, step: int) -> None:
+    """Refuse to continue at a much higher learning rate than the run had at this step because it got more steps.
+
+    Args:
+        steps_before: trainer.steps of the run that saved the checkpoint.
+
+    Raises:
+        ConfigError: the rate would jump, and trainer.allow_rate_jump is not set.
+    """
+    before = copy.deepcopy(cfg)
+    before.trainer.steps = steps_before
+    old, new = lr_at(step, before), lr_at(step, cfg)
+    if new > 1.01 * old and not cfg.trainer.allow_rate_jump:
+        raise ConfigError(
+            f"trainer.steps: {steps_before} -> {cfg.trainer.steps} changes the {cfg.optim.schedule} schedule: the "
+            f"learning rate would jump from {old:.3g} to {new:.3g} at step {step}. Start a new run with "
+            "init_from=DIR, resume a checkpoint from before the decay of optim.schedule=wsd, or accept the jump with "
+            "trainer.allow_rate_jump=true"
+        )
