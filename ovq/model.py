@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ovq.config import ModelConfig
 from ovq.instantiate import instantiate
 from ovq.mixers.base import MixerShape, SequenceMixer
-from ovq.ops import chunked_cross_entropy
+from ovq.ops import chunked_cross_entropy, soft_cap
 
 IGNORE = -100  # target at a position that has no label
 
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.init_std = cfg.init_std
+        self.init_std, self.logit_softcap = cfg.init_std, cfg.logit_softcap
         self.embed = nn.Embedding(vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg, build_mixer(cfg, index)) for index in range(cfg.num_layers))
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
@@ -129,7 +129,8 @@ class Transformer(nn.Module):
         x = self.norm(x).view(B, T, -1)
         out = ModelOutput(aux_loss=self._auxiliary_loss(B * T), state=states if return_state else None)
         if targets_BT is None:
-            out.logits = self.head(x if logits_to_keep is None else x[:, max(0, T - logits_to_keep) :])
+            logits = self.head(x if logits_to_keep is None else x[:, max(0, T - logits_to_keep) :])
+            out.logits = soft_cap(logits, self.logit_softcap).to(logits.dtype)
             return out
         loss, z = chunked_cross_entropy(
             x.flatten(0, 1),
@@ -138,6 +139,7 @@ class Transformer(nn.Module):
             chunk=self.loss_chunk_tokens,
             z_loss=z_loss,
             reduction=reduction,
+            softcap=self.logit_softcap,
         )
         out.loss, out.z_loss = loss.view(B, T) if reduction == "none" else loss, z
         return out

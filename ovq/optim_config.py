@@ -35,10 +35,12 @@ class OptimConfig:
         {}, "pattern of parameter names -> {lr: factor of the rate, weight_decay: value}; the first match counts"
     )
     base_dim: int | None = setting(
-        None, "model.dim at which lr was chosen; scales the rate of matrices with the width; null: no scaling", at_least=1
+        None,
+        "model.dim at which lr was chosen, which scales the rate of matrices with the width; null: no",
+        at_least=1,
     )
     base_layers: int | None = setting(
-        None, "model.num_layers at which lr was chosen; scales the rate of blocks with the depth; null: no", at_least=1
+        None, "model.num_layers at which lr was chosen, which scales the rate of blocks; null: no", at_least=1
     )
     ema: float = setting(
         0.0, "decay per step of a moving average of the weights, kept in checkpoints; 0: none", at_least=0, at_most=1
@@ -50,7 +52,7 @@ class OptimConfig:
         "constant",
         "inverse_sqrt",
         "custom",
-        help="learning rate after warm-up; wsd: constant, then linear decay; custom: the class in optim.custom_schedule",
+        help="learning rate after warm-up; wsd: constant, then linear decay; custom: optim.custom_schedule",
     )
     custom_schedule: dict[str, Any] = setting({}, "schedule of your own, {_target_: class path, **its settings}")
     warmup_steps: int = setting(100, "steps of linear warm-up", at_least=0)
@@ -72,7 +74,7 @@ OWN = {
         "custom": ("custom_schedule",),
     },
 }
-# Left alone where they have no effect: the defaults of experiments, under which a schedule is chosen on the command line.
+# Left alone where they have no effect: experiments set them, and a command line then chooses another schedule.
 HARMLESS = ("min_lr_ratio", "decay_share")
 
 
@@ -101,7 +103,8 @@ def check_optim(optim: OptimConfig) -> None:
     for pattern, values in optim.groups.items():
         entries = dict(values) if hasattr(values, "items") else {"": values}
         legal = all(
-            key in ("lr", "weight_decay") and type(value) in (int, float) and value >= 0 for key, value in entries.items()
+            key in ("lr", "weight_decay") and type(value) in (int, float) and value >= 0
+            for key, value in entries.items()
         )
         if not legal or not entries:
             raise ConfigError(

@@ -51,6 +51,24 @@ def test_losses_and_gradients_equal_those_from_all_logits_at_once(
         assert a.dtype == dtype and relative_error(a, b) < 2 * tolerance
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("reduction,z_loss", [("sum", 0.0), ("sum", 0.02), ("none", 0.0)])
+def test_capped_logits_have_the_losses_and_gradients_of_autograd(
+    reduction: str, z_loss: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    x, weight, targets = inputs(11, dtype)
+    settings = {"reduction": reduction, "z_loss": z_loss, "softcap": 2.0, "chunk": 7}
+    assert (x.double() @ weight.double().T).abs().max() > 6, "the cap matters"
+    want, want_grads = losses(x.double(), weight.double(), targets, "reference", **settings)
+    got, got_grads = losses(x, weight, targets, "torch", **settings)
+    assert relative_error(got, want) < tolerance
+    assert all(relative_error(a, b) < 2 * tolerance for a, b in zip(got_grads, want_grads))
+    if reduction == "none":
+        logits = 2 * torch.tanh(x.double() @ weight.double().T / 2)
+        plain = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+        assert relative_error(got, plain) < tolerance
+
+
 def test_without_z_loss_it_equals_torchs_cross_entropy() -> None:
     x, weight, targets = inputs(0)
     for reduction in ("sum", "none"):
@@ -76,15 +94,18 @@ def test_large_logits_do_not_overflow() -> None:
     assert relative_error(got, want) < 1e-5 and all(torch.isfinite(grad).all() for grad in grads)
 
 
-@pytest.mark.parametrize("reduction,z_loss", [("sum", 0.0), ("sum", 0.1), ("none", 0.0)])
-def test_the_logits_of_a_chunk_are_the_largest_tensor_allocated(reduction: str, z_loss: float) -> None:
+@pytest.mark.parametrize(
+    "reduction,z_loss,cap", [("sum", 0.0, 0.0), ("sum", 0.1, 0.0), ("none", 0.0, 0.0), ("sum", 0.0, 5.0)]
+)
+def test_the_logits_of_a_chunk_are_the_largest_tensor_allocated(reduction: str, z_loss: float, cap: float) -> None:
     generator = torch.Generator().manual_seed(3)
     tokens, width, vocabulary, chunk = 4096, 8, 1024, 64
     x = torch.randn(tokens, width, generator=generator, requires_grad=True)
     weight = torch.randn(vocabulary, width, generator=generator, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     with Largest() as largest:
-        loss, z = chunked_cross_entropy(x, weight, targets, chunk=chunk, z_loss=z_loss, reduction=reduction)
+        how = {"z_loss": z_loss, "reduction": reduction, "softcap": cap}
+        loss, z = chunked_cross_entropy(x, weight, targets, chunk=chunk, **how)  # type: ignore[arg-type]
         (loss.sum() if z is None else loss.sum() + z).backward()
     assert largest.elements == chunk * vocabulary < tokens * vocabulary / 50
     assert x.grad is not None and weight.grad is not None

@@ -138,3 +138,23 @@ def test_logits_of_the_last_positions_are_those_of_all(keep: int) -> None:
     with Largest() as seen:
         model(torch.zeros(1, 8192, dtype=torch.int64), logits_to_keep=1)
     assert seen.elements < 8192 * 61, "logits of all positions were made"
+
+
+def test_capped_logits_are_those_of_the_loss_of_generation_and_of_evaluation() -> None:
+    capped, plain = small_model("sw", "model.logit_softcap=0.3").eval(), small_model("sw").eval()
+    for model in (capped, plain):
+        model.head.weight.data *= 30
+    x, y = tokens(3), tokens(4)
+    with torch.no_grad():
+        logits = capped(x).logits
+        want = 0.3 * torch.tanh(plain(x).logits / 0.3)
+        assert logits.abs().max() <= 0.3 < plain(x).logits.abs().max() and relative_error(logits, want) < 1e-6
+        first = capped(x[:, :5], return_state=True)
+        assert relative_error(capped(x[:, 5:6], state=first.state, logits_to_keep=1).logits, logits[:, 5:6]) < 1e-4
+        losses = capped(x, targets_BT=y, reduction="none").loss
+    assert (
+        relative_error(
+            losses.flatten(), torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        )
+        < 1e-5
+    )

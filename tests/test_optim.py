@@ -195,7 +195,9 @@ def test_averaged_weights_that_are_not_there_are_one_line(tmp_path: Path) -> Non
     trainer_for(tmp_path, "trainer.steps=1").fit()
     path = checkpoint.choose(tmp_path)
     assert path is not None
-    with pytest.raises(CheckpointError, match="holds no averaged weights, as optim.ema was 0; use eval.weights=trained"):
+    with pytest.raises(
+        CheckpointError, match="holds no averaged weights, as optim.ema was 0; use eval.weights=trained"
+    ):
         checkpoint.load(path, small_model("sw_ovq", vocab_size=31), weights="ema")
     again = trainer_for(tmp_path, "optim.ema=0.9", resume=str(path))  # an average may begin later
     assert again.ema is not None
@@ -206,7 +208,12 @@ def test_averaged_weights_that_are_not_there_are_one_line(tmp_path: Path) -> Non
 
 
 def test_an_optimizer_from_outside_is_trained_with_and_resumes_with_its_state(tmp_path: Path) -> None:
-    how = ("optim=custom", "optim.custom={_target_: outside.Lion, beta: 0.8}", "optim.lr=3e-3", "optim.weight_decay=0.2")
+    how = (
+        "optim=custom",
+        "optim.custom={_target_: outside.Lion, beta: 0.8}",
+        "optim.lr=3e-3",
+        "optim.weight_decay=0.2",
+    )
     whole = trainer_for(tmp_path / "whole", *how)
     assert isinstance(whole.optimizer, Lion)
     whole.fit()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import train
 from ovq.train import checkpoint
@@ -297,6 +298,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one_rank")
     for model in ("sw_ovq", "sw_vq"):
         trainer_for(folder / model, model=model).fit()
+    trainer_for(folder / "muon", "optim=muon", "optim.ema=0.9").fit()
     return folder
 
 
@@ -309,6 +311,22 @@ def test_two_processes_equal_one_however_sharded(two_ranks: Any, one_rank: Path,
         for folder in (two_ranks[0] / sharding, one_rank / model)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_muon_and_the_average_are_the_same_on_two_processes(two_ranks: Any, one_rank: Path) -> None:
+    assert losses(two_ranks[0] / "muon") == pytest.approx(losses(one_rank / "muon"), rel=1e-4)
+    how = ("optim=muon", "optim.ema=0.9")
+    a, b = (trainer_for(folder / "muon", *how) for folder in (two_ranks[0], one_rank))
+    assert a.ema is not None and b.ema is not None
+    for (name, x), y in zip(a.ema.weights.items(), b.ema.weights.values()):
+        assert float((x - y).norm()) <= 1e-2 * float(y.norm()), name
+    momenta = [state["momentum_buffer"] for state in a.optimizer.state.values() if "momentum_buffer" in state]
+    assert len(momenta) == sum(p.ndim == 2 for p in a.model.layers.parameters())
+    probe = torch.arange(20)[None]
+    with torch.no_grad(), b.ema.in_place(b.model):
+        averaged = b.model(probe, targets_BT=probe).loss.item()
+    before, during, after = two_ranks[1]["averaged"]
+    assert during == pytest.approx(averaged, rel=1e-4) and before == after != during
 
 
 def test_bf16_on_two_processes_is_near_float32(two_ranks: Any, one_rank: Path) -> None:

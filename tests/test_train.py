@@ -394,6 +394,28 @@ def test_a_broken_wandb_does_not_stop_training(
     assert "logger=wandb does not work here, going on without" in capsys.readouterr().err
 
 
+def test_tensorboard_has_every_step_once_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for log in (Metrics(tmp_path, small_config("sw", "logger=tensorboard"), start_step=start) for start in (0, 2)):
+        for step in range(1, 4) if not read_rows(log.path) else (3, 4):
+            log.log({"step": step, "loss": step / 2, "token_hash": "ff", "eval/loss": None})
+        log.close()
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("loss")] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+    assert shown.Tags()["scalars"] == ["step", "loss"]
+
+
+def test_a_broken_tensorboard_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if not installed
+    trainer_for(tmp_path, "logger=tensorboard", "trainer.steps=2").fit()
+    assert len(losses(tmp_path)) == 2
+    assert "logger=tensorboard does not work here, going on without: it is not installed" in capsys.readouterr().err
+
+
 def test_the_hash_of_a_step_does_not_depend_on_how_its_rows_are_divided() -> None:
     generator = np.random.default_rng(0)
     inputs, targets = generator.integers(0, 50_000, (6, 33)), generator.integers(-100, 50_000, (6, 33))

@@ -30,6 +30,7 @@ SHARDING = {
     "hybrid": ("trainer.shard=hybrid", "trainer.replicas=2", "trainer.activation_checkpointing=full"),
     "none": ("trainer.shard=none", "trainer.activation_checkpointing=selective", "trainer.async_checkpoint=false"),
     "accumulating": ("trainer.micro_batch=1",),
+    "muon": ("optim=muon", "optim.ema=0.9"),
 }
 
 
@@ -43,6 +44,16 @@ def main(out: Path) -> None:
     trainer_for(out / "vq", TWO, model="sw_vq", world=world).fit()
     bf16 = dataclasses.replace(world, precision="bf16")
     trainer_for(out / "bf16", TWO, "trainer.precision=bf16", world=bf16).fit()
+
+    # The averaged weights of all shards take the place of the model's and leave it again.
+    trainer = trainer_for(out / "muon", TWO, *SHARDING["muon"], world=world)
+    assert trainer.ema is not None
+    probe = torch.arange(20)[None]
+    with torch.no_grad():
+        before = trainer.model(probe, targets_BT=probe).loss.item()
+        with trainer.ema.in_place(trainer.model):
+            averaged = trainer.model(probe, targets_BT=probe).loss.item()
+        results["averaged"] = [before, averaged, trainer.model(probe, targets_BT=probe).loss.item()]
 
     # Each rank has its own copy of the codebook.
     trainer = trainer_for(out / "vq", TWO, model="sw_vq", world=world)

@@ -124,7 +124,11 @@ def load(
     path = Path(path)
     if checkpoint is None and not (path / "config.yaml").exists() and path.parent.name == "checkpoints":
         path, checkpoint = path.parent.parent, str(path)
-    settings = [f"trainer.device={device}", f"eval.weights={weights}", *([f"trainer.precision={precision}"] if precision else [])]
+    settings = [
+        f"trainer.device={device}",
+        f"eval.weights={weights}",
+        *([f"trainer.precision={precision}"] if precision else []),
+    ]
     run = load_run(path, settings, checkpoint_at=checkpoint, trust=trust)
     if num_centroids is not None:
         try:

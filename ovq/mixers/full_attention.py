@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer, KVCache
 from ovq.mixers.base import MixerShape
-from ovq.mixers.rope import rotate
+from ovq.mixers.rope import RopeScaling, rotate
 from ovq.ops.attention import full_attention
 
 
@@ -16,19 +19,30 @@ class FullAttention(AttentionLayer):
     Args:
         position: "rope" or "none" (the paper's sw-nope alternates sliding windows with attention without positions).
         rope_base: base of the rotary frequencies.
+        rope_scaling: {rope_type: linear | ntk | yarn, factor: ..., ...} for a longer context than that of training, see
+            `ovq.mixers.rope.RopeScaling`; None: none.
         qk_norm: unit-norm queries and keys with a learned inverse temperature per head.
 
     Raises:
-        ValueError: any other position, or RoPE with an odd head width.
+        ValueError: any other position, or an illegal `rope_scaling`.
     """
 
     def __init__(
-        self, shape: MixerShape, *, position: str = "rope", rope_base: float = 10000.0, qk_norm: bool = False
+        self,
+        shape: MixerShape,
+        *,
+        position: str = "rope",
+        rope_base: float = 10000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__(shape, qk_norm=qk_norm)
         if position not in ("rope", "none"):
             raise ValueError(f"position={position} of full_attention is not a legal value; legal: rope, none")
+        if position == "none" and rope_scaling is not None:
+            raise ValueError("rope_scaling of full_attention needs position=rope")
         self.rope_base = rope_base if position == "rope" else None
+        self.rope_scaling = RopeScaling.of(rope_scaling)
 
     def forward(
         self,
@@ -41,7 +55,7 @@ class FullAttention(AttentionLayer):
         q, k, v = self.project(x_BTD)
         start = state.position if state else 0
         if self.rope_base is not None:
-            q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
+            q, k = (rotate(x, start, self.rope_base, self.rope_scaling) for x in (q, k))
         k, v = self.extend(state, k, v)
         o = full_attention(self.scale_queries(q), k, v, cu_seqlens=cu_seqlens)
         return self.project_out(o), KVCache(k, v, start + x_BTD.shape[1]) if return_state else None

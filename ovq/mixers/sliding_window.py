@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer, KVCache
 from ovq.mixers.base import MixerShape
-from ovq.mixers.rope import rotate
+from ovq.mixers.rope import RopeScaling, rotate
 from ovq.ops.sliding_window import sliding_window_attention
 
 
@@ -16,20 +19,28 @@ class SlidingWindow(AttentionLayer):
     Args:
         window: number of tokens attended to, at least 1.
         rope_base: base of the rotary frequencies.
+        rope_scaling: {rope_type: linear | ntk | yarn, factor: ..., ...} for a longer context than that of training, see
+            `ovq.mixers.rope.RopeScaling`; None: none.
         qk_norm: unit-norm queries and keys with a learned inverse temperature per head.
 
     Raises:
-        ValueError: window below 1.
+        ValueError: window below 1, or an illegal `rope_scaling`.
     """
 
     def __init__(
-        self, shape: MixerShape, *, window: int = 256, rope_base: float = 10000.0, qk_norm: bool = False
+        self,
+        shape: MixerShape,
+        *,
+        window: int = 256,
+        rope_base: float = 10000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__(shape, qk_norm=qk_norm)
         if window < 1:
             raise ValueError(f"window={window} of sliding_window must be at least 1")
         self.window = window
-        self.rope_base = rope_base
+        self.rope_base, self.rope_scaling = rope_base, RopeScaling.of(rope_scaling)
 
     def forward(
         self,
@@ -41,7 +52,7 @@ class SlidingWindow(AttentionLayer):
     ) -> tuple[Tensor, KVCache | None]:
         q, k, v = self.project(x_BTD)
         start = state.position if state else 0
-        q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
+        q, k = (rotate(x, start, self.rope_base, self.rope_scaling) for x in (q, k))
         k, v = self.extend(state, k, v)
         o = sliding_window_attention(self.scale_queries(q), k, v, window=self.window, cu_seqlens=cu_seqlens)
         return self.project_out(o), self._cache(k, v, start + x_BTD.shape[1]) if return_state else None

@@ -48,11 +48,12 @@ class WeightAverage:
     @contextlib.contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
         """Within the `with` block the model has the averaged weights; afterwards its own, to the last bit."""
+        reshard(model)  # what a forward pass has gathered must not be used for the other weights
         self._swap(model)
         try:
             yield
         finally:
-            reshard(model)  # gathered copies of the averaged weights must not be taken for the model's own
+            reshard(model)
             self._swap(model)
 
     @torch.no_grad()

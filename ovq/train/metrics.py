@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl always, Weights & Biases on request.
+"""What a run records: metrics.jsonl always, Weights & Biases or TensorBoard on request.
 
 metrics.jsonl has one line per training step, {"step": n, "loss": ...}, and one line per evaluation, whose keys begin
 with "eval/". It is the record that survives: after a resume there is still exactly one line per step. Reporting never
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ovq.config import Config, to_dict
+from ovq.errors import one_line
 from ovq.files import write_whole
 
 
@@ -26,7 +27,7 @@ class Metrics:
 
     Args:
         run_dir: where metrics.jsonl lies.
-        cfg: logger settings and, for Weights & Biases, the config shown there.
+        cfg: logger settings, and the config shown in the logger.
         main: whether this rank writes.
         start_step: the step of the checkpoint resumed from (0: a new run). Lines of later steps are dropped, as those
             steps will be repeated. Damaged lines are dropped and missing ones counted, with a warning.
@@ -37,7 +38,8 @@ class Metrics:
         self.main = main
         self._file: io.FileIO | None = None
         self._unwritten = b""
-        self._wandb: Any = None
+        self._logger: Any = None  # a wandb run, or what logs and finishes as one does
+        self._logger_name = cfg.logger.name
         if not main:
             return
         rows, damaged = _parse(self.path)
@@ -48,7 +50,9 @@ class Metrics:
         write_whole(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
         if cfg.logger.name == "wandb":
-            self._wandb = start_wandb(Path(run_dir), cfg)
+            self._logger = start_wandb(Path(run_dir), cfg)
+        elif cfg.logger.name == "tensorboard":
+            self._logger = start_tensorboard(Path(run_dir), cfg, start_step)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line; `row["step"]` is required. Once written it survives this process, however that ends."""
@@ -56,16 +60,16 @@ class Metrics:
             return
         self._write(json.dumps(row).encode() + b"\n")
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        self._tell_wandb(lambda run: run.log(numbers, step=row["step"]))
+        self._tell_logger(lambda logger: logger.log(numbers, step=row["step"]))
 
-    def _tell_wandb(self, call: Callable[[Any], object]) -> None:
-        if self._wandb is None:
+    def _tell_logger(self, call: Callable[[Any], object]) -> None:
+        if self._logger is None:
             return
         try:
-            call(self._wandb)
+            call(self._logger)
         except Exception as error:
-            print(f"logger=wandb failed, going on without: {' '.join(str(error).split())}", file=sys.stderr)
-            self._wandb = None
+            print(f"logger={self._logger_name} failed, going on without: {one_line(error)}", file=sys.stderr)
+            self._logger = None
 
     def _write(self, line: bytes) -> None:
         """Write this after what could not be written before; a line that is cut short is completed the next time."""
@@ -97,8 +101,8 @@ class Metrics:
                 print(f"{self.path} could not be completed: {lost} line(s) are lost", file=sys.stderr)
             self._file.close()
             self._file = None
-        self._tell_wandb(lambda run: run.finish())
-        self._wandb = None
+        self._tell_logger(lambda logger: logger.finish())
+        self._logger = None
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
@@ -157,6 +161,35 @@ def start_wandb(run_dir: Path, cfg: Config) -> Any:
     except Exception as error:  # no network, no key, a broken installation
         print(f"logger=wandb does not work here, going on without: {' '.join(str(error).split())}", file=sys.stderr)
         return None
+
+
+class TensorBoard:
+    """run_dir/tensorboard, with the names of metrics.jsonl. A resumed job hides the steps that it will repeat."""
+
+    def __init__(self, run_dir: Path, cfg: Config, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._writer.add_text("config", f"```\n{json.dumps(to_dict(cfg), indent=1)}\n```", start_step + 1)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+def start_tensorboard(run_dir: Path, cfg: Config, start_step: int) -> TensorBoard | None:
+    """A log for TensorBoard (an optional extra); None after a warning, as logging never stops training."""
+    try:
+        return TensorBoard(run_dir, cfg, start_step)
+    except ImportError:
+        reason = "it is not installed; pip install -c launch/constraints-cpu.txt -e '.[tensorboard]'"
+    except Exception as error:  # a folder that cannot be written to
+        reason = one_line(error)
+    print(f"logger=tensorboard does not work here, going on without: {reason}", file=sys.stderr)
+    return None
 
 
 def show_in_wandb(name: str, picture: Path, rows: list[dict[str, Any]], step: int | None = None) -> None:

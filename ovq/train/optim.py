@@ -1,4 +1,4 @@
-"""The optimizer: which parameters get which rule, learning rate and weight decay; clipping; a step that may be skipped."""
+"""The optimizer: the rule, learning rate and weight decay of each parameter; clipping; a step that may be skipped."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor, lr: float) -> None:
-    """One optimizer step at learning rate `lr` (times a group's "lr_scale"), or none if `bad` (bool scalar on the device) is true.
+    """One optimizer step at learning rate `lr`, times a group's "lr_scale"; none if `bad` (bool scalar on the device).
 
     The fused kernel reads the flag on the device (the same one that gradient scalers set), so the host does not wait;
     the unfused optimizer needs its value on the host.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops.cross_entropy import chunked, reference
+from ovq.ops.cross_entropy.reference import soft_cap
 
-__all__ = ["chunked_cross_entropy"]
+__all__ = ["chunked_cross_entropy", "soft_cap"]
 
 
 def chunked_cross_entropy(
@@ -17,6 +18,7 @@ def chunked_cross_entropy(
     chunk: int = 2048,
     z_loss: float = 0.0,
     reduction: str = "sum",
+    softcap: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """-log softmax(weight x)[target], in nats, and z_loss * logsumexp(weight x)^2 (PaLM, arXiv 2204.02311, sec. 5).
@@ -28,6 +30,8 @@ def chunked_cross_entropy(
         chunk: number of tokens whose logits [chunk, V] are in memory at once.
         z_loss: weight of the second term.
         reduction: "sum" over labelled tokens, or "none" for the loss of each token [N], 0 without a label.
+        softcap: c > 0 stands for c tanh(logits / c) in the place of the logits (Gemma 2, arXiv 2408.00118, sec. 2);
+            0: the logits as they are.
         backend: auto | reference | torch.
 
     Returns:
@@ -43,10 +47,12 @@ def chunked_cross_entropy(
         raise ValueError(f"backend={backend} of chunked_cross_entropy is not legal; legal: auto, reference, torch")
     if chunk < 1:
         raise ValueError(f"chunk={chunk} of chunked_cross_entropy must be at least 1")
+    if not softcap >= 0:
+        raise ValueError(f"softcap={softcap} of chunked_cross_entropy must be at least 0")
     if x_ND.shape[0] != targets_N.shape[0] or x_ND.shape[1] != weight_VD.shape[1] or x_ND.dtype != weight_VD.dtype:
         raise ValueError(
             f"chunked_cross_entropy got x {tuple(x_ND.shape)} {x_ND.dtype}, weight {tuple(weight_VD.shape)} "
             f"{weight_VD.dtype} and {targets_N.shape[0]} targets, which do not match"
         )
     forward = reference.forward if backend == "reference" else chunked.forward
-    return forward(x_ND, weight_VD, targets_N, chunk, z_loss, reduction)
+    return forward(x_ND, weight_VD, targets_N, chunk, z_loss, reduction, softcap)

@@ -18,11 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.common import work_dtype
-from ovq.ops.cross_entropy.reference import IGNORE
+from ovq.ops.cross_entropy.reference import IGNORE, soft_cap
 
 
 def forward(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_loss: float, reduction: str
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    chunk: int,
+    z_loss: float,
+    reduction: str,
+    softcap: float,
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.forward`."""
     if reduction == "sum" and x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -32,8 +38,8 @@ def forward(
             x_ND, targets_N = x_ND[labelled], targets_N[labelled]
     trained = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     if trained and reduction == "sum" and not z_loss:
-        return _Sum.apply(x_ND, weight_VD, targets_N, chunk), None
-    loss_N, z_N = _PerToken.apply(x_ND, weight_VD, targets_N, chunk)
+        return _Sum.apply(x_ND, weight_VD, targets_N, chunk, softcap), None
+    loss_N, z_N = _PerToken.apply(x_ND, weight_VD, targets_N, chunk, softcap)
     z = z_loss * z_N.sum() if z_loss else None
     return loss_N.sum() if reduction == "sum" else loss_N, z
 
@@ -42,58 +48,62 @@ class _Sum(torch.autograd.Function):
     """The summed loss; its gradients are computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, softcap: float) -> Tensor:
         loss = x_ND.new_zeros((), dtype=work_dtype(x_ND))
         gradients = _Gradients(x_ND, weight_VD, ctx.needs_input_grad)
         for at in _chunks(len(x_ND), chunk):
-            logp_CV, label_C1, valid_C = _log_probabilities(F.linear(x_ND[at], weight_VD), targets_N[at])
+            logits_CV = soft_cap(F.linear(x_ND[at], weight_VD), softcap)
+            logp_CV, label_C1, valid_C = _log_probabilities(logits_CV, targets_N[at])
             loss -= (logp_CV.gather(1, label_C1)[:, 0] * valid_C).sum()
             dlogits_CV = logp_CV.exp_()
             dlogits_CV.scatter_add_(1, label_C1, dlogits_CV.new_full((), -1.0).expand(label_C1.shape))
-            gradients.add(at, dlogits_CV.mul_(valid_C[:, None]))
+            gradients.add(at, _uncapped(dlogits_CV.mul_(valid_C[:, None]), logits_CV, softcap))
         ctx.save_for_backward(gradients.dx, gradients.dweight)
         ctx.dtype = x_ND.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
         # In float32: rounded to bf16 first, dloss (1 / tokens) would scale every gradient wrongly by up to 0.4%.
         dx, dweight = (None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in (dx, dweight))
-        return dx, dweight, None, None
+        return dx, dweight, None, None, None
 
 
 class _PerToken(torch.autograd.Function):
     """(loss, squared log-partition) of each token, 0 for tokens without a label."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, softcap: float
+    ) -> tuple[Tensor, Tensor]:
         loss_N, z_N = (x_ND.new_empty(len(x_ND), dtype=work_dtype(x_ND)) for _ in range(2))
         for at in _chunks(len(x_ND), chunk):
-            logits_CV = F.linear(x_ND[at], weight_VD)
+            logits_CV = soft_cap(F.linear(x_ND[at], weight_VD), softcap)
             logp_CV, label_C1, valid_C = _log_probabilities(logits_CV, targets_N[at])
             label_logp_C = logp_CV.gather(1, label_C1)[:, 0]
             loss_N[at] = -label_logp_C * valid_C
             z_N[at] = (logits_CV.gather(1, label_C1)[:, 0] - label_logp_C).square() * valid_C
         ctx.save_for_backward(x_ND, weight_VD, targets_N)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.softcap = chunk, softcap
         return loss_N, z_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss_N: Tensor, dz_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dloss_N: Tensor, dz_N: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weight_VD, targets_N = ctx.saved_tensors
         gradients = _Gradients(x_ND, weight_VD, ctx.needs_input_grad)
         for at in _chunks(len(x_ND), ctx.chunk):
-            logits_CV = F.linear(x_ND[at], weight_VD)
+            logits_CV = soft_cap(F.linear(x_ND[at], weight_VD), ctx.softcap)
             logp_CV, label_C1, valid_C = _log_probabilities(logits_CV, targets_N[at])
             lse_C1 = logits_CV.gather(1, label_C1) - logp_CV.gather(1, label_C1)
             dloss_C1 = (dloss_N[at] * valid_C)[:, None]
             dlse_C1 = dloss_C1 + (dz_N[at] * valid_C)[:, None] * 2 * lse_C1
             dlogits_CV = logp_CV.exp_().mul_(dlse_C1)
-            gradients.add(at, dlogits_CV.scatter_add_(1, label_C1, -dloss_C1))
-        return *gradients.of(), None, None
+            dlogits_CV.scatter_add_(1, label_C1, -dloss_C1)
+            gradients.add(at, _uncapped(dlogits_CV, logits_CV, ctx.softcap))
+        return *gradients.of(), None, None, None
 
 
 class _Gradients:
@@ -121,6 +131,14 @@ class _Gradients:
 
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk))
+
+
+def _uncapped(dlogits_CV: Tensor, logits_CV: Tensor, softcap: float) -> Tensor:
+    """The gradient of the logits before the cap from that of the capped ones, y = c tanh(x / c): dy/dx = 1 - (y/c)^2.
+
+    Both tensors are overwritten.
+    """
+    return dlogits_CV.mul_(logits_CV.div_(softcap).square_().neg_().add_(1)) if softcap else dlogits_CV
 
 
 def _log_probabilities(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ Shapes: N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,11 +14,22 @@ from ovq.ops.common import work_dtype
 IGNORE = -100
 
 
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap tanh(logits / cap), in at least float32; the logits as they are with cap = 0."""
+    return cap * torch.tanh(logits.to(work_dtype(logits)) / cap) if cap else logits
+
+
 def forward(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_loss: float, reduction: str
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    chunk: int,
+    z_loss: float,
+    reduction: str,
+    softcap: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as for the public function; `chunk` is ignored."""
-    logits_NV = F.linear(x_ND, weight_VD).to(work_dtype(x_ND))
+    logits_NV = soft_cap(F.linear(x_ND, weight_VD).to(work_dtype(x_ND)), softcap)
     loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction=reduction)
     if not z_loss:
         return loss, None
