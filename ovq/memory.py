@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -173,7 +173,7 @@ class MemoryPlan:
     """Bytes on one device at the worst moment of a training step.
 
     `gathered` are parameters of the blocks at work and their gradients before they are reduced, in the compute
-    precision (FSDP). `working` is what backward needs beside what forward kept, or the loss with a chunk of logits.
+    precision (FSDP). `optimizer` holds its moments and the average of `optim.ema`. `working` is what backward needs beside what forward kept, or the loss with a chunk of logits.
     """
 
     weights: float
@@ -221,6 +221,9 @@ def memory_of(
     layers = [kinds[model.pattern[index % len(model.pattern)]] for index in range(model.num_layers)]
     total = sum(p.numel() for p in network.parameters())
     outside = total - sum(p.numel() for block in network.blocks() for p in block.parameters())
+    # Two of each parameter; Muon has one of a matrix. A custom optimizer is taken to be like AdamW.
+    matrices = [m.weight.numel() for m in network.layers.modules() if isinstance(m, nn.Linear)]
+    moments = 2 * total - (sum(matrices) if cfg.optim.name == "muon" else 0) + (total if cfg.optim.ema else 0)
     shards = {"full": world_size, "hybrid": max(1, world_size // trainer.replicas), "none": 1}[trainer.shard]
     ranks = trainer.context_parallel  # a process holds 1/ranks of the tokens, and while they are mixed of the heads
     tokens, size = rows * context // ranks, dtype.itemsize
@@ -235,7 +238,7 @@ def memory_of(
     largest = max(layer.gradients for layer in layers)
     return MemoryPlan(
         weights=4 * total / shards,
-        optimizer=8 * total / shards,
+        optimizer=4 * moments / shards,
         gradients=4 * total / shards,
         # Two blocks (one is fetched ahead), what lies outside of blocks, and a block's gradients in float32.
         gathered=2 * largest + outside * size + largest * 4 / size if sharded else 0,

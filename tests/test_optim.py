@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from ovq import compose
+import ovq
+from data.build import build_tokenizer
+from ovq import compose, config
 from ovq.errors import ConfigError
 from ovq.train import checkpoint
 from ovq.train.checkpoint import CheckpointError
@@ -240,6 +242,33 @@ def test_the_inverse_square_root_falls_from_the_warm_up_whatever_the_number_of_s
         cfg = small_config("sw", "optim.schedule=inverse_sqrt", "optim.warmup_steps=16", f"trainer.steps={steps}")
         want = {8: 0.5, 16: 1.0, 64: 0.5, 100: 0.4, 10**6: 0.1}
         assert {step: lr_at(step, cfg) / cfg.optim.lr for step in want} == pytest.approx(want)
+
+
+def test_an_evaluation_imports_no_optimizer_or_schedule(tmp_path: Path) -> None:
+    foreign = ("optim.custom={_target_: trap.Trap}", "optim.custom_schedule={_target_: trap.Trap}")
+    cfg = small_config("sw", "optim=custom", "optim.schedule=custom", *foreign)
+    config.save(cfg, tmp_path / "run")
+    build_tokenizer(cfg).save(tmp_path / "run" / "tokenizer")
+    model = small_model("sw", vocab_size=build_tokenizer(cfg).vocab_size)
+    saver = checkpoint.Checkpointer(tmp_path / "run", asynchronous=False)
+    saver.save(1, model, torch.optim.SGD(model.parameters()), {"step": 1})
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')\n")
+    loaded = ovq.load(tmp_path / "run", device="cpu")
+    assert torch.equal(loaded.module.head.weight, model.head.weight) and "trap" not in sys.modules
+
+
+def test_a_loaded_model_has_the_averaged_weights_if_asked(tmp_path: Path) -> None:
+    cfg = small_config("sw", "optim.ema=0.9")
+    config.save(cfg, tmp_path / "run")
+    build_tokenizer(cfg).save(tmp_path / "run" / "tokenizer")
+    model, other = (small_model("sw", vocab_size=build_tokenizer(cfg).vocab_size, seed=seed) for seed in (0, 1))
+    saver = checkpoint.Checkpointer(tmp_path / "run", asynchronous=False)
+    saver.save(1, model, torch.optim.SGD(model.parameters()), {"step": 1}, WeightAverage(other, 0.9))
+    for weights, want in (("trained", model), ("ema", other)):
+        loaded = ovq.load(tmp_path / "run", device="cpu", weights=weights)
+        assert torch.equal(loaded.module.head.weight, want.head.weight), weights
+    with pytest.raises(ConfigError, match="eval.weights=avg is not a legal value; legal: trained, ema"):
+        ovq.load(tmp_path / "run", device="cpu", weights="avg")
 
 
 CUSTOM = ("optim=custom", "optim.weight_decay=0")

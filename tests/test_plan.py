@@ -92,6 +92,14 @@ def test_memory_falls_with_sharding_and_recomputation() -> None:
     assert weights == pytest.approx([weights[0], weights[0] / 8, weights[0] / 2, weights[0]], rel=1e-3)
     total = LAYERS * (4 * D * HEADS * K + 3 * D * FFN) + (2 * LAYERS + 1) * D + 2 * V * D
     assert weights[0] == pytest.approx(16 * total / MIB, rel=1e-3)  # float32: weights, gradients, two moments
+    matrices = LAYERS * (4 * D * HEADS * K + 3 * D * FFN)
+    for settings, numbers in (
+        (["optim=muon"], 4 * total - matrices),  # one moment a matrix
+        (["optim.ema=0.999"], 5 * total),
+        (["optim=muon", "optim.ema=0.999"], 5 * total - matrices),
+    ):
+        shown = plan("model=sw", "trainer.global_batch=64", *settings)["device memory"].split("optimizer")[1]
+        assert mib(shown) == pytest.approx(4 * numbers / MIB, rel=1e-3), settings
     kept = {
         how: mib(plan("model=sw", f"trainer.activation_checkpointing={how}")["device memory"].split("activations")[1])
         for how in ("none", "selective", "full")

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ovq import processes
 from ovq.train import checkpoint
+from ovq.train.muon import orthogonalised
 from ovq.train.optim import persistent_buffers
 from tests.helpers import small_config
 from tests.test_train import send_at
@@ -44,6 +46,15 @@ def main(out: Path) -> None:
     trainer_for(out / "vq", TWO, model="sw_vq", world=world).fit()
     bf16 = dataclasses.replace(world, precision="bf16")
     trainer_for(out / "bf16", TWO, "trainer.precision=bf16", world=bf16).fit()
+
+    # A matrix is orthogonalised as a whole, whatever part of it each process has.
+    mesh = dist.init_device_mesh("cpu", (2,))
+    matrix = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+    sharded = orthogonalised(distribute_tensor(matrix, mesh, [Shard(0)]), 5)
+    results["orthogonalised"] = [
+        sharded.to_local().shape[0] in (3, 4),
+        torch.equal(sharded.full_tensor(), orthogonalised(matrix, 5)),
+    ]
 
     # The averaged weights of all shards take the place of the model's and leave it again.
     trainer = trainer_for(out / "muon", TWO, *SHARDING["muon"], world=world)

@@ -21,8 +21,10 @@ class Muon(torch.optim.Optimizer):
 
     Unlike it, this also takes matrices that FSDP has sharded. `torch.optim.Muon` would run each product of the
     Newton-Schulz iteration on shards, each with collectives of its own and sums that are rounded to bf16 in another
-    order. Here the momentum stays sharded, every process gathers the whole of one matrix after another, orthogonalises
-    it in bf16, and keeps its own rows: one collective a matrix, and on any number of processes the same update.
+    order. Here the momentum stays sharded; every process gathers the whole of one matrix after another, orthogonalises
+    it in bf16, and keeps its own rows: one collective a matrix, and from the same momentum the same update on any
+    number of processes. (Gradients are summed in another order there. The iteration enlarges such differences in
+    directions that bf16 hardly resolves, to about 1% of a matrix after a few steps.)
 
     Whether a step is skipped is decided on the host (`step_unless`), which therefore waits for the device in each step.
 
