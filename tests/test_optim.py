@@ -230,6 +230,17 @@ def test_an_optimizer_from_outside_is_trained_with_and_resumes_with_its_state(tm
     assert {(group["beta"], group["count"]) for group in last.optimizer.param_groups} == {(0.8, 6)}
 
 
+def test_an_optimizer_without_state_resumes_and_another_ones_state_is_refused(tmp_path: Path) -> None:
+    sgd = ("optim=custom", "optim.custom={_target_: torch.optim.SGD}", "trainer.steps=2")
+    whole = trainer_for(tmp_path / "whole", *sgd, "trainer.checkpoint_every=1")
+    whole.fit()
+    again = trainer_for(tmp_path / "whole", *sgd, resume=str(tmp_path / "whole" / "checkpoints" / "step_00000001"))
+    again.fit()
+    assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), whole.model.parameters()))
+    with pytest.raises(CheckpointError, match="does not fit this model or optimizer"):
+        trainer_for(tmp_path / "whole", "optim=muon")
+
+
 def test_a_schedule_from_outside_sets_the_rate_after_warm_up() -> None:
     settings = ["optim.schedule=custom", "optim.custom_schedule={_target_: outside.Sawtooth, period: 10}"]
     cfg = small_config("sw", *settings, "optim.lr=2", "optim.warmup_steps=4", "trainer.steps=50")
@@ -305,8 +316,8 @@ def test_a_setting_that_would_be_ignored_or_is_wrong_is_refused_in_one_line(sett
 def test_a_schedule_that_gives_no_rate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = small_config("sw", "optim.schedule=custom", "optim.custom_schedule={_target_: outside.Sawtooth, period: 7}")
     monkeypatch.setattr(Sawtooth, "factor", lambda self, step: float("nan"))
-    with pytest.raises(ConfigError, match="outside.Sawtooth gave nan at step 200"):
-        lr_at(200, cfg)
+    with pytest.raises(ConfigError, match="outside.Sawtooth gave nan at step 1000"):
+        build_optimizer(small_model("sw"), cfg)  # before the first step
 
 
 def test_a_checkpoint_resumed_with_other_settings_trains_with_those(tmp_path: Path) -> None:

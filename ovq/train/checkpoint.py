@@ -272,8 +272,8 @@ def load(
     model_state, optimizer_state = get_state_dict(model, optimizers)
     reader = SafeReader(path)
     stored = set(reader.read_metadata().state_dict_metadata)
-    surplus = sorted(stored - {f"model.{name}" for name in model_state})
-    if surplus := [key for key in surplus if key.startswith("model.")]:
+    surplus = sorted(key for key in stored - {f"model.{name}" for name in model_state} if key.startswith("model."))
+    if surplus:
         raise CheckpointError(f"{path} does not fit this model, which has no {surplus[0].removeprefix('model.')}")
     keeps_average = any(key.startswith("ema.") for key in stored)
     state: dict[str, Any] = {"model": model_state, "optimizer": _asked_of(optimizer, optimizer_state, stored)}
@@ -290,9 +290,11 @@ def load(
     except FAILED as error:
         if not path.is_dir():
             raise CheckpointError(f"{path} was removed while it was read (see trainer.keep_last); try again") from error
-        raise refusal_in(error) or CheckpointError(f"{path} does not fit this model ({reason(error)})") from error
+        fits = "this model" if optimizer is None else "this model or optimizer"
+        raise refusal_in(error) or CheckpointError(f"{path} does not fit {fits} ({reason(error)})") from error
     if optimizer is not None:
-        optimizer_state["state"] = state["optimizer"]["state"]
+        names = [name for group in optimizer_state["param_groups"] for name in group["params"]]
+        optimizer_state["state"] = dict.fromkeys(names, {}) | state["optimizer"]["state"]  # SGD keeps none
         for group, loaded in zip(optimizer_state["param_groups"], state["optimizer"]["param_groups"]):
             group |= loaded
     set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)

@@ -76,10 +76,10 @@ class Muon(torch.optim.Optimizer):
                     self._step_of(p, group)
 
     def _step_of(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
-        assert p.grad is not None
         momentum_buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
         update = p.grad.lerp(momentum_buffer, group["momentum"])
         update = orthogonalised(update, group["ns_steps"])

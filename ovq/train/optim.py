@@ -15,6 +15,7 @@ from ovq.errors import ConfigError
 from ovq.instantiate import get_class, instantiate
 from ovq.model import Transformer
 from ovq.train.muon import Muon
+from ovq.train.schedule import lr_at
 
 # Weight decay is not applied to parameters of these modules, nor to vectors (norms, biases, temperatures): it is meant
 # for weights that multiply activations, and the rows of a look-up table multiply nothing.
@@ -28,9 +29,11 @@ def build_optimizer(model: Transformer, cfg: Config) -> torch.optim.Optimizer:
     `optim.custom`, called as cls(groups, lr=optim.lr, **settings).
 
     Raises:
-        ConfigError: the custom class cannot be used, or has no weight decay; a pattern that matches no parameter.
+        ConfigError: a custom optimizer or schedule cannot be used, or the optimizer has no weight decay; a pattern that
+            matches no parameter.
     """
     optim, groups = cfg.optim, parameter_groups(model, cfg)
+    lr_at(cfg.trainer.steps, cfg)  # a schedule that cannot be used is refused now, not after the warm-up
     betas = (optim.betas[0], optim.betas[-1])
     if optim.name == "custom":
         return _custom(groups, cfg)
