@@ -173,7 +173,8 @@ class MemoryPlan:
     """Bytes on one device at the worst moment of a training step.
 
     `gathered` are parameters of the blocks at work and their gradients before they are reduced, in the compute
-    precision (FSDP). `optimizer` holds its moments and the average of `optim.ema`. `working` is what backward needs beside what forward kept, or the loss with a chunk of logits.
+    precision (FSDP). `optimizer` holds its moments and the average of `optim.ema`. `working` is what backward needs
+    beside what forward kept, or the loss with a chunk of logits.
     """
 
     weights: float
