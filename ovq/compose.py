@@ -29,7 +29,7 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
 
 # Settings that are dictionaries of names this project does not know: entries are added without Hydra's "+".
-DICTIONARIES = ("optim.custom", "optim.custom_schedule", "optim.groups")
+DICTIONARIES = ("optim.custom", "optim.custom_schedule", "optim.groups", "trainer.lengths")
 
 
 def compose(overrides: list[str]) -> Config:
@@ -39,7 +39,6 @@ def compose(overrides: list[str]) -> Config:
         ConfigError: an unknown group, option, key or value; the one-line message lists the legal ones.
     """
     overrides = [_in_full(text) for text in overrides]
-    overrides = [f"+{t}" if t.startswith("trainer.lengths=") else t for t in overrides]  # its keys are new ones
     _check_overrides(overrides)
     _register_schema()
     GlobalHydra.instance().clear()
