@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from ovq.compose import CONFIG_DIR
+from ovq.mixers import attention_layer
 from ovq.mixers.base import SequenceMixer
 from ovq.model import build_mixer
 from tests.helpers import MIXERS, relative_error, small_config
@@ -64,6 +66,33 @@ def test_a_state_is_not_modified_by_using_it(name: str) -> None:
             state_copy = mixer(token, state=state, return_state=True)[1]
         assert torch.equal(mixer(x[:, 19:], state=state)[0], first)
     assert state_copy is not None
+
+
+def test_a_long_cache_is_continued_in_place_but_never_under_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_layer, "ROOM_FROM", 20)
+    mixer, x, other = make("full_attention"), random_input(3), random_input(4)
+
+    def decode(state: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, Any, set[int]]:
+        rows, places = [], set()
+        for token in tokens.split(1, dim=1):
+            y, state = mixer(token, state=state, return_state=True)
+            rows.append(y)
+            places.add(state.key.data_ptr())
+        return torch.cat(rows, dim=1), state, places
+
+    with torch.inference_mode():
+        start = mixer(x[:, :32], return_state=True)[1]
+        first, state, places = decode(start, x[:, 32:36])
+        assert len(places) == 1, "copied once, with room for four tokens more"
+        mine, theirs = decode(state, x[:, 36:]), decode(state, other[:, 36:])
+        few = decode(tree_map(lambda leaf: leaf[:1], state), x[:1, 36:])
+        want = mixer(torch.cat([x[:, :36], other[:, 36:]], dim=1))[0][:, 36:]
+    whole = mixer(x)[0]
+    assert relative_error(torch.cat([first, mine[0]], dim=1), whole[:, 32:]) < 1e-9
+    assert relative_error(theirs[0], want) < 1e-9
+    assert relative_error(few[0], whole[:1, 36:]) < 1e-9
+    with torch.no_grad():
+        assert relative_error(decode(state, x[:, 36:])[0], whole[:, 36:]) < 1e-9, "not to be written to by now"
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S cached + new tokens, D model width, H query heads, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,37 @@ from torch.utils import _pytree as pytree
 from ovq.mixers.base import MixerShape, SequenceMixer
 from ovq.ops.common import work_dtype
 
+ROOM_FROM = 1024  # tokens from which a cache is continued in place: copying a shorter one costs nothing
+ROOM = 8  # it gets room for an eighth more
+
+
+class Room:
+    """Memory that begins with a cache's keys and values, of which the first `used` tokens are taken.
+
+    A cache that ends where its room is taken can be continued in place: no other cache sees what is written there.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, used: int) -> None:
+        self.key, self.value, self.used = key, value, used
+
 
 @dataclass
 class KVCache:
-    """Keys and values [B, S, G, K] of the last S tokens (RoPE applied), and the number of tokens seen so far."""
+    """Keys and values [B, S, G, K] of the last S tokens (RoPE applied), and the number of tokens seen so far.
+
+    `room`: where full attention continues them without copying them (see `AttentionLayer.append`).
+    """
 
     key: Tensor
     value: Tensor
     position: int
+    room: Room | None = field(default=None, repr=False, compare=False)
 
 
 pytree.register_pytree_node(
     KVCache,
-    lambda cache: ([cache.key, cache.value], cache.position),
-    lambda leaves, position: KVCache(*[*leaves, position]),
+    lambda cache: ([cache.key, cache.value], (cache.position, cache.room)),
+    lambda leaves, context: KVCache(*[*leaves, *context]),
     serialized_type_name="ovq.KVCache",
 )
 
@@ -99,3 +116,31 @@ class AttentionLayer(SequenceMixer):
         if cache is None:
             return k, v
         return torch.cat([cache.key, k], dim=1), torch.cat([cache.value, v], dim=1)
+
+    def append(self, cache: KVCache | None, k: Tensor, v: Tensor) -> KVCache:
+        """The cache with the new keys and values at its end, for a layer that keeps all of them.
+
+        In decoding, they are written behind those of the cache, which stays as it is, and all are copied only when its
+        room is full: a token then costs no copy of all before it.
+        """
+        if cache is None:
+            return KVCache(k, v, k.shape[1])
+        used, end, position = cache.key.shape[1], cache.key.shape[1] + k.shape[1], cache.position + k.shape[1]
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, cache.key, cache.value))
+        if trained or k.shape[1] > 1 or end < ROOM_FROM:
+            return KVCache(*self.extend(cache, k, v), position)
+        room = cache.room
+        if room is None or not _continues(cache, room, end):
+            room = Room(*(x.new_empty(len(x), end + end // ROOM, *x.shape[2:]) for x in (k, v)), used)
+            room.key[:, :used], room.value[:, :used] = cache.key, cache.value
+        room.key[:, used:end], room.value[:, used:end], room.used = k, v, end
+        return KVCache(room.key[:, :end], room.value[:, :end], position, room)
+
+
+def _continues(cache: KVCache, room: Room, end: int) -> bool:
+    """Whether a cache can be continued in its room up to token `end`: it must be a view of it, not a changed copy."""
+    pairs = ((cache.key, room.key), (cache.value, room.value))
+    same = all(x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.dtype == y.dtype for x, y in pairs)
+    fits = room.used == cache.key.shape[1] and end <= room.key.shape[1] and len(cache.key) == len(room.key)
+    # Tensors of inference mode cannot be written to outside it.
+    return same and fits and (torch.is_inference_mode_enabled() or not room.key.is_inference())

@@ -56,9 +56,9 @@ class FullAttention(AttentionLayer):
         start = state.position if state else 0
         if self.rope_base is not None:
             q, k = (rotate(x, start, self.rope_base, self.rope_scaling) for x in (q, k))
-        k, v = self.extend(state, k, v)
-        o = full_attention(self.scale_queries(q), k, v, cu_seqlens=cu_seqlens)
-        return self.project_out(o), KVCache(k, v, start + x_BTD.shape[1]) if return_state else None
+        cache = self.append(state, k, v)
+        o = full_attention(self.scale_queries(q), cache.key, cache.value, cu_seqlens=cu_seqlens)
+        return self.project_out(o), cache if return_state else None
 
     def state_size(self, context: int) -> int:
         return 2 * self.shape.num_kv_heads * self.shape.head_dim * context
