@@ -91,6 +91,16 @@ def current_rss() -> int:
     return psutil.Process().memory_info().rss
 
 
+def free_memory(device: torch.device) -> int:
+    """Memory of a device that this process could still allocate, in bytes."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: allocations on a GPU, or this process's resident set on a CPU."""
     if device.type == "cuda":

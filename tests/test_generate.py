@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +18,15 @@ import ovq
 from data.tokenizer import ByteTokenizer
 from ovq.errors import ConfigError
 from ovq.inference import generate
-from ovq.inference.generate import Growing, Sampling, continue_prompts
+from ovq.inference.generate import Growing, batches_of, continue_prompts
+from ovq.inference.sampling import Sampling
 from ovq.model import Transformer
-from tests.helpers import small_model
+from tests.helpers import MODELS, Largest, small_model
 from tests.test_per_position import run_folder
 
-PROMPTS = ["a", "some longer prompt", "three", "x" * 70]
-
-
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    """Its weights are large, so that its logits differ enough to tell one token from another."""
-    return small_model("sw_ovq", "model.init_std=0.3", vocab_size=257, seed=3).double().eval()
+PROMPTS = ["a", "some longer prompt", "three", "x" * 30]
+# One for each mixer. Recurrences are tested alone, and so need no test beside a sliding window.
+ALONE = [name for name in MODELS if name.removeprefix("sw_") == name or name.removeprefix("sw_") not in MODELS]
 
 
 @torch.no_grad()
@@ -39,13 +38,9 @@ def by_hand(model: Transformer, prompt: Sequence[int], count: int, choose: Any) 
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("piece", [7, 4096])
-@pytest.mark.parametrize("name", ["sw_ovq", "sw_nope", "sw_gdn"])
-def test_prompts_of_any_lengths_are_continued_as_if_alone(name: str, piece: int) -> None:
-    model = small_model(name, "model.init_std=0.3", vocab_size=257, seed=3).double().eval()
-    prompts = [[256, *text.encode()] for text in PROMPTS]
+def greedy(model: Transformer, prompts: Sequence[Sequence[int]], lengths: Sequence[int], piece: int) -> list[list[int]]:
+    """What greedy decoding makes of prompts that are continued together, each for its own number of tokens."""
     new: list[list[int]] = [[] for _ in prompts]
-    lengths = [5, 40, 1, 9]
 
     def take(row: int, token: int) -> bool:
         new[row].append(token)
@@ -55,7 +50,48 @@ def test_prompts_of_any_lengths_are_continued_as_if_alone(name: str, piece: int)
         return logits_BV.argmax(-1).tolist()
 
     continue_prompts(model, prompts, choose=choose, take=take, device=torch.device("cpu"), piece=piece)
-    assert new == [by_hand(model, p, n, lambda x, _: int(x.argmax())) for p, n in zip(prompts, lengths)]
+    return new
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_prompts_of_any_lengths_are_continued_as_if_alone_in_pieces_of_any_length(name: str) -> None:
+    # Weights are large, so that the logits differ enough to tell one token from another.
+    model = small_model(name, "model.init_std=0.3", vocab_size=257, seed=3).double().eval()
+    prompts, lengths = [[256, *text.encode()] for text in PROMPTS], [4, 9, 1, 5]
+    want = [by_hand(model, p, n, lambda x, _: int(x.argmax())) for p, n in zip(prompts, lengths)]
+    assert greedy(model, prompts, lengths, piece=4096) == want
+    assert [greedy(model, [p], [n], piece=7)[0] for p, n in zip(prompts, lengths)] == want
+
+
+def test_a_long_prompt_takes_no_more_memory_than_a_short_one() -> None:
+    """Of operators the largest result, and of tensors those alive when a token is chosen."""
+    model = small_model("sw_ovq", vocab_size=257).eval()
+    found = []
+    for tokens in (64, 512):
+        live: list[int] = []
+
+        def choose(logits_BV: torch.Tensor, at: int, live: list[int] = live) -> list[int]:
+            held = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+            live.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}.values()))
+            return [7]
+
+        prompt, left = [1 + index % 250 for index in range(tokens)], iter([False, False, True])
+        with Largest() as largest:
+            continue_prompts(
+                *(model, [prompt]),
+                choose=choose,
+                take=lambda row, token, left=left: next(left),
+                device=torch.device("cpu"),
+                piece=32,
+            )
+        found.append((largest.elements, live))
+    assert found[0] == found[1] and len(found[0][1]) == 3
+
+
+def test_a_batch_reads_no_more_single_tokens_than_it_writes() -> None:
+    lengths = [5, 900, 6, 5, 30, 1000, 21]
+    assert list(batches_of(lengths, 8, 20)) == [[0, 3, 2, 6], [4], [1], [5]]
+    assert list(batches_of(lengths, 2, 100)) == [[0, 3], [2, 6], [4], [1, 5]]
 
 
 def test_draws_follow_the_probabilities_that_the_settings_leave() -> None:
@@ -86,6 +122,20 @@ def test_draws_follow_the_probabilities_that_the_settings_leave() -> None:
     assert (share(seed=1) != share(seed=2)).any()
 
 
+def test_a_penalty_lowers_the_logits_of_tokens_that_have_occurred() -> None:
+    logits, seen = torch.tensor([3.0, 2.0, -1.0, -1.5]), torch.tensor([True, False, True, False])
+
+    def order(penalty: float) -> list[int]:
+        sampling, left, found = Sampling(temperature=0, repetition_penalty=penalty), logits.clone(), []
+        for _ in range(4):
+            found.append(sampling.choose(left, 0, 0, seen))
+            left[found[-1]] = -torch.inf
+        return found
+
+    assert order(1.0) == [0, 1, 2, 3]
+    assert order(2.0) == [1, 0, 3, 2], "3 -> 1.5 and -1 -> -2"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -93,6 +143,7 @@ def test_draws_follow_the_probabilities_that_the_settings_leave() -> None:
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"min_p": 1.5}, "min_p=1.5 must be in 0 to 1"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
     ],
 )
@@ -159,6 +210,34 @@ def test_a_loaded_model_gives_losses_and_texts(trained: Path) -> None:
     assert model.generate(PROMPTS[0], tokens=0) == ""
 
 
+def test_a_text_says_why_it_ends(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = ovq.load(trained), [*b"one. two", 256]
+    monkeypatch.setattr(Sampling, "choose", lambda self, logits_V, row, step, seen_V=None: ids[step])
+
+    def end(tokens: int, *stop: str) -> tuple[str, int, str]:
+        (found,) = generate.generate(model._run, ["a"], tokens=tokens, stop=stop)
+        return found.text, found.tokens, found.finish
+
+    assert end(5) == ("one. ", 5, "length")
+    assert end(50, ". ") == ("one", 5, "stop")
+    assert end(50) == ("one. two", 9, "end")
+
+
+def test_a_penalty_is_for_the_tokens_of_the_prompt_and_of_the_text_so_far(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[tuple[int, int], set[int]] = {}
+
+    def choose(self: Sampling, logits_V: torch.Tensor, row: int, step: int, seen_V: torch.Tensor) -> int:
+        calls[row, step] = set(seen_V.nonzero()[:, 0].tolist())
+        return 65 + step
+
+    monkeypatch.setattr(Sampling, "choose", choose)
+    assert ovq.load(trained).generate(["xy", "z" * 9], tokens=3, repetition_penalty=2.0) == ["ABC", "ABC"]
+    assert [calls[0, step] for step in range(3)] == [{256, *b"xy"}, {256, *b"xyA"}, {256, *b"xyAB"}]
+    assert calls[1, 2] == {256, *b"zAB"}
+
+
 def test_a_checkpoint_is_loaded_by_itself_and_with_another_dictionary(trained: Path) -> None:
     (checkpoint,) = (trained / "checkpoints").glob("step_*")
     model = ovq.load(trained)
@@ -180,11 +259,14 @@ def test_the_command_prints_the_prompt_and_its_continuation(
     want = ovq.load(trained).generate("a prompt", tokens=8, temperature=0.0)
     assert generate.main([*line, "prompt=a prompt"]) == 0
     assert capsys.readouterr().out == f"a prompt{want}\n"
-    assert generate.main([*line, "prompt=[One,Two]"]) == 0
-    assert capsys.readouterr().out.startswith("One")
     (tmp_path / "text.txt").write_text("a prompt")
     assert generate.main([*line, f"file={tmp_path}/text.txt"]) == 0
     assert capsys.readouterr().out == f"{want}\n"
+    (tmp_path / "many.jsonl").write_text('{"prompt": "a prompt"}\n"Two"\n')
+    assert generate.main([*line, f"prompts={tmp_path}/many.jsonl", "json=true"]) == 0
+    made = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert made[0] == {"prompt": "a prompt", "text": want, "tokens": 8, "finish": "length"}
+    assert made[1]["prompt"] == "Two" and len(made) == 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("a prompt\n\n"))
     assert generate.main([*line, "interactive=true"]) == 0
     assert capsys.readouterr().out == f"a prompt{want}\n"
@@ -193,11 +275,15 @@ def test_the_command_prints_the_prompt_and_its_continuation(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give one of prompt=..., file=... and interactive=true"),
-        (["prompt=a", "file=b"], "give one of prompt=..., file=... and interactive=true"),
+        ([], "give one of prompt=..., file=..., prompts=... and interactive=true"),
+        (["prompt=a", "file=b"], "give one of prompt=..., file=..., prompts=... and interactive=true"),
         (["file=no/such/file"], "file=no/such/file cannot be read as text"),
+        (["prompts=/dev/null"], "prompts=/dev/null holds no prompt"),
+        (["prompt="], "the prompt is empty"),
+        (["prompt=a", "stop=['']"], "stop holds an empty string"),
         (["prompt=a", "num_centroids=0"], "num_centroids=0"),
-        (["prompt=a", "top_p=2"], "top_p=2"),
+        (["prompt=a", "top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
+        (["prompt=a", "run=no/such/run"], "no/such/run"),
     ],
 )
 def test_impossible_requests_are_one_line(
@@ -206,3 +292,28 @@ def test_impossible_requests_are_one_line(
     assert generate.main([f"run={trained}", *arguments]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_prompts_are_lines_of_text_or_of_json(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One\n\n Two, and\n")
+    (tmp_path / "a.jsonl").write_text('"One"\n\n{"prompt": " Two, and", "other": 1}\n')
+    for name in ("a.txt", "a.jsonl"):
+        assert generate.prompts_of(generate.Options(prompts=str(tmp_path / name))) == ["One", " Two, and"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{", "line 2 of prompts=.* is not JSON"), ('{"text": "a"}', "line 2 of prompts=.* must be a text or an object")],
+)
+def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "many.jsonl").write_text(f'"good"\n{line}\n')
+    with pytest.raises(ConfigError, match=words):
+        generate.prompts_of(generate.Options(prompts=str(tmp_path / "many.jsonl")))
+
+
+def test_a_context_whose_state_exceeds_free_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ovq.load(run_folder(tmp_path, "std_att", []))
+    assert model.generate("abc", tokens=3)
+    monkeypatch.setattr(generate, "free_memory", lambda device: 10_000)
+    with pytest.raises(ConfigError, match=r"the state of 1 x 1,004 tokens takes 0.00 GiB and 0.00 GiB are free"):
+        model.generate("abc", tokens=1000)

@@ -2,25 +2,30 @@
 
     python -m ovq.inference.generate run=runs/cpu_demo prompt="It was a dark"
     python -m ovq.inference.generate run=runs/a 'prompt=[One,Two]' tokens=64 temperature=0.8 top_p=0.95 seed=1
-    python -m ovq.inference.generate run=runs/a file=book.txt num_centroids=16384
+    python -m ovq.inference.generate run=runs/a file=book.txt num_centroids=16384         one prompt: the whole file
+    python -m ovq.inference.generate run=runs/a prompts=many.jsonl json=true > texts.jsonl    many prompts, for scripts
     python -m ovq.inference.generate run=runs/a interactive=true
 
 Text appears as it is made; several prompts are continued together and printed when they are done. A prompt is read in
 pieces, with the state carried along, so its length costs no memory beyond the state's. The same prompt, settings and
 seed give the same text, whatever the batch and the pieces (up to the rounding of sums).
 
+`prompts` is a text file with a prompt in each line, or JSON lines (*.jsonl): strings, or objects with a "prompt"; blank
+lines are passed over. With `json=true` each prompt gives one line {"prompt", "text", "tokens", "finish"}, where finish
+is "length" (`tokens` are made), "stop" (a stop string) or "end" (the model ended the document).
+
 Shapes: B rows in a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,61 +35,13 @@ from ovq import processes
 from ovq.cli import command
 from ovq.errors import ConfigError
 from ovq.inference.run import Run, RunOptions
-from ovq.mixers.base import detach_state, other_capacity
-from ovq.model import Transformer
+from ovq.inference.sampling import Sampling
+from ovq.machine import free_memory
+from ovq.mixers.base import detach_state, other_capacity, with_dictionaries
+from ovq.model import Transformer, state_bytes
 from ovq.schema import setting
 
 CUT = "\ufffd"  # what an incomplete character decodes to
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        temperature: divides the logits; 0 takes the most probable token.
-        top_k: keep only the k most probable tokens; None: all.
-        top_p: keep the fewest tokens, most probable first, that have this probability together (arXiv 1904.09751).
-        min_p: keep tokens of at least this share of the largest probability (arXiv 2407.01082).
-        seed: of the draws. A draw depends on the seed, the row and the number of tokens before it, on nothing else.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        legal = {
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "in 0 to 1"),
-            "seed": (self.seed >= 0, "at least 0"),
-        }
-        for name, (good, words) in legal.items():
-            if not good:
-                raise ConfigError(f"{name}={getattr(self, name)} must be {words}")
-
-    def choose(self, logits_V: Tensor, row: int, step: int) -> int:
-        """The next token. `row` is the row's number, `step` the number of tokens chosen for it before."""
-        if self.temperature == 0:
-            return int(logits_V.argmax())
-        p_V = (logits_V.double() / self.temperature).softmax(-1).cpu().numpy()
-        order = np.argsort(-p_V, kind="stable")
-        sorted_p = p_V[order]
-        keep = (sorted_p >= self.min_p * sorted_p[0]) & (np.cumsum(sorted_p) - sorted_p < self.top_p)
-        if self.top_k is not None:
-            keep[self.top_k :] = False
-        # Cumulated in the order of ids: rounding that swaps two equally probable tokens then changes nothing.
-        kept = np.sort(order[keep])
-        total = np.cumsum(p_V[kept])
-        uniform = np.random.default_rng((self.seed, row, step)).random()
-        return int(kept[min(np.searchsorted(total, uniform * total[-1], side="right"), len(kept) - 1)])
 
 
 @torch.inference_mode()
@@ -155,7 +112,8 @@ class Growing:
         """Add a token; returns what became certain."""
         self._ids.append(token)
         whole = self._done + self.tokenizer.decode(self._ids)
-        at = min((found for stop in self.stop if (found := whole.find(stop)) >= 0), default=None)
+        certain = len(self.text)  # no stop string begins before here
+        at = min((found for stop in self.stop if (found := whole.find(stop, certain)) >= 0), default=None)
         if at is not None:
             self.stopped = True
             return self._to(whole[:at])
@@ -180,6 +138,15 @@ class Growing:
         return max(cut, begun)
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """What follows a prompt: its text, the number of tokens made, and why it ends: length | stop | end."""
+
+    text: str
+    tokens: int
+    finish: str
+
+
 def generate(
     run: Run,
     prompts: Sequence[str],
@@ -189,56 +156,105 @@ def generate(
     stop: Sequence[str] = (),
     batch: int = 8,
     show: Callable[[str], None] | None = None,
-) -> list[str]:
+) -> list[Continuation]:
     """What a run makes of each prompt, without the prompt.
 
     Args:
+        prompts: texts, none of them empty.
         tokens: new tokens, at most. A row also ends at the separator, which ends a document, and at a stop string.
         sampling: None: `Sampling()`.
         stop: strings that end a text, of which they are no part.
-        batch: rows that are continued together, those of similar length.
+        batch: rows that are continued together at most, those of similar length (see `batches_of`).
         show: called with each bit of text as it becomes certain; takes a single prompt.
 
     Raises:
-        ConfigError: the run was trained on a generated task, whose ids stand for no text; an illegal value.
+        ConfigError: the run was trained on a generated task, whose ids stand for no text; an empty prompt or stop
+            string; or the state of so long a prompt does not fit into memory.
     """
-    sampling, tokenizer = sampling or Sampling(), run.tokenizer
+    sampling, tokenizer, device = sampling or Sampling(), run.tokenizer, run.world.device
     if is_task(run.cfg):
         raise ConfigError(f"{run.run_dir} was trained on a generated task, whose ids stand for no text")
     if show is not None and len(prompts) != 1:
         raise ConfigError("text can be shown as it is made for a single prompt only")
+    check_texts(prompts, stop)
     ids = [[tokenizer.separator_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
-    texts = [Growing(tokenizer, [s for s in stop if s]) for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda row: len(ids[row]))
-    made = [0] * len(prompts)
-    for first in range(0, len(order) if tokens > 0 else 0, batch):
-        rows = order[first : first + batch]
+    texts = [Growing(tokenizer, stop) for _ in prompts]
+    made, finish = [0] * len(prompts), ["length"] * len(prompts)
+    for rows in batches_of([len(row) for row in ids], batch, tokens) if tokens > 0 else ():
+        check_memory(run, max(len(ids[row]) for row in rows) + tokens, len(rows))
+        seen_BV = None
+        if sampling.repetition_penalty != 1:
+            seen_BV = torch.zeros(len(rows), tokenizer.vocab_size, dtype=torch.bool, device=device)
+            for index, row in enumerate(rows):
+                seen_BV[index, torch.tensor(ids[row], device=device)] = True
 
-        def take(index: int, token: int, rows: list[int] = rows) -> bool:
+        def take(index: int, token: int, rows: list[int] = rows, seen_BV: Tensor | None = seen_BV) -> bool:
             row = rows[index]
             made[row] += 1
+            if seen_BV is not None:
+                seen_BV[index, token] = True
             new = texts[row].add(token)
             if show is not None and new:
                 show(new)
-            return made[row] >= tokens or token == tokenizer.separator_id or texts[row].stopped
+            if texts[row].stopped or token == tokenizer.separator_id:
+                finish[row] = "stop" if texts[row].stopped else "end"
+                return True
+            return made[row] >= tokens
 
-        def choose(logits_BV: Tensor, at: int, rows: list[int] = rows) -> list[int]:
+        def choose(logits_BV: Tensor, at: int, rows: list[int] = rows, seen_BV: Tensor | None = seen_BV) -> list[int]:
             # Counted from the end of the row's own prompt, so that the others of the batch change nothing.
             steps = [max(0, at - len(ids[row])) for row in rows]
-            return [sampling.choose(logits_V, row, step) for logits_V, row, step in zip(logits_BV, rows, steps)]
+            seen = [None] * len(rows) if seen_BV is None else seen_BV
+            return [sampling.choose(*each) for each in zip(logits_BV, rows, steps, seen)]
 
         continue_prompts(
             *(run.model, [ids[row] for row in rows]),
             choose=choose,
             take=take,
-            device=run.world.device,
+            device=device,
             piece=run.cfg.eval.piece,
         )
     for text in texts:
         rest = text.end()
         if show is not None and rest:
             show(rest)
-    return [text.text for text in texts]
+    return [Continuation(text.text, *each) for text, *each in zip(texts, made, finish)]
+
+
+def check_texts(prompts: Sequence[str], stop: Sequence[str]) -> None:
+    """Raise ConfigError if a prompt or a stop string is empty."""
+    if "" in prompts:
+        raise ConfigError("the prompt is empty; give it some text, a line break at least")
+    if "" in stop:
+        raise ConfigError("stop holds an empty string, which would end every text at once")
+
+
+def batches_of(lengths: Sequence[int], batch: int, tokens: int) -> Iterator[list[int]]:
+    """Rows in batches of at most `batch`, the shortest prompts first.
+
+    What a prompt has beyond the shortest of its batch is read a token at a time, so within a batch prompts differ by at
+    most `tokens`, the number of steps that writing takes anyway.
+    """
+    left = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    while left:
+        rows = [row for row in left[:batch] if lengths[row] - lengths[left[0]] <= tokens]
+        yield rows
+        left = left[len(rows) :]
+
+
+def check_memory(run: Run, context: int, rows: int) -> None:
+    """Refuse contexts whose state does not fit: that of full attention grows with every token.
+
+    Raises:
+        ConfigError: the state of `rows` sequences of `context` tokens takes more memory than is free.
+    """
+    need = rows * state_bytes(run.model, context, itemsize=2 if run.world.precision == "bf16" else 4)
+    free = free_memory(run.world.device)
+    if need > free:
+        raise ConfigError(
+            f"the state of {rows} x {context:,} tokens takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are "
+            f"free; give a shorter prompt, fewer tokens or a smaller batch, or use a model whose state is constant"
+        )
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -248,43 +264,90 @@ def generate(
 class Options(RunOptions):
     prompt: list[str] | None = setting(None, "a text to continue, or several: [One,Two]")
     file: str | None = setting(None, "a file with the text to continue")
+    prompts: str | None = setting(None, "a file of prompts: one a line, or JSON lines (*.jsonl)")
     interactive: bool = setting(False, "read prompts from the terminal, one a line, until an empty one")
     tokens: int = setting(256, "new tokens, at most", at_least=1)
     temperature: float = setting(1.0, "divides the logits; 0: the most probable token", at_least=0)
     top_k: int | None = setting(None, "keep the k most probable tokens; null: all", at_least=1)
     top_p: float = setting(1.0, "keep the most probable tokens of this probability together", above=0, at_most=1)
     min_p: float = setting(0.0, "keep tokens of this share of the largest probability", at_least=0, at_most=1)
+    repetition_penalty: float = setting(1.0, "divides the logits of tokens that have occurred; 1: none", above=0)
     seed: int = setting(0, "of the draws", at_least=0)
     stop: list[str] = setting([], "strings that end a text")
-    batch: int = setting(8, "prompts continued together", at_least=1)
+    batch: int = setting(8, "prompts continued together, at most", at_least=1)
     piece: int | None = setting(None, "tokens of a prompt per forward pass", at_least=1)
     num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    json: bool = setting(False, "print a line of JSON for each prompt when all are done, and nothing else")
 
 
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    if sum((options.prompt is not None, options.file is not None, options.interactive)) != 1:
-        raise ConfigError("give one of prompt=..., file=... and interactive=true")
-    prompts = list(options.prompt or [])
-    if options.file is not None:
+    prompts = prompts_of(options)
+    check_texts(prompts, options.stop)
+    sampling = Sampling(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.min_p,
+        options.repetition_penalty,
+        options.seed,
+    )
+    run = options.open(overrides, writes=False)
+    if options.num_centroids is not None:
         try:
-            prompts = [Path(options.file).read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"file={options.file} cannot be read as text: {error}") from None
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.seed)
-    run = options.open(overrides)
-    try:
-        with other_capacity(run.model.mixers(), options.num_centroids):
-            if options.interactive:
-                while prompt := ask():
-                    respond(run, [prompt], options, sampling)
-            else:
-                respond(run, prompts, options, sampling)
-    except ValueError as error:  # of the capacity
-        raise ConfigError(f"num_centroids={options.num_centroids}: {error}") from None
+            with_dictionaries(run.model.mixers())
+        except ValueError as error:
+            raise ConfigError(f"num_centroids={options.num_centroids}: {error}") from None
+    with other_capacity(run.model.mixers(), options.num_centroids):
+        if options.interactive:
+            while prompt := ask():
+                respond(run, [prompt], options, sampling)
+        else:
+            respond(run, prompts, options, sampling)
     processes.shutdown()
     return 0
+
+
+def prompts_of(options: Options) -> list[str]:
+    """The prompts of the command line, but not those of a terminal.
+
+    Raises:
+        ConfigError: not exactly one source of prompts, one without any, or a file that cannot be read.
+    """
+    sources = (options.prompt is not None, options.file is not None, options.prompts is not None, options.interactive)
+    if sum(sources) != 1:
+        raise ConfigError("give one of prompt=..., file=..., prompts=... and interactive=true")
+    if options.file is not None:
+        return [_text_of("file", options.file)]
+    if options.prompts is None:
+        return list(options.prompt or [])
+    lines = [(number, line) for number, line in enumerate(_text_of("prompts", options.prompts).splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if not lines:
+        raise ConfigError(f"prompts={options.prompts} holds no prompt")
+    if not options.prompts.endswith(".jsonl"):
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"line {number} of prompts={options.prompts}") for number, line in lines]
+
+
+def _text_of(option: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option}={path} cannot be read as text: {error}") from None
+
+
+def _prompt_of(line: str, where: str) -> str:
+    """The prompt in a line of JSON."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str) or not prompt:
+        raise ConfigError(f'{where} must be a text or an object with one under "prompt", and not empty')
+    return prompt
 
 
 def ask() -> str:
@@ -301,22 +364,21 @@ def respond(run: Run, prompts: list[str], options: Options, sampling: Sampling) 
         if main:
             print(text, end="", flush=True)
 
-    alone = len(prompts) == 1
-    if alone and options.file is None:
+    streams = len(prompts) == 1 and not options.json
+    if streams and prompts[0] and options.file is None:
         show(prompts[0])
-    texts = generate(
+    found = generate(
         *(run, prompts),
         tokens=options.tokens,
         sampling=sampling,
         stop=options.stop,
         batch=options.batch,
-        show=show if alone else None,
+        show=show if streams else None,
     )
-    if alone:
+    if streams:
         show("\n")
-    elif main:
-        for prompt, text in zip(prompts, texts):
-            print(f"{prompt}{text}\n")
+    for prompt, each in zip(prompts, found) if not streams else ():
+        show(f"{json.dumps({'prompt': prompt, **asdict(each)})}\n" if options.json else f"{prompt}{each.text}\n\n")
 
 
 if __name__ == "__main__":

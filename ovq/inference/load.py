@@ -10,9 +10,10 @@ import numpy as np
 from data.tokenizer import Tokenizer
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.inference.generate import Sampling, generate
+from ovq.inference.generate import generate
 from ovq.inference.losses import losses_by_position
 from ovq.inference.run import Run, load_run
+from ovq.inference.sampling import Sampling
 from ovq.mixers.base import with_dictionaries
 from ovq.model import Transformer
 
@@ -72,6 +73,7 @@ class LoadedModel:
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
         batch: int = 8,
@@ -81,18 +83,21 @@ class LoadedModel:
 
         Args:
             tokens: new tokens, at most; a text also ends where a document would, and at a stop string.
-            temperature, top_k, top_p, min_p, seed: see `ovq.inference.generate.Sampling`; temperature 0 is greedy.
+            temperature, top_k, top_p, min_p, repetition_penalty, seed: see `ovq.inference.sampling.Sampling`;
+                temperature 0 is greedy.
             stop: strings that end a text, of which they are no part.
-            batch: prompts continued together.
+            batch: prompts continued together, at most.
             show: called with each bit of text as it becomes certain, for a single prompt; for instance
                 `functools.partial(print, end="", flush=True)`.
 
         Raises:
-            ConfigError: an illegal value, or the run was trained on a generated task.
+            ConfigError: an illegal value, an empty prompt, one too long for memory, or the run was trained on a
+                generated task.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        texts = generate(self._run, prompts, tokens=tokens, sampling=sampling, stop=stop, batch=batch, show=show)
+        found = generate(self._run, prompts, tokens=tokens, sampling=sampling, stop=stop, batch=batch, show=show)
+        texts = [each.text for each in found]
         return texts[0] if isinstance(prompt, str) else texts
 
 

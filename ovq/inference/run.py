@@ -59,8 +59,11 @@ class RunOptions:
         [], "what the run's config may use: classes outside this project, whose code then runs, and oc.env:NAME"
     )
 
-    def open(self, overrides: Sequence[str] = ()) -> Run:
+    def open(self, overrides: Sequence[str] = (), *, writes: bool = True) -> Run:
         """Open the run, with options that are settings and `overrides` (full names) replacing its own settings.
+
+        Args:
+            writes: the tool writes its results to the run folder.
 
         Raises:
             ConfigError, CheckpointError: as `load_run`; the run folder, where results go, cannot be written to.
@@ -75,7 +78,8 @@ class RunOptions:
         at = int(self.checkpoint) if self.checkpoint and self.checkpoint.isdigit() else self.checkpoint
         config.load(self.run)  # a folder that is not a run is left alone
         try:
-            check_writable(self.run)  # before an hour's work, not after it
+            if writes:
+                check_writable(self.run)  # before an hour's work, not after it
         except OSError as error:
             raise ConfigError(
                 f"the results would go to {self.run}, which cannot be written to ({one_line(error)}); nothing was "
