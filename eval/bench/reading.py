@@ -1,5 +1,6 @@
 """Inference on the CPU: how fast each named model reads a long text and then continues it, and the size of its state.
 
+The section "inference" of `eval.bench.cpu`; one model at many contexts is `eval.bench.decode`, which shares `Reader`.
 One sequence, float32, random weights and tokens. The text is read in pieces with carried state, and each next token is
 the likeliest. Models take turns, piece by piece and token by token. The peer is full attention with a cache of all keys
 and values, `std_att`.
@@ -31,30 +32,33 @@ class Reader:
         tokens_BT: the text, int64 [1, T]. Its first piece is read twice, each time from an empty state, so that the
             first call can be a warm-up.
         piece: tokens a call reads.
+        dtype: of the weights and of what is computed from them; they lie on the device of the text.
     """
 
-    def __init__(self, cfg: Config, tokens_BT: Tensor, piece: int) -> None:
+    def __init__(self, cfg: Config, tokens_BT: Tensor, piece: int, dtype: torch.dtype = torch.float32) -> None:
         self.model = build_model(cfg.model, build_tokenizer(cfg).vocab_size).eval()
         self.model.init_weights(cfg.seed)
+        self.model.to(tokens_BT.device, dtype)
         self.state: list[Any] | None = None
         first, *rest = tokens_BT.split(piece, dim=1)
         self._first, self._ahead = first, iter([first, first, *rest])
-        self._next_BT = first[:, :0]
+        self.next_BT = first[:, :0]
 
     def read(self, mark: Any = None) -> None:
         """Read the next piece."""
         tokens_BT = next(self._ahead)
-        self._run(tokens_BT, None if tokens_BT is self._first else self.state)
+        self.run(tokens_BT, None if tokens_BT is self._first else self.state)
 
     def write(self, mark: Any = None) -> None:
         """Append the likeliest next token."""
-        self._run(self._next_BT, self.state)
+        self.run(self.next_BT, self.state)
 
     @torch.no_grad()
-    def _run(self, tokens_BT: Tensor, state: list[Any] | None) -> None:
+    def run(self, tokens_BT: Tensor, state: list[Any] | None) -> None:
+        """Append tokens to a state, which becomes this reader's."""
         out = self.model(tokens_BT, state=state, return_state=True, logits_to_keep=1)
         assert out.logits is not None
-        self.state, self._next_BT = out.state, out.logits.argmax(-1)
+        self.state, self.next_BT = out.state, out.logits.argmax(-1)
 
 
 def rows(names: list[str], prefix: int, piece: int, decode: int, plan: Plan) -> Iterator[Row | str]:
