@@ -1,8 +1,9 @@
-"""Plot one or several runs: loss by position with its standard error, or training loss by step.
+"""Plot one or several runs: loss by position with its standard error, training loss by step, or accuracy by length.
 
     python -m eval.plot runs=[runs/a,runs/b] out=both.png                 the newest evaluation of each run
     python -m eval.plot runs=[runs/a] context=65536 x=linear              at one context, on a linear axis
     python -m eval.plot runs=[runs/a,runs/b] kind=training out=train.png
+    python -m eval.plot runs=[runs/a,runs/b] kind=accuracy out=recall.png     of a generated task (eval.accuracy)
 
 Runs are labelled by the settings in which they differ.
 """
@@ -217,6 +218,55 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
     return style.save(fig, out)
 
 
+def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
+    """Draw each run's accuracy on its generated task by length, the newest of each capacity it was tested with.
+
+    Returns:
+        `out`, and a sentence with the accuracies at the longest length that all curves have.
+
+    Raises:
+        ConfigError: a folder is not a run, has no accuracies, or was tested on another task or with other settings of
+            it than the first.
+    """
+    from eval.accuracy import TABLE
+
+    configs = [config.load(run_dir) for run_dir in run_dirs]
+    curves: dict[str, dict[int, loss_table.Row]] = {}
+    tested: dict[str, Path] = {}
+    for run_dir, label in zip(run_dirs, labels(configs, [d.name for d in run_dirs])):
+        rows = [row for row in TABLE.read(run_dir) if row["index"] is None]
+        if not rows:
+            raise ConfigError(f"{run_dir} has no accuracies; make them with: python -m eval.accuracy run={run_dir}")
+        for row in sorted(rows, key=lambda row: row["step"]):
+            capacity = f", N={row['num_centroids']} in the test" if row["num_centroids"] else ""
+            curves.setdefault(label + capacity, {})[row["length"]] = row
+            tested.setdefault(f"{row['task']} {row['settings']}", run_dir)
+    if len(tested) > 1:
+        raise ConfigError(
+            f"{' and '.join(map(str, tested.values()))} were tested on different tasks: {'; '.join(tested)}"
+        )
+    fig, (ax,) = style.figure()
+    for index, (label, found) in enumerate(curves.items()):
+        lengths = sorted(found)
+        y = [100 * found[length]["accuracy"] for length in lengths]
+        look = {"color": style.color(index), "linestyle": style.line(index), "marker": "o", "markersize": 3}
+        ax.plot(lengths, y, label=label, **look)  # type: ignore[arg-type]
+    trained = sorted({row["train_context"] for found in curves.values() for row in found.values()})
+    for context in trained:
+        ax.axvline(context, color="#999999", linewidth=0.8, linestyle=":")
+    style.token_axis(ax, "tokens in the sequence; dotted line: training length")
+    ax.set_ylim(-2, 102)
+    ax.set_ylabel("correct answers, %")
+    ax.set_title(next(iter(tested)).partition(" ")[0], loc="left")
+    style.legend(ax)
+    shared = set.intersection(*(set(found) for found in curves.values()))
+    said = "; ".join(
+        f"{label}: {found[max(shared)]['accuracy']:.1%} of {found[max(shared)]['answers']:,} answers"
+        for label, found in (curves.items() if shared else ())
+    )
+    return style.save(fig, out), f"at {max(shared):,} tokens, {said}" if shared else "the runs share no length"
+
+
 def running_mean(values: list[float], width: int) -> list[float]:
     """The mean of each value and up to `width` neighbours on either side (fewer at the ends)."""
     sums = [0.0]
@@ -230,7 +280,9 @@ def running_mean(values: list[float], width: int) -> list[float]:
 class Options:
     runs: list[str] = setting(REQUIRED, "run folders to plot, [a,b]", paths=True)
     out: str = setting("runs.png", "file to write; its suffix selects the format")
-    kind: str = one_of("position", "training", help="loss by position, or training loss by step")
+    kind: str = one_of(
+        "position", "training", "accuracy", help="loss by position, training loss by step, or accuracy by length"
+    )
     x: str | None = setting(None, "scale of the axis; null: log by position, linear by step", choices=("log", "linear"))
     context: int | None = setting(None, "context of the evaluations; null: the longest that all runs have", at_least=1)
     step: int | None = setting(None, "step of the evaluations; null: each run's newest", at_least=0)
@@ -243,6 +295,9 @@ def main(options: Options) -> int:
     run_dirs, out = [Path(run) for run in options.runs], Path(options.out)
     if options.kind == "training":
         path = training(run_dirs, out, scale=options.x or "linear")
+    elif options.kind == "accuracy":
+        path, said = accuracy(run_dirs, out)
+        print(said)
     else:
         path = compare(
             run_dirs,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eval import loss_table, plot, style
+from eval import accuracy, loss_table, plot, style
 from eval.plot import Curve, curves_of, labels, running_mean
 from ovq import config
 from ovq.cli import split_paths
@@ -218,3 +218,41 @@ def test_errors_are_one_line(
     assert plot.main([*named, f"out={tmp_path / 'x.png'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and says in line and not (tmp_path / "x.png").exists()
+
+
+def accuracies(folder: Path, *, settings: str = "{}", capacity: int | None = None, **by_length: float) -> None:
+    """Add made-up totals to a run's accuracies, each length with one index, which is not drawn."""
+    rows = []
+    for name, value in by_length.items():
+        row: dict[str, Any] = dict.fromkeys(accuracy.TABLE.schema.names)
+        row |= {"run": folder.name, "step": 1, "task": "repeat", "settings": settings, "num_centroids": capacity}
+        row |= {"changes": "", "length": int(name[1:]), "accuracy": value, "answers": 1000, "train_context": 128}
+        rows += [row, row | {"index": 3, "accuracy": 0.0}]
+    accuracy.TABLE.write(folder, rows)
+
+
+def test_accuracies_of_runs_are_curves_by_length_and_a_sentence(
+    tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = make_run(tmp_path / "a", ["data=task", "data/task=repeat", "model=sw_ovq"])
+    b = make_run(tmp_path / "b", ["data=task", "data/task=repeat", "model=sw"])
+    accuracies(a, n128=1.0, n1024=0.75, n2048=0.5)
+    accuracies(a, capacity=99, n128=1.0, n1024=0.875)
+    accuracies(b, n1024=0.0078, n128=0.25)
+    line = [f"runs=[{a},{b}]", "kind=accuracy", f"out={tmp_path}/a.png"]
+    assert plot.main(line) == 0
+    assert curves_in(drawn[-1]) == {
+        "sw_ovq": ([128, 1024, 2048], [100, 75, 50]),
+        "sw_ovq, N=99 in the test": ([128, 1024], [100, 87.5]),
+        "sw": ([128, 1024], [25, 0.78]),
+    }
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "at 1,024 tokens, sw_ovq: 75.0% of 1,000 answers; sw_ovq, N=99 in the test: 87.5% of 1,000 answers; "
+        "sw: 0.8% of 1,000 answers"
+    )
+    accuracies(b, settings='{"symbols": 9}', n128=0.5)
+    assert plot.main(line) == 2
+    assert f"{a} and {b} were tested on different tasks" in capsys.readouterr().err
+    c = make_run(tmp_path / "c", ["data=task", "data/task=repeat"])
+    assert plot.main([f"runs=[{c}]", "kind=accuracy"]) == 2
+    assert f"make them with: python -m eval.accuracy run={c}" in capsys.readouterr().err
