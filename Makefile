@@ -5,7 +5,7 @@ ARGS ?=
 PG19 ?=
 LOCKS := launch/constraints-cpu.txt launch/constraints-cuda.txt
 
-.PHONY: setup lock train test check bench bench-gpu figures clean
+.PHONY: setup lock train repeat test check bench bench-gpu figures clean
 
 setup: .venv/.installed
 
@@ -17,6 +17,14 @@ lock:  ## resolve every version again after a change in pyproject.toml; ARGS=--u
 
 train: setup  ## train a small sliding-window + OVQ model on the embedded corpus; ARGS="seed=1 ..." overrides settings
 	$(BIN)/python train.py experiment=cpu_demo $(ARGS)
+
+REPEAT := lengths=[128,1024,4096,16384,65536] answers=620
+
+repeat: setup  ## what a memory is for: repeat a passage from far back, with OVQ and with a sliding window
+	$(BIN)/python -m launch.sweep --at-once 2 experiment=repeat,repeat_window
+	$(BIN)/python -m eval.accuracy run=runs/repeat $(REPEAT)
+	$(BIN)/python -m eval.accuracy run=runs/repeat_window $(REPEAT)
+	$(BIN)/python -m eval.plot runs=[runs/repeat,runs/repeat_window] kind=accuracy out=runs/repeat.png
 
 test: setup  ## run the whole test suite; ARGS="tests/test_model.py -k causal" selects tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -26,9 +26,11 @@ class RepeatTask(Task):
 
     Args:
         passage: symbols of the passage; at most half of a sequence, which then has no text.
-        symbols: number of different symbols, at least that many. A passage holds none of them twice.
+        symbols: number of different symbols, at least that many; a passage holds none of them twice. With too few (64)
+            guessing is so cheap that a small model is slow to find copying.
         text_loss: train on the bytes of the text as well. They are no answers: tests ask for the passage only.
-        short_steps, short_factor: the curriculum, see `Task`.
+        short_steps, short_factor: the curriculum, see `Task`, in the second half of these steps. In the first half all
+            sequences have the shortest length: once copying is found there, longer ones need few steps.
 
     Raises:
         ConfigError: fewer than 2 symbols in a passage, or not enough different ones.
@@ -40,7 +42,7 @@ class RepeatTask(Task):
         self,
         *,
         passage: int = 32,
-        symbols: int = 128,
+        symbols: int = 256,
         text_loss: bool = False,
         short_steps: int = 0,
         short_factor: int = 4,
@@ -55,6 +57,9 @@ class RepeatTask(Task):
     @property
     def vocab_size(self) -> int:
         return FIRST_SYMBOL + self.symbols
+
+    def sequences_at(self, step: int) -> int:
+        return self.short_factor if 2 * step < self.short_steps else super().sequences_at(2 * step - self.short_steps)
 
     def passage_of(self, length: int) -> int:
         """Symbols of the passage in a sequence of `length` tokens.
