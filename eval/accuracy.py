@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
 from data.build import build_task, is_task
 from data.tasks.base import Task
 from eval import style
+from eval.accuracy_table import TABLE
 from eval.answers import test
 from eval.per_position import check_capacity
-from eval.run_table import Row, RunTable, changes
+from eval.run_table import Row, changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
@@ -41,30 +40,6 @@ from ovq.schema import setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-TABLE = RunTable(
-    "accuracy.parquet",
-    pa.schema(
-        [
-            ("run", pa.string()),
-            ("step", pa.int64()),
-            ("task", pa.string()),
-            ("settings", pa.string()),  # of the task in this test, JSON
-            ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
-            ("changes", pa.string()),  # other settings that are not the run's
-            ("length", pa.int64()),  # tokens of a sequence
-            ("index", pa.int64()),  # null: all answers
-            ("accuracy", pa.float64()),  # 0 to 1
-            ("answers", pa.int64()),
-            ("model", pa.string()),
-            ("state_numbers", pa.int64()),  # elements of one sequence's state at this length
-            ("state_bytes", pa.int64()),  # and its bytes, at the precision of this evaluation
-            ("train_context", pa.int64()),
-        ]
-    ),
-    ("step", "settings", "num_centroids", "changes", "length"),
-    "accuracy",
-)
 
 
 @dataclass

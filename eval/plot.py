@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import loss_table, style
+from eval.accuracy_table import TABLE
 from ovq import config
 from ovq.cli import command
 from ovq.config import FREE_AT_RESUME, Config
@@ -228,8 +229,6 @@ def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
         ConfigError: a folder is not a run, has no accuracies, or was tested on another task or with other settings of
             it than the first.
     """
-    from eval.accuracy import TABLE
-
     configs = [config.load(run_dir) for run_dir in run_dirs]
     curves: dict[str, dict[int, loss_table.Row]] = {}
     tested: dict[str, Path] = {}

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from eval import accuracy, loss_table, plot, style
+from eval import loss_table, plot, style
+from eval.accuracy_table import TABLE
 from eval.plot import Curve, curves_of, labels, running_mean
 from ovq import config
 from ovq.cli import split_paths
@@ -224,11 +225,11 @@ def accuracies(folder: Path, *, settings: str = "{}", capacity: int | None = Non
     """Add made-up totals to a run's accuracies, each length with one index, which is not drawn."""
     rows = []
     for name, value in by_length.items():
-        row: dict[str, Any] = dict.fromkeys(accuracy.TABLE.schema.names)
+        row: dict[str, Any] = dict.fromkeys(TABLE.schema.names)
         row |= {"run": folder.name, "step": 1, "task": "repeat", "settings": settings, "num_centroids": capacity}
         row |= {"changes": "", "length": int(name[1:]), "accuracy": value, "answers": 1000, "train_context": 128}
         rows += [row, row | {"index": 3, "accuracy": 0.0}]
-    accuracy.TABLE.write(folder, rows)
+    TABLE.write(folder, rows)
 
 
 def test_accuracies_of_runs_are_curves_by_length_and_a_sentence(
