@@ -7,6 +7,7 @@ from torch import Tensor
 from ovq.ops import fla_backend
 from ovq.ops.common import each_document
 from ovq.ops.linear_attention import chunked, reference
+from ovq.ops.simple_gla import chunked as gla
 
 State = tuple[Tensor, Tensor]
 
@@ -37,7 +38,7 @@ def linear_attention(
     Raises:
         ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
     """
-    kernel = fla_backend.uses_fla(backend, q_BTHK, "linear_attention")
+    numerator = _kernel if fla_backend.uses_fla(backend, q_BTHK, "linear_attention") else gla.forward
     if cu_seqlens is not None:
         # For the kernels too: in some fla versions their own normaliser runs across document boundaries.
         return each_document(
@@ -48,4 +49,12 @@ def linear_attention(
         ), None
     if backend == "reference":
         return reference.forward(q_BTHK, k_BTHK, v_BTHV, state)
-    return chunked.forward(q_BTHK, k_BTHK, v_BTHV, chunk_size=chunk_size, state=state, kernel=kernel)
+    return chunked.forward(q_BTHK, k_BTHK, v_BTHV, chunk_size=chunk_size, state=state, numerator=numerator)
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, g: None, *, chunk_size: int, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(q, k, v, scale=1.0, initial_state=state, output_final_state=True)

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, H heads, K key width, V value width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ovq.ops.common import work_dtype
@@ -19,16 +21,11 @@ def forward(
     *,
     chunk_size: int,
     state: tuple[Tensor, Tensor] | None,
-    kernel: bool = False,
+    numerator: Callable[..., tuple[Tensor, Tensor]] = gla.forward,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """As `reference.forward`; with `kernel`, flash-linear-attention computes the numerator."""
+    """As `reference.forward`; `numerator` is simple GLA, by whichever backend."""
     S_BHKV, z_BHK = state or (None, None)
-    if kernel:
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        o, S = chunk_simple_gla(q_BTHK, k_BTHK, v_BTHV, scale=1.0, initial_state=S_BHKV, output_final_state=True)
-    else:
-        o, S = gla.forward(q_BTHK, k_BTHK, v_BTHV, None, chunk_size=chunk_size, state=S_BHKV)
+    o, S = numerator(q_BTHK, k_BTHK, v_BTHV, None, chunk_size=chunk_size, state=S_BHKV)
     work = work_dtype(q_BTHK)
     z_BTHK = k_BTHK.to(work).cumsum(1)
     if z_BHK is not None:
