@@ -1,0 +1,1 @@
+"""Models in the format of Hugging Face's transformers: writing and reading their folders (`ovq.inference.export`)."""
