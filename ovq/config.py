@@ -20,7 +20,7 @@ from ovq import lengths
 from ovq.environment import freeze, plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.files import write_whole
-from ovq.instantiate import is_ours
+from ovq.instantiate import is_ours, refuse_untrusted
 from ovq.optim_config import OptimConfig as OptimConfig
 from ovq.optim_config import check_optim
 from ovq.schema import REQUIRED, one_of, problems, setting
@@ -81,7 +81,8 @@ class TokenizerConfig:
 @dataclass
 class InitConfig:
     path: str | None = setting(
-        None, "run or checkpoint whose weights a new run starts from (short: init_from=DIR); null: fresh weights"
+        None,
+        "run, checkpoint or export whose weights a new run starts from (short: init_from=DIR); null: fresh weights",
     )
     strict: bool = setting(True, "whether all weights must fit; false: take those that do, and name the others")
 
@@ -303,12 +304,7 @@ def load(run_dir: Path | str, trust: Collection[str] | None = None) -> Config:
             "run writes it again"
         ) from None
     if trust is not None:
-        for where, target in targets(cfg):
-            if target not in trust and not is_ours(target, Path(run_dir)):
-                raise ConfigError(
-                    f"{path} names {where}={target}, which is not part of this project, and importing it would run "
-                    f"code; if you trust it, add trust=[{target}]"
-                )
+        refuse_untrusted(targets(cfg), trust, run_dir, path)
     return cfg
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,23 @@ def is_ours(path: str, run_dir: Path) -> bool:
     file = found / "__init__.py" if found.is_dir() else found.with_suffix(".py")
     regular = all((package / "__init__.py").is_file() for package in packages)
     return regular and file.is_file() and not file.resolve().is_relative_to(run_dir.resolve())
+
+
+def refuse_untrusted(
+    named: Iterable[tuple[str, str]], trust: Collection[str], folder: Path | str, file: Path | str
+) -> None:
+    """Raise ConfigError if a stored config, `file` in `folder`, names a class that is neither ours nor trusted.
+
+    Args:
+        named: (setting, class path), for each class.
+        trust: class paths outside this project that may be imported.
+    """
+    for where, target in named:
+        if target not in trust and not is_ours(target, Path(folder)):
+            raise ConfigError(
+                f"{file} names {where}={target}, which is not part of this project, and importing it would run "
+                f"code; if you trust it, add trust=[{target}]"
+            )
 
 
 def get_class(path: str, kind: type[T], where: str) -> type[T]:

@@ -114,7 +114,7 @@ def load(
     """Open a trained model: its weights, its tokenizer and its config. Nothing in the folder is changed.
 
     Args:
-        path: a run folder, or one of its checkpoints.
+        path: a run folder, one of its checkpoints, or an exported folder (`ovq.inference.export`).
         checkpoint: of a run folder, a checkpoint's folder, name or step; None: the newest good one.
         device: auto | cpu | cuda.
         precision: fp32 | bf16 | auto; None: that of the run.

@@ -28,6 +28,7 @@ from data.tokenizer import Tokenizer
 from ovq import config, processes
 from ovq.config import Config, EvalConfig
 from ovq.errors import ConfigError, one_line
+from ovq.export.stored import Folder, is_export, load_into
 from ovq.files import check_writable
 from ovq.model import Transformer, build_model
 from ovq.processes import World
@@ -76,7 +77,8 @@ class RunOptions:
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in settings}
         short = [f"eval.{name}={value}" for name, value in own.items() if value is not None]
         at = int(self.checkpoint) if self.checkpoint and self.checkpoint.isdigit() else self.checkpoint
-        config.load(self.run)  # a folder that is not a run is left alone
+        if not is_export(self.run):
+            config.load(self.run)  # a folder that is not a run is left alone
         try:
             if writes:
                 check_writable(self.run)  # before an hour's work, not after it
@@ -109,7 +111,8 @@ def load_run(
     checkpoint_at: str | int | None = None,
     trust: Collection[str] = (),
 ) -> Run:
-    """Open a run with the weights of its newest good checkpoint. Collective: joins the other processes of torchrun.
+    """Open a run with the weights of its newest good checkpoint, or a folder of `ovq.inference.export`. Collective:
+    joins the other processes of torchrun.
 
     Args:
         overrides: key=value settings for the evaluation, for instance eval.context=65536.
@@ -124,10 +127,21 @@ def load_run(
     """
     run_dir = Path(run_dir)
     no_imports_from(run_dir)
-    cfg = override(config.load(run_dir, trust), [*(f"{key}={value}" for key, value in COMPUTED.items()), *overrides])
+    folder = Folder(run_dir) if is_export(run_dir) else None
+    stored = folder.config(trust) if folder else config.load(run_dir, trust)
+    cfg = override(stored, [*(f"{key}={value}" for key, value in COMPUTED.items()), *overrides])
     if not any(text.startswith("logger.") for text in overrides):
         cfg.logger.mode = "offline"  # what a stored config names as its project need not be this user's
     world = processes.init(cfg.trainer)
+    if folder:
+        if checkpoint_at is not None:
+            raise ConfigError(f"checkpoint={checkpoint_at}: {run_dir} is an exported model, which has no checkpoints")
+        tokenizer = build_tokenizer(cfg)
+        if folder.fingerprint not in (None, tokenizer.fingerprint):
+            raise ConfigError(f"the tokenizer in {run_dir} is not the one that the model was trained with")
+        model = parallelize(build_model(cfg.model, folder.vocab_size), cfg.trainer, world)
+        load_into(model, folder)
+        return Run(run_dir, cfg, tokenizer, model.eval(), world, folder.step, run_dir)
     with contextlib.ExitStack() as lease:
         chosen = processes.on_main(lambda: choose(run_dir, checkpoint_at, lease))
         tokenizer = build_tokenizer(cfg, run_dir)

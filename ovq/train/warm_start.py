@@ -1,4 +1,4 @@
-"""Start a new run from the weights of another: `init_from=RUN`. Optimizer, data and step are fresh.
+"""Start a new run from the weights of another, or of an exported model: `init_from=RUN`. All else is fresh.
 
 Weights fit if their name and shape are the same, so the context, the data, the learning rate or the capacity of a
 dictionary may differ, and a mixer may take another's place: what the two have in common is taken.
@@ -6,6 +6,7 @@ dictionary may differ, and a mixer may take another's place: what the two have i
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ovq import processes
 from ovq.config import InitConfig
 from ovq.errors import ConfigError, one_line
+from ovq.export.stored import TOKENIZER, Folder, is_export
 from ovq.train.checkpoint import FAILED, CheckpointError
 from ovq.train.checkpoint_files import MANIFEST, SafePlanner, SafeReader, reading, verify
 from ovq.train.checkpoint_files import find as checkpoints_of
@@ -36,14 +38,10 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
     """
     assert wanted.path is not None
     path = processes.on_main(lambda: find(Path(wanted.path or "")))
-    with reading(path):
-        processes.on_main(lambda: check_tokenizer(path, fingerprint))
-        reader = SafeReader(path)
-        stored = {
-            key.removeprefix("model."): tuple(getattr(entry, "size", ()))
-            for key, entry in reader.read_metadata().state_dict_metadata.items()
-            if key.startswith("model.")
-        }
+    folder = Folder(path) if is_export(path) else None
+    with contextlib.nullcontext() if folder else reading(path):
+        processes.on_main(lambda: check_tokenizer(path, stored_fingerprint(path, folder), fingerprint))
+        stored = folder.shapes() if folder else checkpoint_shapes(path)
         own: dict[str, Any] = get_model_state_dict(model)
         fitting = {name: value for name, value in own.items() if stored.get(name) == tuple(value.shape)}
         fresh = [name for name in own if name not in fitting]
@@ -53,12 +51,11 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
                 f"the weights of {path} do not fit this model ({what(own, stored, fresh, unused)}); to take what fits "
                 "and leave the rest as initialised, set init_from.strict=false"
             )
-        state = {"model": fitting}
-        try:
-            dcp.load(state, storage_reader=reader, planner=SafePlanner(path), no_dist=not processes.distributed())
-        except FAILED as error:
-            raise CheckpointError(f"{path} cannot be read ({one_line(error)})") from error
-    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
+        if folder:
+            fitting = {name: value.to(own[name].dtype) for name, value in folder.weights(fitting).items()}
+        else:
+            fill(fitting, path)
+    set_model_state_dict(model, fitting, options=StateDictOptions(strict=False, full_state_dict=folder is not None))
     rest = f"; {what(own, stored, fresh, unused)}" if fresh or unused else ""
     return f"began with {len(fitting)} of {len(own)} weights of {path}{rest}"
 
@@ -80,8 +77,26 @@ def some(words: list[str], before: str) -> str:
     return f"{before}{', '.join(words[:SHOWN])}{more}"
 
 
+def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of a checkpoint."""
+    return {
+        key.removeprefix("model."): tuple(getattr(entry, "size", ()))
+        for key, entry in SafeReader(path).read_metadata().state_dict_metadata.items()
+        if key.startswith("model.")
+    }
+
+
+def fill(weights: dict[str, Any], path: Path) -> None:
+    """Read these weights of a checkpoint, in place."""
+    alone = not processes.distributed()
+    try:
+        dcp.load({"model": weights}, storage_reader=SafeReader(path), planner=SafePlanner(path), no_dist=alone)
+    except FAILED as error:
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)})") from error
+
+
 def find(path: Path) -> Path:
-    """The newest good checkpoint of a run folder, or the checkpoint itself; verified.
+    """The newest good checkpoint of a run folder, verified; or the checkpoint or the exported folder itself.
 
     Raises:
         ConfigError: it is neither.
@@ -90,8 +105,10 @@ def find(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         verify(path)
         return path
+    if is_export(path):
+        return path
     if not (path / "config.yaml").is_file():
-        raise ConfigError(f"init_from={path} is neither a run folder nor a checkpoint")
+        raise ConfigError(f"init_from={path} is neither a run folder nor a checkpoint, nor an exported model")
     problem = ""
     for candidate in reversed(checkpoints_of(path)):
         try:
@@ -102,15 +119,21 @@ def find(path: Path) -> Path:
     raise CheckpointError(f"init_from={path} holds no good checkpoint{problem}")
 
 
-def check_tokenizer(path: Path, fingerprint: str) -> None:
-    """Refuse weights that were trained with other ids."""
-    card = path.parent.parent / "tokenizer" / "tokenizer.json"
+def stored_fingerprint(path: Path, folder: Folder | None) -> str | None:
+    """Of the tokenizer that weights were trained with; None where it is not known."""
+    if folder:
+        return folder.fingerprint
     try:
-        stored = json.loads(card.read_bytes())["fingerprint"]
+        return json.loads((path.parent.parent / "tokenizer" / "tokenizer.json").read_bytes())["fingerprint"]
     except (OSError, ValueError, KeyError):
-        return  # a checkpoint on its own: the shape of the embedding is all that can be compared
-    if stored != fingerprint:
+        return None  # a checkpoint on its own: the shape of the embedding is all that can be compared
+
+
+def check_tokenizer(path: Path, stored: str | None, fingerprint: str) -> None:
+    """Refuse weights that were trained with other ids."""
+    if stored is not None and stored != fingerprint:
+        model = path / TOKENIZER if is_export(path) else path.parent.parent / "tokenizer" / TOKENIZER
         raise ConfigError(
             f"init_from: {path} was trained with another tokenizer ({stored[:30]}, here {fingerprint[:30]}), so its "
-            f"embeddings stand for other text; use that one: tokenizer.model_path={card.parent / 'tokenizer.model'}"
+            f"embeddings stand for other text; use that one: tokenizer.model_path={model}"
         )
