@@ -108,7 +108,7 @@ class SentencePieceTokenizer(_TableTokenizer):
             self._processor = processor = SentencePieceProcessor(model_proto=model)
         except Exception as error:
             raise ConfigError(f"tokenizer.model_path={origin} is not a SentencePiece model: {error}") from None
-        self._model = model
+        self.model = model
         separator = processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id()
         if separator < 0:
             raise ConfigError(f"tokenizer.model_path={origin} has neither bos nor eos to separate documents")
@@ -140,5 +140,5 @@ class SentencePieceTokenizer(_TableTokenizer):
         return np.array(ids, self.dtype)
 
     def save(self, folder: Path | str) -> None:
-        write_whole(Path(folder) / "tokenizer.model", self._model)
+        write_whole(Path(folder) / "tokenizer.model", self.model)
         self._save(folder, "sentencepiece")

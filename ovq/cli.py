@@ -292,6 +292,7 @@ COMMANDS = {
     "bench aot": "eval.bench.aot",
     "bench gpu": "eval.bench.gpu.bench",
     "generate": "ovq.inference.generate",
+    "export": "ovq.inference.export",
     "selftest": "ovq.ops.ovq_attention.selftest",
     "launch run": "launch.run",
     "launch slurm": "launch.slurm",
