@@ -70,7 +70,7 @@ def run_folder(root: Path, model: str, texts: list[str], *overrides: str, steps:
     build_tokenizer(cfg).save(run_dir / "tokenizer")
     saver = Checkpointer(run_dir, asynchronous=False)
     for step in steps:
-        built = small_model(model, vocab_size=257, seed=step)
+        built = small_model(model, *overrides, vocab_size=257, seed=step)
         saver.save(step, built, torch.optim.SGD(built.parameters()), {"step": step})
     return run_dir
 
