@@ -20,7 +20,7 @@ from ovq import lengths
 from ovq.environment import freeze, plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.files import write_whole
-from ovq.instantiate import is_ours, refuse_untrusted
+from ovq.instantiate import refuse_untrusted
 from ovq.optim_config import OptimConfig as OptimConfig
 from ovq.optim_config import check_optim
 from ovq.schema import REQUIRED, one_of, problems, setting
