@@ -1,6 +1,7 @@
 """Train a lossless SentencePiece unigram model on the training split of a data set.
 
 python -m data.train_tokenizer data=parquet 'data.train=[books/*.parquet]' vocab_size=16384 out=books-16k.model
+python -m data.train_tokenizer data=pg19 model_type=bpe out=pg19-16k-bpe.model
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from ovq.cli import command
 from ovq.compose import compose
 from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
-from ovq.schema import REQUIRED, setting
+from ovq.schema import REQUIRED, one_of, setting
 
+MODEL_TYPES = ("unigram", "bpe")
 _LINE_LIMIT = 4000  # bytes of a line used for training; SentencePiece drops longer lines
 
 
@@ -30,6 +32,7 @@ _LINE_LIMIT = 4000  # bytes of a line used for training; SentencePiece drops lon
 class Options:
     out: str = setting(REQUIRED, "where to write the model")
     vocab_size: int = setting(16384, "pieces, including the 256 bytes", at_least=1)
+    model_type: str = one_of(*MODEL_TYPES, help="how text is divided into pieces")
     sample_mb: float = setting(30.0, "megabytes of text to train on", above=0)
 
 
@@ -39,7 +42,7 @@ def main(options: Options, overrides: list[str]) -> int:
     cfg = compose([*overrides, "tokenizer=byte"])
     corpus = build_corpus(cfg, "train")
     lines = sample_lines(corpus, round(options.sample_mb * (1 << 20)), cfg.seed)
-    tokenizer = train_sentencepiece(lines, options.vocab_size, options.out, cfg.seed)
+    tokenizer = train_sentencepiece(lines, options.vocab_size, options.out, cfg.seed, options.model_type)
     text = corpus.read(0).text[: 1 << 20]
     ids = tokenizer.encode(text)
     print(f"{options.out}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
@@ -48,9 +51,9 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def train_sentencepiece(
-    lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0
+    lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0, model_type: str = "unigram"
 ) -> SentencePieceTokenizer:
-    """Train a lossless unigram model on lines (without newlines, which have a piece of their own) and write it.
+    """Train a lossless model on lines (without newlines, which have a piece of their own) and write it.
 
     Raises:
         ConfigError: the text is too small for the vocabulary.
@@ -65,7 +68,7 @@ def train_sentencepiece(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=model,
-            model_type="unigram",
+            model_type=model_type,
             vocab_size=vocab_size,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
