@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from data import hf_tokenizer
 from data.builtin import BuiltinCorpus
 from data.corpus import Corpus, Document, Identified, ShardCorpus, TokenisedCorpus, Tokens
 from data.lanes import LaneReader
@@ -120,6 +121,8 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
     tokenizer: Tokenizer
     if cfg.kind == "byte":
         tokenizer = ByteTokenizer()
+    elif cfg.kind == "hf":
+        tokenizer = _hf_tokenizer(cfg, stored)
     elif cfg.model_path and Path(cfg.model_path).expanduser().is_file():
         tokenizer = SentencePieceTokenizer(Path(cfg.model_path).expanduser().read_bytes(), cfg.model_path)
     elif stored and stored.is_file():
@@ -134,6 +137,15 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
             f"{tokenizer.fingerprint[:30]} is not {card['fingerprint'][:30]}"
         )
     return tokenizer
+
+
+def _hf_tokenizer(cfg: TokenizerConfig, stored: Path | None) -> Tokenizer:
+    path = str(cfg.model_path)
+    remote = path.startswith(hf_tokenizer.HUB)
+    if stored and stored.is_file() and (remote or not Path(path).expanduser().exists()):
+        return hf_tokenizer.load(str(stored), cfg.separator)
+    # One client of the Hub, however many processes train.
+    return on_main(lambda: hf_tokenizer.load(path, cfg.separator)) if remote else hf_tokenizer.load(path, cfg.separator)
 
 
 def build_task(cfg: Config) -> Task:

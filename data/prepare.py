@@ -309,7 +309,7 @@ def _summary(folder: Path, index: dict[str, Any], seconds: float) -> str:
                 " " * 11 + "counted: " + ", ".join(f"{name} {count:,}" for name, count in odd.items() if count)
             )
     kind = index["plan"]["tokenizer"].partition(":")[0]
-    model = f" tokenizer.model_path={folder}/tokenizer/tokenizer.model" if kind == "sentencepiece" else ""
+    model = f" tokenizer.model_path={folder}/tokenizer/tokenizer.model" if kind != "byte" else ""
     lines.append(f"{seconds:.1f} s; use it with: data=memmap 'data.train=[{folder}]' tokenizer={kind}{model}")
     return "\n".join(lines)
 

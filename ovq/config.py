@@ -67,8 +67,13 @@ class DataConfig:
 @dataclass
 class TokenizerConfig:
     name: str = setting(REQUIRED, "name of the tokenizer, an option of configs/tokenizer")
-    kind: str = setting(REQUIRED, "how text is split into ids", choices=("byte", "sentencepiece"))
-    model_path: str | None = setting(None, "file of a trained tokenizer model")
+    kind: str = setting(REQUIRED, "how text is split into ids", choices=("byte", "sentencepiece", "hf"))
+    model_path: str | None = setting(
+        None, "file of a trained model; with kind=hf a tokenizer.json, its folder, or hf://OWNER/NAME[@REVISION]"
+    )
+    separator: str | None = setting(
+        None, "token between documents, with kind=hf; null: the end-of-text token that tokenizer_config.json names"
+    )
     vocab_size: int | None = setting(None, "pieces in the model; if set, a dry run needs no model file", at_least=1)
 
 
@@ -247,6 +252,10 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             "tokenizer.model_path is required with tokenizer.kind=sentencepiece; "
             "train a model with: python -m data.train_tokenizer data=... out=PATH"
+        )
+    if cfg.tokenizer.kind == "hf" and not cfg.tokenizer.model_path:
+        raise ConfigError(
+            "tokenizer.model_path is required with tokenizer.kind=hf: a tokenizer.json, its folder, or hf://OWNER/NAME"
         )
     if cfg.data.kind == "task" and "_target_" not in cfg.data.task:
         raise ConfigError("data.task has no _target_; choose a task with data/task=NAME")
