@@ -1,4 +1,4 @@
-"""Train a lossless SentencePiece unigram model on the training split of a data set.
+"""Train a lossless SentencePiece unigram model on the training split of a data set, or a mixture's in their shares.
 
 python -m data.train_tokenizer data=parquet 'data.train=[books/*.parquet]' vocab_size=16384 out=books-16k.model
 python -m data.train_tokenizer data=pg19 model_type=bpe out=pg19-16k-bpe.model
@@ -6,6 +6,7 @@ python -m data.train_tokenizer data=pg19 model_type=bpe out=pg19-16k-bpe.model
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.build import build_corpus
+from data.build import build_corpus, shares_of, sources_of
 from data.corpus import Corpus
 from data.order import permute
 from data.tokenizer import SentencePieceTokenizer
@@ -40,10 +41,14 @@ class Options:
 def main(options: Options, overrides: list[str]) -> int:
     """The command line in the module's docstring."""
     cfg = compose([*overrides, "tokenizer=byte"])
-    corpus = build_corpus(cfg, "train")
-    lines = sample_lines(corpus, round(options.sample_mb * (1 << 20)), cfg.seed)
+    shares = shares_of(cfg) or {"": 1.0}
+    corpora = {name: build_corpus(source, "train") for name, source in sources_of(cfg).items()}
+    lines = itertools.chain.from_iterable(
+        sample_lines(corpus, round(shares[name] * options.sample_mb * (1 << 20)), cfg.seed)
+        for name, corpus in corpora.items()
+    )
     tokenizer = train_sentencepiece(lines, options.vocab_size, options.out, cfg.seed, options.model_type)
-    text = corpus.read(0).text[: 1 << 20]
+    text = next(iter(corpora.values())).read(0).text[: 1 << 20]
     ids = tokenizer.encode(text)
     print(f"{options.out}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
     print(f"use it with: tokenizer=sentencepiece tokenizer.model_path={options.out}   ({tokenizer.fingerprint})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ovq.config import FREE_AT_RESUME, RENAMED, Config, check, flatten, within
+from ovq.config_data import DataConfig, MixtureSource
+from ovq.environment import plain
 from ovq.errors import ConfigError, omegaconf_message
 from ovq.schema import describe
 
@@ -27,6 +30,9 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 # Overrides left out of a run folder's name: they say where and how the run executes, not what it computes.
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
+
+# Settings whose keys the user chooses, which Hydra takes only with plus signs.
+OPEN = ("data.mixture", "data.data_files")
 
 
 def compose(overrides: list[str]) -> Config:
@@ -37,19 +43,52 @@ def compose(overrides: list[str]) -> Config:
     """
     overrides = [f"init_from.path={t.partition('=')[2]}" if t.startswith("init_from=") else t for t in overrides]
     _check_overrides(overrides)
-    _register_schema()
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed: Any = hydra_compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_message(error, overrides)) from None
+    composed = _hydra([f"++{text}" if text.startswith(OPEN) else text for text in overrides])
     cfg: Config = composed  # a DictConfig that behaves as a Config
+    if cfg.data.kind == "mixture":
+        with open_dict(composed):
+            cfg.data.mixture = {name: _source(name, values) for name, values in plain(cfg.data)["mixture"].items()}
     check(cfg)
     # An experiment may configure mixers that the chosen model does not use; a run's config keeps only those it builds.
     with open_dict(composed):
         cfg.model.mixers = {name: cfg.model.mixers[name] for name in dict.fromkeys(cfg.model.pattern)}
     return cfg
+
+
+def _hydra(overrides: list[str]) -> Any:
+    _register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return hydra_compose("config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_message(error, overrides)) from None
+
+
+def _source(name: str, given: Any) -> dict[str, Any]:
+    """All settings of a data set of a mixture: those of the option of configs/data that it names, by its own name or as
+    `data`, then those given; a number is its weight."""
+    where = f"data.mixture.{name}"
+    values = dict(given) if isinstance(given, dict) else {"weight": given}
+    option = str(values.pop("data", name))
+    if option not in options("data"):
+        raise ConfigError(
+            f"{where}: there is no data set '{option}'; legal: {', '.join(options('data'))}; for one of your own, "
+            f"{where}={{data: parquet, train: [FILES], weight: 0.5}}"
+        )
+    legal = [item.name for item in dataclasses.fields(MixtureSource)]
+    for key in values:
+        if key not in legal:
+            shared = key in [item.name for item in dataclasses.fields(DataConfig)]
+            hint = f"data.{key} holds for the whole mixture" if shared else f"legal: data, {', '.join(legal)}"
+            raise ConfigError(f"there is no setting '{where}.{key}'; {hint}")
+    return {key: value for key, value in _option(option).items() if key in legal} | values
+
+
+@lru_cache
+def _option(name: str) -> dict[str, Any]:
+    """The settings of an option of configs/data."""
+    return plain(_hydra([f"data={name}"]).data)
 
 
 def _register_schema() -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import data.prepare as preparing
-from data.build import build_tokenizer, describe, heldout_documents
+from data.build import build_tokenizer, heldout_documents
+from data.describe import describe
 from data.loader import merge_states
 from data.prepare import main, prepare
 from data.prepared import DOCUMENT, PreparedTokens, load_index
