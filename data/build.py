@@ -1,4 +1,4 @@
-"""Builds what a config specifies: corpora, tokens, tokenizers, tasks and loaders. Describes it for a dry run."""
+"""Builds what a config specifies: corpora, tokens, tokenizers, tasks and loaders."""
 
 from __future__ import annotations
 
@@ -113,6 +113,16 @@ def build_tokens(cfg: Config, tokenizer: Tokenizer, split: str, commit: str | No
     return TokenisedCorpus(corpus, tokenizer), corpus
 
 
+def _tokens_of(
+    name: str, source: Config, tokenizer: Tokenizer, split: str, commit: str | None = None
+) -> tuple[Tokens, Identified]:
+    """`build_tokens` for a data set of a mixture, which its errors name."""
+    try:
+        return build_tokens(source, tokenizer, split, commit)
+    except ConfigError as error:
+        raise ConfigError(f"data.mixture.{name}: {error}" if name else str(error)) from None
+
+
 def heldout_documents(
     cfg: Config, tokenizer: Tokenizer, *, split: str, min_tokens: int, limit: int | None = None
 ) -> Iterator[Document]:
@@ -126,7 +136,7 @@ def heldout_documents(
         ConfigError: the split does not exist.
     """
     sources = {name: source for name, source in sources_of(cfg).items() if not name or split in splits_of(source)}
-    found = {name: build_tokens(source, tokenizer, split)[0] for name, source in sources.items()}
+    found = {name: _tokens_of(name, source, tokenizer, split)[0] for name, source in sources.items()}
     separator = np.array([tokenizer.separator_id], np.int64)
     # In turns, so that the first documents of a mixture are some of each of its data sets.
     turns = ((name, tokens, i) for i in itertools.count() for name, tokens in found.items() if i < len(tokens))
@@ -284,10 +294,7 @@ def _open_all(
     for name, source in sources.items():
         prefix = f"{name}." if name else ""
         commit = state["fingerprint"].get(f"{prefix}commit") if state and not source.data.revision else None
-        try:
-            opened[name] = build_tokens(source, tokenizer, "train", commit)
-        except ConfigError as error:
-            raise ConfigError(f"data.mixture.{name}: {error}" if name else str(error)) from None
+        opened[name] = _tokens_of(name, source, tokenizer, "train", commit)
         if not len(opened[name][0]):
             where = f"data.mixture.{name}" if name else "data"
             raise ConfigError(f"{where}.train holds no documents: {list(source.data.train)}")

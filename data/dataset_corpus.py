@@ -94,7 +94,8 @@ class DatasetCorpus:
         try:
             columns = table[row]
             text = columns.column(self.data.text_field)[0]
-            title = columns.column(self.data.title_field)[0].as_py() if self.data.title_field else None
+            titled = columns.column(self.data.title_field)[0] if self.data.title_field else None
+            title = str(titled.as_py()) if titled is not None and titled.is_valid else None
             # as_py would raise on bad UTF-8, which is replaced and counted instead.
             raw = text.as_buffer().to_pybytes() if text.is_valid else b""
         except Exception as error:  # whatever pyarrow raises for a damaged file
@@ -156,7 +157,11 @@ class DatasetCorpus:
 
 def is_remote(path: str) -> bool:
     """Whether a path names a data set of the Hub."""
-    return "/" in path and not os.path.exists(os.path.expanduser(path)) and path.count("/") == 1
+    return path.count("/") == 1 and not os.path.exists(os.path.expanduser(path)) and _suffix(path) not in BUILDERS
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def load(data: SourceConfig, name: str, commit: str | None, setting: str) -> Any:
@@ -173,11 +178,13 @@ def load(data: SourceConfig, name: str, commit: str | None, setting: str) -> Any
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     path = os.path.expanduser(str(data.path))
-    folder, suffix = Path(path), os.path.splitext(path)[1].lower()
+    folder, suffix = Path(path), _suffix(path)
     files: Any = {key: value if isinstance(value, str) else list(value) for key, value in data.data_files.items()}
     try:
         if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
             return _saved(datasets.load_from_disk(path), name, setting)
+        if suffix in BUILDERS and not folder.exists():
+            raise ConfigError(f"data.path={data.path} does not exist")
         if folder.is_file():
             if suffix not in BUILDERS:
                 raise ConfigError(f"data.path={path} is of no known kind; legal: {', '.join(BUILDERS)}")

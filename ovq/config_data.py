@@ -80,6 +80,8 @@ def check_data(data: DataConfig) -> None:
     if data.kind == "task" and "_target_" not in data.task:
         raise ConfigError("data.task has no _target_; choose a task with data/task=NAME")
     _check_source(data, "data")
+    if data.mixture and data.kind != "mixture":
+        raise ConfigError(f"data.mixture is set, but data.kind={data.kind}; a mixture is chosen with data=mixture")
     if data.kind == "mixture" and not data.mixture:
         raise ConfigError(
             "data.mixture is empty; give it data sets and weights: 'data.mixture={pg19: 0.7, code: 0.3}', or "

@@ -182,7 +182,7 @@ def test_a_data_set_of_the_hub_is_read_at_one_commit(books: Path, monkeypatch: p
         (["data.path={books}/csv/train.csv", "data.text_field=n"], "data.text_field=n of .* holds int64, not text"),
         (["data.path={books}/json", "data.title_field=x"], "data.title_field=x is not a field .*: text, title"),
         (["data.path={books}/json", "data.config_name=xx"], "data.config_name=xx: BuilderConfig 'xx' not found"),
-        (["data.path={books}/csv/train.xlsx"], "cannot be opened"),
+        (["data.path=books/nowhere.csv"], "data.path=books/nowhere.csv does not exist"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_opened_is_named_in_one_line(books: Path, overrides: list[str], words: str) -> None:

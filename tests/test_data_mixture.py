@@ -182,8 +182,7 @@ def test_a_mixture_of_named_data_sets_is_stored_with_all_their_settings() -> Non
         ("{builtin: much}", "data.mixture.builtin.weight: Value 'much' of type 'str' could not be converted to Float"),
         ("{builtin: {weigth: 1}}", "there is no setting 'data.mixture.builtin.weigth'; legal: data, name"),
         ("{builtin: {shuffle: false}}", "'data.mixture.builtin.shuffle'; data.shuffle holds for the whole mixture"),
-        ("{builtin: {kind: csv}}", "data.mixture.builtin.kind=csv is not a legal value; legal: builtin"),
-        ("{recall: 1}", "data.mixture.recall is a task; a mixture is made of data sets of text"),
+        ("{task: 1}", "data.mixture.task is a task; a mixture is made of data sets of text"),
         ("{datasets: 1}", "data.mixture.datasets.path is required"),
         ("3", "data.mixture"),
     ],
@@ -192,6 +191,13 @@ def test_a_mistake_in_a_mixture_is_one_line(given: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         compose(["data=mixture", f"data.mixture={given}"])
     assert "\n" not in str(error.value)
+
+
+def test_a_mixture_must_be_chosen() -> None:
+    with pytest.raises(
+        ConfigError, match="data.mixture is set, but data.kind=builtin; a mixture is chosen with data=mix"
+    ):
+        compose(["data.mixture={builtin: 1}"])
 
 
 def test_a_source_that_cannot_be_opened_is_named(books: Path) -> None:
@@ -277,9 +283,8 @@ class Mixed:
         return {}
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_the_loss_of_each_source_is_logged(tmp_path: Path, z_loss: float) -> None:
-    trainer = trainer_for(tmp_path, "trainer.micro_batch=2", "trainer.steps=1", f"trainer.z_loss={z_loss}", model="sw")
+def test_the_loss_of_each_source_is_logged(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, "trainer.micro_batch=2", "trainer.steps=1", model="sw")
     trainer.sources, trainer.loader = ["whole", "half", "absent"], Mixed()
     trainer.counted = (*trainer.counted, "tokens/whole", "tokens/half", "tokens/absent")
     expected = {"whole": 0.0, "half": 0.0}

@@ -97,7 +97,7 @@ class Trainer:
         self.checkpointer, self.metrics, self.world = checkpointer, metrics, world
         self.run_dir, self.merge_states, self.evaluate = Path(run_dir), merge_states, evaluate
         self.flops_per_token = flops_per_token
-        self.sources = list(cfg.data.mixture)  # names of a mixture's data sets
+        self.sources = list(cfg.data.mixture)  # names of a mixture's data sets; none for other data
         self.counted = (*COUNTED, *(f"tokens/{name}" for name in self.sources))
         self.step = self.start = 0  # steps done; steps done when this process began
         self.tokens = 0  # labels trained on so far, over all ranks
