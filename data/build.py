@@ -24,7 +24,7 @@ from data.tasks.base import Task, digest
 from data.tasks.rows import TaskLoader, TaskRows, TaskTokenizer
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from ovq.config import Config, TokenizerConfig
-from ovq.config_data import FILES, NAMED_SPLITS, DataConfig, mixture_sources
+from ovq.config_data import FROM_FILES, NAMED_SPLITS, DataConfig, mixture_sources
 from ovq.errors import ConfigError
 from ovq.instantiate import instantiate, settings_of
 from ovq.processes import World, on_main
@@ -97,7 +97,7 @@ def build_corpus(cfg: Config, split: str, commit: str | None = None) -> Corpus:
         return BuiltinCorpus(split)
     if data.kind == "datasets":
         return DatasetCorpus(data, split, commit)
-    if data.kind not in FILES:
+    if data.kind not in FROM_FILES:
         legal = ", ".join(("builtin", *NAMED_SPLITS))
         raise ConfigError(f"data.kind={data.kind} holds no text; legal here: {legal}")
     shards, bad = index_shards(data, split, commit)

@@ -343,10 +343,15 @@ def main(options: Options, overrides: list[str], words: list[str]) -> int:
     model = ""
     try:
         for name, source in sources_of(cfg).items():
+            splits = options.splits
+            if name:
+                splits = [split for split in splits_of(source) if not options.splits or split in options.splits]
+                print(name)
+            if name and not splits:
+                continue
             folders[name] = folder / name
-            splits = options.splits if not name else [split for split in options.splits if split in splits_of(source)]
             index = prepare(source, folders[name], splits=splits, processes=options.processes, part_mb=options.part_mb)
-            print(*[name] * bool(name), *_summary(index), sep="\n")
+            print(*_summary(index), sep="\n")
             model = tokenizer_of(folders[name], index)
     except KeyboardInterrupt:
         print("\nstopped; finished parts are kept, the same command continues", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Train a lossless SentencePiece unigram model on the training split of a data set, or a mixture's in their shares.
+"""Train a lossless SentencePiece model, unigram or BPE, on the training text of a data set or a mixture.
 
 python -m data.train_tokenizer data=parquet 'data.train=[books/*.parquet]' vocab_size=16384 out=books-16k.model
 python -m data.train_tokenizer data=pg19 model_type=bpe out=pg19-16k-bpe.model

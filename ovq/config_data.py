@@ -12,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ovq.errors import ConfigError, omegaconf_message
 from ovq.schema import REQUIRED, one_of, problems, setting
 
-FILES = ("parquet", "jsonl", "text")  # kinds whose splits are the files that data.train etc. name
-NAMED_SPLITS = (*FILES, "datasets")  # kinds that have the splits which data.train etc. name, and no others
-KINDS = ("builtin", *FILES, "datasets", "memmap", "task", "mixture")
+FROM_FILES = ("parquet", "jsonl", "text")  # kinds whose splits are the files that data.train etc. name
+NAMED_SPLITS = (*FROM_FILES, "datasets")  # kinds that have the splits which data.train etc. name, and no others
+KINDS = ("builtin", *FROM_FILES, "datasets", "memmap", "task", "mixture")
 
 
 @dataclass
