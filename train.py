@@ -47,7 +47,8 @@ def run(argv: list[str]) -> None:
 
 def dry_run(cfg: Config, run_dir: Path) -> None:
     """Print what the run would be and cost."""
-    from data.build import build_tokenizer, describe
+    from data.build import build_tokenizer
+    from data.describe import describe
     from ovq.plan import report
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -57,7 +58,7 @@ def dry_run(cfg: Config, run_dir: Path) -> None:
 
 def train(cfg: Config, run_dir: Path) -> None:
     """Train to the last step or until a signal, from the newest good checkpoint of the run folder if there is one."""
-    from data.build import build_loader, build_tokenizer, is_task
+    from data.build import build_loader, build_tokenizer, check_held_out, is_task
     from data.loader import merge_states
     from eval.per_position import check_capacity, evaluate
     from ovq import processes, stacks
@@ -128,19 +129,6 @@ def train(cfg: Config, run_dir: Path) -> None:
         if world.is_main:
             finish(summary, cfg, run_dir)
         processes.shutdown()
-
-
-def check_held_out(cfg: Config) -> None:
-    """Refuse a run that would have nothing to evaluate on after days of training."""
-    from data.build import FROM_FILES
-    from ovq.errors import ConfigError
-
-    wanted = cfg.eval.at_end or cfg.trainer.eval_every
-    if wanted and cfg.data.kind in FROM_FILES and not getattr(cfg.data, cfg.eval.split):
-        raise ConfigError(
-            f"data.{cfg.eval.split} is empty, so loss by position cannot be evaluated; give it files, "
-            "or set eval.at_end=false trainer.eval_every=0"
-        )
 
 
 def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:

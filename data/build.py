@@ -1,29 +1,33 @@
-"""Builds what a config specifies: corpora, tokens, tokenizers, tasks and loaders. Describes it for a dry run."""
+"""Builds what a config specifies: corpora, tokens, tokenizers, tasks and loaders."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from omegaconf import OmegaConf
 
+from data import hf_tokenizer
 from data.builtin import BuiltinCorpus
 from data.corpus import Corpus, Document, Identified, ShardCorpus, TokenisedCorpus, Tokens
+from data.dataset_corpus import DatasetCorpus
 from data.lanes import LaneReader
-from data.loader import Loader
-from data.prepared import PreparedTokens, describe_prepared, load_index
-from data.sources import HUB, SPLITS, find_files, index_shards
+from data.loader import Loader, RowSource
+from data.mixture import MixtureReader
+from data.prepared import PreparedTokens, load_index
+from data.sources import SPLITS, index_shards
 from data.tasks.base import Task, digest
 from data.tasks.rows import TaskLoader, TaskRows, TaskTokenizer
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from ovq.config import Config, TokenizerConfig
+from ovq.config_data import FROM_FILES, NAMED_SPLITS, DataConfig, mixture_sources
 from ovq.errors import ConfigError
 from ovq.instantiate import instantiate, settings_of
 from ovq.processes import World, on_main
-
-FROM_FILES = ("parquet", "jsonl", "text")  # kinds whose splits are the files that data.train etc. name
 
 
 def is_task(cfg: Config) -> bool:
@@ -31,11 +35,26 @@ def is_task(cfg: Config) -> bool:
     return cfg.data.kind == "task"
 
 
+def sources_of(cfg: Config) -> dict[str, Config]:
+    """The data sets of a mixture by name, each as a config of its own; any other config by the empty name."""
+    made = {}
+    for name, source in mixture_sources(cfg.data).items():
+        shared, own = (OmegaConf.to_container(node, resolve=True) for node in (cfg.data, source))
+        data = {**shared, **own, "mixture": {}, "words": {}}  # type: ignore[dict-item]
+        del data["weight"]
+        made[name] = cast(Config, OmegaConf.merge(cfg))
+        made[name].data = cast(DataConfig, OmegaConf.merge(OmegaConf.structured(DataConfig), data))
+    return made or {"": cfg}
+
+
 def splits_of(cfg: Config) -> list[str]:
-    """The splits that a config's data provide."""
+    """The splits that a config's data provide; of a mixture, those that any of its data sets provides."""
     data = cfg.data
     if data.kind == "task":
         return ["train"]
+    if data.kind == "mixture":
+        found = [splits_of(source) for source in sources_of(cfg).values()]
+        return [split for split in SPLITS if any(split in splits for splits in found)]
     if data.kind == "memmap" and data.train:
         try:
             return list(load_index(data.train[0])["splits"])
@@ -44,20 +63,43 @@ def splits_of(cfg: Config) -> list[str]:
     return [split for split in SPLITS if data.kind == "builtin" or getattr(data, split)]
 
 
+def check_held_out(cfg: Config) -> None:
+    """Refuse a run that would have nothing to evaluate on after days of training.
+
+    Raises:
+        ConfigError: an evaluation is wanted, and the config names no data for it.
+    """
+    split = cfg.eval.split
+    if not (cfg.eval.at_end or cfg.trainer.eval_every):
+        return
+    sources = sources_of(cfg)
+    if any(source.data.kind not in NAMED_SPLITS or getattr(source.data, split) for source in sources.values()):
+        return
+    where = "data" if "" in sources else f"data.mixture.{next(iter(sources))}"
+    what = "splits" if next(iter(sources.values())).data.kind == "datasets" else "files"
+    raise ConfigError(
+        f"{where}.{split} is empty, so loss by position cannot be evaluated; give it {what}, "
+        "or set eval.at_end=false trainer.eval_every=0"
+    )
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
 def build_corpus(cfg: Config, split: str, commit: str | None = None) -> Corpus:
-    """The text of a split. Not for data=memmap, which stores none.
+    """The text of a split. Not for data=memmap, which stores none, nor for a mixture, which has several.
 
     Raises:
-        ConfigError: no file is found, a shard is bad (unless skipped), or a named column does not exist.
+        ConfigError: no file or split is found, a shard is bad (unless skipped), or a named column does not exist.
     """
     data = cfg.data
     if data.kind == "builtin":
         return BuiltinCorpus(split)
+    if data.kind == "datasets":
+        return DatasetCorpus(data, split, commit)
     if data.kind not in FROM_FILES:
-        raise ConfigError(f"data.kind={data.kind} holds no text; legal here: builtin, {', '.join(FROM_FILES)}")
+        legal = ", ".join(("builtin", *NAMED_SPLITS))
+        raise ConfigError(f"data.kind={data.kind} holds no text; legal here: {legal}")
     shards, bad = index_shards(data, split, commit)
     return ShardCorpus(data, shards, bad)
 
@@ -71,27 +113,42 @@ def build_tokens(cfg: Config, tokenizer: Tokenizer, split: str, commit: str | No
     return TokenisedCorpus(corpus, tokenizer), corpus
 
 
+def _tokens_of(
+    name: str, source: Config, tokenizer: Tokenizer, split: str, commit: str | None = None
+) -> tuple[Tokens, Identified]:
+    """`build_tokens` for a data set of a mixture, which its errors name."""
+    try:
+        return build_tokens(source, tokenizer, split, commit)
+    except ConfigError as error:
+        raise ConfigError(f"data.mixture.{name}: {error}" if name else str(error)) from None
+
+
 def heldout_documents(
     cfg: Config, tokenizer: Tokenizer, *, split: str, min_tokens: int, limit: int | None = None
 ) -> Iterator[Document]:
     """Documents of a held-out split with at least `min_tokens` ids, in file order, one in memory at a time.
+
+    Those of a mixture come in turns from its data sets that have the split.
 
     Not collective: each process that calls it reads the files itself.
 
     Raises:
         ConfigError: the split does not exist.
     """
-    tokens, _ = build_tokens(cfg, tokenizer, split)
+    sources = {name: source for name, source in sources_of(cfg).items() if not name or split in splits_of(source)}
+    found = {name: _tokens_of(name, source, tokenizer, split)[0] for name, source in sources.items()}
+    separator = np.array([tokenizer.separator_id], np.int64)
+    # In turns, so that the first documents of a mixture are some of each of its data sets.
+    turns = ((name, tokens, i) for i in itertools.count() for name, tokens in found.items() if i < len(tokens))
     given = 0
-    for index in range(len(tokens)):
+    for name, tokens, index in itertools.islice(turns, sum(map(len, found.values()))):
         if limit is not None and given >= limit:
             return
         document = tokens.read(index)
         if len(document.ids) >= min_tokens:
             given += 1
-            separator = np.array([tokenizer.separator_id], np.int64)
             ids = np.concatenate([separator, document.ids.astype(np.int64), separator])
-            yield Document(ids, document.title, document.num_bytes, document.num_words)
+            yield Document(ids, document.title, document.num_bytes, document.num_words, name)
 
 
 # --- tokenizers and tasks --------------------------------------------------------------------------------------------
@@ -120,6 +177,8 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
     tokenizer: Tokenizer
     if cfg.kind == "byte":
         tokenizer = ByteTokenizer()
+    elif cfg.kind == "hf":
+        tokenizer = _hf_tokenizer(cfg, stored)
     elif cfg.model_path and Path(cfg.model_path).expanduser().is_file():
         tokenizer = SentencePieceTokenizer(Path(cfg.model_path).expanduser().read_bytes(), cfg.model_path)
     elif stored and stored.is_file():
@@ -134,6 +193,15 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
             f"{tokenizer.fingerprint[:30]} is not {card['fingerprint'][:30]}"
         )
     return tokenizer
+
+
+def _hf_tokenizer(cfg: TokenizerConfig, stored: Path | None) -> Tokenizer:
+    path = str(cfg.model_path)
+    remote = path.startswith(hf_tokenizer.HUB)
+    if stored and stored.is_file() and (remote or not Path(path).expanduser().exists()):
+        return hf_tokenizer.load(str(stored), cfg.separator)
+    # One client of the Hub, however many processes train.
+    return on_main(lambda: hf_tokenizer.load(path, cfg.separator)) if remote else hf_tokenizer.load(path, cfg.separator)
 
 
 def build_task(cfg: Config) -> Task:
@@ -175,12 +243,12 @@ def build_loader(cfg: Config, tokenizer: Tokenizer, world: World, state: dict[st
     }
     if is_task(cfg):
         return _task_loader(cfg, tokenizer, common)
-    commit = state["fingerprint"].get("commit") if state and not data.revision else None
-    tokens, corpus = on_main(lambda: build_tokens(cfg, tokenizer, "train", commit))
-    if not len(tokens):
-        raise ConfigError(f"data.train holds no documents: {list(data.train)}")
+    sources = sources_of(cfg)
+    tokens, corpora = {}, {}
+    for name, found in on_main(lambda: _open_all(sources, tokenizer, state)).items():
+        tokens[name], corpora[name] = found
     fingerprint = {
-        **corpus.fingerprint(),
+        **_identity(cfg, corpora),
         "tokenizer": tokenizer.fingerprint,
         "context": trainer.context,
         "global_batch": trainer.global_batch,
@@ -189,20 +257,57 @@ def build_loader(cfg: Config, tokenizer: Tokenizer, world: World, state: dict[st
         "packing": data.packing,
         "isolate_documents": data.isolate_documents,
     }
-    source = LaneReader(
-        tokens,
-        tokenizer.separator_id,
-        tokenizer.num_bytes,
-        context=trainer.context,
-        global_batch=trainer.global_batch,
-        seed=cfg.seed,
-        shuffle=data.shuffle,
-        packing=data.packing,
-    )
-    loader = Loader(source, fingerprint, isolate_documents=data.isolate_documents, **common)
-    if state is None and world.is_main and corpus.bad_shards:
-        loader.counts["bad_shards"] = corpus.bad_shards
+    readers = {
+        name: LaneReader(
+            documents,
+            tokenizer.separator_id,
+            tokenizer.num_bytes,
+            context=trainer.context,
+            global_batch=trainer.global_batch,
+            seed=cfg.seed,
+            shuffle=data.shuffle,
+            packing=data.packing,
+        )
+        for name, documents in tokens.items()
+    }
+    rows: RowSource = next(iter(readers.values()))
+    if data.kind == "mixture":
+        rows = MixtureReader(readers, shares_of(cfg), global_batch=trainer.global_batch, seed=cfg.seed)
+    loader = Loader(rows, fingerprint, isolate_documents=data.isolate_documents, **common)
+    bad_shards = sum(corpus.bad_shards for corpus in corpora.values())
+    if state is None and world.is_main and bad_shards:
+        loader.counts["bad_shards"] = bad_shards
     return loader
+
+
+def shares_of(cfg: Config) -> dict[str, float]:
+    """The share of the rows that comes from each data set of a mixture."""
+    weights = {name: source.weight for name, source in mixture_sources(cfg.data).items()}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def _open_all(
+    sources: dict[str, Config], tokenizer: Tokenizer, state: dict[str, Any] | None
+) -> dict[str, tuple[Tokens, Identified]]:
+    """The training documents of every data set; of the commit of the Hub that a saved state was made with."""
+    opened = {}
+    for name, source in sources.items():
+        prefix = f"{name}." if name else ""
+        commit = state["fingerprint"].get(f"{prefix}commit") if state and not source.data.revision else None
+        opened[name] = _tokens_of(name, source, tokenizer, "train", commit)
+        if not len(opened[name][0]):
+            where = f"data.mixture.{name}" if name else "data"
+            raise ConfigError(f"{where}.train holds no documents: {list(source.data.train)}")
+    return opened
+
+
+def _identity(cfg: Config, corpora: dict[str, Identified]) -> dict[str, Any]:
+    """The fingerprint of the documents: that of a data set, or those of a mixture's, with their shares."""
+    if "" in corpora:
+        return corpora[""].fingerprint()
+    shares = {f"{name}.share": share for name, share in shares_of(cfg).items()}
+    parts = {f"{name}.{key}": value for name, corpus in corpora.items() for key, value in corpus.fingerprint().items()}
+    return {"kind": "mixture", **shares, **parts}
 
 
 def _task_loader(cfg: Config, tokenizer: Tokenizer, common: dict[str, Any]) -> TaskLoader:
@@ -221,43 +326,3 @@ def _task_loader(cfg: Config, tokenizer: Tokenizer, common: dict[str, Any]) -> T
         "seed": cfg.seed,
     }
     return TaskLoader(task, TaskRows(task, trainer.context, cfg.seed), fingerprint, **common)
-
-
-# --- a dry run -------------------------------------------------------------------------------------------------------
-
-
-def describe(cfg: Config) -> dict[str, dict[str, Any]]:
-    """For each split: shards, bytes on disk, documents if cheap to count; or why it cannot be opened.
-
-    Hub and bucket files are listed but not opened. A generated task has one split, and describes a training sequence.
-    """
-    return {split: _describe(cfg, split) for split in splits_of(cfg)}
-
-
-def _describe(cfg: Config, split: str) -> dict[str, Any]:
-    data = cfg.data
-    try:
-        if is_task(cfg):
-            return dict(build_task(cfg).describe(cfg.trainer.context))
-        if data.kind == "memmap":
-            return describe_prepared(list(getattr(data, split) or data.train), split)
-        if data.kind == "builtin":
-            corpus = BuiltinCorpus(split)
-            size = sum(len(corpus.read(i).text.encode()) for i in range(len(corpus)))
-            return {"shards": 0, "documents": len(corpus), "bytes": size}
-        files, missing = find_files(data, split)
-        found: dict[str, Any] = {
-            "shards": len(files),
-            "missing": len(missing),
-            "bytes": sum(file.size for file in files),
-            "documents": None,
-        }
-        if data.kind == "text":
-            found["documents"] = len(files)
-        if files[0].path.startswith(HUB):
-            found["commit"] = files[0].commit
-        elif data.kind == "parquet" and "://" not in files[0].path:
-            found["documents"] = sum(shard.documents for shard in index_shards(data, split)[0])
-        return found
-    except (ConfigError, OSError) as error:
-        return {"error": str(error)}

@@ -26,7 +26,7 @@ import numpy as np
 
 from data.sources import ChangedError, DataError, Shard, footer_hash, open_file
 from data.tokenizer import Tokenizer
-from ovq.config import DataConfig
+from ovq.config_data import SourceConfig
 
 _READ_BYTES = 1 << 20  # of compressed column data read, and of text decoded, at a time
 _OPEN_FILES = 8
@@ -65,6 +65,7 @@ class Document:
     title: str
     num_bytes: int
     num_words: int
+    source: str = ""  # the data set of a mixture that it is from
 
 
 class Identified(Protocol):
@@ -147,7 +148,7 @@ class _Ahead:
 class ShardCorpus:
     """Documents of Parquet, JSON-lines or plain-text shards (one text file is one document)."""
 
-    def __init__(self, data: DataConfig, shards: list[Shard], bad_shards: int = 0) -> None:
+    def __init__(self, data: SourceConfig, shards: list[Shard], bad_shards: int = 0) -> None:
         self.kind, self.text_field, self.title_field = data.kind, data.text_field, data.title_field
         self.skip_bad = data.on_bad_shard == "skip"
         self.shards, self._bad_shards = shards, bad_shards
@@ -225,11 +226,7 @@ class ShardCorpus:
                 raise DataError(f"{shard.file.path} document {number}: {cause} (data.on_bad_shard=skip)") from None
             print(f"warning: {shard.file.path} document {number} left out: {cause}", file=sys.stderr)
             return Text("", fallback, {"unreadable_documents": 1})
-        text, more = decode_utf8(raw)
-        flags = {"bad_utf8": bad + more} if bad + more else {}
-        if not title and self.title_field:
-            flags["untitled_documents"] = 1
-        return Text(text, title or fallback, flags)
+        return make_text(raw, title, fallback=fallback, titled=self.title_field is not None, bad=bad)
 
     def _parquet(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
         shard = self.shards[s]
@@ -333,6 +330,21 @@ def _modified(stream: Any) -> tuple[int, int] | None:
         return None
     status = os.fstat(stream.fileno())
     return status.st_size, status.st_mtime_ns
+
+
+def make_text(raw: bytes, title: str | None, *, fallback: str, titled: bool, bad: int = 0) -> Text:
+    """A document from its bytes.
+
+    Args:
+        fallback: the title of a document without one.
+        titled: whether documents should have titles.
+        bad: invalid sequences of UTF-8 replaced so far.
+    """
+    text, more = decode_utf8(raw)
+    flags = {"bad_utf8": bad + more} if bad + more else {}
+    if titled and not title:
+        flags["untitled_documents"] = 1
+    return Text(text, title or fallback, flags)
 
 
 def decode_utf8(raw: bytes) -> tuple[str, int]:

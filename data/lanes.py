@@ -40,6 +40,7 @@ class Row:
     documents: list[str]
     state: LaneState
     counts: dict[str, int] = field(default_factory=dict)
+    source: str = ""  # the data set of a mixture that the row comes from
 
 
 def first_state(lane: int) -> LaneState:

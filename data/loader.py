@@ -37,6 +37,7 @@ class Batch:
     `inputs`, `targets`: int64 [m, T]; -100 marks a position without label. `cu_seqlens`: int32, offsets into the m * T
     flattened tokens at which a document or a row begins, then m * T; None unless data.isolate_documents. `documents`:
     titles. `lanes`: the lane of each row, in order, and its state after this batch. `counts`: see `data.lanes.Row`.
+    `sources`: for each row of a mixture, the data set that it comes from.
     """
 
     inputs: torch.Tensor
@@ -45,6 +46,7 @@ class Batch:
     documents: list[str] = field(default_factory=list)
     lanes: dict[int, LaneState] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
 
     def token_hash(self) -> int:
         """64-bit hash of the rows' tokens. Over the micro-batches of a step it is summed, modulo 2^64."""
@@ -66,7 +68,8 @@ class Batch:
             starts = {*bounds.tolist(), *range(0, self.inputs.numel(), length)}
             bounds = torch.tensor(sorted(starts), dtype=torch.int32)
         inputs, targets = self.inputs.reshape(-1, length), self.targets.reshape(-1, length)
-        return replace(self, inputs=inputs, targets=targets, cu_seqlens=bounds)
+        sources = [source for source in self.sources for _ in range(T // length)]
+        return replace(self, inputs=inputs, targets=targets, cu_seqlens=bounds, sources=sources)
 
     def shard(self, rank: int, ranks: int) -> Batch:
         """The share of one of `ranks` processes that hold the same rows: the rank-th part of every row.
@@ -95,7 +98,7 @@ class Batch:
 
         inputs, targets = move(self.inputs), move(self.targets)
         assert inputs is not None and targets is not None
-        return Batch(inputs, targets, move(self.cu_seqlens), self.documents, self.lanes, self.counts)
+        return replace(self, inputs=inputs, targets=targets, cu_seqlens=move(self.cu_seqlens))
 
 
 class RowSource(Protocol):
@@ -247,6 +250,7 @@ class Loader:
             [title for row in rows for title in row.documents],
             {row.lane: row.state for row in rows},
             counts,
+            [row.source for row in rows if row.source],
         )
 
 

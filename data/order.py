@@ -18,13 +18,13 @@ def permute(index: int, size: int, seed: int) -> int:
     while True:
         left, right = index >> half, index & mask
         for key in range(6):
-            left, right = right, left ^ (_mix(right, seed, key) & mask)
+            left, right = right, left ^ (mix(right, seed, key) & mask)
         index = left << half | right
         if index < size:
             return index
 
 
-def _mix(value: int, seed: int, key: int) -> int:
+def mix(value: int, seed: int, key: int) -> int:
     """SplitMix64's finaliser over value, seed and round."""
     x = (value + 0x9E3779B97F4A7C15 * (6 * seed + key + 1)) & _MASK
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK

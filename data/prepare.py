@@ -3,6 +3,8 @@
     python -m data.prepare data=parquet 'data.train=[books/*.parquet]' out=DIR [processes=4] [splits=[train]] [key=..]
     python -m data.prepare verify DIR             hash every file of a prepared folder
 
+Each data set of a mixture gets a folder of its own, DIR/NAME.
+
 The documents of a split are divided into parts of about `part_mb` megabytes of text. A part is a pure function of its
 documents and the tokenizer, is written by any process, completely or not at all, and is recorded in a small file. After
 a kill, a crash or a full disk the same command therefore continues with the missing parts and produces the same bytes
@@ -27,10 +29,19 @@ from typing import Any
 
 import numpy as np
 
-from data.build import build_corpus, build_tokenizer, splits_of
+from data.build import build_corpus, build_tokenizer, shares_of, sources_of, splits_of
 from data.corpus import FLAGS, TokenisedCorpus
 from data.files import AtomicFile, hold
-from data.prepared import DOCUMENT, INDEX, SUFFIXES, VERSION, load_index, save_index, verify_prepared
+from data.prepared import (
+    DOCUMENT,
+    INDEX,
+    SUFFIXES,
+    VERSION,
+    load_index,
+    save_index,
+    tokenizer_of,
+    verify_prepared,
+)
 from data.sources import SPLITS, DataError
 from data.tokenizer import Tokenizer
 from data.workers import die_with_parent
@@ -292,8 +303,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _summary(folder: Path, index: dict[str, Any], seconds: float) -> str:
-    """What was made, every irregularity that was counted, and how to use the result."""
+def _summary(index: dict[str, Any]) -> list[str]:
+    """What was made, and every irregularity that was counted."""
     lines = []
     for split, made in index["splits"].items():
         size = sum(part["files"][suffix]["bytes"] for part in made["parts"] for suffix in SUFFIXES)
@@ -308,10 +319,7 @@ def _summary(folder: Path, index: dict[str, Any], seconds: float) -> str:
             lines.append(
                 " " * 11 + "counted: " + ", ".join(f"{name} {count:,}" for name, count in odd.items() if count)
             )
-    kind = index["plan"]["tokenizer"].partition(":")[0]
-    model = f" tokenizer.model_path={folder}/tokenizer/tokenizer.model" if kind == "sentencepiece" else ""
-    lines.append(f"{seconds:.1f} s; use it with: data=memmap 'data.train=[{folder}]' tokenizer={kind}{model}")
-    return "\n".join(lines)
+    return lines
 
 
 @dataclass
@@ -330,16 +338,37 @@ def main(options: Options, overrides: list[str], words: list[str]) -> int:
     if not options.out:
         raise ConfigError("out=DIR is required: where to write")
     began = time.perf_counter()
-    folder = Path(options.out)
+    cfg, folder = compose(overrides), Path(options.out)
+    folders: dict[str, Path] = {}
+    model = ""
     try:
-        index = prepare(
-            compose(overrides), folder, splits=options.splits, processes=options.processes, part_mb=options.part_mb
-        )
+        for name, source in sources_of(cfg).items():
+            splits = options.splits
+            if name:
+                splits = [split for split in splits_of(source) if not options.splits or split in options.splits]
+                print(name)
+            if name and not splits:
+                continue
+            folders[name] = folder / name
+            index = prepare(source, folders[name], splits=splits, processes=options.processes, part_mb=options.part_mb)
+            print(*_summary(index), sep="\n")
+            model = tokenizer_of(folders[name], index)
     except KeyboardInterrupt:
         print("\nstopped; finished parts are kept, the same command continues", file=sys.stderr)
         return 130
-    print(_summary(folder, index, time.perf_counter() - began))
+    print(f"{time.perf_counter() - began:.1f} s; use it with: {_use(cfg, folders)} {model}")
     return 0
+
+
+def _use(cfg: Config, folders: dict[str, Path]) -> str:
+    """The overrides that read what was prepared."""
+    if "" in folders:
+        return f"data=memmap 'data.train=[{folders['']}]'"
+    shares = shares_of(cfg)
+    parts = [
+        f"{name}: {{data: memmap, train: [{folder}], weight: {shares[name]:g}}}" for name, folder in folders.items()
+    ]
+    return f"data=mixture 'data.mixture={{{', '.join(parts)}}}'"
 
 
 def _verify(words: list[str]) -> int:

@@ -197,12 +197,16 @@ def _check_tokenizer(folder: Path, index: Index, tokenizer: Tokenizer) -> None:
     made_with = index["plan"]["tokenizer"]
     if made_with == tokenizer.fingerprint:
         return
-    kind = made_with.partition(":")[0]
-    model = f" tokenizer.model_path={folder}/tokenizer/tokenizer.model" if kind == "sentencepiece" else ""
     raise ConfigError(
         f"{folder} was prepared with another tokenizer ({made_with[:30]}, not {tokenizer.fingerprint[:30]}); "
-        f"use tokenizer={kind}{model}"
+        f"use {tokenizer_of(folder, index)}"
     )
+
+
+def tokenizer_of(folder: Path, index: Index) -> str:
+    """The overrides that choose the tokenizer of a prepared folder."""
+    kind = index["plan"]["tokenizer"].partition(":")[0]
+    return f"tokenizer={kind}" + ("" if kind == "byte" else f" tokenizer.model_path={folder}/tokenizer/tokenizer.model")
 
 
 def _wrong_sizes(folder: Path, index: Index, split: str) -> list[str]:
@@ -223,9 +227,9 @@ def verify_prepared(folder: Path | str) -> list[str]:
     folder = Path(folder).expanduser()
     index = load_index(folder)
     problems = []
-    kind, _, digest = index["plan"]["tokenizer"].partition(":")
+    kind, digest = index["plan"]["tokenizer"].split(":")[:2]
     model = folder / "tokenizer" / "tokenizer.model"
-    if kind == "sentencepiece" and not (model.is_file() and sha256_of(model) == digest):
+    if kind != "byte" and not (model.is_file() and sha256_of(model) == digest):
         problems.append(f"{model} is missing or damaged")
     for split in index["splits"]:
         wrong = _wrong_sizes(folder, index, split)

@@ -5,9 +5,8 @@ looks them up and broadcasts them, so that a hub or a bucket sees one client how
 pinned to a commit, which the data fingerprint records: a resumed run reads that commit even if `data.revision` is null
 and the branch has moved on. A repository is listed once per process.
 
-Hub files come through `huggingface_hub` and are read with pyarrow. `datasets` is deliberately not used: its
-streaming holds whole row groups (measured: 670 MB for a group of 114 MB) and loses its shuffle buffer when resumed, and
-it has no access to document i, which an order that is a pure function of the step needs.
+Hub files come through `huggingface_hub` and are read with pyarrow. Other formats, and data sets with configurations,
+are left to `datasets` (`data.dataset_corpus`).
 
 A shard is missing if a path without wildcards does not exist, or if a pattern matches a series `NAME-00003-of-00008`
 with gaps. It is corrupt if it cannot be indexed. With `data.on_bad_shard` "error" the job stops before anything runs;
@@ -29,7 +28,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from ovq.config import DataConfig
+from ovq.config_data import SourceConfig
 from ovq.errors import ConfigError, Failure, one_line
 
 SPLITS = ("train", "validation", "test")
@@ -87,7 +86,7 @@ class Shard:
         return len(self.lines) if self.lines is not None else sum(self.rows)
 
 
-def find_files(data: DataConfig, split: str, commit: str | None = None) -> tuple[list[File], list[str]]:
+def find_files(data: SourceConfig, split: str, commit: str | None = None) -> tuple[list[File], list[str]]:
     """The files of a split in a fixed order (patterns as given, names sorted within each), and those that are missing.
 
     Args:
@@ -121,7 +120,7 @@ def find_files(data: DataConfig, split: str, commit: str | None = None) -> tuple
     return list(found.values()), missing
 
 
-def index_shards(data: DataConfig, split: str, commit: str | None = None) -> tuple[list[Shard], int]:
+def index_shards(data: SourceConfig, split: str, commit: str | None = None) -> tuple[list[Shard], int]:
     """The shards of a split, indexed, and how many were left out as missing or corrupt."""
     files, missing = find_files(data, split, commit)
     shards: list[Shard] = []
@@ -194,6 +193,18 @@ def _hub_files(pattern: str, revision: str | None) -> list[File]:
     ]
 
 
+def hub_commit(repo: str, revision: str | None) -> str | None:
+    """The commit that a revision of a data set refers to; `revision` itself where the Hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    revision = revision or _COMMITS.get(repo)
+    try:
+        commit = str(HfApi().dataset_info(repo, revision=revision).sha)
+    except Exception:  # no network, or no such data set, as opening it will tell
+        return revision
+    return _COMMITS.setdefault(repo, commit) if revision is None else commit
+
+
 # The commit of each repository that is read if no revision is named, so that all splits of a run come from one commit.
 _COMMITS: dict[str, str] = {}
 
@@ -249,7 +260,7 @@ def _holes(files: list[File], pattern: str) -> list[str]:
     return holes
 
 
-def _bad_shards(data: DataConfig, bad: list[str], split: str, left: int) -> None:
+def _bad_shards(data: SourceConfig, bad: list[str], split: str, left: int) -> None:
     if not bad:
         return
     shown = "; ".join(bad[:3]) + (f"; and {len(bad) - 3} more" if len(bad) > 3 else "")
@@ -260,7 +271,7 @@ def _bad_shards(data: DataConfig, bad: list[str], split: str, left: int) -> None
     print(f"warning: data.{split}: {len(bad)} shard(s) left out: {shown}", file=sys.stderr)
 
 
-def _index_parquet(file: File, data: DataConfig) -> Shard:
+def _index_parquet(file: File, data: SourceConfig) -> Shard:
     """Row counts from the footer, a few kilobytes at the end of the file. The footer's hash stands for the contents."""
     import pyarrow.parquet as pq
 
@@ -305,7 +316,7 @@ def footer_hash(stream: Any) -> str:
     return hashlib.sha256(stream.read(length)).hexdigest()
 
 
-def _index_jsonl(file: File, data: DataConfig) -> Shard:
+def _index_jsonl(file: File, data: SourceConfig) -> Shard:
     """Offset and CRC of each line that is not blank, and the hash of the whole file, in one pass of bounded memory."""
     digest = hashlib.sha256()
     offsets: list[int] = []
@@ -322,7 +333,7 @@ def _index_jsonl(file: File, data: DataConfig) -> Shard:
     return Shard(file, digest.hexdigest(), lines=lines, line_crcs=line_crcs)
 
 
-def _index_text(file: File, data: DataConfig) -> Shard:
+def _index_text(file: File, data: SourceConfig) -> Shard:
     digest = hashlib.sha256()
     with _open_for_index(file) as stream:
         while block := stream.read(1 << 20):

@@ -1,4 +1,6 @@
-"""Lossless tokenizers: raw bytes, and SentencePiece unigram models trained to be lossless (`data.train_tokenizer`).
+"""Lossless tokenizers: raw bytes, and SentencePiece models trained to be lossless (`data.train_tokenizer`).
+
+Those of the Hugging Face Hub are in `data.hf_tokenizer`.
 
 One id separates documents (`separator_id`, also called bos and eos): it is fed before a document's first token and
 predicted after its last. Every id represents a fixed byte string, so bytes (for bits per byte) are counted by table
@@ -18,7 +20,7 @@ from ovq.errors import ConfigError
 from ovq.files import write_whole
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
-_PROBE = " a\n\n\tb  c\r\n\u2581 \u00e9\u0301\ufb01 \U0001f9ea\u3000\x00 "
+PROBE = " a\n\n\tb  c\r\n\u2581 \u00e9\u0301\ufb01 \U0001f9ea\u3000\x00 "
 
 
 class Tokenizer(Protocol):
@@ -51,8 +53,8 @@ class Tokenizer(Protocol):
         ...
 
 
-class _TableTokenizer:
-    """What both kinds share, given the byte string of every id."""
+class TableTokenizer:
+    """What all kinds share, given the byte string of every id."""
 
     def __init__(self, pieces: list[bytes], separator_id: int, fingerprint: str) -> None:
         self.vocab_size, self.separator_id, self.fingerprint = len(pieces), separator_id, fingerprint
@@ -81,7 +83,7 @@ class _TableTokenizer:
         write_whole(Path(folder) / "tokenizer.json", json.dumps(card, indent=1).encode())
 
 
-class ByteTokenizer(_TableTokenizer):
+class ByteTokenizer(TableTokenizer):
     """One id per byte; 256 is the separator. Needs no model."""
 
     def __init__(self) -> None:
@@ -94,7 +96,7 @@ class ByteTokenizer(_TableTokenizer):
         self._save(folder, "byte")
 
 
-class SentencePieceTokenizer(_TableTokenizer):
+class SentencePieceTokenizer(TableTokenizer):
     """A lossless SentencePiece model (identity normalisation, byte fallback).
 
     Raises:
@@ -118,7 +120,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         if len(byte_ids) < 256:
             raise ConfigError(f"tokenizer.model_path={origin} lacks byte fallback and would lose rare characters")
         self._space_bytes = [byte_ids[bytes([b])] for b in _SPACE.encode()]
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        if self.decode(self.encode(PROBE)) != PROBE:
             raise ConfigError(
                 f"tokenizer.model_path={origin} changes text, so bytes and words could not be counted; "
                 "train a lossless one with: python -m data.train_tokenizer"

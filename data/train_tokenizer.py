@@ -1,10 +1,12 @@
-"""Train a lossless SentencePiece unigram model on the training split of a data set.
+"""Train a lossless SentencePiece model, unigram or BPE, on the training text of a data set or a mixture.
 
 python -m data.train_tokenizer data=parquet 'data.train=[books/*.parquet]' vocab_size=16384 out=books-16k.model
+python -m data.train_tokenizer data=pg19 model_type=bpe out=pg19-16k-bpe.model
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.build import build_corpus
+from data.build import build_corpus, shares_of, sources_of
 from data.corpus import Corpus
 from data.order import permute
 from data.tokenizer import SentencePieceTokenizer
@@ -21,8 +23,9 @@ from ovq.cli import command
 from ovq.compose import compose
 from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
-from ovq.schema import REQUIRED, setting
+from ovq.schema import REQUIRED, one_of, setting
 
+MODEL_TYPES = ("unigram", "bpe")
 _LINE_LIMIT = 4000  # bytes of a line used for training; SentencePiece drops longer lines
 
 
@@ -30,6 +33,7 @@ _LINE_LIMIT = 4000  # bytes of a line used for training; SentencePiece drops lon
 class Options:
     out: str = setting(REQUIRED, "where to write the model")
     vocab_size: int = setting(16384, "pieces, including the 256 bytes", at_least=1)
+    model_type: str = one_of(*MODEL_TYPES, help="how text is divided into pieces")
     sample_mb: float = setting(30.0, "megabytes of text to train on", above=0)
 
 
@@ -37,10 +41,14 @@ class Options:
 def main(options: Options, overrides: list[str]) -> int:
     """The command line in the module's docstring."""
     cfg = compose([*overrides, "tokenizer=byte"])
-    corpus = build_corpus(cfg, "train")
-    lines = sample_lines(corpus, round(options.sample_mb * (1 << 20)), cfg.seed)
-    tokenizer = train_sentencepiece(lines, options.vocab_size, options.out, cfg.seed)
-    text = corpus.read(0).text[: 1 << 20]
+    shares = shares_of(cfg) or {"": 1.0}
+    corpora = {name: build_corpus(source, "train") for name, source in sources_of(cfg).items()}
+    lines = itertools.chain.from_iterable(
+        sample_lines(corpus, round(shares[name] * options.sample_mb * (1 << 20)), cfg.seed)
+        for name, corpus in corpora.items()
+    )
+    tokenizer = train_sentencepiece(lines, options.vocab_size, options.out, cfg.seed, options.model_type)
+    text = next(iter(corpora.values())).read(0).text[: 1 << 20]
     ids = tokenizer.encode(text)
     print(f"{options.out}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
     print(f"use it with: tokenizer=sentencepiece tokenizer.model_path={options.out}   ({tokenizer.fingerprint})")
@@ -48,9 +56,9 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def train_sentencepiece(
-    lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0
+    lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0, model_type: str = "unigram"
 ) -> SentencePieceTokenizer:
-    """Train a lossless unigram model on lines (without newlines, which have a piece of their own) and write it.
+    """Train a lossless model on lines (without newlines, which have a piece of their own) and write it.
 
     Raises:
         ConfigError: the text is too small for the vocabulary.
@@ -65,7 +73,7 @@ def train_sentencepiece(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=model,
-            model_type="unigram",
+            model_type=model_type,
             vocab_size=vocab_size,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,

@@ -32,6 +32,7 @@ class Excerpt:
     title: str
     num_bytes: int
     num_words: int
+    source: str = ""  # the data set of a mixture that it is from
 
 
 class HeldOut:
@@ -70,13 +71,14 @@ class HeldOut:
             tokens = document.tokens[:-1].astype(np.int32)
             self.seen, self.longest = self.seen + 1, max(self.longest, len(tokens) - 1)
             if self.context is None:
-                yield Excerpt(tokens, document.title, document.num_bytes, document.num_words)
+                yield Excerpt(tokens, document.title, document.num_bytes, document.num_words, document.source)
             elif len(tokens) <= self.context:
                 continue
             else:
                 tokens = tokens[: self.context + 1]
                 words = len(self.tokenizer.decode(tokens).split())
-                yield Excerpt(tokens, document.title, self.tokenizer.num_bytes(tokens), words)
+                num_bytes = self.tokenizer.num_bytes(tokens)
+                yield Excerpt(tokens, document.title, num_bytes, words, document.source)
             given += 1
             if given == self.limit:
                 return

@@ -12,9 +12,10 @@ Memory is bounded: see `eval.heldout`.
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -53,13 +54,14 @@ def linear_edges(context: int) -> list[int]:
 
 
 EDGES = {"log": log_edges, "linear": linear_edges}
-Document = tuple[int, dict[str, np.ndarray], float]  # its index, its mean losses by kind of bucket, its total nats
+# Its index, its mean losses by kind of bucket, its total nats, and the data set of a mixture that it is from.
+Document = tuple[int, dict[str, np.ndarray], float, str]
 
 
 @dataclass
 class Measurement:
-    """`by_bucket`: kind of bucket -> mean nats per token, float64 [documents, buckets]; the other fields are totals
-    over all measured tokens."""
+    """`by_bucket`: kind of bucket -> mean nats per token, float64 [documents, buckets]; `by_source`: data set of a
+    mixture -> mean nats per token; the other fields are totals over all measured tokens."""
 
     by_bucket: dict[str, np.ndarray]
     documents: int
@@ -67,9 +69,11 @@ class Measurement:
     nats: float
     num_bytes: int
     num_words: int
+    by_source: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
-        """loss (nats per token), bits_per_byte, perplexity, word_perplexity, and the number of documents.
+        """loss (nats per token), bits_per_byte, perplexity, word_perplexity, loss/NAME for each data set of a mixture,
+        and the number of documents.
 
         word_perplexity = exp(nats / words) over the measured beginnings of documents; words are split at whitespace,
         and a truncated one counts as a whole word. PG19's published numbers cover the whole books of a whole split: see
@@ -80,6 +84,7 @@ class Measurement:
             results["bits_per_byte"] = self.nats / math.log(2) / self.num_bytes
         if self.num_words:
             results["word_perplexity"] = exp(self.nats / self.num_words)
+        results |= {f"loss/{name}": loss for name, loss in self.by_source.items()}
         return {**results, "documents": float(self.documents)}
 
 
@@ -133,7 +138,7 @@ def measure(
                 return None
             for i, nats_T in zip(own, nats_DT):
                 means = {kind: bucket_means(nats_T, make(wanted.context)) for kind, make in EDGES.items()}
-                done.append((first + i, means, float(nats_T.sum())))
+                done.append((first + i, means, float(nats_T.sum()), excerpts[i].source))
                 if progress:
                     print(f"{excerpts[i].title}: loss {nats_T.mean():.4f}", file=sys.stderr, flush=True)
     if not heldout.given:
@@ -147,12 +152,16 @@ def measure(
     # In document order, whichever rank measured them, so that the sums are the same on any number of ranks.
     everyone = sorted((document for rank in processes.gather_objects(done) for document in rank), key=lambda d: d[0])
     return Measurement(
-        {kind: np.stack([means[kind] for _, means, _ in everyone]) for kind in EDGES},
+        {kind: np.stack([means[kind] for _, means, _, _ in everyone]) for kind in EDGES},
         documents=heldout.given,
         tokens=heldout.given * wanted.context,
-        nats=math.fsum(nats for _, _, nats in everyone),
+        nats=math.fsum(nats for _, _, nats, _ in everyone),
         num_bytes=heldout.num_bytes,
         num_words=heldout.num_words,
+        by_source={
+            name: statistics.fmean(nats for _, _, nats, source in everyone if source == name) / wanted.context
+            for name in dict.fromkeys(source for *_, source in everyone if source)
+        },
     )
 
 

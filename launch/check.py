@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import train
-from data.build import build_tokenizer, describe
+from data.build import build_tokenizer, check_held_out
+from data.describe import describe
 from launch.claims import trainer_of
 from launch.plan import HEADROOM
 from ovq.compose import compose, run_dir_of
@@ -46,7 +47,7 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
     run_dir = run_dir_of(cfg, overrides)
     if running := trainer_of(run_dir):
         raise ConfigError(f"{run_dir} is in use by another process ({running}); wait for it, or stop it")
-    train.check_held_out(cfg)
+    check_held_out(cfg)
     train.check_same_run(run_dir, cfg)
     tokenizer = build_tokenizer(cfg, run_dir)
     train.check_vocabulary(cfg, tokenizer)

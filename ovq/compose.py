@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ovq.config import FREE_AT_RESUME, RENAMED, Config, check, flatten, within
+from ovq.config_data import DataConfig, MixtureSource
+from ovq.environment import plain
 from ovq.errors import ConfigError, omegaconf_message
 from ovq.schema import describe
 
@@ -29,7 +32,10 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
 
 # Settings that are dictionaries of names this project does not know: entries are added without Hydra's "+".
-DICTIONARIES = ("optim.custom", "optim.custom_schedule", "optim.groups", "trainer.lengths")
+DICTIONARIES = (
+    *("optim.custom", "optim.custom_schedule", "optim.groups"),
+    *("trainer.lengths", "data.mixture", "data.data_files"),
+)
 
 
 def compose(overrides: list[str]) -> Config:
@@ -40,14 +46,11 @@ def compose(overrides: list[str]) -> Config:
     """
     overrides = [_in_full(text) for text in overrides]
     _check_overrides(overrides)
-    _register_schema()
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed: Any = hydra_compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_message(error, overrides)) from None
+    composed = _hydra(overrides)
     cfg: Config = composed  # a DictConfig that behaves as a Config
+    if cfg.data.kind == "mixture":
+        with open_dict(composed):
+            cfg.data.mixture = {name: _source(name, values) for name, values in plain(cfg.data)["mixture"].items()}
     check(cfg)
     # An experiment may configure mixers that the chosen model does not use; a run's config keeps only those it builds.
     with open_dict(composed):
@@ -60,6 +63,40 @@ def _in_full(override: str) -> str:
     if override.startswith("init_from="):
         return f"init_from.path={override.partition('=')[2]}"
     return f"++{override}" if within(override.partition("=")[0], DICTIONARIES) else override
+def _hydra(overrides: list[str]) -> Any:
+    _register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return hydra_compose("config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_message(error, overrides)) from None
+
+
+def _source(name: str, given: Any) -> dict[str, Any]:
+    """All settings of a data set of a mixture: those of the option of configs/data that it names, by its own name or as
+    `data`, then those given; a number is its weight."""
+    where = f"data.mixture.{name}"
+    values = dict(given) if isinstance(given, dict) else {"weight": given}
+    option = str(values.pop("data", name))
+    if option not in options("data"):
+        raise ConfigError(
+            f"{where}: there is no data set '{option}'; legal: {', '.join(options('data'))}; for one of your own, "
+            f"{where}={{data: parquet, train: [FILES], weight: 0.5}}"
+        )
+    legal = [item.name for item in dataclasses.fields(MixtureSource)]
+    for key in values:
+        if key not in legal:
+            shared = key in [item.name for item in dataclasses.fields(DataConfig)]
+            hint = f"data.{key} holds for the whole mixture" if shared else f"legal: data, {', '.join(legal)}"
+            raise ConfigError(f"there is no setting '{where}.{key}'; {hint}")
+    return {key: value for key, value in _option(option).items() if key in legal} | values
+
+
+@lru_cache
+def _option(name: str) -> dict[str, Any]:
+    """The settings of an option of configs/data."""
+    return plain(_hydra([f"data={name}"]).data)
 
 
 def _register_schema() -> None:

@@ -1,7 +1,8 @@
 """The configuration schema: every setting of a run with its type, default, range and meaning, in one place.
 
-This file defines which settings exist; `configs/*.yaml`, read by `ovq.compose`, choose their values. Nothing here knows
-about devices or ranks: a command gives the same config, and the same run folder, on every machine and at every restart.
+This file and `ovq.config_data` define which settings exist; `configs/*.yaml`, read by `ovq.compose`, choose their
+values. Nothing here knows about devices or ranks: a command gives the same config, and the same run folder, on every
+machine and at every restart.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ovq import lengths
+from ovq.config_data import DataConfig, TokenizerConfig, check_data, check_tokenizer
 from ovq.environment import freeze, plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.files import write_whole
@@ -47,35 +49,6 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    name: str = setting(REQUIRED, "name of the data set, an option of configs/data")
-    kind: str = setting(REQUIRED, "how it is read", choices=("builtin", "parquet", "jsonl", "text", "memmap", "task"))
-    train: list[str] = setting([], "training files: paths, globs, or hf://datasets/... or s3://... patterns")
-    validation: list[str] = setting([], "validation files, likewise")
-    test: list[str] = setting([], "test files, likewise")
-    text_field: str = setting("text", "column or JSON field that holds the text")
-    title_field: str | None = setting(None, "column or JSON field that holds a title")
-    revision: str | None = setting(None, "Hub commit or branch to read; null: the newest commit, resolved once")
-    packing: str = one_of(
-        "packed", "document", help="pack documents one after another, or give each row the beginning of one document"
-    )
-    isolate_documents: bool = setting(False, "let no information flow from one packed document to the next")
-    shuffle: bool = setting(True, "use a new permutation of the documents each epoch")
-    num_workers: int = setting(0, "processes per rank that read and tokenise", at_least=0)
-    prefetch: int = setting(4, "micro-batches prepared in advance", at_least=1)
-    on_bad_shard: str = one_of(
-        "error", "skip", help="whether a missing or corrupt shard stops the run, or is skipped and counted"
-    )
-    words: dict[str, int] = setting({}, "published word count of each split, for word perplexity; counted if absent")
-    task: dict[str, Any] = setting({}, "a generated task, {_target_: class path, **its settings}")
-
-
-@dataclass
-class TokenizerConfig:
-    name: str = setting(REQUIRED, "name of the tokenizer, an option of configs/tokenizer")
-    kind: str = setting(REQUIRED, "how text is split into ids", choices=("byte", "sentencepiece"))
-    model_path: str | None = setting(None, "file of a trained tokenizer model")
-    vocab_size: int | None = setting(None, "pieces in the model; if set, a dry run needs no model file", at_least=1)
 
 
 @dataclass
@@ -243,13 +216,8 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"model.num_heads={cfg.model.num_heads} must be a multiple of model.num_kv_heads={cfg.model.num_kv_heads}"
         )
-    if cfg.tokenizer.kind == "sentencepiece" and not cfg.tokenizer.model_path:
-        raise ConfigError(
-            "tokenizer.model_path is required with tokenizer.kind=sentencepiece; "
-            "train a model with: python -m data.train_tokenizer data=... out=PATH"
-        )
-    if cfg.data.kind == "task" and "_target_" not in cfg.data.task:
-        raise ConfigError("data.task has no _target_; choose a task with data/task=NAME")
+    check_tokenizer(cfg.tokenizer)
+    check_data(cfg.data)
 
 
 # --- plain values and files ------------------------------------------------------------------------------------------

@@ -93,6 +93,10 @@ def _found(found: dict[str, Any]) -> str:
             parts.append(f"{name}: {value}")
         elif name == "bytes":
             parts.append(format_bytes(value))
+        elif name == "share":
+            parts.append(f"{value:.3g} of the rows")
+        elif name == "epochs" and value is not None:
+            parts.append(f"read {value:.3g} times")
         elif value is not None and not (name == "missing" and value == 0):
             parts.append(f"{value:,} {name}")
     return ", ".join(parts)

@@ -65,15 +65,27 @@ def write_parquet(path: Path, documents: list[Any], **options: Any) -> Path:
 
 
 def config(*overrides: str) -> Config:
-    """A config for small batches. For speed, dotted overrides are merged into a cached composed config."""
-    dotted = [override for override in overrides if "." in override.partition("=")[0] or override.startswith("seed=")]
+    """A config for small batches. For speed, dotted overrides are merged into a cached composed config,
+    except for dictionaries."""
+    dotted = [
+        override
+        for override in overrides
+        if ("." in override.partition("=")[0] or override.startswith("seed=")) and "{" not in override
+    ]
     base = _base(tuple(override for override in overrides if override not in dotted))
     return OmegaConf.merge(base, OmegaConf.from_dotlist(dotted))  # type: ignore[return-value]
 
 
 @lru_cache
 def _base(overrides: tuple[str, ...]) -> Config:
-    small = ["trainer.context=16", "trainer.global_batch=4", "trainer.micro_batch=1", "tokenizer.model_path=unset"]
+    # Paths that must be set are set afterwards.
+    small = [
+        "trainer.context=16",
+        "trainer.global_batch=4",
+        "trainer.micro_batch=1",
+        "tokenizer.model_path=unset",
+        "data.path=unset",
+    ]
     return compose([*small, *overrides])
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from data.build import build_corpus, build_tokenizer, describe, heldout_documents
+from data.build import build_corpus, build_tokenizer, heldout_documents
 from data.builtin import BuiltinCorpus
+from data.describe import describe
 from eval.bench import pipeline
 from ovq.compose import compose
 from ovq.config import save

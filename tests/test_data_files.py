@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.build import build_corpus, build_tokenizer, describe, heldout_documents
+from data.build import build_corpus, build_tokenizer, heldout_documents
 from data.corpus import ShardCorpus, decode_utf8
+from data.describe import describe
 from data.sources import DataError, find_files, index_shards
 from ovq.config import Config
 from ovq.errors import ConfigError

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from data import sources
-from data.build import build_corpus, build_tokenizer, describe, heldout_documents
+from data.build import build_corpus, build_tokenizer, heldout_documents
+from data.describe import describe
 from data.loader import merge_states
 from ovq.compose import compose
 from ovq.config import Config

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import data.prepare as preparing
-from data.build import build_tokenizer, describe, heldout_documents
+from data.build import build_tokenizer, heldout_documents
+from data.describe import describe
 from data.loader import merge_states
 from data.prepare import main, prepare
 from data.prepared import DOCUMENT, PreparedTokens, load_index
@@ -329,14 +330,14 @@ def test_another_tokenizer_is_rejected_with_the_right_setting(prepared: Path) ->
 
 
 def test_wide_vocabularies_take_four_bytes(source: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data.tokenizer import ByteTokenizer, _TableTokenizer
+    from data.tokenizer import ByteTokenizer, TableTokenizer
 
     class Wide(ByteTokenizer):
         """Bytes with ids that start at 70,000."""
 
         def __init__(self) -> None:
             pieces = [b""] * 70_000 + [bytes([b]) for b in range(256)] + [b""]
-            _TableTokenizer.__init__(self, pieces, 70_256, "wide:1")
+            TableTokenizer.__init__(self, pieces, 70_256, "wide:1")
 
         def encode(self, text: str) -> np.ndarray:
             return super().encode(text) + np.uint32(70_000)

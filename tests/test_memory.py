@@ -69,6 +69,7 @@ def test_the_meter_counts_what_is_alive_once() -> None:
     with Meter() as meter:
         a = torch.zeros(1000)
         b = a.view(10, 100)[1:]  # another view of the same bytes
+        assert b.shape == (9, 100)
         c = a + 1
         assert meter.live == 8000
         del a, b

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from data.build import build_task, describe
+from data.build import build_task
+from data.describe import describe
 from data.tasks.base import IGNORE, TRAIN
 from data.tasks.positional_recall import PositionalRecallTask, different_in_rows
 from ovq.compose import compose

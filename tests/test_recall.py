@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.build import build_loader, build_tokenizer, describe
+from data.build import build_loader, build_tokenizer
+from data.describe import describe
 from data.loader import merge_states
 from data.tasks.base import TEST, TRAIN
 from data.tasks.recall import RecallTask

@@ -9,7 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.build import build_task, build_tokenizer, describe
+from data.build import build_task, build_tokenizer
+from data.describe import describe
 from data.tasks.base import IGNORE, TRAIN
 from data.tasks.regression import ONE_EXAMPLE, RegressionTask, earlier
 from ovq.compose import compose

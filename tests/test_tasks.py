@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from data.build import build_corpus, build_loader, build_task, build_tokenizer, describe
+from data.build import build_corpus, build_loader, build_task, build_tokenizer
+from data.describe import describe
 from data.loader import merge_states
 from data.tasks.base import IGNORE, TEST, TRAIN, Task, lay_out, spell
 from data.tasks.needle import KINDS, NeedleTask

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import random
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data import hf_tokenizer
 from data.build import build_tokenizer
+from data.hf_tokenizer import HFTokenizer
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from data.train_tokenizer import main, sample_lines, train_sentencepiece
 from ovq.compose import compose
@@ -23,6 +28,9 @@ SPECIAL = [
     "<document>",
     "<unk>",
     "<0x41>",
+    "<|endoftext|>",
+    "<think>",
+    "</s>",
     "\u2581",
     "\n",
     "\r\n",
@@ -69,9 +77,74 @@ def of(model: Path, *overrides: str) -> Config:
     return config("tokenizer=sentencepiece", f"tokenizer.model_path={model}", "data=jsonl", *overrides)
 
 
+def byte_level(**changes: Any) -> dict[str, Any]:
+    """A tokenizer.json as of GPT-2, with what others add: NFC, a space in front, a first token, a cut, dropout."""
+    return json.loads(_byte_level()) | changes
+
+
+@lru_cache
+def _byte_level() -> str:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(dropout=0.5))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator([prose(2000, 0)], trainer)
+    tokenizer.add_tokens([AddedToken("    ", normalized=False), AddedToken("<think>", lstrip=True, rstrip=True)])
+    tokenizer.post_processor = processors.TemplateProcessing("<|im_end|> $A", None, [("<|im_end|>", 1)])
+    tokenizer.enable_truncation(10)
+    return tokenizer.to_str()
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    """A tokenizer.json as of Llama 2: spaces are U+2581, one is put in front, other characters fall back to bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"etaoin", "th", "\u2581t"]
+    special = [{"id": i, "content": pieces[i], "special": True} for i in range(3)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return {
+        "version": "1.0",
+        "added_tokens": [token | flags for token in special],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]},
+        "model": {
+            "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+            "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": ["\u2581 t"],
+        },
+    } | changes  # fmt: skip
+
+
+def unigram() -> dict[str, Any]:
+    """As of SentencePiece's unigram models, whose Viterbi search would take a written "</s>" for the token."""
+    pieces = llama()["model"]["vocab"]
+    model = {"type": "Unigram", "unk_id": 0, "byte_fallback": True, "vocab": [[p, -1.0 - i] for p, i in pieces.items()]}
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    back = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, space]}
+    return llama(model=model, normalizer=None, pre_tokenizer=space, decoder=back)
+
+
+def hf(spec: dict[str, Any], separator: str) -> HFTokenizer:
+    return HFTokenizer(json.dumps(spec).encode(), separator)
+
+
 @pytest.fixture(scope="module")
-def tokenizers(model: Path) -> list[Any]:
-    return [ByteTokenizer(), SentencePieceTokenizer(model.read_bytes())]
+def bpe(folder: Path) -> Path:
+    return train(folder, "bpe.model", "vocab_size=600", "sample_mb=1", "model_type=bpe")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(model: Path, bpe: Path) -> list[Any]:
+    made = [ByteTokenizer(), *(SentencePieceTokenizer(path.read_bytes()) for path in (model, bpe))]
+    return [*made, hf(byte_level(), "<|endoftext|>"), hf(llama(), "</s>"), hf(unigram(), "</s>")]
 
 
 CHARACTERS = [*range(0xD800), *range(0xE000, 0x110000, 97)]  # of every plane
@@ -125,8 +198,9 @@ def test_separators_and_ignored_labels_decode_to_no_text(tokenizers: list[Any]) 
 
 def test_text_is_shorter_in_pieces_than_in_bytes(tokenizers: list[Any]) -> None:
     text = prose(500, 7)
-    assert len(tokenizers[1].encode(text)) < 0.5 * len(tokenizers[0].encode(text))
-    assert tokenizers[1].vocab_size == 600
+    for tokenizer in tokenizers[1:4]:
+        assert len(tokenizer.encode(text)) < 0.5 * len(tokenizers[0].encode(text))
+    assert [tokenizer.vocab_size for tokenizer in tokenizers[1:4]] == [600, 600, 502]
 
 
 def test_training_again_gives_the_same_model(folder: Path, model: Path) -> None:
@@ -180,6 +254,143 @@ def test_prepared_data_include_their_tokenizer(folder: Path, model: Path, tmp_pa
     path = f"tokenizer.model_path={out}/tokenizer/tokenizer.model"
     maps = config("tokenizer=sentencepiece", path, "data=memmap", f"data.train=[{out}]")
     assert (tokens_of(maps, 20) == tokens_of(cfg, 20)).all()
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------------------------------
+
+
+def write_hf(folder: Path, spec: dict[str, Any], **settings: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def of_hf(path: Any, *overrides: str) -> Config:
+    return config("tokenizer=hf", f"tokenizer.model_path={path}", "data=jsonl", *overrides)
+
+
+@pytest.mark.parametrize("make,separator", [(byte_level, "<|endoftext|>"), (llama, "</s>"), (unigram, "</s>")])
+def test_ids_are_those_of_the_tokenizers_package(make: Callable[..., dict[str, Any]], separator: str) -> None:
+    from tokenizers import Tokenizer
+
+    spec = make()
+    theirs = Tokenizer.from_str(json.dumps(spec | {"truncation": None, "model": spec["model"] | {"dropout": None}}))
+    text = prose(300, 5)
+    # Theirs puts a space in front of a text.
+    assert hf(spec, separator).encode(" " + text).tolist() == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "make,settings,separator",
+    [
+        (byte_level, {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}, "<|im_end|>"),
+        (byte_level, {"eos_token": None, "bos_token": {"content": "<|im_end|>"}}, "<|im_end|>"),
+        (byte_level, {}, "<|endoftext|>"),
+        (llama, {}, "</s>"),
+    ],
+)
+def test_the_separator_is_the_token_that_ends_a_text(
+    make: Callable[[], dict[str, Any]], settings: dict[str, Any], separator: str, tmp_path: Path
+) -> None:
+    spec = make()
+    folder = write_hf(tmp_path, spec, **settings)
+    named = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    assert build_tokenizer(of_hf(folder)).separator_id == named[separator]
+    assert build_tokenizer(of_hf(folder / "tokenizer.json")).separator_id == named[separator]
+    for name in ("<|endoftext|>", "<s>"):
+        if name in named:
+            assert build_tokenizer(of_hf(folder, f"tokenizer.separator={name}")).separator_id == named[name]
+
+
+def test_a_run_keeps_a_copy_of_its_tokenizer_json_and_its_separator(tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", write_hf(tmp_path / "hub", byte_level(), eos_token="<|im_end|>")
+    first = build_tokenizer(of_hf(folder), run)
+    first.save(run / "tokenizer")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    with pytest.raises(ConfigError, match="tokenizer differs from the one this run was made with"):
+        build_tokenizer(of_hf(folder), run)
+    for path in (tmp_path / "gone", "hf://someone/gone", run / "tokenizer", run / "tokenizer/tokenizer.model"):
+        kept = build_tokenizer(of_hf(path), run)
+        assert (kept.fingerprint, kept.separator_id) == (first.fingerprint, first.separator_id)
+        assert np.array_equal(kept.encode(text := prose(20, 1)), first.encode(text))
+
+
+def test_prepared_data_keep_their_tokenizer_json(folder: Path, tmp_path: Path) -> None:
+    from data.prepare import prepare
+    from data.prepared import verify_prepared
+
+    cfg = of_hf(write_hf(tmp_path / "hub", llama()), f"data.train=[{folder}/books.jsonl]", "data.num_workers=0")
+    out = tmp_path / "out"
+    prepare(cfg, out, processes=1)
+    with pytest.raises(ConfigError, match=f"use tokenizer=hf tokenizer.model_path={out}/tokenizer/tokenizer.model"):
+        loader(config("data=memmap", f"data.train=[{out}]"))
+    path = f"tokenizer.model_path={out}/tokenizer/tokenizer.model"
+    maps = config("tokenizer=hf", path, "data=memmap", f"data.train=[{out}]")
+    assert (tokens_of(maps, 20) == tokens_of(cfg, 20)).all() and not verify_prepared(out)
+    (out / "tokenizer/tokenizer.model").write_text("{}")
+    assert "tokenizer.model is missing or damaged" in verify_prepared(out)[0]
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder, asked = write_hf(tmp_path, byte_level(), eos_token="<|im_end|>"), list[Any]()
+
+    def download(repo: str, file: str, *, revision: str | None) -> str:
+        asked.append((repo, file, revision))
+        if repo == "away/from":
+            raise LocalEntryNotFoundError("no connection\nand no copy")
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert build_tokenizer(of_hf("hf://some/one@abc")).separator_id == 1
+    assert asked == [("some/one", "tokenizer.json", "abc"), ("some/one", "tokenizer_config.json", "abc")]
+    assert build_tokenizer(of_hf("hf://some/one/tokenizer.json")).vocab_size == 502 and asked[-1][2] is None
+    with pytest.raises(ConfigError, match="hf://away/from cannot be fetched: no connection and no copy; without a net"):
+        build_tokenizer(of_hf("hf://away/from"))
+
+
+def no_special(spec: dict[str, Any]) -> dict[str, Any]:
+    return spec | {"added_tokens": []}
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda p: p.joinpath("tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda p: p.joinpath("tokenizer.json").write_text("{"), "is not a tokenizer.json: Expecting"),
+        (lambda p: p.joinpath("tokenizer.json").write_text("[]"), "is not a tokenizer.json"),
+        (lambda p: p.joinpath("tokenizer.json").write_bytes(b"\xff"), "is not a tokenizer.json"),
+        (lambda p: p.joinpath("tokenizer_config.json").write_text("{"), "tokenizer_config.json cannot be read"),
+        (lambda p: write_hf(p, byte_level(model={"type": "x"})), "is not a tokenizer.json: "),
+        (lambda p: write_hf(p, llama(normalizer={"type": "Lowercase"})), "changes text"),
+        (
+            lambda p: write_hf(p, llama(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})),
+            r"restore text exactly \(WordPi",
+        ),
+        (lambda p: write_hf(p, llama(decoder={"type": "Fuse"})), "has no byte fallback"),
+        (lambda p: write_hf(p, no_special(llama())), "set tokenizer.separator, to one of: none"),
+        (lambda p: write_hf(p, llama(), eos_token="<eos>"), "separator=<eos> is not a token of .*: <unk>, <s>, </s>"),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_used_is_refused_in_one_line(change: Any, words: str, tmp_path: Path) -> None:
+    change(write_hf(tmp_path / "hub", byte_level()))
+    with pytest.raises(ConfigError, match=words) as error:
+        build_tokenizer(of_hf(tmp_path / "hub"))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_tokenizer_json_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer.model_path=.*/no.json does not exist"):
+        hf_tokenizer.load(f"{tmp_path}/no.json")
+    with pytest.raises(ConfigError, match="tokenizer.model_path is required with tokenizer.kind=hf"):
+        compose(["tokenizer=hf"])
+
+
+# --- models that are refused ------------------------------------------------------------------------------------------
 
 
 def test_models_that_change_text_are_rejected(folder: Path) -> None:

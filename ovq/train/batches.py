@@ -8,6 +8,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+# The counts of a batch that are summed over ranks and logged: amounts of text, and irregularities in it.
+COUNTED = (
+    "bytes",
+    "documents",
+    "words",
+    "short_documents",
+    "empty_documents",
+    "bad_utf8",
+    "unreadable_documents",
+    "untitled_documents",
+    "padding",
+    "truncated",
+)
+
 
 class MicroBatch(Protocol):
     """What the loop uses of `data.loader.Batch`."""
@@ -17,6 +31,7 @@ class MicroBatch(Protocol):
     cu_seqlens: Tensor | None
     documents: list[str]
     counts: dict[str, int]
+    sources: list[str]  # of each row, if the data are a mixture
 
     def token_hash(self) -> int: ...
 
@@ -38,3 +53,19 @@ class Loader(Protocol):
     def rewind(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
+
+
+def loss_by_source(loss: Tensor, sources: list[str], names: list[str]) -> list[Tensor]:
+    """The loss of the rows of each data set of a mixture.
+
+    Args:
+        loss: of each token [B, T]; anything if there are no names.
+        sources: the data set of each row.
+        names: the data sets of the mixture.
+
+    Returns:
+        A scalar for each name, float32, detached. No step of this waits for the device.
+    """
+    rows = [row.sum().float() for row in loss.detach()] if names else []
+    zero = torch.zeros((), device=loss.device)
+    return [sum((row for row, source in zip(rows, sources) if source == name), zero) for name in names]

@@ -32,7 +32,7 @@ from ovq.lengths import length_at
 from ovq.machine import code_commit, peak_flops, peak_memory_gib
 from ovq.model import Transformer
 from ovq.processes import World
-from ovq.train.batches import Loader, MicroBatch
+from ovq.train.batches import COUNTED, Loader, MicroBatch, loss_by_source
 from ovq.train.checkpoint import Checkpointer, ways_on
 from ovq.train.ema import WeightAverage
 from ovq.train.metrics import Metrics, read_rows
@@ -43,19 +43,6 @@ from ovq.train.schedule import lr_at
 from ovq.train.stop import StopSignal
 from ovq.train.summary import recorded
 
-# The counts of a batch that are summed over ranks and logged: amounts of text, and irregularities in it.
-COUNTED = (
-    "bytes",
-    "documents",
-    "words",
-    "short_documents",
-    "empty_documents",
-    "bad_utf8",
-    "unreadable_documents",
-    "untitled_documents",
-    "padding",
-    "truncated",
-)
 GARBAGE_EVERY = 100  # steps; left to Python, collections would pause ranks at different moments
 
 Evaluate = Callable[[Transformer, int, Callable[[], bool]], "dict[str, float] | None"]
@@ -63,7 +50,8 @@ Evaluate = Callable[[Transformer, int, Callable[[], bool]], "dict[str, float] | 
 
 @dataclass
 class StepRecord:
-    """A step whose results may still be on the device: `results` is [loss, z-loss, aux loss, gradient norm, bad]."""
+    """A step whose results may still be on the device: `results` is [loss, z-loss, aux loss, gradient norm, bad], then
+    the parts of the loss that the data sets of a mixture have."""
 
     step: int
     results: Tensor
@@ -114,6 +102,8 @@ class Trainer:
         self.checkpointer, self.metrics, self.world = checkpointer, metrics, world
         self.run_dir, self.merge_states, self.evaluate = Path(run_dir), merge_states, evaluate
         self.flops_per_token, self.ema = flops_per_token, ema
+        self.sources = list(cfg.data.mixture)  # names of a mixture's data sets; none for other data
+        self.counted = (*COUNTED, *(f"tokens/{name}" for name in self.sources))
         self.step = self.start = 0  # steps done; steps done when this process began
         self.tokens = 0  # labels trained on so far, over all ranks
         self.skipped_in_row = 0
@@ -207,7 +197,7 @@ class Trainer:
         length = length_at(step, trainer)
         micro_batches = [batch.cut(length) for batch in micro_batches]
         self._buffers.snapshot()
-        losses = torch.zeros(3, device=self.world.device)
+        losses = torch.zeros(3 + len(self.sources), device=self.world.device)
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             sync_gradients(self.model, last)
@@ -222,7 +212,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step, bad)
 
-        results = torch.cat([losses, norm.float().view(1), bad.float().view(1)])
+        results = torch.cat([losses[:3], norm.float().view(1), bad.float().view(1), losses[3:]])
         documents = [title for batch in micro_batches for title in batch.documents]
         health = self.model.health() if watched else {}
         self.pending.append(StepRecord(step, results, lr, valid, token_hash, counts, documents, health))
@@ -236,18 +226,26 @@ class Trainer:
         return fetched
 
     def _forward_backward(self, batch: MicroBatch, valid: int, *, report: bool) -> Tensor:
-        """Accumulate the gradient of a micro-batch's share of the step's loss; returns its loss, z and aux sums [3]."""
+        """Accumulate the gradient of a micro-batch's share of the step's loss; returns its loss, z and aux sums, then
+        the loss of each data set of a mixture [3 + S]."""
         context = self.world.context
         batch = batch.shard(context.rank, context.size).to(self.world.device)
         self.model.collect_health(report)
         out = self.model(
-            batch.inputs, targets_BT=batch.targets, cu_seqlens=batch.cu_seqlens, z_loss=self.cfg.trainer.z_loss
+            batch.inputs,
+            targets_BT=batch.targets,
+            cu_seqlens=batch.cu_seqlens,
+            z_loss=self.cfg.trainer.z_loss,
+            reduction="none" if self.sources else "sum",
         )
+        by_source = loss_by_source(out.loss, batch.sources, self.sources)
+        out.loss = out.loss.sum()
         parts = [part for part in (out.loss, out.z_loss, out.aux_loss) if part is not None and part.requires_grad]
         (torch.stack([part.float() for part in parts]).sum() / valid).backward()
         self.model.collect_health(False)  # not earlier: activation checkpointing repeats the forward pass in backward
         zero = torch.zeros((), device=out.loss.device)
-        return torch.stack([zero if p is None else p.detach().float() for p in (out.loss, out.z_loss, out.aux_loss)])
+        sums = [zero if p is None else p.detach().float() for p in (out.loss, out.z_loss, out.aux_loss)]
+        return torch.stack([*sums, *by_source])
 
     def _agree_on_data(self, micro_batches: list[MicroBatch]) -> tuple[int, str, dict[str, int]] | None:
         """Labels, hash of the tokens and counts of the step over all ranks; None if one lacks a micro-batch.
@@ -257,13 +255,13 @@ class Trainer:
         own = micro_batches if self.world.context.rank == 0 else []  # all ranks of a context axis hold the same rows
         valid = sum(int((batch.targets != -100).sum()) for batch in own)
         digest = sum(batch.token_hash() for batch in own) % (1 << 64)
-        counts = [sum(batch.counts.get(name, 0) for batch in own) for name in COUNTED]
+        counts = [sum(batch.counts.get(name, 0) for batch in own) for name in self.counted]
         missing = self.loader.micro_batches_per_step - len(micro_batches)
         *total, missing = processes.sum_integers([valid, digest >> 32, digest & 0xFFFFFFFF, *counts, missing])
         if missing:
             return None
         combined = ((total[1] << 32) + total[2]) % (1 << 64)
-        return max(1, total[0]), f"{combined:016x}", dict(zip(COUNTED, total[3:]))
+        return max(1, total[0]), f"{combined:016x}", dict(zip(self.counted, total[3:]))
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -290,7 +288,7 @@ class Trainer:
         self._restart_window()
 
     def _log_step(self, record: StepRecord, results: list[float], speed: dict[str, float]) -> None:
-        loss, z, aux, norm, bad = results
+        loss, z, aux, norm, bad, *by_source = results
         self.tokens += record.valid
         row: dict[str, Any] = {"step": record.step, "loss": _finite(loss), "grad_norm": _finite(norm), "lr": record.lr}
         row |= {"tokens": self.tokens, "token_hash": record.token_hash, **speed}
@@ -299,6 +297,9 @@ class Trainer:
         row |= {f"data/{name}": count for name, count in record.counts.items() if count}
         if record.counts["bytes"] and math.isfinite(loss):
             row["bits_per_byte"] = loss * record.valid / math.log(2) / record.counts["bytes"]
+        for name, part in zip(self.sources, by_source):
+            if labels := record.counts[f"tokens/{name}"]:
+                row[f"loss/{name}"] = _finite(part * record.valid / labels)
         if self.cfg.trainer.z_loss:
             row["z_loss"] = _finite(z)
         if aux:

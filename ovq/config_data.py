@@ -1,0 +1,134 @@
+"""The settings of data and tokenizers, a part of `ovq.config`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ovq.errors import ConfigError, omegaconf_message
+from ovq.schema import REQUIRED, one_of, problems, setting
+
+FROM_FILES = ("parquet", "jsonl", "text")  # kinds whose splits are the files that data.train etc. name
+NAMED_SPLITS = (*FROM_FILES, "datasets")  # kinds that have the splits which data.train etc. name, and no others
+KINDS = ("builtin", *FROM_FILES, "datasets", "memmap", "task", "mixture")
+
+
+@dataclass
+class SourceConfig:
+    name: str = setting(REQUIRED, "name of the data set, an option of configs/data")
+    kind: str = setting(REQUIRED, "how it is read", choices=KINDS)
+    train: list[str] = setting(
+        [], "training files: paths, globs, or hf://datasets/... or s3://... patterns; with kind=datasets, splits"
+    )
+    validation: list[str] = setting([], "validation files or splits, likewise")
+    test: list[str] = setting([], "test files or splits, likewise")
+    path: str | None = setting(
+        None, "with kind=datasets: a data set of the Hub, a folder, a file, or a builder such as csv"
+    )
+    config_name: str | None = setting(None, "with kind=datasets: the data set's configuration, if it has several")
+    data_files: dict[str, Any] = setting({}, "with kind=datasets: split -> file or files, for a builder or a folder")
+    text_field: str = setting("text", "column or JSON field that holds the text")
+    title_field: str | None = setting(None, "column or JSON field that holds a title")
+    revision: str | None = setting(None, "Hub commit or branch to read; null: the newest commit, resolved once")
+    on_bad_shard: str = one_of(
+        "error", "skip", help="whether a missing or corrupt shard stops the run, or is skipped and counted"
+    )
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    packing: str = one_of(
+        "packed", "document", help="pack documents one after another, or give each row the beginning of one document"
+    )
+    isolate_documents: bool = setting(False, "let no information flow from one packed document to the next")
+    shuffle: bool = setting(True, "use a new permutation of the documents each epoch")
+    num_workers: int = setting(0, "processes per rank that read and tokenise", at_least=0)
+    prefetch: int = setting(4, "micro-batches prepared in advance", at_least=1)
+    words: dict[str, int] = setting({}, "published word count of each split, for word perplexity; counted if absent")
+    task: dict[str, Any] = setting({}, "a generated task, {_target_: class path, **its settings}")
+    mixture: dict[str, Any] = setting(
+        {}, "several data sets: name -> weight, or {data: option of configs/data, weight: number, **its settings}"
+    )
+
+
+@dataclass
+class MixtureSource(SourceConfig):
+    """One data set of a mixture."""
+
+    weight: float = setting(1.0, "share of the rows, relative to the other weights", above=0)
+
+
+@dataclass
+class TokenizerConfig:
+    name: str = setting(REQUIRED, "name of the tokenizer, an option of configs/tokenizer")
+    kind: str = setting(REQUIRED, "how text is split into ids", choices=("byte", "sentencepiece", "hf"))
+    model_path: str | None = setting(
+        None, "file of a trained model; with kind=hf a tokenizer.json, its folder, or hf://OWNER/NAME[@REVISION]"
+    )
+    separator: str | None = setting(
+        None, "token between documents, with kind=hf; null: the end-of-text token that tokenizer_config.json names"
+    )
+    vocab_size: int | None = setting(None, "pieces in the model; if set, a dry run needs no model file", at_least=1)
+
+
+def check_data(data: DataConfig) -> None:
+    """Raise ConfigError unless the settings of the data go together."""
+    if data.kind == "task" and "_target_" not in data.task:
+        raise ConfigError("data.task has no _target_; choose a task with data/task=NAME")
+    _check_source(data, "data")
+    if data.mixture and data.kind != "mixture":
+        raise ConfigError(f"data.mixture is set, but data.kind={data.kind}; a mixture is chosen with data=mixture")
+    if data.kind == "mixture" and not data.mixture:
+        raise ConfigError(
+            "data.mixture is empty; give it data sets and weights: 'data.mixture={pg19: 0.7, code: 0.3}', or "
+            "'data.mixture={books: {data: parquet, train: [books/*.parquet], weight: 0.7}, ...}'"
+        )
+    for name, source in mixture_sources(data).items():
+        where = f"data.mixture.{name}"
+        for problem in problems(MixtureSource, source, f"{where}."):
+            raise ConfigError(problem)
+        if source.kind in ("task", "mixture"):
+            raise ConfigError(f"{where} is a {source.kind}; a mixture is made of data sets of text")
+        _check_source(source, where)
+
+
+def _check_source(source: SourceConfig, where: str) -> None:
+    if source.kind == "datasets" and not source.path:
+        raise ConfigError(
+            f"{where}.path is required with {where}.kind=datasets: a data set of the Hub (OWNER/NAME), a folder, a "
+            "file, or a builder such as csv"
+        )
+
+
+def check_tokenizer(cfg: TokenizerConfig) -> None:
+    """Raise ConfigError unless the settings of the tokenizer go together."""
+    if cfg.kind == "sentencepiece" and not cfg.model_path:
+        raise ConfigError(
+            "tokenizer.model_path is required with tokenizer.kind=sentencepiece; "
+            "train a model with: python -m data.train_tokenizer data=... out=PATH"
+        )
+    if cfg.kind == "hf" and not cfg.model_path:
+        raise ConfigError(
+            "tokenizer.model_path is required with tokenizer.kind=hf: a tokenizer.json, its folder, or hf://OWNER/NAME"
+        )
+
+
+def mixture_sources(data: DataConfig) -> dict[str, MixtureSource]:
+    """The data sets of a mixture by name; none for other data.
+
+    Raises:
+        ConfigError: an unknown setting, or a value of another type.
+    """
+    return dict(_sources(data)) if data.kind == "mixture" else {}
+
+
+def _sources(data: DataConfig) -> Iterator[tuple[str, MixtureSource]]:
+    for name, values in data.mixture.items():
+        try:
+            yield name, cast(MixtureSource, OmegaConf.merge(OmegaConf.structured(MixtureSource), values))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"data.mixture.{name}.{omegaconf_message(error)}") from None
