@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ovq.config import Config
-from ovq.environment import plain
+from ovq.config import Config, to_dict
 from ovq.errors import ConfigError
 from ovq.instantiate import get_class, instantiate
 from ovq.model import Transformer
@@ -52,7 +51,7 @@ def build_optimizer(model: Transformer, cfg: Config) -> torch.optim.Optimizer:
 
 
 def _custom(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = dict(plain(cfg.optim.custom))
+    settings: dict[str, Any] = to_dict(cfg)["optim"]["custom"]
     target = settings["_target_"]
     for name in ("lr", "weight_decay"):
         if name in settings:
