@@ -106,10 +106,9 @@ class Trainer:
         self.counted = (*COUNTED, *(f"tokens/{name}" for name in self.sources))
         self.step = self.start = 0  # steps done; steps done when this process began
         self.tokens = 0  # labels trained on so far, over all ranks
-        self.skipped_in_row = 0
+        self.skipped_in_row, self.stopping = 0, False
         self.saved_step: int | None = None
         self.evaluated_step: int | None = None
-        self.stopping = False
         self.pending: list[StepRecord] = []
         self.tokens_per_s: list[float] = []
         self.peak = (0.0, "")
