@@ -82,7 +82,7 @@ def test_the_meter_counts_what_is_alive_once() -> None:
 @pytest.mark.parametrize("step", ["count", 0.1])
 def test_ovq_keeps_what_the_kernels_keep(step: str | float) -> None:
     """The stand-in of the kernels keeps tensors of the shapes and dtypes that the custom operator says it returns."""
-    kernels = pytest.importorskip("ovq.ops.ovq_attention.kernels")
+    pytest.importorskip("ovq.ops.ovq_attention.kernels")
     B, T, H, G, K, V, N = 2, 96, 4, 2, 16, 24, 32
     spec = OVQSpec(N, 16, step_size=step)
     with torch.device("meta"):
