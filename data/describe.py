@@ -46,7 +46,9 @@ def _epochs(cfg: Config, share: float, found: dict[str, Any]) -> float | None:
         return rows / found["documents"]
     tokens = found.get("tokens")
     if tokens is None:
-        if any("://" in path for path in cfg.data.train) or (cfg.data.kind == "datasets" and is_remote(cfg.data.path)):
+        if any("://" in path for path in cfg.data.train) or (
+            cfg.data.kind == "datasets" and is_remote(cfg.data.path or "")
+        ):
             return None
         try:
             tokens = _count_tokens(build_corpus(cfg, "train"), build_tokenizer(cfg))

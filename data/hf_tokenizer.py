@@ -76,6 +76,7 @@ class HFTokenizer(TableTokenizer):
                 f"tokenizer.separator={separator} is not a token of {origin}; special tokens: {', '.join(special)}"
             )
         separator_id = self._processor.token_to_id(separator)
+        assert separator_id is not None  # one of the added tokens
         pieces = self._pieces_of(decoders, {*special, separator})
         super().__init__(pieces, separator_id, f"hf:{hashlib.sha256(model).hexdigest()}:{separator_id}")
         self._make_lossless(added, decoders)

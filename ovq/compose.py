@@ -63,6 +63,8 @@ def _in_full(override: str) -> str:
     if override.startswith("init_from="):
         return f"init_from.path={override.partition('=')[2]}"
     return f"++{override}" if within(override.partition("=")[0], DICTIONARIES) else override
+
+
 def _hydra(overrides: list[str]) -> Any:
     _register_schema()
     GlobalHydra.instance().clear()

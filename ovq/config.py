@@ -49,8 +49,6 @@ class ModelConfig:
 
 
 @dataclass
-
-
 @dataclass
 class InitConfig:
     path: str | None = setting(

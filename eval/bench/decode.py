@@ -97,7 +97,7 @@ def rows(name: str, given: Options, device: torch.device, overrides: list[str]) 
                 assert reader.state is not None  # of the warm-up, at least
                 state = [_fill(mixer, held, start) for mixer, held in zip(reader.model.mixers(), reader.state)]
             piece = SHORT_PIECE if filled else given.piece
-            times = []
+            times: list[tuple[int, float]] = []
             for begin in range(start, context, piece):
                 part_BT, before = text_BT[:, begin : min(begin + piece, context)], state
                 ms = watch.once(lambda mark: reader.run(part_BT, before))[1]  # noqa: B023 (called at once)
@@ -132,7 +132,8 @@ def _fill(mixer: torch.nn.Module, held: KVCache, tokens: int) -> KVCache:
     if not isinstance(mixer, FullAttention):
         return KVCache(held.key, held.value, tokens)
     _, _, G, K = held.key.shape
-    return KVCache(*(held.key.new_empty(1, tokens, G, K).normal_() for _ in range(2)), tokens)
+    key, value = (held.key.new_empty(1, tokens, G, K).normal_() for _ in range(2))
+    return KVCache(key, value, tokens)
 
 
 def _bytes_of(state: Any) -> int:

@@ -218,7 +218,7 @@ def generate(
         rest = text.end()
         if show is not None and rest:
             show(rest)
-    return [Continuation(text.text, *each) for text, *each in zip(texts, made, finish)]
+    return [Continuation(text.text, tokens, reason) for text, tokens, reason in zip(texts, made, finish)]
 
 
 def check_texts(prompts: Sequence[str], stop: Sequence[str]) -> None:

@@ -131,7 +131,8 @@ class AttentionLayer(SequenceMixer):
             return KVCache(*self.extend(cache, k, v), position)
         room = cache.room
         if room is None or not _continues(cache, room, end):
-            room = Room(*(x.new_empty(len(x), end + end // ROOM, *x.shape[2:]) for x in (k, v)), used)
+            key, value = (x.new_empty(len(x), end + end // ROOM, *x.shape[2:]) for x in (k, v))
+            room = Room(key, value, used)
             room.key[:, :used], room.value[:, :used] = cache.key, cache.value
         room.key[:, used:end], room.value[:, used:end], room.used = k, v, end
         return KVCache(room.key[:, :end], room.value[:, :end], position, room)

@@ -32,7 +32,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -293,9 +293,10 @@ def load(
         fits = "this model" if optimizer is None else "this model or optimizer"
         raise refusal_in(error) or CheckpointError(f"{path} does not fit {fits} ({reason(error)})") from error
     if optimizer is not None:
-        names = [name for group in optimizer_state["param_groups"] for name in group["params"]]
+        groups: list[dict[str, Any]] = cast(Any, optimizer_state["param_groups"])
+        names = [name for group in groups for name in group["params"]]
         optimizer_state["state"] = dict.fromkeys(names, {}) | state["optimizer"]["state"]  # SGD keeps none
-        for group, loaded in zip(optimizer_state["param_groups"], state["optimizer"]["param_groups"]):
+        for group, loaded in zip(groups, state["optimizer"]["param_groups"]):
             group |= loaded
     set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
     if ema is not None and not keeps_average:

@@ -65,6 +65,13 @@ class WeightAverage:
             mine.copy_(kept)
 
 
+def evaluated_weights(
+    model: nn.Module, ema: WeightAverage | None, which: str
+) -> contextlib.AbstractContextManager[None]:
+    """A `with` block in which the model has the weights that `eval.weights` names."""
+    return ema.in_place(model) if ema is not None and which == "ema" else contextlib.nullcontext()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor, without its history."""
     tensor = tensor.detach()

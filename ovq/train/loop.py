@@ -34,7 +34,7 @@ from ovq.model import Transformer
 from ovq.processes import World
 from ovq.train.batches import COUNTED, Loader, MicroBatch, loss_by_source
 from ovq.train.checkpoint import Checkpointer, ways_on
-from ovq.train.ema import WeightAverage
+from ovq.train.ema import WeightAverage, evaluated_weights
 from ovq.train.metrics import Metrics, read_rows
 from ovq.train.optim import LearnedBuffers, clip_gradients, step_unless
 from ovq.train.parallelize import reshard, sync_gradients
@@ -353,10 +353,9 @@ class Trainer:
         self.flush()
         self.save()
         rng = processes.rng_state()
-        averaged = self.ema is not None and self.cfg.eval.weights == "ema"
         self.model.eval()
         try:
-            with torch.no_grad(), self.ema.in_place(self.model) if averaged else contextlib.nullcontext():
+            with torch.no_grad(), evaluated_weights(self.model, self.ema, self.cfg.eval.weights):
                 results = self.evaluate(self.model, step, self.should_stop)
         finally:
             self.model.train()
