@@ -34,6 +34,7 @@ from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer
 from ovq.processes import World
+from ovq.report import reporting
 from ovq.schema import setting
 from ovq.train.metrics import show_in_wandb, start_wandb
 
@@ -259,25 +260,34 @@ def evaluate_strictly(
     if measured is None:
         return None
 
-    def publish() -> None:
-        loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
-        if cfg.eval.restart is not None:
-            return  # not what the model makes of a document, but a part of it, to compare with the whole
-        rows = table_rows(measured, cfg, run_dir, step)
-        loss_table.write(run_dir, rows)
+    processes.on_main(lambda: publish(measured, cfg, run_dir, step, wandb_step=wandb_step, changed=changed))
+    return measured.summary()
+
+
+def publish(
+    measured: Measurement, cfg: Config, run_dir: Path, step: int, *, wandb_step: int | None, changed: str
+) -> None:
+    """Add an evaluation to the tables of the run folder, then draw it.
+
+    Raises:
+        OSError: a table cannot be written. The picture is optional: `eval.plot` makes it from the table.
+    """
+    loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
+    if cfg.eval.restart is not None:
+        return  # not what the model makes of a document, but a part of it, to compare with the whole
+    rows = table_rows(measured, cfg, run_dir, step)
+    loss_table.write(run_dir, rows)
+    wanted = cfg.eval
+    picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
+    with reporting("the plot of the evaluation", f"python -m eval.plot runs=[{run_dir}] out={picture}"):
         curves = plot.curves_of(
             loss_table.read(run_dir),
             scale="log",
             train_context=cfg.trainer.context,
             key=loss_table.key_of(rows[0]),
         )
-        wanted = cfg.eval
-        name = plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
-        picture = plot.loss_by_position(curves, run_dir / "plots" / name)
+        plot.loss_by_position(curves, picture)
         show_in_wandb("loss_by_position", picture, rows, wandb_step)
-
-    processes.on_main(publish)
-    return measured.summary()
 
 
 def evaluate(
@@ -294,15 +304,24 @@ def evaluate(
     Collective: all processes must call it, and each calls should_stop equally often.
 
     Returns:
-        Metrics for the log (`Measurement.summary`); {"documents": 0} if nothing could be evaluated, after printing a
-        line that says why; None if should_stop() returned True, in which case the run folder is unchanged.
+        Metrics for the log (`Measurement.summary`), even if the run folder does not take the table or the picture;
+        {"documents": 0} if nothing could be evaluated, after printing a line that says why; None if should_stop()
+        returned True, in which case the run folder is unchanged.
     """
     try:
-        return evaluate_strictly(model, cfg, tokenizer, world, run_dir, step, should_stop, wandb_step=step)
+        measured = measure(model, cfg, tokenizer, world, should_stop)
     except (ConfigError, DataError, OSError) as error:
         if world.is_main:
             print(f"no evaluation at step {step}: {error}", file=sys.stderr, flush=True)
         return {"documents": 0.0}
+    if measured is None:
+        return None
+    if world.is_main:
+        run_dir = Path(run_dir)
+        again = f"python -m eval.per_position run={run_dir}"
+        with reporting("the tables of the evaluation", again):
+            publish(measured, cfg, run_dir, step, wandb_step=step, changed="")
+    return measured.summary()
 
 
 @dataclass

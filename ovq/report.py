@@ -1,7 +1,8 @@
 """Output that cannot stop the work: a closed pipe, a full disk under a log or a missing glyph costs text, not a run.
 
 `lasting_streams` is installed once, by `ovq.cli.guarded`, and covers whatever writes to sys.stdout and sys.stderr:
-print, warnings, logging, progress bars, libraries.
+print, warnings, logging, progress bars, libraries. `reporting` is for what else only shows the work: a picture, a
+table, a summary on the screen, a service that is sent the numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+from ovq.errors import one_line
 
 LOST = (OSError, ValueError)  # a broken pipe, a full disk, a terminal that was closed; a file object that was closed
 
@@ -68,6 +71,30 @@ def lasting_streams() -> Iterator[None]:
             sys.stdout, sys.stderr = before
             for stream in streams:
                 _flush_or_discard(stream)
+
+
+@contextlib.contextmanager
+def reporting(what: str, again: str = "") -> Iterator[None]:
+    """Within the `with` block nothing ends the work: an error costs `what`, and is told in one line on stderr, once.
+
+    A library's SystemExit counts as an error (some end the process where they lack a key); an interruption does not.
+
+    Args:
+        what: what is made within, "the plot of the evaluation", for the message.
+        again: a command that makes it later.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        later = f"; make it later: {again}" if again else ""
+        line = f"{what}: not made ({one_line(error)[:MOST_QUOTED]}); the work goes on{later}"
+        if line not in _told:
+            _told.add(line)
+            print(line, file=sys.stderr, flush=True)
+
+
+MOST_QUOTED = 200  # characters of an error in a line about a report
+_told: set[str] = set()  # by this process
 
 
 def write_error(text: str) -> None:

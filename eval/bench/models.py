@@ -36,6 +36,7 @@ from ovq.config import Config
 from ovq.files import write_whole
 from ovq.model import build_model, flops_per_token
 from ovq.processes import World
+from ovq.report import reporting
 from ovq.schema import setting
 from ovq.train.checkpoint import Checkpointer
 from ovq.train.loop import Trainer
@@ -279,7 +280,8 @@ def bench(plans: list[dict[str, Any]], args: dict[str, Any], out: Path) -> int:
     if good:
         title = f"size {args['size']}, batch {args['batch']}, {good[0]['precision']}, {good[0]['device']}"
         print(f"MFU is relative to {good[0]['peak_tflops']:.4g} TFLOP/s ({good[0]['peak_is_from']})")
-        print(plot(good, title, out / "bench_models.png"))
+        with reporting("the plot"):
+            print(plot(good, title, out / "bench_models.png"))
     failed = [row for row in record["measured"] if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
     if failed:
         print(f"error: {len(failed)} of {len(plans)} failed, see above", file=sys.stderr)

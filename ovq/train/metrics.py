@@ -20,6 +20,8 @@ from typing import Any
 from ovq.config import Config, to_dict
 from ovq.files import write_whole
 
+QUITS = (Exception, SystemExit)  # what wandb may raise: where it lacks a key it may end the process
+
 
 class Metrics:
     """The run's log. Every rank may hold one; only the main one writes.
@@ -63,7 +65,7 @@ class Metrics:
             return
         try:
             call(self._wandb)
-        except Exception as error:
+        except QUITS as error:
             print(f"logger=wandb failed, going on without: {' '.join(str(error).split())}", file=sys.stderr)
             self._wandb = None
 
@@ -154,7 +156,7 @@ def start_wandb(run_dir: Path, cfg: Config) -> Any:
             resume="allow",
             config=to_dict(cfg),
         )
-    except Exception as error:  # no network, no key, a broken installation
+    except QUITS as error:  # no network, no key, a broken installation
         print(f"logger=wandb does not work here, going on without: {' '.join(str(error).split())}", file=sys.stderr)
         return None
 
@@ -173,5 +175,5 @@ def show_in_wandb(name: str, picture: Path, rows: list[dict[str, Any]], step: in
         columns = list(rows[0])
         table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
         run.log({name: wandb.Image(str(picture)), f"{name}_table": table}, step=step)
-    except Exception as error:  # logging never stops training
+    except QUITS as error:  # logging never stops training
         print(f"logger=wandb did not take {picture}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ovq.config import Config
 from ovq.files import write_whole
+from ovq.report import reporting
 
 FILE = "summary.json"
 FIELDS = {"step", "stopped_by", "tokens", "last_loss", "checkpoint"}  # of any summary that `finish` writes
@@ -17,7 +18,8 @@ def finish(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
     """Write summary.json, the last file of a finished run, then print the summary."""
     if summary["stopped_by"] is None:
         write_whole(run_dir / FILE, json.dumps(summary, indent=1) + "\n")
-    print(summary_text(summary, cfg, run_dir), flush=True)
+    with reporting("the summary on the screen"):
+        print(summary_text(summary, cfg, run_dir), flush=True)
 
 
 def read_finished(run_dir: Path) -> dict[str, Any] | None:
