@@ -62,6 +62,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq import processes
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, loop
+    from ovq.train.claim import check_same_run, claim, elsewhere
     from ovq.train.metrics import Metrics
     from ovq.train.optim import build_optimizer, check_extension
     from ovq.train.parallelize import parallelize
@@ -73,9 +74,9 @@ def train(cfg: Config, run_dir: Path) -> None:
     check_held_out(cfg)
     world = processes.init(cfg.trainer)
     processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
-    tokenizer = build_tokenizer(cfg, run_dir)
+    begun = check_same_run(run_dir, cfg)
+    tokenizer = build_tokenizer(cfg, run_dir if begun else None)
     check_vocabulary(cfg, tokenizer)
-    claim(run_dir, cfg, tokenizer)
 
     model = build_model(cfg.model, tokenizer.vocab_size)
     model.init_weights(cfg.seed)
@@ -92,6 +93,8 @@ def train(cfg: Config, run_dir: Path) -> None:
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
     began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
+    began = began or elsewhere(run_dir, cfg)
+    claim(run_dir, cfg, tokenizer)
 
     def loss_by_position(model: Transformer, step: int, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         return evaluate(model, cfg, tokenizer, world, run_dir, step, should_stop)
@@ -147,33 +150,6 @@ def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
             f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but {cfg.tokenizer.model_path} has "
             f"{tokenizer.vocab_size} pieces; set it to that, or to null"
         )
-
-
-def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
-    """Claim the run folder: refuse one made with other settings, then store config and tokenizer in it."""
-    from ovq import config
-    from ovq.errors import ConfigError
-    from ovq.processes import on_main
-    from ovq.train.checkpoint import hold
-    from ovq.train.metrics import read_rows
-    from ovq.train.summary import FILE
-
-    def store() -> None:
-        hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
-        saved = [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "checkpoints").glob("aside_step_*")]
-        if cfg.resume == "never" and saved:
-            raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
-        # A start that failed before the first step claims nothing.
-        stepped = saved or read_rows(run_dir / "metrics.jsonl")
-        if stepped and (run_dir / "config.yaml").exists() and cfg.resume != "never":
-            changed = config.changed_identity(config.load(run_dir), cfg)
-            if changed:
-                raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")
-        (run_dir / FILE).unlink(missing_ok=True)  # or a process waiting for it would take that of an earlier run
-        tokenizer.save(run_dir / "tokenizer")
-        config.save(cfg, run_dir)
-
-    on_main(store)
 
 
 if __name__ == "__main__":

@@ -245,7 +245,10 @@ def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
     keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
     if keys:
         changes = "; ".join(f"{key}: {_short(saved.get(key))} -> {_short(current.get(key))}" for key in keys)
-        raise ConfigError(f"the data differ from those the run was made with ({changes}); use another run_dir")
+        raise ConfigError(
+            f"the data differ from those of the checkpoint ({changes}), and a run keeps its data; begin another one "
+            "with run_dir=NEW, from the weights of this one with init_from=DIR"
+        )
 
 
 def _add(counts: dict[str, int], more: dict[str, int]) -> None:

@@ -12,6 +12,7 @@ Memory is bounded: see `eval.heldout`.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -279,7 +280,8 @@ def publish(
     loss_table.write(run_dir, rows)
     wanted = cfg.eval
     picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
-    with reporting("the plot of the evaluation", f"python -m eval.plot runs=[{run_dir}] out={picture}"):
+    again = " ".join(["python -m eval.plot", *map(shlex.quote, (f"runs=[{run_dir}]", f"out={picture}"))])
+    with reporting("the plot of the evaluation", again):
         curves = plot.curves_of(
             loss_table.read(run_dir),
             scale="log",
@@ -318,7 +320,7 @@ def evaluate(
         return None
     if world.is_main:
         run_dir = Path(run_dir)
-        again = f"python -m eval.per_position run={run_dir}"
+        again = f"python -m eval.per_position {shlex.quote(f'run={run_dir}')}"
         with reporting("the tables of the evaluation", again):
             publish(measured, cfg, run_dir, step, wandb_step=step, changed="")
     return measured.summary()

@@ -18,8 +18,9 @@ from typing import Any
 from eval import loss_table, style
 from ovq import config
 from ovq.cli import command
-from ovq.config import FREE_AT_RESUME, Config
+from ovq.config import Config
 from ovq.errors import ConfigError
+from ovq.identity import FREE_AT_RESUME
 from ovq.schema import REQUIRED, one_of, setting
 
 FIRST_SHOWN = 16  # earlier positions have almost no context, and their high losses would flatten the rest of the curve

@@ -29,7 +29,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from ovq import config
+from ovq import config, identity
 from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError, Stopped
@@ -96,7 +96,7 @@ def mark_finished(jobs: list[Job]) -> None:
     for job in jobs:
         if is_finished(job.run_dir):
             stored, requested = config.load(job.run_dir), compose(job.overrides)
-            changed = config.changed_identity(stored, requested)
+            changed = identity.changed(stored, requested)
             if stored.trainer.steps != requested.trainer.steps:  # may change at a resume, but this run has finished
                 changed.append(f"trainer.steps: {stored.trainer.steps} -> {requested.trainer.steps}")
             if changed:

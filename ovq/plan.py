@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ovq.config import Config, digest
+from ovq.config import Config
+from ovq.identity import digest
 from ovq.memory import MemoryPlan, memory_of
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -91,6 +92,14 @@ def reporting(what: str, again: str = "") -> Iterator[None]:
         if line not in _told:
             _told.add(line)
             print(line, file=sys.stderr, flush=True)
+
+
+def typed(key: str, value: object) -> str:
+    """key=value as it is typed in a shell for train.py, for messages: quoted where the shell or Hydra needs that."""
+    text = str(value)
+    if text and all(c.isascii() and (c.isalnum() or c in "/._-+") for c in text):
+        return f"{key}={text}"
+    return shlex.quote(f"{key}='{text}'") if any(c in text for c in "'\"$`\\!") else f"{key}=\"'{text}'\""
 
 
 MOST_QUOTED = 200  # characters of an error in a line about a report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def test_an_evaluation_that_cannot_be_stored_is_told_once_and_its_numbers_are_ke
 def followed(shown: str) -> list[int]:
     """Exit statuses of the eval.plot commands that lines of stderr advise."""
     advice = [line.partition("make it later: python -m eval.plot ")[2] for line in shown.splitlines()]
-    return [plot.main(words.split()) for words in advice if words]
+    return [plot.main(shlex.split(words)) for words in advice if words]
 
 
 def test_a_run_whose_every_report_fails_finishes(
