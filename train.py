@@ -45,13 +45,18 @@ def run(argv: list[str]) -> None:
 
 
 def dry_run(cfg: Config, run_dir: Path) -> None:
-    """Print what the run would be and cost."""
+    """Print, once, what the run would be and cost, and what its start would refuse or say."""
     from data.build import build_tokenizer, describe
+    from eval.preflight import look_ahead
     from ovq.plan import report
 
+    if os.environ.get("RANK", "0") != "0":
+        return
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     vocab_size = cfg.tokenizer.vocab_size or build_tokenizer(cfg).vocab_size
-    print(report(cfg, vocab_size, describe(cfg), world_size, run_dir))
+    found = describe(cfg)
+    epochs, lines = look_ahead(cfg, run_dir, vocab_size, [split for split in found if "error" in found[split]])
+    print("\n".join([report(cfg, vocab_size, found, world_size, run_dir, epochs), *lines]))
 
 
 def train(cfg: Config, run_dir: Path) -> None:
@@ -59,6 +64,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from data.build import build_loader, build_tokenizer, is_task
     from data.loader import merge_states
     from eval.per_position import check_capacity, evaluate
+    from eval.preflight import check_held_out, check_room, check_training_data
     from ovq import processes
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, loop
@@ -71,14 +77,15 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.train.summary import finish
     from ovq.train.warm_start import start_from
 
-    check_held_out(cfg)
     world = processes.init(cfg.trainer)
     processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
     begun = check_same_run(run_dir, cfg)
     tokenizer = build_tokenizer(cfg, run_dir if begun else None)
     check_vocabulary(cfg, tokenizer)
+    hints = processes.on_main(lambda: check_held_out(cfg, tokenizer))
 
     model = build_model(cfg.model, tokenizer.vocab_size)
+    processes.on_main(lambda: check_room(cfg, model, run_dir))
     model.init_weights(cfg.seed)
     flops = flops_per_token(model, cfg.trainer.context)
     choose_backends(model, cfg, world)
@@ -93,7 +100,8 @@ def train(cfg: Config, run_dir: Path) -> None:
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
     began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
-    began = began or elsewhere(run_dir, cfg)
+    hints += processes.on_main(lambda: check_training_data(cfg, loader.tokens, tokenizer))
+    hints.append(elsewhere(run_dir, cfg))
     claim(run_dir, cfg, tokenizer)
 
     def loss_by_position(model: Transformer, step: int, should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -116,8 +124,8 @@ def train(cfg: Config, run_dir: Path) -> None:
     if extra:
         trainer.resume(extra)
         began = f"resumed from {start} at step {trainer.step}"
-    if began:
-        trainer.say(began)
+    for line in filter(None, [began, *hints]):
+        trainer.say(line)
     with trainer.signal:  # until the end: a launcher may pass the signal on after the last step
         try:
             summary = trainer.fit()
@@ -126,19 +134,6 @@ def train(cfg: Config, run_dir: Path) -> None:
         if world.is_main:
             finish(summary, cfg, run_dir)
         processes.shutdown()
-
-
-def check_held_out(cfg: Config) -> None:
-    """Refuse a run that would have nothing to evaluate on after days of training."""
-    from data.build import FROM_FILES
-    from ovq.errors import ConfigError
-
-    wanted = cfg.eval.at_end or cfg.trainer.eval_every
-    if wanted and cfg.data.kind in FROM_FILES and not getattr(cfg.data, cfg.eval.split):
-        raise ConfigError(
-            f"data.{cfg.eval.split} is empty, so loss by position cannot be evaluated; give it files, "
-            "or set eval.at_end=false trainer.eval_every=0"
-        )
 
 
 def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:

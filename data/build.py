@@ -14,7 +14,7 @@ from data.corpus import Corpus, Document, Identified, ShardCorpus, TokenisedCorp
 from data.lanes import LaneReader
 from data.loader import Loader
 from data.prepared import PreparedTokens, describe_prepared, load_index
-from data.sources import HUB, SPLITS, find_files, index_shards
+from data.sources import HUB, NOT_LISTED, SPLITS, find_files, hub_parts, index_shards
 from data.tasks.base import Task, digest
 from data.tasks.rows import TaskLoader, TaskRows, TaskTokenizer
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
@@ -231,7 +231,20 @@ def describe(cfg: Config) -> dict[str, dict[str, Any]]:
 
     Hub and bucket files are listed but not opened. A generated task has one split, and describes a training sequence.
     """
-    return {split: _describe(cfg, split) for split in splits_of(cfg)}
+    found: dict[str, dict[str, Any]] = {}
+    for split in splits_of(cfg):
+        same = [other for other in found if _unreachable(found[other]) and hub_of(cfg, other) == hub_of(cfg, split)]
+        found[split] = {"error": f"not looked for, see data {same[0]}"} if same else _describe(cfg, split)
+    return found
+
+
+def _unreachable(found: dict[str, Any]) -> bool:
+    return NOT_LISTED in found.get("error", "")
+
+
+def hub_of(cfg: Config, split: str) -> list[str]:
+    """The hub's repositories that a split's files come from; empty for local files."""
+    return sorted({hub_parts(path)[0] for path in getattr(cfg.data, split) if path.startswith(HUB)})
 
 
 def _describe(cfg: Config, split: str) -> dict[str, Any]:

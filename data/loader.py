@@ -154,6 +154,11 @@ class Loader:
             self.counts = dict(state["counts"]) if rank == 0 else {}
         self._step_began = dict(self.lanes), dict(self.counts)
 
+    @property
+    def tokens(self) -> Any:
+        """The documents that rows are made from; None for a generated task."""
+        return getattr(self._source, "tokens", None)
+
     def __iter__(self) -> Generator[Batch]:
         owned = list(self.lanes)
         lanes = LaneDataset(self._source, self.lanes)

@@ -172,7 +172,10 @@ class Config:
     seed: int = setting(0, "seed of the initialisation and the data order")
     runs_root: str = setting("runs", "folder that holds the run folders")
     run_dir: str | None = setting(None, "run folder; null: named after the command line")
-    resume: str = setting("auto", "auto: from the run folder's newest checkpoint; never; or the folder of a checkpoint or a run to branch from")
+    resume: str = setting(
+        "auto",
+        "auto: from the run folder's newest checkpoint; never; or the folder of a checkpoint or a run to branch from",
+    )
     dry_run: bool = setting(False, "print parameters, state, FLOPs, memory and data without training")
 
 

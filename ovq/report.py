@@ -88,10 +88,14 @@ def reporting(what: str, again: str = "") -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         later = f"; make it later: {again}" if again else ""
-        line = f"{what}: not made ({one_line(error)[:MOST_QUOTED]}); the work goes on{later}"
-        if line not in _told:
-            _told.add(line)
-            print(line, file=sys.stderr, flush=True)
+        tell_once(f"{what}: not made ({one_line(error)[:MOST_QUOTED]}); the work goes on{later}")
+
+
+def tell_once(line: str) -> None:
+    """Print a line to stderr, unless this process has printed it before."""
+    if line not in _told:
+        _told.add(line)
+        print(line, file=sys.stderr, flush=True)
 
 
 def typed(key: str, value: object) -> str:

@@ -39,7 +39,7 @@ from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
 from eval.figures.runs import SCORE, FigureRun
 from launch import sweep
-from ovq import config, identity
+from ovq import identity
 from ovq.cli import parse
 from ovq.compose import compose
 from ovq.errors import ConfigError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -20,7 +21,7 @@ from ovq.compose import compose, run_dir_of
 from ovq.config import Config
 from ovq.report import typed
 from ovq.train.metrics import read_rows
-from tests.helpers import TINY
+from tests.helpers import TINY, started
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,16 @@ BASE = [
     *("trainer.checkpoint_every=1", "optim.schedule=constant", "optim.warmup_steps=1", "eval.at_end=false"),
 ]
 DATA = "data.train=[books.jsonl]"
+
+
+def start(*words: str) -> int:
+    """Exit status of train.py with these settings."""
+    return started(_base(), "data.train=[books.jsonl]", "run_dir=run", *words, start=train.train)
+
+
+@functools.cache
+def _base() -> Config:
+    return compose(BASE)
 
 
 def write(path: Path, *lines: str) -> None:
@@ -51,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "others.jsonl", *map(book, range(9, 15)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert train.main([*BASE, DATA, "run_dir=run"]) == 0
+        assert start() == 0
     return folder
 
 
@@ -70,14 +81,14 @@ STARTS: dict[str, tuple[list[str], int, str]] = {
     "an absolute path": (["data.train=[${oc.env:PWD}/books.jsonl]"], 0, RESUMED),
     "the same data elsewhere": (["data.train=[copy/books.jsonl]"], 0, RESUMED),
     "other data": (["data.train=[others.jsonl]"], 2, DIFFERS),
-    "what is done about a bad document": ([DATA, "data.on_bad_shard=skip"], 0, RESUMED),
-    "other files to evaluate on": ([DATA, "data.validation=[others.jsonl]", "eval.split=validation"], 0, RESUMED),
-    "how it is computed and shown": ([DATA, "trainer.micro_batch=1", "logger.tags=[a]"], 0, RESUMED),
-    "more steps": ([DATA, "trainer.steps=3"], 0, RESUMED),
-    "another seed": ([DATA, "seed=1"], 2, f"{REFUSED} (seed: 0 -> 1)"),
-    "another context": ([DATA, "trainer.context=8"], 2, f"{REFUSED} (trainer.context: 16 -> 8)"),
-    "another rate": ([DATA, "optim.lr=0.1"], 2, f"{REFUSED} (optim.lr: 0.001 -> 0.1)"),
-    "another rate in a branch": ([DATA, "optim.lr=0.1", "resume=run", "run_dir=new"], 0, RESUMED),
+    "what is done about a bad document": (["data.on_bad_shard=skip"], 0, RESUMED),
+    "other files to evaluate on": (["data.validation=[others.jsonl]", "eval.split=validation"], 0, RESUMED),
+    "how it is computed and shown": (["trainer.micro_batch=1", "logger.tags=[a]"], 0, RESUMED),
+    "more steps": (["trainer.steps=3"], 0, RESUMED),
+    "another seed": (["seed=1"], 2, f"{REFUSED} (seed: 0 -> 1)"),
+    "another context": (["trainer.context=8"], 2, f"{REFUSED} (trainer.context: 16 -> 8)"),
+    "another rate": (["optim.lr=0.1"], 2, f"{REFUSED} (optim.lr: 0.001 -> 0.1)"),
+    "another rate in a branch": (["optim.lr=0.1", "resume=run", "run_dir=new"], 0, RESUMED),
     "other data in a branch": (["data.train=[others.jsonl]", "resume=run", "run_dir=new"], 2, DIFFERS),
 }
 
@@ -89,7 +100,7 @@ def test_a_start_in_the_folder_of_a_run(
     monkeypatch.setenv("PWD", str(folder))
     words, status, says = STARTS[name]
     before = {path: path.read_bytes() for path in (Path("run/config.yaml"), Path("run/summary.json"))}
-    assert train.main([*BASE, "run_dir=run", *words]) == status
+    assert start(*words) == status
     shown = capsys.readouterr().err
     assert says in shown and "Traceback" not in shown
     if status:
@@ -98,10 +109,10 @@ def test_a_start_in_the_folder_of_a_run(
 
 
 def test_what_a_refusal_of_other_data_advises_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    others = [*BASE, "data.train=[others.jsonl]"]
-    assert train.main([*others, "run_dir=NEW", "resume=run"]) == 2
+    others = ["data.train=[others.jsonl]", "run_dir=NEW"]
+    assert start(*others, "resume=run") == 2
     assert "run_dir=NEW, from the weights of this one with init_from=DIR" in capsys.readouterr().err
-    assert train.main([*others, "run_dir=NEW", "init_from=run"]) == 0
+    assert start(*others, "init_from.path=run") == 0
     assert "began with" in capsys.readouterr().err
 
 
@@ -119,18 +130,16 @@ def test_the_advice_about_a_bad_line_continues_the_run(folder: Path, capsys: pyt
 
 FAILED_STARTS = (
     ["data.train=[book.jsonl]"],
-    ["data=memmap", "data.train=[nowhere]"],
-    [DATA, "seed=1", "trainer.micro_batch=1", "data.text_field=txt"],
-    [DATA, "tokenizer=sentencepiece", "tokenizer.model_path=nowhere.model"],
+    ["data.kind=memmap", "data.train=[nowhere]"],
+    ["seed=1", "data.text_field=txt"],
+    ["tokenizer.kind=sentencepiece", "tokenizer.model_path=nowhere.model"],
 )
 
 
-def test_a_run_whose_first_starts_failed_has_claimed_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_whose_first_starts_failed_has_claimed_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in FAILED_STARTS:
-        assert train.main([*BASE, "run_dir=fresh", *wrong]) in (1, 2)
-    assert train.main([*BASE, "run_dir=fresh", DATA]) == 0
+        assert start("run_dir=fresh", *wrong) in (1, 2)
+    assert start("run_dir=fresh") == 0
     assert "Traceback" not in capsys.readouterr().err and Path("fresh/summary.json").is_file()
 
 

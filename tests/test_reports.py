@@ -73,7 +73,12 @@ PLOT, TABLES = "the plot of the evaluation: not made", "the tables of the evalua
 FAULTS: dict[str, tuple[Any, str, BaseException, str]] = {
     "a plot raises": (plot, "loss_by_position", RuntimeError("no fonts"), f"{PLOT} (no fonts)"),
     "a plot lacks a library": (plot.style, "figure", ImportError("no matplotlib"), f"{PLOT} (no matplotlib)"),
-    "a plot finds a full disk": (plot.style, "save", OSError(28, "No space left"), f"{PLOT} ([Errno 28] No space left)"),
+    "a plot finds a full disk": (
+        plot.style,
+        "save",
+        OSError(28, "No space left"),
+        f"{PLOT} ([Errno 28] No space left)",
+    ),
     "wandb ends the process": (per_position, "show_in_wandb", SystemExit("no key"), f"{PLOT} (no key)"),
     "a table raises": (loss_table, "write", ValueError("bad schema"), f"{TABLES} (bad schema)"),
     "a table finds a full disk": (loss_table, "write", OSError(28, "No space left"), f"{TABLES} ([Errno 28] No space"),

@@ -198,8 +198,9 @@ def line(row: Measured) -> str:
     head = f"{row['model']:<16} {style.short(row['context']):>7}"
     if "error" in row:
         return f"{head}  {row['error']}"
+    share = f"{row['mfu']:.1%}" if row["mfu"] <= 1 else ">100%"  # the peak was measured while the cores were busy
     return (
-        f"{head} {row['tokens_per_s']:>12,.0f} {row['mfu']:>7.1%} {row['peak_memory_bytes'] / 2**30:>10.3f} "
+        f"{head} {row['tokens_per_s']:>12,.0f} {share:>7} {row['peak_memory_bytes'] / 2**30:>10.3f} "
         f"{statistics.median(row['step_s']):>9.3f} {row['first_step_s']:>9.2f}"
     )
 

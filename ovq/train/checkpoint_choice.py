@@ -43,7 +43,8 @@ def choose(run_dir: Path | str, resume: str = "auto", keep_last: int | None = No
 
     - "auto": the newest one in the run folder whose files match its manifest. Damaged newer ones are named in a warning
       and set aside. A run that branched from a checkpoint elsewhere and has none of its own yet starts from that.
-    - a checkpoint's folder, or a run's, whose newest is taken: the run branches from it. Checkpoints of the run folder that are not older are set aside.
+    - a checkpoint's folder, or a run's, whose newest is taken: the run branches from it. Checkpoints of the run folder
+      that are not older are set aside.
       The branch is recorded: the same command started again resumes from the newest checkpoint made since.
     - "never": none.
 

@@ -1,7 +1,7 @@
 """A run and its folder: which folder is refused, and when a run makes one its own.
 
-`check_same_run` comes first, before anything is built; `claim` last before the first step, when the model fits, the data
-are those of the checkpoint and all files are found. A start that fails between them leaves a folder as it was.
+`check_same_run` comes first, before anything is built; `claim` last before the first step, when the model fits, the
+data are those of the checkpoint and all files are found. A start that fails between them leaves a folder as it was.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def claim(run_dir: Path, cfg: Config, tokenizer: Any) -> None:
 
 
 def unwritable(run_dir: Path) -> str:
-    """Why nothing can be written in a run folder, in a line; empty if it can, as far as that is known without trying."""
+    """Why nothing can be written in a run folder, in a line; empty if it can as far as is known."""
     place = run_dir / "checkpoints"
     while not place.exists() and place.parent != place:
         place = place.parent

@@ -28,9 +28,10 @@ from torch import Tensor
 from ovq import processes
 from ovq.config import Config, to_dict
 from ovq.errors import TrainingError
-from ovq.machine import code_commit, peak_flops, peak_memory_gib
+from ovq.machine import code_commit, peak_flops, peak_memory_gib, share_of_peak
 from ovq.model import Transformer
 from ovq.processes import World
+from ovq.report import reporting
 from ovq.train.batches import Loader, MicroBatch
 from ovq.train.checkpoint import Checkpointer, ways_on
 from ovq.train.metrics import Metrics, read_rows
@@ -145,7 +146,8 @@ class Trainer:
         trainer = self.cfg.trainer
         self.progress = Progress(trainer.steps, self.start, trainer.progress and self.world.is_main)
         if self.world.is_main and self.flops_per_token:
-            self.peak = peak_flops(self.world.device, self.world.precision, trainer.peak_tflops)
+            with reporting("the measurement of the device's peak"):
+                self.peak = peak_flops(self.world.device, self.world.precision, trainer.peak_tflops)
         self.model.train()
         gc.disable()
         self.loader.should_stop = lambda: self.signal.name is not None
@@ -266,8 +268,9 @@ class Trainer:
         elapsed = max(1e-9, time.perf_counter() - self._window)
         speed = {"tokens_per_s": round(tokens / elapsed, 1), "data_wait": round(self._data_wait / elapsed, 4)}
         if self.peak[0]:
-            achieved = self.flops_per_token * tokens / elapsed
-            speed["mfu"] = round(achieved / (self.peak[0] * self.world.size), 4)
+            achieved = self.flops_per_token * tokens / elapsed / self.world.size
+            share, self.peak = share_of_peak(achieved, self.peak, self.world.device, self.world.precision)
+            speed |= {} if share is None else {"mfu": round(share, 4)}
         speed["memory_gib"] = round(peak_memory_gib(self.world.device), 3)
         self.tokens_per_s.append(speed["tokens_per_s"])
         for record, results in zip(records, fetched):
