@@ -24,7 +24,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 BASE = [
     *("model=sw", *TINY, "data=jsonl", "data.train=[books.jsonl]", "data.validation=[held-out.jsonl]"),
     *("trainer.context=16", "trainer.global_batch=2", "trainer.micro_batch=2", "trainer.device=cpu"),
-    *("trainer.steps=2", "trainer.progress=false", "trainer.peak_tflops=1000", "eval.context=16"),
+    *(
+        "trainer.steps=2",
+        "trainer.progress=false",
+        "trainer.peak_tflops=1000",
+        "trainer.precision=fp32",
+        "eval.context=16",
+    ),
 ]
 
 

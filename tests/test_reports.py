@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = [
     *("model=sw", *TINY, "data=text", "trainer.context=16", "trainer.global_batch=2", "trainer.micro_batch=2"),
     *("trainer.steps=2", "trainer.eval_every=1", "trainer.device=cpu", "trainer.progress=false"),
-    *("eval.context=16", "eval.documents=2", "eval.piece=16", "trainer.peak_tflops=1000"),
+    *("eval.context=16", "eval.documents=2", "eval.piece=16", "trainer.peak_tflops=1000", "trainer.precision=fp32"),
 ]
 
 
