@@ -35,7 +35,7 @@ from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer
 from ovq.processes import World
-from ovq.report import reporting
+from ovq.report import figures, reporting
 from ovq.schema import setting
 from ovq.train.metrics import show_in_wandb, start_wandb
 
@@ -360,16 +360,17 @@ def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float]) -> 
     """An evaluation's results by position as text, and the paths they were written to."""
     wanted = cfg.eval
     if wanted.restart is not None:
-        found = "  ".join(f"{name} {value:.5g}" for name, value in results.items() if name != "documents")
+        found = figures({name: value for name, value in results.items() if name != "documents"})
         return (
             f"{found}\nby position, with at least {wanted.restart} tokens seen: {run_dir / loss_table.BY_DOCUMENT.file}"
         )
     key = (step, wanted.context, wanted.num_centroids, wanted.split)
     rows = [row for row in loss_table.read(run_dir) if loss_table.key_of(row) == key and row["buckets"] == "log"]
     lines = [f"{run_dir} step {step}: {int(results['documents'])} {wanted.split} documents of {wanted.context} tokens"]
-    lines.append("  ".join(f"{name} {value:.5g}" for name, value in results.items() if name != "documents"))
-    lines.append(f"{'position':>17}  loss (nats per token)")
-    for row in rows:
+    lines.append(figures({name: value for name, value in results.items() if name != "documents"}))
+    error = "one document, so without" if results["documents"] == 1 else "+-"
+    lines.append(f"{'position':>17}  loss (nats per token), {error} its standard error over documents")
+    for row in plot.after_the_first(rows):
         error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
         lines.append(f"{row['position_start']:>8}-{row['position_end']:<8}  {row['loss']:.4f}{error}")
     picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)

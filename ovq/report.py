@@ -11,7 +11,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from ovq.errors import one_line
@@ -96,6 +96,24 @@ def tell_once(line: str) -> None:
     if line not in _told:
         _told.add(line)
         print(line, file=sys.stderr, flush=True)
+
+
+def figures(values: Mapping[str, float | None]) -> str:
+    """Results in a line for people: 'loss 2.9957  perplexity 20'. The files have them with all digits."""
+    return "  ".join(f"{name} {readable(value)}" for name, value in values.items() if value is not None)
+
+
+def readable(value: Any) -> str:
+    """A result as a person reads it: five digits, no powers of ten. A perplexity beyond a million, as that of words
+    under a model of bytes, says no more than that."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if value != value or abs(value) >= MOST_READ:
+        return f"{value:,}" if isinstance(value, int) else "over a million" if value > 0 else f"{value}"
+    return f"{value:,}" if isinstance(value, int) or value == round(value) and abs(value) >= 1000 else f"{value:.5g}"
+
+
+MOST_READ = 1e6
 
 
 def typed(key: str, value: object) -> str:

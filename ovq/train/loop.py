@@ -31,7 +31,7 @@ from ovq.errors import TrainingError
 from ovq.machine import code_commit, peak_flops, peak_memory_gib, share_of_peak
 from ovq.model import Transformer
 from ovq.processes import World
-from ovq.report import reporting
+from ovq.report import figures, reporting
 from ovq.train.batches import Loader, MicroBatch
 from ovq.train.checkpoint import Checkpointer, ways_on
 from ovq.train.metrics import Metrics, read_rows
@@ -351,7 +351,7 @@ class Trainer:
         if results is not None:
             self.evaluated_step = step
             self.metrics.log({"step": step, **{f"eval/{key}": _finite(value) for key, value in results.items()}})
-            self.say(f"evaluation at step {step}: " + "  ".join(f"{key} {v:.5g}" for key, v in results.items()))
+            self.say(f"evaluation at step {step}: {figures(results)}")
         self._restart_window()
 
     # --- reporting ---------------------------------------------------------------------------------------------------
