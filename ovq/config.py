@@ -219,7 +219,7 @@ def check(cfg: Config) -> None:
 # --- plain values and files ------------------------------------------------------------------------------------------
 
 
-def to_dict(cfg: Config) -> dict[str, Any]:
+def to_dict(cfg: Config | dict[str, Any]) -> dict[str, Any]:
     """The config as plain dictionaries, lists and scalars, fit to be stored and shown: see `ovq.environment.plain`."""
     return plain(cfg)
 
