@@ -43,8 +43,8 @@ RULES = (
             *("trainer.context", "trainer.global_batch", "init_from"),
         ),
         VALUE,
-        "Refused, with what differs: another `run_dir` is another run. A setting that a mixer or a task got later "
-        "counts as its default in older runs.",
+        "Refused, with what differs: another `run_dir` is another run. A setting that a mixer got later counts as its "
+        "default in older runs.",
     ),
     Rule(
         ("optim", "trainer.grad_clip", "trainer.z_loss", "trainer.precision"),
