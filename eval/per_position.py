@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.sources import DataError
 from data.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, TrainingError
 from ovq.inference.losses import losses_by_position, losses_with_restarts
 from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
@@ -301,7 +302,8 @@ def evaluate(
     step: int,
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Measure loss by position of a model in training and save it to the run folder; never stops the training.
+    """Measure loss by position of a model in training and save it to the run folder. Data that cannot be read and a
+    folder that cannot be written to do not stop the training.
 
     Collective: all processes must call it, and each calls should_stop equally often.
 
@@ -309,6 +311,9 @@ def evaluate(
         Metrics for the log (`Measurement.summary`), even if the run folder does not take the table or the picture;
         {"documents": 0} if nothing could be evaluated, after printing a line that says why; None if should_stop()
         returned True, in which case the run folder is unchanged.
+
+    Raises:
+        TrainingError: there is no memory for it.
     """
     try:
         measured = measure(model, cfg, tokenizer, world, should_stop)
@@ -316,6 +321,12 @@ def evaluate(
         if world.is_main:
             print(f"no evaluation at step {step}: {error}", file=sys.stderr, flush=True)
         return {"documents": 0.0}
+    except torch.OutOfMemoryError:  # on this rank alone, perhaps: the others wait for it
+        raise TrainingError(
+            f"no memory for the evaluation at step {step}, whose checkpoint is saved; the same command continues with "
+            f"a smaller eval.batch (now {cfg.eval.batch}) or eval.piece (now {cfg.eval.piece}), or with "
+            "eval.at_end=false trainer.eval_every=0"
+        ) from None
     if measured is None:
         return None
     if world.is_main:

@@ -131,8 +131,8 @@ def lacking_room(cfg: Config, total: int, run_dir: Path) -> str:
 
 def format_bytes(number: float) -> str:
     """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if number < 1024 or unit == "PiB":
             return f"{number:.4g} {unit}"
         number /= 1024
     raise AssertionError

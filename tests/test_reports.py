@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import train
 from eval import loss_table, per_position, plot
 from ovq import config, report
+from ovq.errors import TrainingError
 from ovq.processes import World
 from ovq.train import metrics, summary
 from ovq.train.metrics import read_rows
@@ -104,6 +106,13 @@ def test_an_evaluation_that_cannot_be_stored_is_told_once_and_its_numbers_are_ke
     assert "make it later: python -m eval." in shown
     if told.startswith(PLOT):
         assert followed(shown) == [0] and Path("run/plots/loss_by_position_16.png").is_file()
+
+
+def test_an_evaluation_without_memory_names_what_to_change(run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(per_position, "measure", fail(torch.OutOfMemoryError("CUDA out of memory")))
+    cfg = small_config("sw", *run, "eval.batch=3")
+    with pytest.raises(TrainingError, match=r"smaller eval.batch \(now 3\) or eval.piece \(now 16\), or with eval.at"):
+        per_position.evaluate(None, cfg, None, World(), Path("run"), 1, lambda: False)  # type: ignore[arg-type]
 
 
 def followed(shown: str) -> list[int]:
