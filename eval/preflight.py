@@ -22,6 +22,7 @@ from ovq.model import Transformer, build_model, count_parameters
 from ovq.plan import lacking_room
 from ovq.train.claim import elsewhere, unwritable
 
+OPENED = 1 << 30  # bytes of JSON lines or text at most that are opened only to look into them
 SAMPLED = 1 << 20  # bytes of text at most that are tokenised to estimate the number of tokens
 
 # --- what a start looks at; each on rank 0 only ----------------------------------------------------------------------
@@ -111,15 +112,17 @@ def is_remote(cfg: Config, split: str) -> bool:
 
 
 def open_split(cfg: Config, tokenizer: Tokenizer, split: str) -> Tokens | None:
-    """A split's documents, of which the first was read. Remote files are only looked for, and None is returned.
+    """A split's documents, of which the first was read. Files that are remote, or so large that opening them means
+    minutes of hashing, are only looked for, and None is returned.
 
     Raises:
         ConfigError: a path is mistyped, a field is not there, the split is empty, or prepared with another tokenizer.
         DataError: the first document cannot be read.
     """
-    if is_remote(cfg, split):
-        find_files(cfg.data, split)
-        return None
+    if cfg.data.kind in FROM_FILES:
+        size = sum(file.size for file in find_files(cfg.data, split)[0])
+        if is_remote(cfg, split) or (cfg.data.kind != "parquet" and size > OPENED):
+            return None
     tokens, _ = build_tokens(cfg, tokenizer, split)
     if not len(tokens):
         raise ConfigError(f"data.{split} holds no documents: {list(getattr(cfg.data, split) or cfg.data.train)}")

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import train
-from data.build import describe
+from data.build import build_tokenizer, describe
 from data.sources import find_files
+from eval import preflight
 from ovq import machine, report
 from ovq.compose import compose
 from ovq.config import Config
+from ovq.errors import ConfigError
 from ovq.plan import checkpoint_bytes, lacking_room
 from ovq.train import claim, loop, summary
 from tests.helpers import TINY, started
@@ -120,6 +123,15 @@ def test_checkpoints_that_are_there_count_as_room(base: Config, folder: Path, mo
     (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run_dir / "checkpoints" / "step_00000001" / "data").write_bytes(bytes(12_000))
     assert lacking_room(cfg, 1000, run_dir) == ""
+
+
+def test_large_files_are_looked_for_but_not_read_twice(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "OPENED", 10)
+    monkeypatch.setattr(preflight, "build_tokens", lambda *_: pytest.fail("opened"))
+    assert preflight.open_split(base, build_tokenizer(base), "validation") is None
+    base = OmegaConf.merge(base, {"data": {"validation": ["held-uot.jsonl"]}})  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"held-uot\.jsonl"):
+        preflight.open_split(base, build_tokenizer(base), "validation")
 
 
 def test_a_dry_run_speaks_once_from_rank_0(
