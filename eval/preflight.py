@@ -22,6 +22,7 @@ from ovq.model import Transformer, build_model, count_parameters
 from ovq.plan import lacking_room
 from ovq.train.claim import elsewhere, unwritable
 
+WITHOUT = "or set eval.at_end=false trainer.eval_every=0"
 OPENED = 1 << 30  # bytes of JSON lines or text at most that are opened only to look into them
 SAMPLED = 1 << 20  # bytes of text at most that are tokenised to estimate the number of tokens
 
@@ -38,11 +39,11 @@ def check_held_out(cfg: Config, tokenizer: Tokenizer) -> list[str]:
         return []
     split = cfg.eval.split
     if cfg.data.kind in FROM_FILES and not getattr(cfg.data, split):
-        raise ConfigError(
-            f"data.{split} is empty, so loss by position cannot be evaluated; give it files, "
-            "or set eval.at_end=false trainer.eval_every=0"
-        )
-    tokens = open_split(cfg, tokenizer, split)
+        raise ConfigError(f"data.{split} is empty, so loss by position cannot be evaluated; give it files, {WITHOUT}")
+    try:
+        tokens = open_split(cfg, tokenizer, split)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; for a run without an evaluation, {WITHOUT.removeprefix('or ')}") from None
     most = None if tokens is None else longest(cfg, tokens)
     if most is None or most >= cfg.eval.context:
         return []
