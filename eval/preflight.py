@@ -145,8 +145,8 @@ def longest(cfg: Config, tokens: Tokens) -> int | None:
     """An upper bound on the ids of the longest document; None where none is known without reading all of them."""
     if isinstance(tokens, PreparedTokens):
         return int(tokens.lengths().max(initial=0))
-    if isinstance(tokens, TokenisedCorpus) and cfg.data.kind in ("jsonl", "text", "builtin"):
-        return int(tokens.corpus.sizes().max(initial=0))  # an id stands for a byte or more
+    if isinstance(tokens, TokenisedCorpus) and cfg.data.kind in ("jsonl", "text"):
+        return int(tokens.corpus.sizes().max(initial=0))  # bytes of a line or a file; an id stands for one or more
     return None
 
 
