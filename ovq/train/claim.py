@@ -22,23 +22,30 @@ from ovq.train.summary import FILE
 
 
 def check_same_run(run_dir: Path, cfg: Config) -> bool:
-    """Whether the folder holds steps of this run. Locks it for this process. Collective.
+    """`same_run`, after locking the folder for this process. Collective.
 
     Raises:
-        ConfigError: it cannot be written to, it holds steps of a run with other settings, or, with resume=never,
-            checkpoints.
         CheckpointError: another process trains in it.
     """
-    return on_main(lambda: _check_same_run(run_dir, cfg))
+    return on_main(lambda: _hold_and_check(run_dir, cfg))
 
 
-def _check_same_run(run_dir: Path, cfg: Config) -> bool:
+def _hold_and_check(run_dir: Path, cfg: Config) -> bool:
     if problem := unwritable(run_dir):
         raise ConfigError(problem)
     hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
-    saved = saved_in(run_dir)
     if not (run_dir / "config.yaml").exists():  # a branch that came to nothing must not decide about the next start
         (run_dir / "checkpoints" / ORIGIN).unlink(missing_ok=True)
+    return same_run(run_dir, cfg)
+
+
+def same_run(run_dir: Path, cfg: Config) -> bool:
+    """Whether the folder holds steps of this run. Reads only.
+
+    Raises:
+        ConfigError: it holds steps of a run with other settings or, with resume=never, checkpoints.
+    """
+    saved = saved_in(run_dir)
     if cfg.resume == "never":
         if saved:
             raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
