@@ -46,24 +46,31 @@ def run(argv: list[str]) -> None:
 
 
 def dry_run(cfg: Config, run_dir: Path) -> None:
-    """Print what the run would be and cost."""
+    """Print, once, what the run would be and cost, and what its start would refuse or say."""
     from data.build import build_tokenizer
     from data.describe import describe
+    from eval.preflight import look_ahead
     from ovq.plan import report
 
+    if os.environ.get("RANK", "0") != "0":
+        return
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     vocab_size = cfg.tokenizer.vocab_size or build_tokenizer(cfg).vocab_size
-    print(report(cfg, vocab_size, describe(cfg), world_size, run_dir))
+    found = describe(cfg)
+    epochs, lines = look_ahead(cfg, run_dir, vocab_size, [split for split in found if "error" in found[split]])
+    print("\n".join([report(cfg, vocab_size, found, world_size, run_dir, epochs), *lines]))
 
 
 def train(cfg: Config, run_dir: Path) -> None:
     """Train to the last step or until a signal, from the newest good checkpoint of the run folder if there is one."""
-    from data.build import build_loader, build_tokenizer, check_held_out, is_task
+    from data.build import build_loader, build_tokenizer, is_task
     from data.loader import merge_states
     from eval.per_position import check_capacity, evaluate
+    from eval.preflight import check_held_out, check_room, check_training_data
     from ovq import processes, stacks
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, loop
+    from ovq.train.claim import check_same_run, claim, elsewhere
     from ovq.train.ema import WeightAverage
     from ovq.train.metrics import Metrics
     from ovq.train.optim import build_optimizer
@@ -74,15 +81,16 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.train.summary import finish
     from ovq.train.warm_start import start_from
 
-    check_held_out(cfg)
     world = processes.init(cfg.trainer)
     processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
-    tokenizer = build_tokenizer(cfg, run_dir)
+    begun = check_same_run(run_dir, cfg)
+    tokenizer = build_tokenizer(cfg, run_dir if begun else None)
     check_vocabulary(cfg, tokenizer)
-    claim(run_dir, cfg, tokenizer)
     stacks.register(run_dir)
+    hints = processes.on_main(lambda: check_held_out(cfg, tokenizer))
 
     model = build_model(cfg.model, tokenizer.vocab_size)
+    processes.on_main(lambda: check_room(cfg, model, run_dir))
     model.init_weights(cfg.seed)
     model = parallelize(model, cfg.trainer, world)
     choose_backends(model, cfg, world)
@@ -97,6 +105,9 @@ def train(cfg: Config, run_dir: Path) -> None:
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
     began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
+    hints += processes.on_main(lambda: check_training_data(cfg, loader.tokens, tokenizer))
+    hints.append(elsewhere(run_dir, cfg))
+    claim(run_dir, cfg, tokenizer)
 
     def loss_by_position(model: Transformer, step: int, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         return evaluate(model, cfg, tokenizer, world, run_dir, step, should_stop)
@@ -119,8 +130,8 @@ def train(cfg: Config, run_dir: Path) -> None:
     if extra:
         trainer.resume(extra)
         began = f"resumed from {start} at step {trainer.step}"
-    if began:
-        trainer.say(began)
+    for line in filter(None, [began, *hints]):
+        trainer.say(line)
     with trainer.signal:  # until the end: a launcher may pass the signal on after the last step
         try:
             summary = trainer.fit()
@@ -140,40 +151,6 @@ def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
             f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but {cfg.tokenizer.model_path} has "
             f"{tokenizer.vocab_size} pieces; set it to that, or to null"
         )
-
-
-def check_same_run(run_dir: Path, cfg: Config) -> None:
-    """Refuse a run folder that was made with other settings, or, with resume=never, one that has checkpoints."""
-    from ovq import config
-    from ovq.errors import ConfigError
-    from ovq.train.metrics import read_rows
-
-    saved = [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "checkpoints").glob("aside_step_*")]
-    if cfg.resume == "never" and saved:
-        raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
-    # A start that failed before the first step claims nothing.
-    stepped = saved or read_rows(run_dir / "metrics.jsonl")
-    if stepped and (run_dir / "config.yaml").exists() and cfg.resume != "never":
-        changed = config.changed_identity(config.load(run_dir), cfg)
-        if changed:
-            raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")
-
-
-def claim(run_dir: Path, cfg: Config, tokenizer: Tokenizer) -> None:
-    """Claim the run folder: refuse one made with other settings, then store config and tokenizer in it."""
-    from ovq import config
-    from ovq.processes import on_main
-    from ovq.train.checkpoint import hold
-    from ovq.train.summary import FILE
-
-    def store() -> None:
-        hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
-        check_same_run(run_dir, cfg)
-        (run_dir / FILE).unlink(missing_ok=True)  # or a process waiting for it would take that of an earlier run
-        tokenizer.save(run_dir / "tokenizer")
-        config.save(cfg, run_dir)
-
-    on_main(store)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from data.builtin import BuiltinCorpus
 from data.corpus import Corpus
 from data.dataset_corpus import describe_dataset, is_remote
 from data.prepared import describe_prepared
-from data.sources import HUB, DataError, find_files, index_shards
+from data.sources import HUB, NOT_LISTED, DataError, find_files, hub_parts, index_shards
 from data.tokenizer import Tokenizer
 from ovq.config import Config
 from ovq.errors import ConfigError
@@ -27,7 +27,11 @@ def describe(cfg: Config) -> dict[str, dict[str, Any]]:
     how often the run reads it ("epochs").
     """
     if cfg.data.kind != "mixture":
-        return {split: _describe(cfg, split) for split in splits_of(cfg)}
+        found: dict[str, dict[str, Any]] = {}
+        for split in splits_of(cfg):
+            same = [other for other in found if _unreachable(found[other]) and hub_of(cfg, other) == hub_of(cfg, split)]
+            found[split] = {"error": f"not looked for, see data {same[0]}"} if same else _describe(cfg, split)
+        return found
     shares, lines = shares_of(cfg), {}
     for name, source in sources_of(cfg).items():
         for split in splits_of(source) or ["train"]:
@@ -35,6 +39,15 @@ def describe(cfg: Config) -> dict[str, dict[str, Any]]:
             if split == "train" and "error" not in found:
                 found |= {"share": shares[name], "epochs": _epochs(source, shares[name], found)}
     return lines
+
+
+def _unreachable(found: dict[str, Any]) -> bool:
+    return NOT_LISTED in found.get("error", "")
+
+
+def hub_of(cfg: Config, split: str) -> list[str]:
+    """The hub's repositories that a split's files come from; empty for local files."""
+    return sorted({hub_parts(path)[0] for path in getattr(cfg.data, split) if path.startswith(HUB)})
 
 
 def _epochs(cfg: Config, share: float, found: dict[str, Any]) -> float | None:

@@ -191,6 +191,11 @@ class Loader:
             self.counts = dict(state["counts"]) if rank == 0 else {}
         self._step_began = dict(self.lanes), dict(self.counts)
 
+    @property
+    def tokens(self) -> Any:
+        """The documents that rows are made from; None for a generated task."""
+        return getattr(self._source, "tokens", None)
+
     def __iter__(self) -> Generator[Batch]:
         owned = list(self.lanes)
         lanes = LaneDataset(self._source, self.lanes)
@@ -283,7 +288,10 @@ def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
     keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
     if keys:
         changes = "; ".join(f"{key}: {_short(saved.get(key))} -> {_short(current.get(key))}" for key in keys)
-        raise ConfigError(f"the data differ from those the run was made with ({changes}); use another run_dir")
+        raise ConfigError(
+            f"the data differ from those of the checkpoint ({changes}), and a run keeps its data; begin another one "
+            "with run_dir=NEW, from the weights of this one with init_from=DIR"
+        )
 
 
 def _add(counts: dict[str, int], more: dict[str, int]) -> None:

@@ -88,6 +88,10 @@ class PreparedTokens:
     def sizes(self) -> np.ndarray:
         return np.concatenate([self._part(p).documents["bytes"] for p in range(len(self._parts))]).astype(np.int64)
 
+    def lengths(self) -> np.ndarray:
+        """Ids of each document, int64 [documents]."""
+        return np.concatenate([self._part(p).documents["tokens"] for p in range(len(self._parts))]).astype(np.int64)
+
     def fingerprint(self) -> dict[str, Any]:
         sources = [source["source"] for source in self._sources]
         if len(sources) == 1:

@@ -33,6 +33,7 @@ from ovq.errors import ConfigError, Failure, one_line
 
 SPLITS = ("train", "validation", "test")
 HUB = "hf://datasets/"
+NOT_LISTED = "cannot be listed"  # in the message about a repository that is out of reach
 _SERIES = re.compile(r"^(?P<stem>.*-)(?P<index>\d+)-of-(?P<total>\d+)(?P<rest>.*)$")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
@@ -157,11 +158,11 @@ def hub_download(file: File) -> str:
     """
     from huggingface_hub import hf_hub_download
 
-    repo, inside = _hub_parts(file.path)
+    repo, inside = hub_parts(file.path)
     return hf_hub_download(repo.partition("@")[0], inside, repo_type="dataset", revision=file.commit)
 
 
-def _hub_parts(path: str) -> tuple[str, str]:
+def hub_parts(path: str) -> tuple[str, str]:
     parts = path[len(HUB) :].split("/")
     if len(parts) < 3:
         raise ConfigError(f"{path}: hub patterns look like {HUB}OWNER/NAME/PATH")
@@ -169,14 +170,14 @@ def _hub_parts(path: str) -> tuple[str, str]:
 
 
 def _hub_files(pattern: str, revision: str | None) -> list[File]:
-    repo, inside = _hub_parts(pattern)
+    repo, inside = hub_parts(pattern)
     repo, _, named = repo.partition("@")
     revision = named or revision or _COMMITS.get(repo)
     try:
         commit, entries = _list_hub(repo, revision)
     except Exception as error:  # no network, no such repository or revision: the message quotes the cause
         raise ConfigError(
-            f"{pattern} (revision {revision}) cannot be listed: {one_line(error)}; without a network, train from a "
+            f"{pattern} (revision {revision}) {NOT_LISTED}: {one_line(error)}; without a network, train from a "
             "folder made by python -m data.prepare (data=memmap)"
         ) from None
     _COMMITS.setdefault(repo, commit)

@@ -36,6 +36,7 @@ from ovq.files import write_whole
 from ovq.inference.run import Run, RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import state_bytes, state_size
+from ovq.report import reporting
 from ovq.schema import setting
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def main(options: Options, overrides: list[str]) -> int:
         def publish() -> None:
             TABLE.write(run.run_dir, rows)
             write_whole(run.run_dir / "accuracy.csv", TABLE.as_csv(run.run_dir))
-            picture = style.save(draw(rows, task), run.run_dir / "plots" / picture_name(rows))
-            print(run.run_dir / TABLE.file, run.run_dir / "accuracy.csv", picture, sep="\n")
+            print(run.run_dir / TABLE.file, run.run_dir / "accuracy.csv", sep="\n")
+            with reporting("the plot of the accuracy"):
+                print(style.save(draw(rows, task), run.run_dir / "plots" / picture_name(rows)))
 
         processes.on_main(publish)
         processes.shutdown()

@@ -42,6 +42,7 @@ from ovq.files import write_whole
 from ovq.inference.run import Run, RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import count_parameters, state_bytes, state_size
+from ovq.report import reporting
 from ovq.schema import setting
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ def main(options: Options, overrides: list[str]) -> int:
         def publish() -> None:
             write_whole(run.run_dir / "needle.csv", TABLE.as_csv(run.run_dir))
             print(report(rows))
-            print(run.run_dir / TABLE.file, run.run_dir / "needle.csv", *draw(rows, run.run_dir / "plots"), sep="\n")
+            print(run.run_dir / TABLE.file, run.run_dir / "needle.csv", sep="\n")
+            with reporting("the plots of the needles"):
+                print(*draw(rows, run.run_dir / "plots"), sep="\n")
 
         processes.on_main(publish)
         processes.shutdown()

@@ -12,6 +12,7 @@ Memory is bounded: see `eval.heldout`.
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.sources import DataError
 from data.tokenizer import Tokenizer
@@ -29,12 +31,13 @@ from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, TrainingError
 from ovq.inference.losses import losses_by_position, losses_with_restarts
 from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer
 from ovq.processes import World
+from ovq.report import figures, reporting
 from ovq.schema import setting
 from ovq.train.metrics import show_in_wandb, start_wandb
 
@@ -268,25 +271,35 @@ def evaluate_strictly(
     if measured is None:
         return None
 
-    def publish() -> None:
-        loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
-        if cfg.eval.restart is not None:
-            return  # not what the model makes of a document, but a part of it, to compare with the whole
-        rows = table_rows(measured, cfg, run_dir, step)
-        loss_table.write(run_dir, rows)
+    processes.on_main(lambda: publish(measured, cfg, run_dir, step, wandb_step=wandb_step, changed=changed))
+    return measured.summary()
+
+
+def publish(
+    measured: Measurement, cfg: Config, run_dir: Path, step: int, *, wandb_step: int | None, changed: str
+) -> None:
+    """Add an evaluation to the tables of the run folder, then draw it.
+
+    Raises:
+        OSError: a table cannot be written. The picture is optional: `eval.plot` makes it from the table.
+    """
+    loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
+    if cfg.eval.restart is not None:
+        return  # not what the model makes of a document, but a part of it, to compare with the whole
+    rows = table_rows(measured, cfg, run_dir, step)
+    loss_table.write(run_dir, rows)
+    wanted = cfg.eval
+    picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
+    again = " ".join(["python -m eval.plot", *map(shlex.quote, (f"runs=[{run_dir}]", f"out={picture}"))])
+    with reporting("the plot of the evaluation", again):
         curves = plot.curves_of(
             loss_table.read(run_dir),
             scale="log",
             train_context=cfg.trainer.context,
             key=loss_table.key_of(rows[0]),
         )
-        wanted = cfg.eval
-        name = plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
-        picture = plot.loss_by_position(curves, run_dir / "plots" / name)
+        plot.loss_by_position(curves, picture)
         show_in_wandb("loss_by_position", picture, rows, wandb_step)
-
-    processes.on_main(publish)
-    return measured.summary()
 
 
 def evaluate(
@@ -298,20 +311,39 @@ def evaluate(
     step: int,
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Measure loss by position of a model in training and save it to the run folder; never stops the training.
+    """Measure loss by position of a model in training and save it to the run folder. Data that cannot be read and a
+    folder that cannot be written to do not stop the training.
 
     Collective: all processes must call it, and each calls should_stop equally often.
 
     Returns:
-        Metrics for the log (`Measurement.summary`); {"documents": 0} if nothing could be evaluated, after printing a
-        line that says why; None if should_stop() returned True, in which case the run folder is unchanged.
+        Metrics for the log (`Measurement.summary`), even if the run folder does not take the table or the picture;
+        {"documents": 0} if nothing could be evaluated, after printing a line that says why; None if should_stop()
+        returned True, in which case the run folder is unchanged.
+
+    Raises:
+        TrainingError: there is no memory for it.
     """
     try:
-        return evaluate_strictly(model, cfg, tokenizer, world, run_dir, step, should_stop, wandb_step=step)
+        measured = measure(model, cfg, tokenizer, world, should_stop)
     except (ConfigError, DataError, OSError) as error:
         if world.is_main:
             print(f"no evaluation at step {step}: {error}", file=sys.stderr, flush=True)
         return {"documents": 0.0}
+    except torch.OutOfMemoryError:  # on this rank alone, perhaps: the others wait for it
+        raise TrainingError(
+            f"no memory for the evaluation at step {step}, whose checkpoint is saved; the same command continues with "
+            f"a smaller eval.batch (now {cfg.eval.batch}) or eval.piece (now {cfg.eval.piece}), or with "
+            "eval.at_end=false trainer.eval_every=0"
+        ) from None
+    if measured is None:
+        return None
+    if world.is_main:
+        run_dir = Path(run_dir)
+        again = f"python -m eval.per_position {shlex.quote(f'run={run_dir}')}"
+        with reporting("the tables of the evaluation", again):
+            publish(measured, cfg, run_dir, step, wandb_step=step, changed="")
+    return measured.summary()
 
 
 @dataclass
@@ -348,16 +380,17 @@ def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float]) -> 
     """An evaluation's results by position as text, and the paths they were written to."""
     wanted = cfg.eval
     if wanted.restart is not None:
-        found = "  ".join(f"{name} {value:.5g}" for name, value in results.items() if name != "documents")
+        found = figures({name: value for name, value in results.items() if name != "documents"})
         return (
             f"{found}\nby position, with at least {wanted.restart} tokens seen: {run_dir / loss_table.BY_DOCUMENT.file}"
         )
     key = (step, wanted.context, wanted.num_centroids, wanted.split)
     rows = [row for row in loss_table.read(run_dir) if loss_table.key_of(row) == key and row["buckets"] == "log"]
     lines = [f"{run_dir} step {step}: {int(results['documents'])} {wanted.split} documents of {wanted.context} tokens"]
-    lines.append("  ".join(f"{name} {value:.5g}" for name, value in results.items() if name != "documents"))
-    lines.append(f"{'position':>17}  loss (nats per token)")
-    for row in rows:
+    lines.append(figures({name: value for name, value in results.items() if name != "documents"}))
+    error = "one document, so without" if results["documents"] == 1 else "+-"
+    lines.append(f"{'position':>17}  loss (nats per token), {error} its standard error over documents")
+    for row in plot.after_the_first(rows):
         error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
         lines.append(f"{row['position_start']:>8}-{row['position_end']:<8}  {row['loss']:.4f}{error}")
     picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)

@@ -32,6 +32,7 @@ from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer
 from ovq.processes import World
+from ovq.report import readable
 from ovq.schema import setting
 
 
@@ -107,11 +108,16 @@ def main(options: Options, overrides: list[str]) -> int:
         assert results is not None  # nothing could stop it
         if run.world.is_main:
             path = save(run.run_dir, {"step": run.step, **results})
-            for name, value in results.items():
-                print(f"{name:<16} {value:,}" if isinstance(value, int) else f"{name:<16} {value}")
-            print(path)
+            show(results, path)
         processes.shutdown()
     return 0
+
+
+def show(results: dict[str, Any], path: Path) -> None:
+    """Print the results, and where they are with all digits."""
+    for name, value in results.items():
+        print(f"{name:<16} {readable(value)}")
+    print(path)
 
 
 def save(run_dir: Path, results: dict[str, Any]) -> Path:

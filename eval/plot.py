@@ -1,6 +1,6 @@
 """Plot one or several runs: loss by position with its standard error, training loss by step, or accuracy by length.
 
-    python -m eval.plot runs=[runs/a,runs/b] out=both.png                 the newest evaluation of each run
+    python -m eval.plot runs=[runs/a,runs/b] out=both.png                 the best evaluation of each run
     python -m eval.plot runs=[runs/a] context=65536 x=linear              at one context, on a linear axis
     python -m eval.plot runs=[runs/a,runs/b] kind=training out=train.png
     python -m eval.plot runs=[runs/a,runs/b] kind=accuracy out=recall.png     of a generated task (eval.accuracy)
@@ -20,11 +20,13 @@ from eval import loss_table, style
 from eval.accuracy_table import TABLE
 from ovq import config
 from ovq.cli import command
-from ovq.config import FREE_AT_RESUME, Config
+from ovq.config import Config
 from ovq.errors import ConfigError
+from ovq.identity import FREE_AT_RESUME
 from ovq.schema import REQUIRED, one_of, setting
 
 FIRST_SHOWN = 16  # earlier positions have almost no context, and their high losses would flatten the rest of the curve
+SEEN = 0.002  # of the picture's height: a smaller difference is hidden by the line
 SHOWN_STEPS = 5  # at most this many evaluations of one run in a figure
 
 
@@ -45,13 +47,13 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
     """
     fig, (ax,) = style.figure()
     longest = max(row["position_end"] for curve in curves for row in curve.rows)
-    first = FIRST_SHOWN if scale == "log" and longest > 16 * FIRST_SHOWN else 0
-    for index, curve in enumerate(curves):
-        rows = [row for row in curve.rows if row["position_start"] >= first]
+    drawn = [after_the_first(curve.rows, longest) if scale == "log" else curve.rows for curve in curves]
+    same = equal_curves([[row["loss"] for row in rows] for rows in drawn])
+    for index, (curve, rows) in enumerate(zip(curves, drawn)):
         x = [_middle(row, scale) for row in rows]
         loss = [row["loss"] for row in rows]
         error = [row["stderr"] or 0.0 for row in rows]
-        ax.plot(x, loss, color=style.color(index), linestyle=style.line(index), label=curve.label)
+        ax.plot(x, loss, color=style.color(index), **_told_apart(index, same, [curve.label for curve in curves]))
         low, high = ([y + sign * e for y, e in zip(loss, error)] for sign in (-1, 1))
         ax.fill_between(x, low, high, color=style.color(index), alpha=0.15, linewidth=0)
     for trained in sorted({curve.train_context for curve in curves if curve.train_context}):
@@ -73,6 +75,36 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
     return style.save(fig, out)
 
 
+def after_the_first(rows: list[loss_table.Row], longest: int | None = None) -> list[loss_table.Row]:
+    """Rows of logarithmic buckets without those of a token or two at the beginning, if the curve is long."""
+    longest = longest or max((row["position_end"] for row in rows), default=0)
+    first = FIRST_SHOWN if longest > 16 * FIRST_SHOWN else 0
+    return [row for row in rows if row["position_start"] >= first]
+
+
+def equal_curves(curves: list[list[float]]) -> dict[int, int]:
+    """Curve -> the first one that it lies upon, within a line's width of the whole picture."""
+    height = max(max(values) for values in curves) - min(min(values) for values in curves)
+    found: dict[int, int] = {}
+    for index, values in enumerate(curves):
+        for earlier in range(index):
+            other = curves[earlier]
+            near = len(other) == len(values) and all(abs(a - b) <= SEEN * height for a, b in zip(values, other))
+            if near and earlier not in found:
+                found[index] = earlier
+                break
+    return found
+
+
+def _told_apart(index: int, same: dict[int, int], names: list[str]) -> dict[str, Any]:
+    """Line style and label of a curve. One that lies upon another is dotted in its own colour, and labelled so."""
+    if index not in same:
+        return {"linestyle": style.line(index), "label": names[index]}
+    above = sum(1 for other, first in same.items() if first == same[index] and other <= index)
+    dots = (4 * (above - 1), (2, 4 * sum(1 for first in same.values() if first == same[index])))
+    return {"linestyle": dots, "label": f"{names[index]} (the same curve as {names[same[index]]})"}
+
+
 def _middle(row: loss_table.Row, scale: str) -> float:
     """Where a bucket is drawn: its midpoint, or on a log axis the geometric mean of the numbers of tokens seen."""
     start, end = row["position_start"], row["position_end"]
@@ -81,11 +113,16 @@ def _middle(row: loss_table.Row, scale: str) -> float:
 
 def _title(curves: list[Curve]) -> str:
     """'4 validation documents', or a range where curves differ; a lone curve's label comes first (it has no legend)."""
-    counts = [row["tokens"] // (row["position_end"] - row["position_start"]) for c in curves for row in c.rows]
+    counts = [documents_of(row) for curve in curves for row in curve.rows]
     number = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
     splits = sorted({row["split"] for curve in curves for row in curve.rows})
-    documents = f"{number} {' / '.join(splits)} document{'s' if number != '1' else ''}"
+    documents = f"{number} {' / '.join(splits)} document{'s' if number != '1' else ', so no standard error'}"
     return documents if len(curves) > 1 else f"{curves[0].label}: {documents}"
+
+
+def documents_of(row: loss_table.Row) -> int:
+    """The number of documents that a bucket averages over."""
+    return row["tokens"] // (row["position_end"] - row["position_start"])
 
 
 def curves_of(rows: list[loss_table.Row], *, scale: str, train_context: int, key: tuple[Any, ...]) -> list[Curve]:
@@ -151,11 +188,11 @@ def _differ(flat: list[dict[str, Any]], key: str) -> bool:
 def compare(
     run_dirs: list[Path], out: Path, *, context: int | None, step: int | None, split: str | None, scale: str
 ) -> Path:
-    """Overlay the newest evaluation of each run (one for each capacity it was evaluated with).
+    """Overlay the best evaluation of each run (one for each capacity it was evaluated with): see `best_steps`.
 
     Args:
         context: context of the evaluations; None: the longest that all runs have.
-        step: step of the evaluations; None: each run's newest.
+        step: step of the evaluations; None: that over most documents, and of those the newest.
         split: split of the evaluations; None: any.
 
     Raises:
@@ -183,14 +220,34 @@ def compare(
                 f"{run_dir} has no such evaluation {wanted} (contexts it has: {have}); "
                 f"make one with: python -m eval.per_position run={run_dir} context={context or cfg.eval.context}"
             )
-        newest = {loss_table.key_of(row)[1:]: row["step"] for row in sorted(rows, key=lambda row: row["step"])}
-        for same, at in newest.items():
+        best = best_steps(rows)
+        for same, (at, newer) in best.items():
             capacity, of_split = same[1], same[2]
+            if newer:
+                print(f"{run_dir}: {newer}", file=sys.stderr)
             parts = [label, *([f"N={capacity} in evaluation"] if capacity else [])]
-            parts += [of_split] if len(newest) > 1 and len({other[2] for other in newest}) > 1 else []
+            parts += [of_split] if len(best) > 1 and len({other[2] for other in best}) > 1 else []
             chosen = [row for row in rows if loss_table.key_of(row) == (at, *same)]
             curves.append(Curve(", ".join(parts), chosen, cfg.trainer.context))
     return loss_by_position(curves, out, scale=scale)
+
+
+def best_steps(rows: list[loss_table.Row]) -> dict[tuple[Any, ...], tuple[int, str]]:
+    """The evaluation to draw for each context, capacity and split: over most documents, and of those the newest.
+
+    Returns:
+        (context, num_centroids, split) -> its step, and a line if there is a newer one over fewer documents.
+    """
+    documents: dict[tuple[Any, ...], dict[int, int]] = {}
+    for row in rows:
+        documents.setdefault(loss_table.key_of(row)[1:], {})[row["step"]] = documents_of(row)
+    found = {}
+    for same, of_step in documents.items():
+        step = max(of_step, key=lambda step: (of_step[step], step))
+        newest = max(of_step)
+        line = f"step {step:,} is drawn, over {of_step[step]} documents; for step {newest:,}, over {of_step[newest]}"
+        found[same] = step, "" if newest == step else f"{line}: step={newest}"
+    return found
 
 
 def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
@@ -203,14 +260,17 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
 
     fig, (ax,) = style.figure()
     configs = [config.load(run_dir) for run_dir in run_dirs]
-    for index, (run_dir, label) in enumerate(zip(run_dirs, labels(configs, [d.name for d in run_dirs]))):
+    names, means = labels(configs, [d.name for d in run_dirs]), []
+    for index, run_dir in enumerate(run_dirs):
         rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("loss") is not None]
         if not rows:
             raise ConfigError(f"{run_dir} has no training loss yet: its metrics.jsonl has no steps")
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
         ax.plot(steps, losses, color=style.color(index), alpha=0.25, linewidth=0.8)
-        mean = running_mean(losses, max(1, len(losses) // 50))
-        ax.plot(steps, mean, color=style.color(index), linestyle=style.line(index), label=label)
+        means.append((steps, running_mean(losses, max(1, len(losses) // 50))))
+    same = equal_curves([mean for _, mean in means])
+    for index, (steps, mean) in enumerate(means):
+        ax.plot(steps, mean, color=style.color(index), **_told_apart(index, same, names))
     if scale == "log":
         ax.set_xscale("log")
     ax.set_xlabel("step")
@@ -284,7 +344,9 @@ class Options:
     )
     x: str | None = setting(None, "scale of the axis; null: log by position, linear by step", choices=("log", "linear"))
     context: int | None = setting(None, "context of the evaluations; null: the longest that all runs have", at_least=1)
-    step: int | None = setting(None, "step of the evaluations; null: each run's newest", at_least=0)
+    step: int | None = setting(
+        None, "step of the evaluations; null: the one over most documents, and of those the newest", at_least=0
+    )
     split: str | None = setting(None, "split of the evaluations; null: any", choices=("validation", "test"))
 
 

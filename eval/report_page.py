@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from eval import plot, style
 from eval.paired import Losses, Mean, paired
 from eval.run_facts import Facts, as_json, finite
-from ovq import config
+from ovq import config, identity
 from ovq.plan import format_bytes
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def spans_of(base: Facts) -> list[tuple[int, int]]:
 
 def without_seed(run: Facts) -> dict[str, Any]:
     assert run.cfg is not None
-    return {key: value for key, value in config.identity(run.cfg).items() if key != "seed"}
+    return {key: value for key, value in identity.identity(run.cfg).items() if key != "seed"}
 
 
 def of_all_seeds(label: str) -> str:

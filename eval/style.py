@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ovq.files import replacing
@@ -39,12 +41,24 @@ RC = {
 DPI = 160
 
 
+def library() -> ModuleType:
+    """matplotlib. Its import fails where MPLBACKEND names a backend that is not installed (Jupyter exports its own to
+    every process), and nothing here needs one."""
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    return matplotlib
+
+
 def figure(panels: int = 1, width: float = 6.8, height: float = 4.2) -> tuple[Figure, list[Axes]]:
     """A figure of `panels` axes side by side; width and height are those of each panel, in inches."""
-    import matplotlib
+    matplotlib = library()
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(RC):  # type: ignore[arg-type]
+    with matplotlib.rc_context(RC):
         fig = Figure(figsize=(width * panels, height), layout="constrained")
         return fig, list(fig.subplots(1, panels, squeeze=False)[0])
 
@@ -85,9 +99,7 @@ def legend(ax: Axes) -> None:
 
 def save(fig: Figure, path: Path | str) -> Path:
     """Write the figure atomically; the suffix (.png, .pdf, .svg) selects the format. Parent folders are created."""
-    path = Path(path)
-    import matplotlib
-
+    path, matplotlib = Path(path), library()
     # No date, version or random id in the file, so that the same data give the same bytes.
     metadata = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}.get(path.suffix)
     with replacing(path) as scratch, matplotlib.rc_context({"svg.hashsalt": "ovq"}):

@@ -21,6 +21,7 @@ from ovq.errors import ConfigError
 from ovq.memory import memory_of
 from ovq.model import build_model
 from ovq.plan import format_bytes, indivisible, report
+from ovq.train.claim import same_run
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
     if running := trainer_of(run_dir):
         raise ConfigError(f"{run_dir} is in use by another process ({running}); wait for it, or stop it")
     check_held_out(cfg)
-    train.check_same_run(run_dir, cfg)
-    tokenizer = build_tokenizer(cfg, run_dir)
+    begun = same_run(run_dir, cfg)
+    tokenizer = build_tokenizer(cfg, run_dir if begun else None)
     train.check_vocabulary(cfg, tokenizer)
     found = describe(cfg)
     for facts in found.values():

@@ -38,7 +38,7 @@ from hydra.errors import HydraException
 from launch import options as arguments
 from launch.claims import claim, claim_gpus, release, trainer_of
 from launch.options import positive
-from ovq import config
+from ovq import config, identity
 from ovq.bounded import how
 from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
@@ -110,7 +110,7 @@ def mark_finished(jobs: list[Job]) -> None:
     for job in jobs:
         if is_finished(job.run_dir):
             stored, requested = config.load(job.run_dir), compose(job.overrides)
-            changed = config.changed_identity(stored, requested)
+            changed = identity.changed(stored, requested)
             if stored.trainer.steps != requested.trainer.steps:  # may change at a resume, but this run has finished
                 changed.append(f"trainer.steps: {stored.trainer.steps} -> {requested.trainer.steps}")
             if changed:

@@ -20,10 +20,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ovq.config import FREE_AT_RESUME, RENAMED, Config, check, flatten, within
+from ovq.config import RENAMED, Config, check
 from ovq.config_data import DataConfig, MixtureSource
 from ovq.environment import plain
 from ovq.errors import ConfigError, omegaconf_message
+from ovq.identity import FREE_AT_RESUME, within
 from ovq.schema import describe
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -136,15 +137,6 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
     if slug != full or len(slug) > 100:
         slug = f"{slug[:90]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
     return Path(cfg.runs_root) / slug
-
-
-def default_of(key: str) -> Any:
-    """The default of a setting by its dotted name; None if it has none."""
-    parts = key.split(".")
-    if parts[:2] == ["model", "mixers"] and len(parts) == 4 and parts[2] in options("model/mixer"):
-        settings: Any = OmegaConf.load(CONFIG_DIR / "model" / "mixer" / f"{parts[2]}.yaml")
-        return settings.get(parts[3])
-    return flatten(OmegaConf.structured(Config)).get(key)
 
 
 # --- messages --------------------------------------------------------------------------------------------------------

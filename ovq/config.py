@@ -7,8 +7,6 @@ machine and at every restart.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,46 +137,11 @@ class Config:
     seed: int = setting(0, "seed of the initialisation and the data order")
     runs_root: str = setting("runs", "folder that holds the run folders")
     run_dir: str | None = setting(None, "run folder; null: named after the command line")
-    resume: str = setting("auto", "auto: from the run folder's newest checkpoint; never; or a checkpoint folder")
+    resume: str = setting(
+        "auto",
+        "auto: from the run folder's newest checkpoint; never; or the folder of a checkpoint or a run to branch from",
+    )
     dry_run: bool = setting(False, "print parameters, state, FLOPs, memory and data without training")
-
-
-# Settings a resumed run may change: they alter how the run is computed or monitored, not what it computes.
-FREE_AT_RESUME = (
-    "trainer.steps",
-    "trainer.micro_batch",
-    "trainer.device",
-    "trainer.shard",
-    "trainer.replicas",
-    "trainer.context_parallel",
-    "trainer.compile",
-    "trainer.activation_checkpointing",
-    "trainer.loss_chunk_tokens",
-    "trainer.log_every",
-    "trainer.health_every",
-    "trainer.eval_every",
-    "trainer.checkpoint_every",
-    "trainer.keep_last",
-    "trainer.async_checkpoint",
-    "trainer.timeout_s",
-    "trainer.kernel_test_s",
-    "trainer.peak_tflops",
-    "trainer.progress",
-    "trainer.nonfinite",
-    "trainer.allow_rate_jump",
-    "trainer.max_skipped_steps",
-    "trainer.deterministic",
-    "data.num_workers",
-    "data.prefetch",
-    "data.words",
-    "logger",
-    "eval",
-    "name",
-    "runs_root",
-    "run_dir",
-    "resume",
-    "dry_run",
-)
 
 
 def check(cfg: Config) -> None:
@@ -221,9 +184,21 @@ def check(cfg: Config) -> None:
 # --- plain values and files ------------------------------------------------------------------------------------------
 
 
-def to_dict(cfg: Config) -> dict[str, Any]:
+def to_dict(cfg: Config | dict[str, Any]) -> dict[str, Any]:
     """The config as plain dictionaries, lists and scalars, fit to be stored and shown: see `ovq.environment.plain`."""
     return plain(cfg)
+
+
+def flatten(cfg: Config | dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, to compare two configs."""
+
+    def walk(node: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(node, dict):
+            parts = [walk(value, f"{prefix}{key}.") for key, value in node.items()]
+            return {key: value for part in parts for key, value in part.items()}
+        return {prefix[:-1]: node}
+
+    return walk(to_dict(cfg), "")
 
 
 def from_dict(values: dict[str, Any], *, stored: bool = False, trust: Collection[str] = ()) -> Config:
@@ -315,40 +290,3 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     elif data.get("task", {}) is None:
         data["task"] = {}
     return values
-
-
-# --- which run this is -----------------------------------------------------------------------------------------------
-
-
-def flatten(cfg: Config) -> dict[str, Any]:
-    """Dotted key -> value, to compare two configs."""
-
-    def walk(node: Any, prefix: str) -> dict[str, Any]:
-        if isinstance(node, dict):
-            parts = [walk(value, f"{prefix}{key}.") for key, value in node.items()]
-            return {key: value for part in parts for key, value in part.items()}
-        return {prefix[:-1]: node}
-
-    return walk(to_dict(cfg), "")
-
-
-def changed_identity(old: Config, new: Config) -> list[str]:
-    """Settings that differ between two configs but that a resumed run may not change, as 'key: old -> new'."""
-    before, after = flatten(old), flatten(new)
-    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not within(key, FREE_AT_RESUME)]
-
-
-def identity(cfg: Config) -> dict[str, Any]:
-    """The settings that determine what a run computes: dotted key -> value."""
-    return {key: value for key, value in flatten(cfg).items() if not within(key, FREE_AT_RESUME)}
-
-
-def within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
-    """Whether a dotted key is one of `prefixes` or is nested under one."""
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
-
-
-def digest(cfg: Config) -> str:
-    """A short hash of the settings that determine what a run computes."""
-    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 
+from ovq.report import tell_once
+
 # Dense bf16 tensor-core peak in TFLOP/s, from NVIDIA's and AMD's data sheets.
 PEAK_TFLOPS = {"H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "MI300X": 1307}
+
+MEASURED = "measured matrix product"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -117,7 +121,27 @@ def peak_flops(device: torch.device, precision: str, override_tflops: float | No
         for known, tflops in PEAK_TFLOPS.items():
             if all(part in name for part in known.split()):
                 return tflops * 1e12, f"{known} data sheet"
-    return measured_flops(device, precision), "measured matrix product"
+    return measured_flops(device, precision), MEASURED
+
+
+def share_of_peak(
+    achieved: float, peak: tuple[float, str], device: torch.device, precision: str
+) -> tuple[float | None, tuple[float, str]]:
+    """What share of a peak (of `peak_flops`) is achieved, in FLOP/s of one device, and the peak to go on with.
+
+    More than all of a measured peak means that the cores were busy when it was measured: it is measured again. A share
+    above 1 is never given: it is None, and a line on stderr says so once.
+    """
+    limit, source = peak
+    if achieved > limit and source == MEASURED:
+        limit, source = max(limit, measured_flops.__wrapped__(device, precision)), f"{MEASURED}, the second time"
+    if achieved <= limit:
+        return achieved / limit, (limit, source)
+    mend = "it is too low" if source == "trainer.peak_tflops" else "set trainer.peak_tflops for a share of the peak"
+    tell_once(
+        f"training is faster than the peak of {limit / 1e12:.3g} TFLOP/s ({source}), so its share is left out; {mend}"
+    )
+    return None, (limit, source)
 
 
 @functools.cache

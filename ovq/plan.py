@@ -5,11 +5,14 @@ The model is built on the meta device, so describing a 480M model takes a second
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ovq.config import Config, digest
+from ovq.config import Config
+from ovq.identity import digest
 from ovq.lengths import phases
 from ovq.memory import MemoryPlan, memory_of
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size, undivided
@@ -17,12 +20,13 @@ from ovq.model import build_model, count_parameters, flops_per_token, state_byte
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
 
 
-def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, run_dir: Any) -> str:
+def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, run_dir: Path, epochs: str = "") -> str:
     """The whole plan as text: model, state by context, compute, memory, data.
 
     Args:
         vocab_size: number of pieces in the tokenizer.
         data: what `data.build.describe` found for each split (shards, bytes, documents), or its error.
+        epochs: how often the schedule reads the training data, in words, if that is known.
         world_size: number of processes the run would use; to plan for 8, setting torchrun's WORLD_SIZE=8 is enough.
     """
     with torch.device("meta"):
@@ -43,9 +47,10 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
         ("parameters", f"{total:,} in total, {body:,} without embedding and head"),
         ("training FLOPs", f"{each}; {total_flops:.3g} in total"),
         ("tokens", f"{tokens_per_step:,} per step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in total"),
-        ("steps", f"{trainer.steps:,}"),
+        ("steps", f"{trainer.steps:,}" + (f", {epochs}" if epochs else "")),
         ("processes", _processes(cfg, world_size, undivided(model, trainer.context_parallel))),
         ("device memory", _memory(memory_of(cfg, model, world_size))),
+        ("checkpoints", "{} each, {} at most at once".format(*map(format_bytes, checkpoint_bytes(cfg, total)))),
     ]
     rows += [(f"data {split}", _found(found)) for split, found in data.items()]
     rows += [] if data else [("data", "none: data.train is empty")]
@@ -120,10 +125,32 @@ def _memory(plan: MemoryPlan) -> str:
     return f"about {format_bytes(plan.total)} ({'; '.join(f'{n} {format_bytes(v)}' for n, v in parts.items() if v)})"
 
 
+def checkpoint_bytes(cfg: Config, total: int) -> tuple[float, float]:
+    """Bytes of a checkpoint of `total` parameters (float32, with AdamW's two moments), and of all that are ever on the
+    disk at once: those that are kept and the one being written."""
+    each = 12.0 * total
+    return each, each * (cfg.trainer.keep_last + 1)
+
+
+def lacking_room(cfg: Config, total: int, run_dir: Path) -> str:
+    """A line if the disk has too little room for the run's checkpoints; else empty. Those that are there count."""
+    each, all_of_them = checkpoint_bytes(cfg, total)
+    held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step_*/*") if file.is_file())
+    place = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free >= all_of_them - held:
+        return ""
+    return (
+        f"{run_dir} has {format_bytes(free)} of free disk, and the checkpoints need {format_bytes(all_of_them - held)} "
+        f"({format_bytes(each)} each: trainer.keep_last={cfg.trainer.keep_last} and the one being written); make room, "
+        "lower trainer.keep_last, or choose another disk with runs_root="
+    )
+
+
 def format_bytes(number: float) -> str:
     """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if number < 1024 or unit == "PiB":
             return f"{number:.4g} {unit}"
         number /= 1024
     raise AssertionError

@@ -1,16 +1,20 @@
 """Output that cannot stop the work: a closed pipe, a full disk under a log or a missing glyph costs text, not a run.
 
 `lasting_streams` is installed once, by `ovq.cli.guarded`, and covers whatever writes to sys.stdout and sys.stderr:
-print, warnings, logging, progress bars, libraries.
+print, warnings, logging, progress bars, libraries. `reporting` is for what else only shows the work: a picture, a
+table, a summary on the screen, a service that is sent the numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
+
+from ovq.errors import one_line
 
 LOST = (OSError, ValueError)  # a broken pipe, a full disk, a terminal that was closed; a file object that was closed
 
@@ -68,6 +72,60 @@ def lasting_streams() -> Iterator[None]:
             sys.stdout, sys.stderr = before
             for stream in streams:
                 _flush_or_discard(stream)
+
+
+@contextlib.contextmanager
+def reporting(what: str, again: str = "") -> Iterator[None]:
+    """Within the `with` block nothing ends the work: an error costs `what`, and is told in one line on stderr, once.
+
+    A library's SystemExit counts as an error (some end the process where they lack a key); an interruption does not.
+
+    Args:
+        what: what is made within, "the plot of the evaluation", for the message.
+        again: a command that makes it later.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        later = f"; make it later: {again}" if again else ""
+        tell_once(f"{what}: not made ({one_line(error)[:MOST_QUOTED]}); the work goes on{later}")
+
+
+def tell_once(line: str) -> None:
+    """Print a line to stderr, unless this process has printed it before."""
+    if line not in _told:
+        _told.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
+def figures(values: Mapping[str, float | None]) -> str:
+    """Results in a line for people: 'loss 2.9957  perplexity 20'. The files have them with all digits."""
+    return "  ".join(f"{name} {readable(value)}" for name, value in values.items() if value is not None)
+
+
+def readable(value: Any) -> str:
+    """A result as a person reads it: five digits, no powers of ten. A perplexity beyond a million, as that of words
+    under a model of bytes, says no more than that."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if value != value or abs(value) >= MOST_READ:
+        return f"{value:,}" if isinstance(value, int) else "over a million" if value > 0 else f"{value}"
+    return f"{value:,}" if isinstance(value, int) or value == round(value) and abs(value) >= 1000 else f"{value:.5g}"
+
+
+MOST_READ = 1e6
+
+
+def typed(key: str, value: object) -> str:
+    """key=value as it is typed in a shell for train.py, for messages: quoted where the shell or Hydra needs that."""
+    text = str(value)
+    if text and all(c.isascii() and (c.isalnum() or c in "/._-+") for c in text):
+        return f"{key}={text}"
+    return shlex.quote(f"{key}='{text}'") if any(c in text for c in "'\"$`\\!") else f"{key}=\"'{text}'\""
+
+
+MOST_QUOTED = 200  # characters of an error in a line about a report
+_told: set[str] = set()  # by this process
 
 
 def write_error(text: str) -> None:

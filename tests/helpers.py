@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eval.bench.gpu.checks import relative_error as relative_error  # tests and the GPU checks use the same measure
+from ovq.cli import guarded
 from ovq.compose import compose, options
 from ovq.config import Config
 from ovq.model import Transformer, build_model
@@ -60,6 +64,13 @@ def _small_config(model: str, overrides: tuple[str, ...]) -> Config:
             if f"model.mixers.{name}.{key}" not in given:
                 cfg.model.mixers[name][key] = value
     return cfg
+
+
+def started(base: Config, *words: str, start: Callable[[Config, Path], None]) -> int:
+    """Exit status of `start`, train.train or train.dry_run, with a composed config and more key=value words: as from
+    the command line, without composing anew."""
+    cfg: Any = OmegaConf.merge(base, OmegaConf.from_dotlist([*words]))
+    return guarded(lambda: start(cfg, Path(cfg.run_dir)))
 
 
 def small_model(model: str, *overrides: str, vocab_size: int = 61, seed: int = 0) -> Transformer:

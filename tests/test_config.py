@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from data.build import build_task
-from ovq import config
+from ovq import config, identity
 from ovq.compose import compose, groups, help_text, options, run_dir_of
 from ovq.errors import ConfigError
 from ovq.model import build_mixer
@@ -77,8 +77,8 @@ def test_saved_config_loads_unchanged(tmp_path) -> None:
 
 def test_resume_may_change_how_a_run_is_computed_but_not_what() -> None:
     old = compose(["seed=1"])
-    assert config.changed_identity(old, compose(["seed=1", "trainer.micro_batch=2", "logger=wandb"])) == []
-    changed = config.changed_identity(old, compose(["seed=2", "trainer.context=1024"]))
+    assert identity.changed(old, compose(["seed=1", "trainer.micro_batch=2", "logger=wandb"])) == []
+    changed = identity.changed(old, compose(["seed=2", "trainer.context=1024"]))
     assert changed == ["seed: 1 -> 2", "trainer.context: 2048 -> 1024"]
 
 
@@ -108,7 +108,7 @@ def test_a_config_stored_under_old_names_is_read_as_todays(tmp_path) -> None:
     del old["data"]["task"]["_target_"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
     loaded = config.load(tmp_path)
-    assert config.changed_identity(loaded, config.from_dict(today)) == []
+    assert identity.changed(loaded, config.from_dict(today)) == []
     for override, new in (("ovq.step=0.5", "ovq.step_size"), ("fifo.num_centroids=7", "fifo.capacity")):
         with pytest.raises(ConfigError, match=f"is now called model.mixers.{new}"):
             compose([*line, f"model.mixers.{override}"])

@@ -27,6 +27,7 @@ from data.mixture import MixtureReader
 from data.prepare import main as prepare_main
 from data.train_tokenizer import main as train_tokenizer
 from ovq import config as settings
+from ovq import identity
 from ovq.compose import compose
 from ovq.config import Config
 from ovq.errors import ConfigError
@@ -161,7 +162,7 @@ def test_a_mixture_of_named_data_sets_is_stored_with_all_their_settings() -> Non
     cfg = compose(["data=mixture", "data.mixture={pg19: 3, builtin: {weight: 1}}", "data.packing=document"])
     assert shares_of(cfg) == {"pg19": 0.75, "builtin": 0.25}
     stored = settings.from_dict(settings.to_dict(cfg), stored=True)
-    assert settings.changed_identity(cfg, stored) == []
+    assert identity.changed(cfg, stored) == []
     source = sources_of(stored)["pg19"]
     assert source.data.train[0].startswith("hf://datasets/") and source.data.packing == "document"
     assert (

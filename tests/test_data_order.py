@@ -279,7 +279,7 @@ def test_changed_data_are_rejected_with_everything_that_changed(corpus: Path, tm
         "isolate_documents": jsonl(corpus, "data.isolate_documents=true"),
     }
     for name, cfg in cases.items():
-        with pytest.raises(ConfigError, match=rf"the data differ.*\({name}: [^;]*\); use another run_dir"):
+        with pytest.raises(ConfigError, match=rf"the data differ.*\({name}: [^;]*\), and a run keeps its data"):
             loader(cfg, state=state)
     with pytest.raises(ConfigError) as error:
         loader(jsonl(other, "trainer.context=32", "seed=1"), state=state)

@@ -39,7 +39,7 @@ from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
 from eval.figures.runs import SCORE, FigureRun
 from launch import sweep
-from ovq import config
+from ovq import identity
 from ovq.cli import parse
 from ovq.compose import compose
 from ovq.errors import ConfigError
@@ -373,7 +373,7 @@ def test_variants_change_the_model_and_take_the_rate_of_sw_ovq(figure: Any) -> N
     schema = {fig7: fig7.Figure7Options, sensitivity: sensitivity.SensitivityOptions}[figure]
     plan = make_plan(figure.figure(options := parse(schema, [])), options, [])
     base, *others = plan.lines
-    settings = [config.digest(line.cfg) for line in plan.lines]
+    settings = [identity.digest(line.cfg) for line in plan.lines]
     assert base.model == "sw_ovq" and len(set(settings)) == len(settings)
     assert all(line.trials is base.trials and not line.own_trials for line in others)
     assert [unit.line for unit in plan.work if unit.stage == "search"] == [base.name] * len(base.trials)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ovq import cli, config
+from ovq import cli, identity
 from ovq.bounded import how, run_bounded
 from ovq.errors import ConfigError
 from ovq.mixers.ovq import OVQ
@@ -385,7 +385,7 @@ def test_the_backend_of_a_call_is_that_of_attend() -> None:
 
 def test_a_resumed_run_may_change_the_time_of_the_test() -> None:
     old, new = small_config("sw_ovq"), small_config("sw_ovq", "trainer.kernel_test_s=0")
-    assert not config.changed_identity(old, new)
+    assert not identity.changed(old, new)
 
 
 # --- programs with a limit -------------------------------------------------------------------------------------------

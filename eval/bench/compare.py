@@ -30,6 +30,7 @@ from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size
 from ovq.plan import CONTEXTS, format_bytes
+from ovq.report import reporting
 from ovq.schema import setting
 
 README = CONFIG_DIR.parent / "README.md"
@@ -127,12 +128,12 @@ def _short(number: float) -> str:
 
 def plot(models: list[ModelCosts], size: str, out: Path) -> Path:
     """Plot state against context. Models with the same state at every context share a curve."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     curves: dict[tuple, list[str]] = {}
     for m in models:
         curves.setdefault(tuple(m.state_bytes.items()), []).append(m.name)
     fig, (ax,) = style.figure(width=7.6, height=4.6)
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     for index, (points, names) in enumerate(curves.items()):
         ax.plot(*zip(*points), color=style.color(index), linestyle=style.line(index), label=", ".join(names))
     ax.set_yscale("log", base=2)
@@ -205,7 +206,6 @@ def main(args: Options) -> int:
     models = [costs(name, args.size, args.vocab_size, args.context, contexts) for name in named_models(args.models)]
     print(table(models, args.context))
     out = Path(args.out)
-    picture = plot(models, args.size, out / "state_size.png")
     off = unmatched(models, args.tolerance)
     record = {
         **{key: getattr(args, key) for key in ("size", "context", "vocab_size", "tolerance")},
@@ -214,7 +214,9 @@ def main(args: Options) -> int:
         "machine": machine.describe_machine(),
     }
     write_whole(out / "compare_models.json", json.dumps(record, indent=1) + "\n")
-    print(f"\n{out / 'compare_models.json'}\n{picture}")
+    print(f"\n{out / 'compare_models.json'}")
+    with reporting("the plot"):
+        print(plot(models, args.size, out / "state_size.png"))
     if off:
         print(
             f"error: parameters without embedding and head differ by more than {args.tolerance:.0%} from "

@@ -36,6 +36,7 @@ from ovq.config import Config
 from ovq.files import write_whole
 from ovq.model import build_model, flops_per_token
 from ovq.processes import World
+from ovq.report import reporting
 from ovq.schema import setting
 from ovq.train.checkpoint import Checkpointer
 from ovq.train.loop import Trainer
@@ -196,8 +197,9 @@ def line(row: Measured) -> str:
     head = f"{row['model']:<16} {style.short(row['context']):>7}"
     if "error" in row:
         return f"{head}  {row['error']}"
+    share = f"{row['mfu']:.1%}" if row["mfu"] <= 1 else ">100%"  # the peak was measured while the cores were busy
     return (
-        f"{head} {row['tokens_per_s']:>12,.0f} {row['mfu']:>7.1%} {row['peak_memory_bytes'] / 2**30:>10.3f} "
+        f"{head} {row['tokens_per_s']:>12,.0f} {share:>7} {row['peak_memory_bytes'] / 2**30:>10.3f} "
         f"{statistics.median(row['step_s']):>9.3f} {row['first_step_s']:>9.2f}"
     )
 
@@ -278,7 +280,8 @@ def bench(plans: list[dict[str, Any]], args: dict[str, Any], out: Path) -> int:
     if good:
         title = f"size {args['size']}, batch {args['batch']}, {good[0]['precision']}, {good[0]['device']}"
         print(f"MFU is relative to {good[0]['peak_tflops']:.4g} TFLOP/s ({good[0]['peak_is_from']})")
-        print(plot(good, title, out / "bench_models.png"))
+        with reporting("the plot"):
+            print(plot(good, title, out / "bench_models.png"))
     failed = [row for row in record["measured"] if row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY]
     if failed:
         print(f"error: {len(failed)} of {len(plans)} failed, see above", file=sys.stderr)

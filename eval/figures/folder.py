@@ -27,6 +27,7 @@ from eval.figures.plan import Line, Plan, tokens_of
 from eval.figures.runs import FigureRun
 from ovq.files import write_whole
 from ovq.machine import code_commit, describe_machine
+from ovq.report import reporting
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,11 @@ def write(out: Path, plan: Plan, results: Results) -> None:
     write_whole(out / "rates.csv", as_csv(list(trials[0]), [list(row.values()) for row in trials]))
     write_whole(out / "plan.json", json.dumps(record(plan, results, machine, commit), indent=1) + "\n")
     write_whole(out / "caption.md", caption(plan, results.points, results.missing, trials, machine, commit))
-    picture = plan.figure.draw(plan.figure, results.points)
-    note_missing(picture, results.missing)
-    for kind in ("png", "svg"):
-        style.save(picture, out / f"{name}.{kind}")
+    with reporting(f"the picture of {name}", "the same command draws it from the records"):
+        picture = plan.figure.draw(plan.figure, results.points)
+        note_missing(picture, results.missing)
+        for kind in ("png", "svg"):
+            style.save(picture, out / f"{name}.{kind}")
 
 
 def as_csv(head: list[str], rows: list[list[Any]]) -> str:

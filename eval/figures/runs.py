@@ -16,15 +16,15 @@ from typing import Any
 from eval.figures.declare import Test
 from eval.figures.measures import Measure, Value
 from launch.sweep import Job
-from ovq import config
-from ovq.compose import default_of
 from ovq.config import Config
 from ovq.files import write_whole
+from ovq.identity import FREE, default_of, identity, part_of
 from ovq.machine import processor_name
 from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
 
 SCORE = "held_out.json"  # of a run that tried a learning rate, in its run folder
+STEPS = "trainer.steps"  # may change at a resume, but not in a figure
 SHOWN_LOSSES = 40  # of the training in a record
 
 
@@ -52,7 +52,7 @@ class FigureRun:
 
     def settings(self) -> dict[str, Any]:
         """What determines the run's outcome."""
-        return json.loads(json.dumps(config.identity(self.cfg) | {"trainer.steps": self.cfg.trainer.steps}))
+        return json.loads(json.dumps(identity(self.cfg) | {STEPS: self.cfg.trainer.steps}))
 
     def trained_here(self) -> bool:
         """Whether the run folder holds the trained weights."""
@@ -132,9 +132,11 @@ class FigureRun:
 
 
 def same_settings(recorded: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether a record is of the run that is asked for. A setting that came after the record must be at its default."""
-    known = all(asked.get(key) == value for key, value in recorded.items())
-    return known and all(value == default_of(key) for key, value in asked.items() if key not in recorded)
+    """Whether a record is of the run that is asked for. A setting that came after the record must be at its default,
+    and one that is no part of a run any more does not count."""
+    kept = {key: value for key, value in recorded.items() if key == STEPS or part_of(key) != FREE}
+    known = all(asked.get(key) == value for key, value in kept.items())
+    return known and all(value == default_of(key, asked) for key, value in asked.items() if key not in kept)
 
 
 def as_json(record: dict[str, Any]) -> str:

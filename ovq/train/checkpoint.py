@@ -43,6 +43,7 @@ from ovq import processes
 from ovq.cli import NoOptions, command
 from ovq.errors import ConfigError, TrainingError
 from ovq.files import sync
+from ovq.report import typed
 from ovq.train.checkpoint_choice import choose as choose
 from ovq.train.checkpoint_choice import point_latest
 from ovq.train.checkpoint_files import (
@@ -235,9 +236,9 @@ def ways_on(last: Path | None) -> str:
     change = "with a lower optim.lr or another trainer.grad_clip"
     if last is None:
         return f"there is no checkpoint yet. Start again {change} and another run_dir"
-    quoted = str(last) if all(c.isalnum() or c in "/._-" for c in str(last)) else f"\"'{last}'\""
     return (
-        f"the last good checkpoint is {last}. Resume from it {change} in another run_dir: resume={quoted} run_dir=NEW"
+        f"the last good checkpoint is {last}. Resume from it {change} in another run_dir: {typed('resume', last)} "
+        "run_dir=NEW"
     )
 
 

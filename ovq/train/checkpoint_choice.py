@@ -43,7 +43,8 @@ def choose(run_dir: Path | str, resume: str = "auto", keep_last: int | None = No
 
     - "auto": the newest one in the run folder whose files match its manifest. Damaged newer ones are named in a warning
       and set aside. A run that branched from a checkpoint elsewhere and has none of its own yet starts from that.
-    - a checkpoint's folder: the run branches from it. Checkpoints of the run folder that are not older are set aside.
+    - a checkpoint's folder, or a run's, whose newest is taken: the run branches from it. Checkpoints of the run folder
+      that are not older are set aside.
       The branch is recorded: the same command started again resumes from the newest checkpoint made since.
     - "never": none.
 
@@ -101,7 +102,7 @@ def _newest_good(root: Path) -> Path | None:
 
 
 def _branch(root: Path, resume: str) -> Path | None:
-    given, path, origin = os.path.abspath(resume), Path(resume).resolve(), read_origin(root)
+    given, path, origin = os.path.abspath(resume), _checkpoint_at(Path(resume)).resolve(), read_origin(root)
     stored = path.name if path.parent == root.resolve() else str(path)
     again = origin is not None and (given == origin.given or stored == origin.checkpoint)
     if origin and again and any(step_of(own) > origin.step for own in named(root)):
@@ -121,6 +122,12 @@ def _branch(root: Path, resume: str) -> Path | None:
     # Last, so that a kill before this line makes the same branch again.
     write_whole(root / ORIGIN, json.dumps(asdict(Origin(given, stored, step)), indent=1) + "\n")
     return path
+
+
+def _checkpoint_at(path: Path) -> Path:
+    """A checkpoint's folder, or the newest one of the run folder that `path` is."""
+    own = complete(path / "checkpoints") if (path / "config.yaml").is_file() else []
+    return own[-1] if own else path
 
 
 def read_origin(root: Path) -> Origin | None:

@@ -29,9 +29,10 @@ from ovq import processes
 from ovq.config import Config, to_dict
 from ovq.errors import TrainingError
 from ovq.lengths import length_at
-from ovq.machine import code_commit, peak_flops, peak_memory_gib
+from ovq.machine import code_commit, peak_flops, peak_memory_gib, share_of_peak
 from ovq.model import Transformer
 from ovq.processes import World
+from ovq.report import figures, reporting
 from ovq.train.batches import COUNTED, Loader, MicroBatch, loss_by_source
 from ovq.train.checkpoint import Checkpointer, ways_on
 from ovq.train.ema import WeightAverage, evaluated_weights
@@ -139,7 +140,8 @@ class Trainer:
         trainer = self.cfg.trainer
         self.progress = Progress(trainer.steps, self.start, trainer.progress and self.world.is_main)
         if self.world.is_main and self.flops_per_token:
-            self.peak = peak_flops(self.world.device, self.world.precision, trainer.peak_tflops)
+            with reporting("the measurement of the device's peak"):
+                self.peak = peak_flops(self.world.device, self.world.precision, trainer.peak_tflops)
         self.model.train()
         gc.disable()
         self.loader.should_stop = lambda: self.signal.name is not None
@@ -276,8 +278,9 @@ class Trainer:
         speed = {"tokens_per_s": round(tokens / elapsed, 1), "data_wait": round(self._data_wait / elapsed, 4)}
         if self.peak[0] and self.flops_per_token:
             flops = sum(each * self.flops_per_token(length_at(record.step, self.cfg.trainer)) for record in records)
-            achieved = flops / elapsed
-            speed["mfu"] = round(achieved / (self.peak[0] * self.world.size), 4)
+            achieved = flops / elapsed / self.world.size
+            share, self.peak = share_of_peak(achieved, self.peak, self.world.device, self.world.precision)
+            speed |= {} if share is None else {"mfu": round(share, 4)}
         speed["memory_gib"] = round(peak_memory_gib(self.world.device), 3)
         self.tokens_per_s.append(speed["tokens_per_s"])
         for record, results in zip(records, fetched):
@@ -364,7 +367,7 @@ class Trainer:
         if results is not None:
             self.evaluated_step = step
             self.metrics.log({"step": step, **{f"eval/{key}": _finite(value) for key, value in results.items()}})
-            self.say(f"evaluation at step {step}: " + "  ".join(f"{key} {v:.5g}" for key, v in results.items()))
+            self.say(f"evaluation at step {step}: {figures(results)}")
         self._restart_window()
 
     # --- reporting ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from ovq.config import Config, to_dict
 from ovq.errors import one_line
 from ovq.files import write_whole
 
+QUITS = (Exception, SystemExit)  # what wandb may raise: where it lacks a key it may end the process
+
 
 class Metrics:
     """The run's log. Every rank may hold one; only the main one writes.
@@ -67,7 +69,7 @@ class Metrics:
             return
         try:
             call(self._logger)
-        except Exception as error:
+        except QUITS as error:
             print(f"logger={self._logger_name} failed, going on without: {one_line(error)}", file=sys.stderr)
             self._logger = None
 
@@ -158,7 +160,7 @@ def start_wandb(run_dir: Path, cfg: Config) -> Any:
             resume="allow",
             config=to_dict(cfg),
         )
-    except Exception as error:  # no network, no key, a broken installation
+    except QUITS as error:  # no network, no key, a broken installation
         print(f"logger=wandb does not work here, going on without: {' '.join(str(error).split())}", file=sys.stderr)
         return None
 
@@ -206,5 +208,5 @@ def show_in_wandb(name: str, picture: Path, rows: list[dict[str, Any]], step: in
         columns = list(rows[0])
         table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
         run.log({name: wandb.Image(str(picture)), f"{name}_table": table}, step=step)
-    except Exception as error:  # logging never stops training
+    except QUITS as error:  # logging never stops training
         print(f"logger=wandb did not take {picture}: {' '.join(str(error).split())}", file=sys.stderr)

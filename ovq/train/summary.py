@@ -8,6 +8,7 @@ from typing import Any
 
 from ovq.config import Config
 from ovq.files import write_whole
+from ovq.report import readable, reporting
 
 FILE = "summary.json"
 FIELDS = {"step", "stopped_by", "tokens", "last_loss", "checkpoint"}  # of any summary that `finish` writes
@@ -17,7 +18,8 @@ def finish(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
     """Write summary.json, the last file of a finished run, then print the summary."""
     if summary["stopped_by"] is None:
         write_whole(run_dir / FILE, json.dumps(summary, indent=1) + "\n")
-    print(summary_text(summary, cfg, run_dir), flush=True)
+    with reporting("the summary on the screen"):
+        print(summary_text(summary, cfg, run_dir), flush=True)
 
 
 def read_finished(run_dir: Path) -> dict[str, Any] | None:
@@ -57,7 +59,7 @@ def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:
     lines.append(f"  peak memory   {summary['memory_gib']:.2f} GiB a process")
     for key, value in summary["evaluation"].items():
         if key.startswith("eval/") and value is not None:
-            lines.append(f"  {key[5:]:<13} {value:.5g} (evaluation at step {summary['evaluation']['step']})")
+            lines.append(f"  {key[5:]:<13} {readable(value)} (evaluation at step {summary['evaluation']['step']})")
     names = ["config.yaml", "metrics.jsonl", "checkpoints/latest", "per_position_loss.parquet", "plots"]
     lines += [f"  {'in ' + str(run_dir)}: {', '.join(name for name in names if (run_dir / name).exists())}"]
     lines += [f"    {path}" for path in sorted((run_dir / "plots").glob("*.png"))]

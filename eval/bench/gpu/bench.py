@@ -35,6 +35,7 @@ from eval.bench.rivals import SDPA
 from ovq.bounded import how, stream_bounded
 from ovq.errors import ConfigError
 from ovq.files import write_whole
+from ovq.report import reporting
 from ovq.schema import describe, setting
 
 RESERVED = 15  # seconds set aside for plots and the summary
@@ -287,13 +288,11 @@ def measure(options: Options, where: str = "eval.bench.gpu.tasks:GPU", child: Ch
     status = runner.run()
     record = runner.record
     assert record.out is not None
-    try:
+    with reporting("the plots", "elsewhere, from results.json"):
         from eval.bench.gpu.plots import draw
 
         for path in draw(record.results, record.out):
             print(f"drawn: {path}")
-    except ImportError as error:
-        print(f"no plots: {error}; they can be drawn elsewhere from results.json")
     for line in bars.lines(record.results["bars"]):
         print(line)
     print(f"written: {record.out / 'results.json'} ({record.results['status']})")

@@ -1,0 +1,189 @@
+"""What a run would fail on or waste time on, found before its first step: by a start, and by a dry run.
+
+A start raises what is certain to fail; what is merely worth knowing is a line. A dry run prints both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import data.build
+from data.build import FROM_FILES, build_tokenizer, build_tokens, is_task
+from data.corpus import TokenisedCorpus, Tokens
+from data.prepared import PreparedTokens, describe_prepared
+from data.sources import DataError, find_files
+from data.tokenizer import Tokenizer
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.model import Transformer, build_model, count_parameters
+from ovq.plan import lacking_room
+from ovq.train.claim import elsewhere, unwritable
+
+WITHOUT = "or set eval.at_end=false trainer.eval_every=0"
+OPENED = 1 << 30  # bytes of JSON lines or text at most that are opened only to look into them
+SAMPLED = 1 << 20  # bytes of text at most that are tokenised to estimate the number of tokens
+
+# --- what a start looks at; each on rank 0 only ----------------------------------------------------------------------
+
+
+def check_held_out(cfg: Config, tokenizer: Tokenizer) -> list[str]:
+    """Look into the split that the run is to be evaluated on; lines that are worth knowing.
+
+    Raises:
+        ConfigError, DataError: there would be nothing to evaluate on, after days of training.
+    """
+    if is_task(cfg) or not (cfg.eval.at_end or cfg.trainer.eval_every):
+        return []
+    data.build.check_held_out(cfg)
+    split = cfg.eval.split
+    try:
+        tokens = open_split(cfg, tokenizer, split)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; for a run without an evaluation, {WITHOUT.removeprefix('or ')}") from None
+    most = None if tokens is None else longest(cfg, tokens)
+    if most is None or most >= cfg.eval.context:
+        return []
+    return [
+        f"no {split} document has eval.context={cfg.eval.context} tokens, so there will be no loss by position; the "
+        f"longest has {most} at most: set eval.context to less"
+    ]
+
+
+def check_training_data(cfg: Config, tokens: Tokens | None, tokenizer: Tokenizer) -> list[str]:
+    """Read a first document to train on; a line if the schedule is longer than the data.
+
+    Args:
+        tokens: the documents of the loader; None for a task.
+
+    Raises:
+        DataError: the document cannot be read.
+    """
+    if tokens is None or is_remote(cfg, "train"):
+        return []
+    read_first(cfg, tokens)
+    number, text = epochs(cfg, tokens, tokenizer)
+    return [f"trainer.steps={cfg.trainer.steps} is longer than the data: {text}"] if number > 1 else []
+
+
+def check_room(cfg: Config, model: Transformer, run_dir: Path) -> None:
+    """Raise ConfigError if the run's checkpoints would fill the disk. Before the model is sharded."""
+    if problem := lacking_room(cfg, count_parameters(model)[0], run_dir):
+        raise ConfigError(problem)
+
+
+# --- what a dry run prints -------------------------------------------------------------------------------------------
+
+
+def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -> tuple[str, list[str]]:
+    """For a dry run: the epochs in words if they are known, and a line for all that a start would refuse or say.
+
+    Args:
+        broken: splits that the report shows an error for: it is not repeated.
+    """
+    with torch.device("meta"):
+        total = count_parameters(build_model(cfg.model, vocab_size))[0]
+    lines = [unwritable(run_dir), elsewhere(run_dir, cfg), lacking_room(cfg, total, run_dir)]
+    words = ""
+    try:
+        tokenizer = build_tokenizer(cfg)
+        if cfg.eval.split not in broken:
+            lines += check_held_out(cfg, tokenizer)
+    except (ConfigError, DataError, OSError) as error:
+        lines.append(str(error))
+    try:
+        if not is_task(cfg) and "train" not in broken and not is_remote(cfg, "train"):
+            tokens = open_split(cfg, tokenizer := build_tokenizer(cfg), "train")
+            words = epochs(cfg, tokens, tokenizer)[1]
+            lines += check_training_data(cfg, tokens, tokenizer)
+    except (ConfigError, DataError, OSError) as error:
+        lines.append(str(error))
+    return words, [f"before it starts: {line}" for line in dict.fromkeys(lines) if line]
+
+
+# --- the documents ---------------------------------------------------------------------------------------------------
+
+
+def is_remote(cfg: Config, split: str) -> bool:
+    """Whether files of a split lie on the hub or in a bucket, where opening one may mean a long download."""
+    return cfg.data.kind in FROM_FILES and any("://" in path for path in getattr(cfg.data, split))
+
+
+def open_split(cfg: Config, tokenizer: Tokenizer, split: str) -> Tokens | None:
+    """A split's documents, of which the first was read. Files that are remote, or so large that opening them means
+    minutes of hashing, are only looked for, and None is returned; so it is for mixtures and data=datasets.
+
+    Raises:
+        ConfigError: a path is mistyped, a field is not there, the split is empty, or prepared with another tokenizer.
+        DataError: the first document cannot be read.
+    """
+    if cfg.data.kind in ("mixture", "datasets"):
+        return None
+    if cfg.data.kind in FROM_FILES:
+        size = sum(file.size for file in find_files(cfg.data, split)[0])
+        if is_remote(cfg, split) or (cfg.data.kind != "parquet" and size > OPENED):
+            return None
+    tokens, _ = build_tokens(cfg, tokenizer, split)
+    if not len(tokens):
+        raise ConfigError(f"data.{split} holds no documents: {list(getattr(cfg.data, split) or cfg.data.train)}")
+    read_first(cfg, tokens)
+    return tokens
+
+
+def read_first(cfg: Config, tokens: Tokens) -> None:
+    """Read the first document, of JSON lines: elsewhere a field that is not there is noticed without that.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if cfg.data.kind == "jsonl" and isinstance(tokens, TokenisedCorpus):
+        tokens.corpus.read(0)
+
+
+def longest(cfg: Config, tokens: Tokens) -> int | None:
+    """An upper bound on the ids of the longest document; None where none is known without reading all of them."""
+    if isinstance(tokens, PreparedTokens):
+        return int(tokens.lengths().max(initial=0))
+    if isinstance(tokens, TokenisedCorpus) and cfg.data.kind in ("jsonl", "text"):
+        return int(tokens.corpus.sizes().max(initial=0))  # bytes of a line or a file; an id stands for one or more
+    return None
+
+
+def epochs(cfg: Config, tokens: Tokens | None, tokenizer: Any) -> tuple[float, str]:
+    """How often a schedule reads data.train, as a number and in words; (0, "") if that is not known.
+
+    With packing "document" an epoch takes the beginning of each document once.
+    """
+    trainer = cfg.trainer
+    rows = trainer.steps * trainer.global_batch
+    if tokens is None:
+        return 0.0, ""
+    if cfg.data.packing == "document":
+        number, held = rows / len(tokens), f"{len(tokens):,} documents"
+    elif ids := count(tokens, tokenizer):
+        number, held = rows * trainer.context / ids, f"{ids:,.0f} tokens"
+    else:
+        return 0.0, ""
+    return number, f"about {number:.3g} epochs of data.train ({held})"
+
+
+def count(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
+    """About how many ids the documents have, separators included; exact for prepared ones."""
+    if isinstance(tokens, PreparedTokens):
+        return float(describe_prepared([str(folder) for folder in tokens.folders], "train")["tokens"] + len(tokens))
+    if not isinstance(tokens, TokenisedCorpus):
+        return None
+    sizes = tokens.corpus.sizes()
+    return float(sizes.sum()) * ids_per_byte(tokens, sizes, tokenizer) + len(tokens)
+
+
+def ids_per_byte(tokens: TokenisedCorpus, sizes: np.ndarray, tokenizer: Tokenizer) -> float:
+    """Ids that stand for a byte of a file, from the longest document that is short enough to be tokenised for this."""
+    fitting = np.where(sizes <= SAMPLED, sizes, 0)
+    if not fitting.max(initial=0):
+        return 1.0
+    chosen = int(fitting.argmax())
+    return len(tokenizer.encode(tokens.corpus.read(chosen).text)) / float(sizes[chosen])

@@ -1,0 +1,101 @@
+"""A run and its folder: which folder is refused, and when a run makes one its own.
+
+`check_same_run` comes first, before anything is built; `claim` last before the first step, when the model fits, the
+data are those of the checkpoint and all files are found. A start that fails between them leaves a folder as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ovq import config, identity
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.processes import on_main, rank
+from ovq.report import typed
+from ovq.train.checkpoint_choice import ORIGIN
+from ovq.train.checkpoint_files import hold
+from ovq.train.metrics import read_rows
+from ovq.train.summary import FILE
+
+
+def check_same_run(run_dir: Path, cfg: Config) -> bool:
+    """`same_run`, after locking the folder for this process. Collective.
+
+    Raises:
+        CheckpointError: another process trains in it.
+    """
+    return on_main(lambda: _hold_and_check(run_dir, cfg))
+
+
+def _hold_and_check(run_dir: Path, cfg: Config) -> bool:
+    if problem := unwritable(run_dir):
+        raise ConfigError(problem)
+    hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
+    if not (run_dir / "config.yaml").exists():  # a branch that came to nothing must not decide about the next start
+        (run_dir / "checkpoints" / ORIGIN).unlink(missing_ok=True)
+    return same_run(run_dir, cfg)
+
+
+def same_run(run_dir: Path, cfg: Config) -> bool:
+    """Whether the folder holds steps of this run. Reads only.
+
+    Raises:
+        ConfigError: it holds steps of a run with other settings or, with resume=never, checkpoints.
+    """
+    saved = saved_in(run_dir)
+    if cfg.resume == "never":
+        if saved:
+            raise ConfigError(f"resume=never, but {run_dir} holds checkpoints; use another run_dir or remove them")
+        return False
+    if not (saved or read_rows(run_dir / "metrics.jsonl")) or not (run_dir / "config.yaml").exists():
+        return False
+    # What is read is compared by its content where a checkpoint holds that: when the loader resumes.
+    changed = identity.changed(config.load(run_dir), cfg, contents=not saved)
+    if changed:
+        raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")
+    return True
+
+
+def saved_in(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run folder, those set aside included."""
+    return [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "checkpoints").glob("aside_step_*")]
+
+
+def claim(run_dir: Path, cfg: Config, tokenizer: Any) -> None:
+    """Make the folder this run's: its config and its tokenizer. Collective."""
+
+    def store() -> None:
+        (run_dir / FILE).unlink(missing_ok=True)  # or a process waiting for it would take that of an earlier run
+        tokenizer.save(run_dir / "tokenizer")
+        config.save(cfg, run_dir)
+
+    on_main(store)
+
+
+def unwritable(run_dir: Path) -> str:
+    """Why nothing can be written in a run folder, in a line; empty if it can as far as is known."""
+    place = run_dir / "checkpoints"
+    while not place.exists() and place.parent != place:
+        place = place.parent
+    if not place.is_dir():
+        reason = f"{place} is a file"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        reason = f"no permission to write in {place.absolute()}"
+    else:
+        return ""
+    return f"{run_dir} cannot be the run folder: {reason}; choose another with run_dir= or runs_root="
+
+
+def elsewhere(run_dir: Path, cfg: Config) -> str:
+    """A line for rank 0 if the folder is new and named after the command line, but another has steps of this run."""
+    if rank() or cfg.run_dir or cfg.resume != "auto" or saved_in(run_dir):
+        return ""
+    for folder, step in identity.twins(cfg, run_dir):
+        return (
+            f"{run_dir} is a new run folder, and {folder} holds the same run at step {step}; to continue that one: "
+            f"{typed('run_dir', folder)}"
+        )
+    return ""

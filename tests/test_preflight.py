@@ -1,0 +1,196 @@
+"""Claims about what is found before the first step: what is certain to fail is refused, the rest is told in a line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import train
+from data.build import build_tokenizer, describe
+from data.sources import find_files
+from eval import preflight
+from ovq import machine, report
+from ovq.compose import compose
+from ovq.config import Config
+from ovq.errors import ConfigError
+from ovq.plan import checkpoint_bytes, lacking_room
+from ovq.train import claim, loop, summary
+from tests.helpers import TINY, started
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+BASE = [
+    *("model=sw", *TINY, "data=jsonl", "data.train=[books.jsonl]", "data.validation=[held-out.jsonl]"),
+    *("trainer.context=16", "trainer.global_batch=2", "trainer.micro_batch=2", "trainer.device=cpu"),
+    *(
+        "trainer.steps=2",
+        "trainer.progress=false",
+        "trainer.peak_tflops=1000",
+        "trainer.precision=fp32",
+        "eval.context=16",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two small data sets, in the current folder, and no training: a start that gets that far has passed."""
+    monkeypatch.chdir(tmp_path)
+    for name, key in (("books", "text"), ("held-out", "text"), ("no-text", "body")):
+        lines = [json.dumps({key: f"document {i} " * 5}) + "\n" for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty.jsonl").write_text("")
+    monkeypatch.setattr(loop.Trainer, "fit", lambda self: {"stopped_by": "test"})
+    monkeypatch.setattr(summary, "summary_text", lambda *_: "")
+    report._told.clear()
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def base() -> Config:
+    return compose(BASE)
+
+
+# What is wrong, the settings, the exit status of a start, and what it and a dry run say.
+WRONG: dict[str, tuple[list[str], int, str]] = {
+    "a mistyped validation path": (["data.validation=[held-uot.jsonl]"], 2, "held-uot.jsonl"),
+    "no validation files": (["data.validation=[]"], 2, "data.validation is empty"),
+    "an empty validation file": (["data.validation=[empty.jsonl]"], 2, "data.validation holds no documents"),
+    "a mistyped training path": (["data.train=[boks.jsonl]"], 2, "boks.jsonl"),
+    "a field that is not in the validation files": (["data.validation=[no-text.jsonl]"], 1, "no-text.jsonl document 0"),
+    "a field that is not in the training files": (["data.train=[no-text.jsonl]"], 1, "no-text.jsonl document 0"),
+    "a run folder within a file": (["run_dir=file/run"], 2, "file/run cannot be the run folder: file is a file"),
+    "more checkpoints than the disk holds": (
+        ["trainer.keep_last=1000000000000"],
+        2,
+        "of free disk, and the checkpoints need",
+    ),
+    "documents shorter than what is measured": (
+        ["eval.context=4096"],
+        0,
+        "no validation document has eval.context=4096",
+    ),
+    "a schedule longer than the data": (["trainer.steps=90"], 0, "trainer.steps=90 is longer than the data: about 1"),
+    "a schedule longer than the documents": (
+        ["trainer.steps=3", "data.packing=document"],
+        0,
+        "trainer.steps=3 is longer than the data: about 2 epochs of data.train (3 documents)",
+    ),
+    "nothing": ([], 0, ""),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_start_finds_it_before_the_first_step_and_a_dry_run_says_it(
+    wrong: str, base: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, status, says = WRONG[wrong]
+    line = ["run_dir=run", *settings]
+    assert started(base, *line, start=train.dry_run) == 0
+    planned = capsys.readouterr()
+    assert says in planned.out and planned.out.count("before it starts: ") <= 1 and planned.err == ""
+    assert started(base, *line, start=train.train) == status
+    shown = capsys.readouterr().err
+    assert says in shown and "Traceback" not in shown
+    assert len(shown.splitlines()) == (1 if says else 0)
+    assert Path("run/config.yaml").exists() == (status == 0), "what is refused claims nothing"
+
+
+def test_a_run_folder_without_permission_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert claim.unwritable(folder / "new" / "run") == ""
+    monkeypatch.setattr(claim.os, "access", lambda *_: False)  # the superuser of a container may write anywhere
+    assert claim.unwritable(folder / "new" / "run").startswith(
+        f"{folder}/new/run cannot be the run folder: no permission"
+    )
+
+
+def test_checkpoints_that_are_there_count_as_room(base: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, run_dir = base, folder / "run"
+    assert cfg.trainer.keep_last == 2
+    each, most = checkpoint_bytes(cfg, 1000)
+    assert (each, most) == (12_000, 36_000)  # float32: a weight and AdamW's two moments
+    free = shutil.disk_usage(folder)._replace(free=30_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert "29.3 KiB of free disk, and the checkpoints need 35.16 KiB (11.72 KiB each" in lacking_room(
+        cfg, 1000, run_dir
+    )
+    (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step_00000001" / "data").write_bytes(bytes(12_000))
+    assert lacking_room(cfg, 1000, run_dir) == ""
+
+
+def test_large_files_are_looked_for_but_not_read_twice(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "OPENED", 10)
+    monkeypatch.setattr(preflight, "build_tokens", lambda *_: pytest.fail("opened"))
+    assert preflight.open_split(base, build_tokenizer(base), "validation") is None
+    base = OmegaConf.merge(base, {"data": {"validation": ["held-uot.jsonl"]}})  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"held-uot\.jsonl"):
+        preflight.open_split(base, build_tokenizer(base), "validation")
+
+
+def test_a_dry_run_speaks_once_from_rank_0(
+    base: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    spoken = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert started(base, "run_dir=run", "trainer.micro_batch=1", start=train.dry_run) == 0
+        spoken.append(len(capsys.readouterr().out.splitlines()))
+    assert spoken[0] > 10 and spoken[1] == 0
+
+
+def test_a_hub_out_of_reach_is_asked_and_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def unreachable(repo: str, revision: Any) -> Any:
+        asked.append(repo)
+        raise OSError("no network")
+
+    monkeypatch.setattr("data.sources._list_hub", unreachable)
+    names = [f"data.{split}=[hf://datasets/a/b/{split}/*.parquet]" for split in ("train", "validation", "test")]
+    found = describe(compose(["data=parquet", *names]))
+    assert asked == ["a/b"]
+    assert "no network" in found["train"]["error"]
+    assert found["validation"] == found["test"] == {"error": "not looked for, see data train"}
+    with pytest.raises(Exception, match="no network"):  # only a description leaves it at that
+        find_files(compose(["data=parquet", *names]).data, "test")
+
+
+@pytest.mark.parametrize(
+    ("source", "measured_again", "achieved", "share", "told"),
+    [
+        (machine.MEASURED, None, 5e11, 0.5, ""),
+        (machine.MEASURED, 4e12, 2e12, 0.5, ""),  # the cores were busy when it was measured first
+        (machine.MEASURED, 1e12, 12.09e12, None, "so its share is left out; set trainer.peak_tflops"),
+        ("trainer.peak_tflops", None, 2e12, None, "(trainer.peak_tflops), so its share is left out; it is too low"),
+    ],
+)
+def test_no_share_of_the_peak_is_above_one(
+    source: str,
+    measured_again: float | None,
+    achieved: float,
+    share: float | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = []
+
+    def measure(*_: Any) -> float | None:
+        calls.append(1)
+        return measured_again
+
+    monkeypatch.setattr(machine.measured_flops, "__wrapped__", measure)
+    peak = (1e12, source)
+    for _ in range(3):
+        found, peak = machine.share_of_peak(achieved, peak, torch.device("cpu"), "fp32")
+        assert found == share
+    assert len(calls) == (measured_again is not None), "measured again once, not at every step"
+    assert (shown := capsys.readouterr().err).count("left out") == bool(told) and told in shown
