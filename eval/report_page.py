@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval import plot, style
 from eval.paired import Losses, Mean, paired
-from eval.run_facts import Facts, as_json, finite
+from eval.run_facts import Facts, as_json
 from ovq import config, identity
 from ovq.plan import format_bytes
+from ovq.train.metrics import finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

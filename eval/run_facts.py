@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -166,11 +165,6 @@ def log_line(run_dir: Path) -> str:
         if lines:
             return f"{path.name}: {lines[-1][:300]}"
     return ""
-
-
-def finite(value: Any) -> Any:
-    """A number as JSON has it: NaN and infinities are null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_json(value: Any) -> str:

@@ -12,7 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 import train
-from data.build import build_tokenizer, describe
+from data.build import build_tokenizer
+from data.describe import describe
 from data.sources import find_files
 from eval import preflight
 from ovq import machine, report

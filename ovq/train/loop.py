@@ -36,7 +36,7 @@ from ovq.report import figures, reporting
 from ovq.train.batches import COUNTED, Loader, MicroBatch, loss_by_source
 from ovq.train.checkpoint import Checkpointer, ways_on
 from ovq.train.ema import WeightAverage, evaluated_weights
-from ovq.train.metrics import Metrics, read_rows
+from ovq.train.metrics import Metrics, finite, read_rows
 from ovq.train.optim import LearnedBuffers, clip_gradients, step_unless
 from ovq.train.parallelize import reshard, sync_gradients
 from ovq.train.progress import Progress, shown
@@ -292,7 +292,7 @@ class Trainer:
     def _log_step(self, record: StepRecord, results: list[float], speed: dict[str, float]) -> None:
         loss, z, aux, norm, bad, *by_source = results
         self.tokens += record.valid
-        row: dict[str, Any] = {"step": record.step, "loss": _finite(loss), "grad_norm": _finite(norm), "lr": record.lr}
+        row: dict[str, Any] = {"step": record.step, "loss": finite(loss), "grad_norm": finite(norm), "lr": record.lr}
         row |= {"tokens": self.tokens, "token_hash": record.token_hash, **speed}
         if self.cfg.trainer.lengths:
             row["length"] = length_at(record.step, self.cfg.trainer)
@@ -301,11 +301,11 @@ class Trainer:
             row["bits_per_byte"] = loss * record.valid / math.log(2) / record.counts["bytes"]
         for name, part in zip(self.sources, by_source):
             if labels := record.counts[f"tokens/{name}"]:
-                row[f"loss/{name}"] = _finite(part * record.valid / labels)
+                row[f"loss/{name}"] = finite(part * record.valid / labels)
         if self.cfg.trainer.z_loss:
-            row["z_loss"] = _finite(z)
+            row["z_loss"] = finite(z)
         if aux:
-            row["aux_loss"] = _finite(aux)
+            row["aux_loss"] = finite(aux)
         if bad:
             row["skipped"] = True
         self.metrics.log(row | record.health)
@@ -366,7 +366,7 @@ class Trainer:
             processes.set_rng_state(rng)
         if results is not None:
             self.evaluated_step = step
-            self.metrics.log({"step": step, **{f"eval/{key}": _finite(value) for key, value in results.items()}})
+            self.metrics.log({"step": step, **{f"eval/{key}": finite(value) for key, value in results.items()}})
             self.say(f"evaluation at step {step}: {figures(results)}")
         self._restart_window()
 
@@ -396,8 +396,3 @@ class Trainer:
             "checkpoint": str(self.checkpointer.last),
             "commit": code_commit(),
         }
-
-
-def _finite(value: float) -> float | None:
-    """The value, or None (null in JSON, which has no NaN) if it is not finite."""
-    return value if math.isfinite(value) else None

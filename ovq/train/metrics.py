@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -105,6 +106,11 @@ class Metrics:
             self._file = None
         self._tell_logger(lambda logger: logger.finish())
         self._logger = None
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None (null in JSON, which has no NaN) if it is not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
