@@ -32,12 +32,13 @@ def describe(cfg: Config) -> dict[str, dict[str, Any]]:
             same = [other for other in found if _unreachable(found[other]) and hub_of(cfg, other) == hub_of(cfg, split)]
             found[split] = {"error": f"not looked for, see data {same[0]}"} if same else _describe(cfg, split)
         return found
-    shares, lines = shares_of(cfg), {}
+    shares = shares_of(cfg)
+    lines: dict[str, dict[str, Any]] = {}
     for name, source in sources_of(cfg).items():
         for split in splits_of(source) or ["train"]:
-            lines[f"{split} {name}"] = found = _describe(source, split)
-            if split == "train" and "error" not in found:
-                found |= {"share": shares[name], "epochs": _epochs(source, shares[name], found)}
+            lines[f"{split} {name}"] = facts = _describe(source, split)
+            if split == "train" and "error" not in facts:
+                facts |= {"share": shares[name], "epochs": _epochs(source, shares[name], facts)}
     return lines
 
 
