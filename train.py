@@ -34,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> None:
     from ovq import compose, peers
     from ovq.cli import HELP
+    from ovq.overrides import directories
 
     if any(word in argv for word in HELP):
-        print(compose.help_text())
+        print(compose.help_text(directories(argv)[0]))
         return
     cfg = compose.compose(argv)  # before torch is imported: a typo is refused at once
     run_dir = compose.run_dir_of(cfg, argv)
@@ -71,6 +72,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.train.warm_start import start_from
 
     check_held_out(cfg)
+    check_classes(cfg)
     world = processes.init(cfg.trainer)
     processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
     tokenizer = build_tokenizer(cfg, run_dir)
@@ -137,6 +139,16 @@ def check_held_out(cfg: Config) -> None:
             f"data.{cfg.eval.split} is empty, so loss by position cannot be evaluated; give it files, "
             "or set eval.at_end=false trainer.eval_every=0"
         )
+
+
+def check_classes(cfg: Config) -> None:
+    """Refuse settings that the mixers or the task do not take, before the run folder is made."""
+    from data.build import build_task, is_task
+    from ovq.model import check_mixers
+
+    check_mixers(cfg.model)
+    if is_task(cfg):
+        build_task(cfg).check_context(cfg.trainer.context)
 
 
 def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:

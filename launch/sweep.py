@@ -32,8 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
 from launch import options as arguments
 from launch.claims import claim, claim_gpus, release, trainer_of
@@ -44,6 +42,7 @@ from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError, Stopped
 from ovq.files import write_whole
+from ovq.overrides import sweep_values
 from ovq.train.stop import SIGNALS
 from ovq.train.summary import read_finished
 
@@ -74,17 +73,7 @@ def expand(overrides: list[str]) -> list[Job]:
     Raises:
         ConfigError: an override that cannot be read, a job that is not legal, or two jobs with one run folder.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split("\n")[0].split())) from None
-    axes = []
-    for text, override in zip(overrides, parsed):
-        if override.is_sweep_override():
-            key = text.partition("=")[0]
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([text])
+    axes = [sweep_values(text) for text in overrides]
     jobs: list[Job] = []
     for combination in itertools.product(*axes):
         chosen = list(combination)

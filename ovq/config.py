@@ -44,9 +44,11 @@ class ModelConfig:
 class DataConfig:
     name: str = setting(REQUIRED, "name of the data set, an option of configs/data")
     kind: str = setting(REQUIRED, "how it is read", choices=("builtin", "parquet", "jsonl", "text", "memmap", "task"))
-    train: list[str] = setting([], "training files: paths, globs, or hf://datasets/... or s3://... patterns")
-    validation: list[str] = setting([], "validation files, likewise")
-    test: list[str] = setting([], "test files, likewise")
+    train: list[str] = setting(
+        [], "training files: paths, folders, globs, or hf://datasets/... or s3://... patterns", paths=True
+    )
+    validation: list[str] = setting([], "validation files, likewise", paths=True)
+    test: list[str] = setting([], "test files, likewise", paths=True)
     text_field: str = setting("text", "column or JSON field that holds the text")
     title_field: str | None = setting(None, "column or JSON field that holds a title")
     revision: str | None = setting(None, "Hub commit or branch to read; null: the newest commit, resolved once")
@@ -76,7 +78,7 @@ class TokenizerConfig:
 class OptimConfig:
     name: str = setting("adamw", "name of the optimizer, an option of configs/optim")
     lr: float = setting(1e-3, "peak learning rate", at_least=0)
-    betas: list[float] = setting([0.9, 0.95], "decay rates of AdamW's two moments", at_least=0, at_most=1)
+    betas: list[float] = setting([0.9, 0.95], "decay rates of AdamW's two moments", at_least=0, below=1, length=2)
     eps: float = setting(1e-8, "AdamW's epsilon", at_least=0)
     weight_decay: float = setting(0.1, "decoupled weight decay, applied to matrices", at_least=0)
     fused: bool = setting(True, "use the fused AdamW kernel")
@@ -118,10 +120,16 @@ class TrainerConfig:
     )
     nonfinite: str = one_of("stop", "skip", help="on a non-finite loss or gradient, stop the run or skip the step")
     max_skipped_steps: int = setting(10, "consecutive skipped steps tolerated before the run stops anyway", at_least=0)
-    log_every: int = setting(1, "steps between waits for the device; every step is still logged", at_least=1)
+    log_every: int = setting(
+        1,
+        "steps between waits for the device; every step is still logged; 0: only at checkpoints and evaluations",
+        at_least=0,
+    )
     health_every: int = setting(50, "steps between reports of the mixers' health; 0: none", at_least=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", at_least=0)
-    checkpoint_every: int = setting(500, "steps between checkpoints", at_least=1)
+    checkpoint_every: int = setting(
+        500, "steps between checkpoints; 0: only at the end, or when a signal stops the run", at_least=0
+    )
     keep_last: int = setting(2, "number of complete checkpoints to keep", at_least=1)
     async_checkpoint: bool = setting(True, "write checkpoints in a background thread while training continues")
     timeout_s: int = setting(600, "seconds a collective or a row of data may take, after the first step", at_least=1)
@@ -171,7 +179,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     name: str = setting("default", "name of the experiment, and the first part of the run folder's name")
-    seed: int = setting(0, "seed of the initialisation and the data order")
+    seed: int = setting(0, "seed of the initialisation and the data order", at_least=0, at_most=2**32 - 1)
     runs_root: str = setting("runs", "folder that holds the run folders")
     run_dir: str | None = setting(None, "run folder; null: named after the command line")
     resume: str = setting("auto", "auto: from the run folder's newest checkpoint; never; or a checkpoint folder")
@@ -225,7 +233,7 @@ def check(cfg: Config) -> None:
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"these settings have no value: {', '.join(missing)}")
     for name in cfg.model.pattern:
-        if name not in cfg.model.mixers or "_target_" not in cfg.model.mixers[name]:
+        if name not in cfg.model.mixers or not cfg.model.mixers[name].get("_target_"):
             raise ConfigError(
                 f"model.pattern names the mixer '{name}', which model.mixers does not define; "
                 f"add it with +model/mixer@model.mixers.{name}={name}, or use one of: {', '.join(cfg.model.mixers)}"
@@ -248,7 +256,7 @@ def check(cfg: Config) -> None:
             "tokenizer.model_path is required with tokenizer.kind=sentencepiece; "
             "train a model with: python -m data.train_tokenizer data=... out=PATH"
         )
-    if cfg.data.kind == "task" and "_target_" not in cfg.data.task:
+    if cfg.data.kind == "task" and not cfg.data.task.get("_target_"):
         raise ConfigError("data.task has no _target_; choose a task with data/task=NAME")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, field
 from typing import Any
@@ -27,6 +28,9 @@ def setting(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
+    length: int | None = None,
+    endings: tuple[str, ...] | None = None,
     paths: bool = False,
 ) -> Any:
     """A dataclass field with help and legal values; a list or dictionary default is copied for each instance.
@@ -35,11 +39,14 @@ def setting(
         default: the default, or REQUIRED if there is none.
         help: one sentence, with the unit, without a full stop.
         choices: the legal values.
-        at_least, above, at_most: bounds on a number, or on each number in a list. None is always legal for a setting
-            whose type allows it.
+        at_least, above, at_most, below: bounds on a number, or on each number in a list; NaN and infinity are never
+            legal. None is always legal for a setting whose type allows it.
+        length: the number of entries of a list.
+        endings: the legal endings of a file's name, as in (".png", ".pdf").
         paths: the value is a list of paths, which on a command line may contain commas.
     """
-    limits = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most}
+    limits = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    limits |= {"length": length, "endings": endings}
     metadata = {"help": help, **{name: limit for name, limit in limits.items() if limit is not None}}
     if paths:
         metadata["paths"] = True
@@ -65,6 +72,10 @@ def problems(schema: Any, values: Any, prefix: str = "") -> Iterator[str]:
             continue
         if _is_list(value) and not len(value) and _default(item):
             yield f"{prefix}{item.name}=[] must not be empty"
+            continue
+        if _is_list(value) and len(value) != item.metadata.get("length", len(value)):
+            yield f"{prefix}{item.name}={_shown(value)} must have {item.metadata['length']} entries"
+            continue
         for each in value if _is_list(value) else [value]:
             if fault := _fault(each, item.metadata):
                 yield f"{prefix}{item.name}={_shown(value)} {fault}"
@@ -73,7 +84,11 @@ def problems(schema: Any, values: Any, prefix: str = "") -> Iterator[str]:
 
 def describe(schema: Any, prefix: str = "") -> list[str]:
     """Lines of two columns for `--help`: 'name=default   help (legal values)'."""
-    rows = list(_rows(schema, prefix))
+    return columns(list(_rows(schema, prefix)))
+
+
+def columns(rows: list[tuple[str, str]]) -> list[str]:
+    """Rows of (setting, help) as lines for `--help`."""
     width = min(44, max((len(name) for name, _ in rows), default=0))
     return [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
 
@@ -93,25 +108,40 @@ def _default(item: Any) -> Any:
 
 
 def _legal(limits: Any) -> str:
-    parts = [f"{word} {limits[name]:g}" for name, word in _BOUNDS if name in limits]
+    parts = [f"{word} {_plain(limits[name])}" for name, word in _BOUNDS if name in limits]
+    if "length" in limits:
+        parts.append(f"{limits['length']} entries")
     if "choices" in limits:
         parts.append("one of: " + ", ".join(map(str, limits["choices"])))
+    if "endings" in limits:
+        parts.append(", ".join(limits["endings"]))
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-_BOUNDS = (("at_least", "at least"), ("above", "above"), ("at_most", "at most"))
+_BOUNDS = (("at_least", "at least"), ("above", "above"), ("at_most", "at most"), ("below", "below"))
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _fault(value: Any, limits: Any) -> str | None:
     choices = limits.get("choices")
     if choices and value not in choices:
         return f"is not a legal value; legal: {', '.join(map(str, choices))}"
+    endings = limits.get("endings")
+    if endings and not str(value).lower().endswith(endings):
+        return f"is not a file name that can be written; legal endings: {', '.join(endings)}"
     bounds = [(name, word, limits[name]) for name, word in _BOUNDS if name in limits]
     for name, _, bound in bounds:
         # Tested this way round so that NaN, which compares false with everything, violates every bound.
-        holds = {"at_least": value >= bound, "above": value > bound, "at_most": value <= bound}[name]
+        holds = {
+            "at_least": value >= bound, "above": value > bound, "at_most": value <= bound, "below": value < bound
+        }[name]  # fmt: skip
         if not holds:
-            return f"must be {' and '.join(f'{w} {b:g}' for _, w, b in bounds)}"
+            return f"must be {' and '.join(f'{w} {_plain(b)}' for _, w, b in bounds)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
     return None
 
 

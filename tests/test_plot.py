@@ -12,7 +12,6 @@ import pytest
 from eval import loss_table, plot, style
 from eval.plot import Curve, curves_of, labels, running_mean
 from ovq import config
-from ovq.cli import split_paths
 from ovq.compose import compose
 
 EVALUATION = {"run": "r", "num_centroids": None, "split": "validation"}

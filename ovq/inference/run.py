@@ -18,8 +18,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,6 +28,7 @@ from ovq.config import Config, EvalConfig
 from ovq.errors import ConfigError, one_line
 from ovq.files import check_writable
 from ovq.model import Transformer, build_model
+from ovq.overrides import literal, parse
 from ovq.processes import World
 from ovq.schema import REQUIRED, setting
 from ovq.train import checkpoint
@@ -184,10 +183,9 @@ def override(cfg: Config, overrides: Sequence[str]) -> Config:
     """
     known, node = config.flatten(cfg), cast(DictConfig, cfg)
     for text in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(text)
-        except HydraException:
-            raise ConfigError(f"'{text}' cannot be read; an override is key=value, lists are [a,b]") from None
+        parsed = parse(literal(text))
+        if parsed is None:
+            raise ConfigError(f"'{text}' cannot be read; an override is key=value, lists are [a,b]")
         key = parsed.get_key_element()
         if key not in known:
             close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer, KVCache
 from ovq.mixers.base import MixerShape
-from ovq.mixers.rope import rotate
+from ovq.mixers.rope import check_rope, rotate
 from ovq.ops.attention import full_attention
 
 
@@ -28,6 +28,8 @@ class FullAttention(AttentionLayer):
         super().__init__(shape, qk_norm=qk_norm)
         if position not in ("rope", "none"):
             raise ValueError(f"position={position} of full_attention is not a legal value; legal: rope, none")
+        if position == "rope":
+            check_rope(shape.head_dim, rope_base)
         self.rope_base = rope_base if position == "rope" else None
 
     def forward(
