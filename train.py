@@ -10,6 +10,7 @@ Exit status: 0 finished, or stopped by a signal after saving; 1 training or data
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -73,6 +74,7 @@ def train(cfg: Config, run_dir: Path) -> None:
 
     check_held_out(cfg)
     check_classes(cfg)
+    choose_threads(cfg, run_dir)
     world = processes.init(cfg.trainer)
     processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
     tokenizer = build_tokenizer(cfg, run_dir)
@@ -149,6 +151,19 @@ def check_classes(cfg: Config) -> None:
     check_mixers(cfg.model)
     if is_task(cfg):
         build_task(cfg).check_context(cfg.trainer.context)
+
+
+def choose_threads(cfg: Config, run_dir: Path) -> None:
+    """Settle the number of CPU threads at a run's first start: another number would round sums differently."""
+    from ovq import config, cpu
+    from ovq.errors import ConfigError
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return  # the launcher chooses
+    if cfg.trainer.threads is None and (run_dir / "config.yaml").is_file():
+        with contextlib.suppress(ConfigError):  # reported where the folder is claimed
+            cfg.trainer.threads = config.load(run_dir).trainer.threads
+    cfg.trainer.threads = cpu.choose_threads(cfg.trainer.threads)
 
 
 def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:

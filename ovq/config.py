@@ -20,6 +20,7 @@ from ovq.environment import freeze, plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.files import write_whole
 from ovq.instantiate import is_ours
+from ovq.renamed import MOVED, upgrade
 from ovq.schema import REQUIRED, one_of, problems, setting
 
 
@@ -93,7 +94,9 @@ class OptimConfig:
 @dataclass
 class InitConfig:
     path: str | None = setting(
-        None, "run or checkpoint whose weights a new run starts from (short: init_from=DIR); null: fresh weights"
+        None,
+        "run or checkpoint whose weights a new run starts from (short: init_from=DIR); null: fresh weights",
+        paths=True,
     )
     strict: bool = setting(True, "whether all weights must fit; false: take those that do, and name the others")
 
@@ -107,6 +110,11 @@ class TrainerConfig:
     device: str = one_of("auto", "cpu", "cuda", help="device to train on")
     precision: str = one_of(
         "auto", "fp32", "bf16", help="compute dtype, parameters stay float32; auto: bf16 on a GPU or a CPU with AMX"
+    )
+    threads: int | None = setting(
+        None,
+        "CPU threads of a lone process; null: as many as there are free cores when the run first starts",
+        at_least=1,
     )
     shard: str = one_of("full", "hybrid", "none", help="FSDP, HSDP, or a full copy of the model on each device")
     replicas: int = setting(1, "groups of processes that each hold a copy of the model (shard=hybrid)", at_least=1)
@@ -180,9 +188,11 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     name: str = setting("default", "name of the experiment, and the first part of the run folder's name")
     seed: int = setting(0, "seed of the initialisation and the data order", at_least=0, at_most=2**32 - 1)
-    runs_root: str = setting("runs", "folder that holds the run folders")
-    run_dir: str | None = setting(None, "run folder; null: named after the command line")
-    resume: str = setting("auto", "auto: from the run folder's newest checkpoint; never; or a checkpoint folder")
+    runs_root: str = setting("runs", "folder that holds the run folders", paths=True)
+    run_dir: str | None = setting(None, "run folder; null: named after the command line", writes="folder")
+    resume: str = setting(
+        "auto", "auto: from the run folder's newest checkpoint; never; or a checkpoint folder", paths=True
+    )
     dry_run: bool = setting(False, "print parameters, state, FLOPs, memory and data without training")
 
 
@@ -191,6 +201,7 @@ FREE_AT_RESUME = (
     "trainer.steps",
     "trainer.micro_batch",
     "trainer.device",
+    "trainer.threads",
     "trainer.shard",
     "trainer.replicas",
     "trainer.compile",
@@ -326,42 +337,6 @@ def targets(cfg: Config) -> list[tuple[str, str]]:
     named = [(f"model.mixers.{name}._target_", mixer.get("_target_")) for name, mixer in cfg.model.mixers.items()]
     named.append(("data.task._target_", cfg.data.task.get("_target_")))
     return [(where, str(target)) for where, target in named if target is not None]
-
-
-# --- what was renamed ------------------------------------------------------------------------------------------------
-
-# Classes that have moved and settings that have been renamed. Stored configs may use old names or new ones; on the
-# command line an old name is an error that gives the new one (`ovq.compose`).
-MOVED = {
-    f"ovq.mixers.memory_rules.{cls}": f"ovq.mixers.{module}.{cls}"
-    for module, cls in (
-        ("fifo", "FIFO"),
-        ("reservoir", "Reservoir"),
-        ("learned_compression", "LearnedCompression"),
-        ("kvm", "KVM"),
-    )
-}
-RENAMED = {target: {"num_centroids": "capacity"} for target in MOVED.values()} | {
-    "ovq.mixers.ovq.OVQ": {"step": "step_size"}
-}
-RECALL = "data.tasks.recall.RecallTask"
-
-
-def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-    """A stored config under today's names, so that a run started before a renaming can be resumed after it."""
-    for settings in values.get("model", {}).get("mixers", {}).values():
-        target = settings.get("_target_")
-        if target in MOVED:
-            target = settings["_target_"] = MOVED[target]
-        for old, new in RENAMED.get(target, {}).items():
-            if old in settings:
-                settings[new] = settings.pop(old)
-    data = values.get("data", {})
-    if data.get("kind") == "recall":
-        data |= {"kind": "task", "task": {"_target_": RECALL, **(data.get("task") or {})}}
-    elif data.get("task", {}) is None:
-        data["task"] = {}
-    return values
 
 
 # --- which run this is -----------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def settings_of(cls: type, given: dict[str, Any], where: str) -> dict[str, Any]:
         if p.default is p.empty and p.name not in given:
             raise ConfigError(f"{where}.{p.name} has no value")
     try:
-        hints = typing.get_type_hints(cls.__init__)
+        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError):  # annotations that only a type checker can read
         hints = {}
     return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from ovq.config import RENAMED, Config
+from ovq.config import Config
 from ovq.errors import ConfigError
+from ovq.renamed import RENAMED
+from ovq.schema import fault_of
 from ovq.values import KINDS, kind_of, read
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -150,7 +153,12 @@ def literal(override: str) -> str:
         return override if parsed is not None else f"{prefix}{key}={_for_hydra(text)}"
     if kind.startswith("list") and not text.startswith("["):
         raise ConfigError(f"{override}: a list is expected, as in {key}=[a,b]")
-    value = read(item, key, text)
+    quoted = "str" in kind and ("'" in text or '"' in text) and parsed is not None and not parsed.is_sweep_override()
+    value = parsed.value() if quoted and parsed is not None else read(item, key, text)  # Hydra knows its own escapes
+    if quoted and item.metadata.get("paths"):
+        value = [os.path.expanduser(v) for v in value] if isinstance(value, list) else os.path.expanduser(value)
+    if fault := fault_of(item, value):
+        raise ConfigError(f"{key}={text} {fault}")
     if parsed is not None and not parsed.is_sweep_override() and _same(parsed.value(), value):
         return override
     return f"{prefix}{key}={_for_hydra(value)}"

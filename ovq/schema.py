@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import MISSING, field
 from typing import Any
@@ -31,6 +32,7 @@ def setting(
     below: float | None = None,
     length: int | None = None,
     endings: tuple[str, ...] | None = None,
+    writes: str | None = None,
     paths: bool = False,
 ) -> Any:
     """A dataclass field with help and legal values; a list or dictionary default is copied for each instance.
@@ -43,12 +45,13 @@ def setting(
             legal. None is always legal for a setting whose type allows it.
         length: the number of entries of a list.
         endings: the legal endings of a file's name, as in (".png", ".pdf").
-        paths: the value is a list of paths, which on a command line may contain commas.
+        writes: "file" or "folder", if that is what the path leads to: one of the other kind is refused.
+        paths: the value is a path, or a list of paths, which on a command line may contain commas; `~` is expanded.
     """
     limits = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    limits |= {"length": length, "endings": endings}
+    limits |= {"length": length, "endings": endings, "writes": writes}
     metadata = {"help": help, **{name: limit for name, limit in limits.items() if limit is not None}}
-    if paths:
+    if paths or writes:
         metadata["paths"] = True
     if isinstance(default, (list, dict)):
         kept = default
@@ -68,18 +71,21 @@ def problems(schema: Any, values: Any, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(item.default_factory):
             yield from problems(item.default_factory, value, f"{prefix}{item.name}.")
             continue
-        if value is None or value == REQUIRED:
-            continue
-        if _is_list(value) and not len(value) and _default(item):
-            yield f"{prefix}{item.name}=[] must not be empty"
-            continue
-        if _is_list(value) and len(value) != item.metadata.get("length", len(value)):
-            yield f"{prefix}{item.name}={_shown(value)} must have {item.metadata['length']} entries"
-            continue
-        for each in value if _is_list(value) else [value]:
-            if fault := _fault(each, item.metadata):
-                yield f"{prefix}{item.name}={_shown(value)} {fault}"
-                break
+        if fault := fault_of(item, value):
+            yield f"{prefix}{item.name}={_shown(value)} {fault}"
+
+
+def fault_of(item: Any, value: Any) -> str | None:
+    """What is illegal about the value of one setting, as in 'must be at least 1'; None: nothing."""
+    if value is None or value == REQUIRED:
+        return None
+    if not _is_list(value):
+        return _fault(value, item.metadata)
+    if not len(value) and _default(item) != []:
+        return "must not be empty"
+    if len(value) != item.metadata.get("length", len(value)):
+        return f"must have {item.metadata['length']} entries"
+    return next((fault for each in value if (fault := _fault(each, item.metadata))), None)
 
 
 def describe(schema: Any, prefix: str = "") -> list[str]:
@@ -129,6 +135,10 @@ def _fault(value: Any, limits: Any) -> str | None:
     choices = limits.get("choices")
     if choices and value not in choices:
         return f"is not a legal value; legal: {', '.join(map(str, choices))}"
+    if limits.get("writes") == "file" and os.path.isdir(value):
+        return "is a folder; name a file"
+    if limits.get("writes") == "folder" and os.path.isfile(value):
+        return "is a file; name a folder"
     endings = limits.get("endings")
     if endings and not str(value).lower().endswith(endings):
         return f"is not a file name that can be written; legal endings: {', '.join(endings)}"

@@ -1,4 +1,4 @@
-"""What a person types for a setting, read by the setting's type: the same on every command line, with the same messages.
+"""What a person types for a setting, read by the setting's type: the same on every command line.
 
     read(field, "trainer.steps", "1e3")            1000
     read(field, "run_dir", "runs/x,model=sw")      "runs/x,model=sw": text is taken as it is typed
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,15 @@ def read(item: dataclasses.Field[Any], name: str, text: str) -> Any:
         ConfigError: it is not of the setting's type.
     """
     kind = kind_of(item)
+    value: Any = None
     if text == "null" and kind != str(item.type):
         return None
     if kind.startswith("list["):
         value = _list(item, name, text)
-    elif text == "null":
-        value = None
-    else:
+    elif text != "null":
         value = scalar(kind, text)
+        if item.metadata.get("paths") and isinstance(value, str):
+            value = os.path.expanduser(value)
     if value is None:
         raise ConfigError(f"{name}={text} must be {KINDS[kind]}")
     return value
@@ -123,17 +125,21 @@ def split_paths(text: str) -> list[str]:
     found = []
     while pieces:
         length = next((n for n in range(len(pieces), 1, -1) if Path(",".join(pieces[:n])).expanduser().exists()), 1)
-        found.append(unquoted(",".join(pieces[:length])))
+        found.append(os.path.expanduser(unquoted(",".join(pieces[:length]))))
         pieces = pieces[length:]
     return found
 
 
-def expand(paths: list[str]) -> list[str]:
-    """Paths with `~` and wildcards expanded, sorted within each pattern. One that exists as it is typed is no pattern,
-    and one that matches nothing stays."""
+def expand(paths: list[str], *, holding: str) -> list[str]:
+    """Paths of folders with wildcards expanded, sorted within each pattern.
+
+    A path that exists as it is typed is no pattern, and a pattern that matches nothing stays.
+
+    Args:
+        holding: a file that a folder must hold for a pattern to match it.
+    """
     found: list[str] = []
     for path in paths:
-        typed = str(Path(path).expanduser())
-        matches = [] if Path(typed).exists() else sorted(glob.glob(typed, recursive=True))
-        found += matches or [typed]
+        matches = [] if os.path.exists(path) else sorted(glob.glob(os.path.join(path, holding), recursive=True))
+        found += [os.path.dirname(match) for match in matches] or [path]
     return list(dict.fromkeys(found))

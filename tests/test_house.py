@@ -53,7 +53,8 @@ def below(module: str, room: str) -> bool:
 
 # room (a package or module) -> the rooms it may import from, besides itself. A nested room comes before its parent.
 SHARED = (
-    *("ovq.config", "ovq.compose", "ovq.cli", "ovq.errors", "ovq.schema", "ovq.values", "ovq.overrides"),
+    *("ovq.config", "ovq.compose", "ovq.cli", "ovq.errors", "ovq.schema", "ovq.values"),
+    *("ovq.overrides", "ovq.renamed"),
     *("ovq.files", "ovq.machine", "ovq.report", "ovq.bounded"),
 )
 CORE = (*SHARED, "ovq.instantiate", "ovq.processes")

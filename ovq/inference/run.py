@@ -38,6 +38,7 @@ from ovq.train.parallelize import parallelize
 # How the run was computed does not matter here: any number of processes, and no backward pass.
 COMPUTED = {
     "trainer.compile": False,
+    "trainer.threads": None,
     "trainer.activation_checkpointing": "none",
     "trainer.shard": "full",
     "trainer.replicas": 1,
@@ -51,8 +52,8 @@ class RunOptions:
     """Options of every tool that evaluates a run. A tool's option named like a setting below `eval` replaces that of
     the run; one that is None keeps the run's own value."""
 
-    run: str = setting(REQUIRED, "the run folder")
-    checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one")
+    run: str = setting(REQUIRED, "the run folder", paths=True)
+    checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one", paths=True)
     trust: list[str] = setting(
         [], "what the run's config may use: classes outside this project, whose code then runs, and oc.env:NAME"
     )

@@ -329,10 +329,8 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate after every `eval_every`-th step and, with eval.at_end, after the last; once per step."""
         trainer, step = self.cfg.trainer, self.step
-        wanted = (step and due(step, trainer.eval_every)) or (
-            self.cfg.eval.at_end and step == trainer.steps
-        )
-        if self.evaluate is None or not due or self.evaluated_step == step or self.stopping:
+        wanted = (step and due(step, trainer.eval_every)) or (self.cfg.eval.at_end and step == trainer.steps)
+        if self.evaluate is None or not wanted or self.evaluated_step == step or self.stopping:
             return
         self.flush()
         self.save()
@@ -377,6 +375,11 @@ class Trainer:
             "checkpoint": str(self.checkpointer.last),
             "commit": code_commit(),
         }
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something happens after a step that happens every so many; 0: never."""
+    return every > 0 and step % every == 0
 
 
 def _finite(value: float) -> float | None:
