@@ -44,7 +44,7 @@ class Unreadable(Failure):
 
 
 def compression_of(head: bytes) -> str | None:
-    """"gzip", "zstd", "bz2" or "xz" if that is what the first bytes of a file say."""
+    """ "gzip", "zstd", "bz2" or "xz" if that is what the first bytes of a file say."""
     return next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
 
 
@@ -60,7 +60,7 @@ def check(head: bytes, kind: str) -> None:
     if head[257:262] == b"ustar":
         raise Unreadable(f"is a tar archive, not {_WANTED[kind]}; unpack it")
     if b"\x00" in head:
-        raise Unreadable(f"holds binary data, not {_WANTED[kind]}; leave it out, for instance by a pattern such as *.txt")
+        raise Unreadable(f"holds binary data, not {_WANTED[kind]}; leave it out, say by a pattern such as *.txt")
     if kind == "jsonl" and head.removeprefix(BOM).lstrip().startswith(b"["):
         raise Unreadable("is one JSON array, not JSON lines; write an object a line: jq -c '.[]' FILE")
 

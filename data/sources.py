@@ -9,12 +9,13 @@ Hub files come through `huggingface_hub` and are read with pyarrow. `datasets` i
 streaming holds whole row groups (measured: 670 MB for a group of 114 MB) and loses its shuffle buffer when resumed, and
 it has no access to document i, which an order that is a pure function of the step needs.
 
-A folder stands for the files in it that end as its kind does, and in its subfolders. A path that exists as it is typed is
-no pattern, whatever brackets it holds. Compressed files are recognised by their content (`data.contents`).
+A folder stands for the files in it that end as its kind does, and in its subfolders. A path that exists as it is typed
+is no pattern, whatever brackets it holds. Compressed files are recognised by their content (`data.contents`).
 
 A shard is missing if a path without wildcards does not exist, if it is a link to nothing, or if a pattern matches a
-series `NAME-00003-of-00008` with gaps. It is corrupt if it cannot be indexed. With `data.on_bad_shard` "error" the job stops before anything runs;
-with "skip" the shard is left out, named in a warning and counted.
+series `NAME-00003-of-00008` with gaps. It is corrupt if it cannot be indexed. With
+`data.on_bad_shard` "error" the job stops before anything runs; with "skip" the shard is left out, named in a warning and
+counted.
 """
 
 from __future__ import annotations
@@ -118,7 +119,10 @@ def find_files(data: DataConfig, split: str, commit: str | None = None) -> tuple
                 raise ConfigError(f"data.{split}: no file matches {pattern}")
             endings = ", ".join(f"*{ending}" for ending in _ENDINGS[data.kind] if ending) or "visible"
             missing.append(f"{pattern}: a folder without {endings} files" if here.folder else f"{pattern}: missing")
-        missing += [*here.missing, *(f"{name}: missing" for name in _holes(here.files, "*" if here.folder else pattern))]
+        missing += [
+            *here.missing,
+            *(f"{name}: missing" for name in _holes(here.files, "*" if here.folder else pattern)),
+        ]
         found.update({file.path: file for file in here.files if file.path not in found})
     bad_shards(data, missing, split, left=len(found))
     return list(found.values()), missing

@@ -1,7 +1,7 @@
 """Plot one or several runs: loss by position with its standard error, or training loss by step.
 
     python -m eval.plot runs=[runs/a,runs/b] out=both.png                 the newest evaluation of each run
-    python -m eval.plot runs=[runs/a] context=65536 x=linear              at one context, on a linear axis
+    python -m eval.plot runs=[runs/pg19*] context=65536 x=linear          at one context, on a linear axis
     python -m eval.plot runs=[runs/a,runs/b] kind=training out=train.png
 
 Runs are labelled by the settings in which they differ.
@@ -10,6 +10,7 @@ Runs are labelled by the settings in which they differ.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ovq.cli import command
 from ovq.config import FREE_AT_RESUME, Config
 from ovq.errors import ConfigError
 from ovq.schema import REQUIRED, one_of, setting
+from ovq.values import expand
 
 FIRST_SHOWN = 16  # earlier positions have almost no context, and their high losses would flatten the rest of the curve
 SHOWN_STEPS = 5  # at most this many evaluations of one run in a figure
@@ -179,7 +181,8 @@ def compare(
             wanted = "at a context that all runs share" if context is None else f"at context={context}"
             raise ConfigError(
                 f"{run_dir} has no such evaluation {wanted} (contexts it has: {have}); "
-                f"make one with: python -m eval.per_position run={run_dir} context={context or cfg.eval.context}"
+                f"make one with: python -m eval.per_position {shlex.quote(f'run={run_dir}')} "
+                f"context={context or cfg.eval.context}"
             )
         newest = {loss_table.key_of(row)[1:]: row["step"] for row in sorted(rows, key=lambda row: row["step"])}
         for same, at in newest.items():
@@ -228,8 +231,8 @@ def running_mean(values: list[float], width: int) -> list[float]:
 
 @dataclass
 class Options:
-    runs: list[str] = setting(REQUIRED, "run folders to plot, [a,b]", paths=True)
-    out: str = setting("runs.png", "file to write; its suffix selects the format")
+    runs: list[str] = setting(REQUIRED, "run folders to plot, [a,b] or a pattern as in [runs/*]", paths=True)
+    out: str = setting("runs.png", "file to write; its ending selects the format", endings=style.ENDINGS, writes="file")
     kind: str = one_of("position", "training", help="loss by position, or training loss by step")
     x: str | None = setting(None, "scale of the axis; null: log by position, linear by step", choices=("log", "linear"))
     context: int | None = setting(None, "context of the evaluations; null: the longest that all runs have", at_least=1)
@@ -240,7 +243,7 @@ class Options:
 @command(Options)
 def main(options: Options) -> int:
     """The command line shown in the module docstring."""
-    run_dirs, out = [Path(run) for run in options.runs], Path(options.out)
+    run_dirs, out = [Path(run) for run in expand(options.runs, holding="config.yaml")], Path(options.out)
     if options.kind == "training":
         path = training(run_dirs, out, scale=options.x or "linear")
     else:

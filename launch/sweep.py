@@ -294,13 +294,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per-job", type=positive, default=1, help="GPUs a job")
     parser.add_argument("--at-once", type=positive, default=1, help="without GPUs: jobs at a time, sharing the cores")
     parser.add_argument("--stop-on-failure", action="store_true", help="start no further job after a failure")
+    parser.add_argument("--config-dir", action="append", default=[], help="folder with options of your own")
     parser.add_argument("--plan", action="store_true", help="only show the jobs, and how the unfinished ones stand")
     return guarded(lambda: sweep(arguments.read(parser, argv)))
 
 
 def sweep(options: argparse.Namespace) -> int:
     """Show the jobs, run those that are not finished, and list the failures."""
-    jobs = expand(options.overrides)
+    jobs = expand([*(f"--config-dir={folder}" for folder in options.config_dir), *options.overrides])
     mark_finished(jobs)
     print(table(jobs), flush=True)
     if options.plan:

@@ -148,6 +148,10 @@ def status_of(error: Exception) -> int | None:
 
 
 def _arguments(options: type, argv: list[str], overrides: bool, words: bool) -> list[Any]:
+    if overrides and any(arg.startswith("--config-dir") for arg in argv):
+        from ovq.overrides import joined
+
+        argv = joined(argv)
     names = [item.name for item in dataclasses.fields(options)]
     own: list[str] = []
     rest: list[str] = []
@@ -203,7 +207,8 @@ def help_text(doc: str, options: type, overrides: bool) -> str:
     if overrides:
         lines += [
             "",
-            "Any setting of the config can be overridden by its full name, as in trainer.context=4096 (see train.py).",
+            "Any setting of the config can be overridden by its full name, as in trainer.context=4096; "
+            "python train.py --help lists them.",
         ]
     return "\n".join(lines)
 

@@ -132,7 +132,10 @@ def help_text(dirs: Dirs = ()) -> str:
         lines += columns(own_settings(file_of("model/mixer", mixer, dirs), f"model.mixers.{mixer}."))
     for task in options("data/task", dirs):
         lines += ["", f" data/task={task}", *columns(own_settings(file_of("data/task", task, dirs), "data.task."))]
-    lines += ["", "--config-dir DIR adds options to the groups: DIR/experiment/mine.yaml is experiment=mine, and so on."]
+    lines += [
+        "",
+        "--config-dir DIR adds options of your own: DIR/experiment/mine.yaml is experiment=mine, and so on.",
+    ]
     return "\n".join(lines)
 
 
