@@ -13,9 +13,9 @@ A folder stands for the files in it that end as its kind does, and in its subfol
 is no pattern, whatever brackets it holds. Compressed files are recognised by their content (`data.contents`).
 
 A shard is missing if a path without wildcards does not exist, if it is a link to nothing, or if a pattern matches a
-series `NAME-00003-of-00008` with gaps. It is corrupt if it cannot be indexed. With
-`data.on_bad_shard` "error" the job stops before anything runs; with "skip" the shard is left out, named in a warning and
-counted.
+series `NAME-00003-of-00008` with gaps. It is corrupt if it cannot be indexed. If
+`data.on_bad_shard` is "error" the job stops before anything runs; if "skip" the shard is left out, named in a warning
+and counted.
 """
 
 from __future__ import annotations

@@ -227,6 +227,7 @@ COMMANDS = {
     "eval perplexity": "eval.perplexity",
     "eval stored_state": "eval.stored_state",
     "eval plot": "eval.plot",
+    "eval report": "eval.report",
     "figures fig4": "eval.figures.fig4",
     "figures fig5": "eval.figures.fig5",
     "figures fig6": "eval.figures.fig6",

@@ -109,7 +109,14 @@ TOOLS = (
     *("data.prepare", "data.train_tokenizer", "eval.plot", "eval.per_position", "eval.perplexity", "eval.accuracy"),
     *("eval.needle", "eval.harness", "eval.stored_state", "eval.bench.cpu", "eval.bench.compare", "eval.bench.models"),
     *("eval.bench.ops", "eval.bench.pipeline", "eval.bench.cost", "eval.bench.aot", "eval.bench.gpu.bench"),
-    *("ovq.inference.generate", "ovq.ops.ovq_attention.selftest", "eval.figures.fig4", "eval.figures.fig6"),
+    *(
+        "eval.report",
+        "launch.plan",
+        "ovq.inference.generate",
+        "ovq.ops.ovq_attention.selftest",
+        "eval.figures.fig4",
+        "eval.figures.fig6",
+    ),
 )
 SCHEMAS = {"": Config} | {name: importlib.import_module(name).Options for name in TOOLS}
 NONSENSE = ("abc", "-1e30", "nan", "inf", "[]", "null", "", "{a: 1}", "true", "[null]", "1e400", "[[1]]")
