@@ -48,8 +48,8 @@ def setting(
         writes: "file" or "folder", if that is what the path leads to: one of the other kind is refused.
         paths: the value is a path, or a list of paths, which on a command line may contain commas; `~` is expanded.
     """
-    limits = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    limits |= {"length": length, "endings": endings, "writes": writes}
+    limits: dict[str, Any] = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    limits |= {"choices": choices, "length": length, "endings": endings, "writes": writes}
     metadata = {"help": help, **{name: limit for name, limit in limits.items() if limit is not None}}
     if paths or writes:
         metadata["paths"] = True
