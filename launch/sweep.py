@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 from launch import options as arguments
 from launch.claims import claim, claim_gpus, release, trainer_of
 from launch.options import positive

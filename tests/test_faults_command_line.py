@@ -141,7 +141,7 @@ def programs() -> list[str]:
 
 
 NO_COMMAND = {  # set-up, children of other programs, and other names of the same
-    *("launch.install", "launch.lock", "ovq.__main__", "eval.bench.gpu.__main__"),
+    *("launch.install", "launch.lock", "launch.__main__", "ovq.__main__", "eval.bench.gpu.__main__"),
     *("ovq.ops.ovq_attention.verify", "eval.bench.gpu.group"),
 }
 
