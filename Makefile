@@ -30,7 +30,7 @@ test: setup  ## run the whole test suite; ARGS="tests/test_model.py -k causal" s
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup  ## check style and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ovq data eval launch train.py
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy ovq data eval launch train.py
 
 bench: setup  ## speed of operators, training steps and inference on this CPU beside their peers; about 20 minutes
 	$(BIN)/python -m eval.bench.cpu $(ARGS)

@@ -10,6 +10,7 @@ Exit status: 0 finished, or stopped by a signal after saving; 1 training or data
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -35,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> None:
     from ovq import compose, peers
     from ovq.cli import HELP
+    from ovq.overrides import directories
 
     if any(word in argv for word in HELP):
-        print(compose.help_text())
+        print(compose.help_text(directories(argv)[0]))
         return
     cfg = compose.compose(argv)  # before torch is imported: a typo is refused at once
     run_dir = compose.run_dir_of(cfg, argv)
@@ -81,6 +83,8 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.train.summary import finish
     from ovq.train.warm_start import start_from
 
+    check_classes(cfg)
+    choose_threads(cfg, run_dir)
     world = processes.init(cfg.trainer)
     processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
     begun = check_same_run(run_dir, cfg)
@@ -140,6 +144,29 @@ def train(cfg: Config, run_dir: Path) -> None:
         if world.is_main:
             finish(summary, cfg, run_dir)
         processes.shutdown()
+
+
+def check_classes(cfg: Config) -> None:
+    """Refuse settings that the mixers or the task do not take, before the run folder is made."""
+    from data.build import build_task, is_task
+    from ovq.model import check_mixers
+
+    check_mixers(cfg.model)
+    if is_task(cfg):
+        build_task(cfg).check_context(cfg.trainer.context)
+
+
+def choose_threads(cfg: Config, run_dir: Path) -> None:
+    """Settle the number of CPU threads at a run's first start: another number would round sums differently."""
+    from ovq import config, cpu
+    from ovq.errors import ConfigError
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return  # the launcher chooses
+    if cfg.trainer.threads is None and (run_dir / "config.yaml").is_file():
+        with contextlib.suppress(ConfigError):  # reported where the folder is claimed
+            cfg.trainer.threads = config.load(run_dir).trainer.threads
+    cfg.trainer.threads = cpu.choose_threads(cfg.trainer.threads)
 
 
 def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:

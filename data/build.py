@@ -15,11 +15,12 @@ from data import hf_tokenizer
 from data.builtin import BuiltinCorpus
 from data.corpus import Corpus, Document, Identified, ShardCorpus, TokenisedCorpus, Tokens
 from data.dataset_corpus import DatasetCorpus
+from data.index import index_shards
 from data.lanes import LaneReader
 from data.loader import Loader, RowSource
 from data.mixture import MixtureReader
 from data.prepared import PreparedTokens, load_index
-from data.sources import SPLITS, index_shards
+from data.sources import SPLITS
 from data.tasks.base import Task, digest
 from data.tasks.rows import TaskLoader, TaskRows, TaskTokenizer
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
@@ -184,9 +185,9 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
     elif stored and stored.is_file():
         tokenizer = SentencePieceTokenizer(stored.read_bytes(), str(stored))
     else:
-        raise ConfigError(
-            f"tokenizer.model_path={cfg.model_path} does not exist; make one: python -m data.train_tokenizer"
-        )
+        folder_given = cfg.model_path and Path(cfg.model_path).expanduser().is_dir()
+        problem = "is a folder; name the model's file in it" if folder_given else "does not exist"
+        raise ConfigError(f"tokenizer.model_path={cfg.model_path} {problem}; make one: python -m data.train_tokenizer")
     if card and card["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(
             f"tokenizer differs from the one this run was made with ({folder}): "

@@ -24,9 +24,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.sources import ChangedError, DataError, Shard, footer_hash, open_file
+from data.contents import BOM
+from data.index import footer_hash
+from data.sources import ChangedError, DataError, Shard, open_file
 from data.tokenizer import Tokenizer
 from ovq.config_data import SourceConfig
+from ovq.errors import one_line
 
 _READ_BYTES = 1 << 20  # of compressed column data read, and of text decoded, at a time
 _OPEN_FILES = 8
@@ -221,10 +224,10 @@ class ShardCorpus:
         except ChangedError:
             raise
         except Exception as error:  # the readers of three formats raise a dozen types; the document is always named
-            cause = " ".join(str(error).split())
+            where, cause = f"{shard.file.path} {self._place(s, number)}", one_line(error)
             if not self.skip_bad:
-                raise DataError(f"{shard.file.path} document {number}: {cause} (data.on_bad_shard=skip)") from None
-            print(f"warning: {shard.file.path} document {number} left out: {cause}", file=sys.stderr)
+                raise DataError(f"{where}: {cause} (data.on_bad_shard=skip leaves it out and counts it)") from None
+            print(f"warning: {where} left out: {cause}", file=sys.stderr)
             return Text("", fallback, {"unreadable_documents": 1})
         return make_text(raw, title, fallback=fallback, titled=self.title_field is not None, bad=bad)
 
@@ -236,7 +239,11 @@ class ShardCorpus:
         title = batch.column(self.title_field)[row % size] if self.title_field else None
         # as_py would raise on bad UTF-8, which is replaced and counted instead.
         raw = text.as_buffer().to_pybytes() if text.is_valid else b""
-        return raw, str(title.as_py()) if title is not None and title.is_valid else None, 0
+        if title is None or not title.is_valid:
+            return raw, None, 0
+        if hasattr(title, "as_buffer"):
+            return raw, *decode_utf8(title.as_buffer().to_pybytes())
+        return raw, str(title.as_py()), 0
 
     def _batch(self, s: int, group: int, wanted: int, size: int) -> Any:
         """Batch number `wanted` of a row group; continues from the batch read last if that comes before it."""
@@ -263,14 +270,27 @@ class ShardCorpus:
         raw_line = stream.readline()
         if zlib.crc32(raw_line) != shard.line_crcs[row]:
             raise ChangedError.of(shard.file.path, f"another line stands where document {row} was")
+        if shard.lines[row] == 0:
+            raw_line = raw_line.removeprefix(BOM)
         line, bad = decode_utf8(raw_line)
-        record = json.loads(line)
-        if self.text_field not in record:
-            raise DataError(f"field '{self.text_field}' is not in {sorted(record)}; set data.text_field")
+        record = _object(line, self.text_field)
         title = record.get(self.title_field) if self.title_field else None
         # JSON can escape half a surrogate pair, which is not a character: treated and counted like any bad UTF-8.
         raw = (record[self.text_field] or "").encode("utf-8", "surrogatepass")
-        return raw, None if title is None else str(title), bad
+        title, more = (None, 0) if title is None else decode_utf8(str(title).encode("utf-8", "surrogatepass"))
+        return raw, title, bad + more
+
+    def _place(self, s: int, number: int) -> str:
+        """Where document `number` of a shard stands, for a message: "line 12" of JSON lines, else "document 11"."""
+        shard = self.shards[s]
+        if shard.lines is None:
+            return f"document {number}"
+        stream, left, newlines = self._reader(s), int(shard.lines[number]), 0
+        stream.seek(0)
+        while left > 0 and (block := stream.read(min(left, _READ_BYTES))):
+            newlines += block.count(b"\n")
+            left -= len(block)
+        return f"line {newlines + 1}"
 
     def _text(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
         stream = self._reader(s)
@@ -279,7 +299,7 @@ class ShardCorpus:
         raw = stream.read()
         if hashlib.sha256(raw).hexdigest() != self.shards[s].digest:
             raise ChangedError.of(self.shards[s].file.path, "another hash")
-        return raw, os.path.splitext(self.shards[s].file.name)[0], 0
+        return raw.removeprefix(BOM), os.path.splitext(self.shards[s].file.name)[0], 0
 
     def _reader(self, s: int) -> Any:
         """The open file of a shard. Few stay open, and none is shared with a forked process, as offsets would be."""
@@ -345,6 +365,29 @@ def make_text(raw: bytes, title: str | None, *, fallback: str, titled: bool, bad
     if titled and not title:
         flags["untitled_documents"] = 1
     return Text(text, title or fallback, flags)
+
+
+def _object(line: str, text_field: str) -> dict[str, Any]:
+    """A line of JSON as an object whose text is a string or null.
+
+    Raises:
+        DataError: it is anything else; the message says what.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
+    if not isinstance(record, dict):
+        raise DataError(f'{_JSON[type(record)]}, where an object is needed: {{"{text_field}": "..."}}')
+    if text_field not in record:
+        raise DataError(f"no field '{text_field}' (fields: {', '.join(sorted(record)[:20])}); set data.text_field")
+    if not isinstance(record[text_field], str | None):
+        raise DataError(f"field '{text_field}' holds {_JSON[type(record[text_field])]}, not text")
+    return record
+
+
+_JSON = {int: "a number", float: "a number", bool: "a truth value", str: "a text", list: "a list", dict: "an object"}
+_JSON |= {type(None): "null"}
 
 
 def decode_utf8(raw: bytes) -> tuple[str, int]:

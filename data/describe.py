@@ -10,8 +10,9 @@ from data.build import build_corpus, build_task, build_tokenizer, is_task, share
 from data.builtin import BuiltinCorpus
 from data.corpus import Corpus
 from data.dataset_corpus import describe_dataset, is_remote
+from data.index import index_shards
 from data.prepared import describe_prepared
-from data.sources import HUB, NOT_LISTED, DataError, find_files, hub_parts, index_shards
+from data.sources import HUB, NOT_LISTED, DataError, find_files, hub_parts
 from data.tokenizer import Tokenizer
 from ovq.config import Config
 from ovq.errors import ConfigError

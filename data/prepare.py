@@ -324,7 +324,7 @@ def _summary(index: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Options:
-    out: str | None = setting(None, "where to write (required)")
+    out: str | None = setting(None, "folder to write (required)", writes="folder")
     splits: list[str] = setting([], "splits to prepare; empty: all that the data provide", choices=SPLITS)
     processes: int | None = setting(None, "processes that tokenise; null: one per core", at_least=1)
     part_mb: float = setting(PART_MB, "megabytes of text per part", above=0)

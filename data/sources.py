@@ -8,26 +8,30 @@ and the branch has moved on. A repository is listed once per process.
 Hub files come through `huggingface_hub` and are read with pyarrow. Other formats, and data sets with configurations,
 are left to `datasets` (`data.dataset_corpus`).
 
-A shard is missing if a path without wildcards does not exist, or if a pattern matches a series `NAME-00003-of-00008`
-with gaps. It is corrupt if it cannot be indexed. With `data.on_bad_shard` "error" the job stops before anything runs;
-with "skip" the shard is left out, named in a warning and counted.
+A folder stands for the files in it that end as its kind does, and in its subfolders. A path that exists as it is typed
+is no pattern, whatever brackets it holds. Compressed files are recognised by their content (`data.contents`).
+
+A shard is missing if a path without wildcards does not exist, if it is a link to nothing, or if a pattern matches a
+series `NAME-00003-of-00008` with gaps. It is corrupt if it cannot be indexed. If
+`data.on_bad_shard` is "error" the job stops before anything runs; if "skip" the shard is left out, named in a warning
+and counted.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import glob
-import hashlib
 import os
 import re
 import sys
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from data import contents
 from ovq.config_data import SourceConfig
 from ovq.errors import ConfigError, Failure, one_line
 
@@ -35,7 +39,9 @@ SPLITS = ("train", "validation", "test")
 HUB = "hf://datasets/"
 NOT_LISTED = "cannot be listed"  # in the message about a repository that is out of reach
 _SERIES = re.compile(r"^(?P<stem>.*-)(?P<index>\d+)-of-(?P<total>\d+)(?P<rest>.*)$")
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+# How the files that a folder stands for end, before the ending of a compression; text: any that is not hidden.
+_ENDINGS = {"parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json"), "text": ("",)}
 
 T = TypeVar("T")
 
@@ -103,51 +109,46 @@ def find_files(data: SourceConfig, split: str, commit: str | None = None) -> tup
     missing: list[str] = []
     for pattern in patterns:
         if pattern.startswith(HUB):
-            files = _hub_files(pattern, commit or data.revision)
+            here = _hub_files(pattern, data.kind, commit or data.revision)
         elif "://" in pattern:
-            files = _remote_files(pattern)
+            here = _remote_files(pattern, data.kind)
         else:
-            files = [File(p, os.path.basename(p), os.path.getsize(p)) for p in sorted(_local_paths(pattern))]
-        if not files and glob.has_magic(pattern):
-            raise ConfigError(f"data.{split}: no file matches {pattern}")
-        if not files:
-            missing.append(pattern)
-        missing += _holes(files, pattern)
-        found.update({file.path: file for file in files if file.path not in found})
-    for file in found.values():
-        if file.name.endswith(_COMPRESSED):
-            raise ConfigError(f"data.{split}: {file.path} is compressed and cannot be read at random; decompress it")
-    _bad_shards(data, [f"{name}: missing" for name in missing], split, left=len(found))
+            here = _local_files(pattern, data.kind, split)
+        if not here.files and not here.missing:
+            if glob.has_magic(pattern):
+                raise ConfigError(f"data.{split}: no file matches {pattern}")
+            endings = ", ".join(f"*{ending}" for ending in _ENDINGS[data.kind] if ending) or "visible"
+            missing.append(f"{pattern}: a folder without {endings} files" if here.folder else f"{pattern}: missing")
+        missing += [
+            *here.missing,
+            *(f"{name}: missing" for name in _holes(here.files, "*" if here.folder else pattern)),
+        ]
+        found.update({file.path: file for file in here.files if file.path not in found})
+    bad_shards(data, missing, split, left=len(found))
     return list(found.values()), missing
 
 
-def index_shards(data: SourceConfig, split: str, commit: str | None = None) -> tuple[list[Shard], int]:
-    """The shards of a split, indexed, and how many were left out as missing or corrupt."""
-    files, missing = find_files(data, split, commit)
-    shards: list[Shard] = []
-    corrupt: list[str] = []
-    for file in files:
-        try:
-            shards.append(_INDEX[data.kind](file, data))
-        except ConfigError:
-            raise
-        except (
-            Exception
-        ) as error:  # whatever the reader of the format raises; the message names the file and quotes the cause
-            corrupt.append(f"{file.path}: {one_line(error)}")
-    _bad_shards(data, corrupt, split, left=len(shards))
-    return shards, len(missing) + len(corrupt)
-
-
 def open_file(file: File) -> BinaryIO | str:
-    """What readers open: a local path (hub files are downloaded to the local cache first) or a seekable remote file."""
-    if file.path.startswith(HUB):
-        return hub_download(file)
-    if "://" in file.path:
-        import fsspec
+    """What readers open: a local path (hub files are downloaded to the local cache first) or a seekable remote file.
 
-        return fsspec.open(file.path, "rb").open()
-    return file.path
+    Of a compressed file it is its decompressed copy.
+
+    Raises:
+        contents.Unreadable: compressed data are damaged.
+    """
+    if file.path.startswith(HUB):
+        return contents.plain(hub_download(file))
+    if "://" not in file.path:
+        return contents.plain(file.path)
+    import fsspec
+
+    stream: BinaryIO = fsspec.open(file.path, "rb").open()
+    compression = contents.compression_of(stream.read(8))
+    stream.seek(0)
+    if compression is None:
+        return stream
+    with stream:
+        return contents.decompressed(stream, compression, f"{file.path}:{file.size}", file.path)
 
 
 def hub_download(file: File) -> str:
@@ -162,14 +163,30 @@ def hub_download(file: File) -> str:
     return hf_hub_download(repo.partition("@")[0], inside, repo_type="dataset", revision=file.commit)
 
 
+@dataclass
+class _Found:
+    """What a pattern leads to; `folder`: it names one."""
+
+    files: list[File]
+    missing: list[str]  # what is there but leads nowhere: "PATH: why"
+    folder: bool = False
+
+
+def _fits(path: str, kind: str) -> bool:
+    """Whether a file within a folder that was named is one of this kind, by its name."""
+    name = os.path.basename(path).lower()
+    stem, ending = os.path.splitext(name)
+    return not name.startswith(".") and (stem if ending in _COMPRESSED else name).endswith(_ENDINGS[kind])
+
+
 def hub_parts(path: str) -> tuple[str, str]:
     parts = path[len(HUB) :].split("/")
-    if len(parts) < 3:
+    if len(parts) < 2 or not parts[1]:
         raise ConfigError(f"{path}: hub patterns look like {HUB}OWNER/NAME/PATH")
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
-def _hub_files(pattern: str, revision: str | None) -> list[File]:
+def _hub_files(pattern: str, kind: str, revision: str | None) -> _Found:
     repo, inside = hub_parts(pattern)
     repo, _, named = repo.partition("@")
     revision = named or revision or _COMMITS.get(repo)
@@ -181,7 +198,13 @@ def _hub_files(pattern: str, revision: str | None) -> list[File]:
             "folder made by python -m data.prepare (data=memmap)"
         ) from None
     _COMMITS.setdefault(repo, commit)
-    return [
+    prefix = inside.rstrip("/") + "/" if inside.rstrip("/") else ""
+    chosen = [entry for entry in entries if entry.path == inside]
+    within = [] if chosen else [entry for entry in entries if entry.path.startswith(prefix)]
+    chosen = chosen or [entry for entry in within if _fits(entry.path, kind)]
+    if not within:
+        chosen = chosen or [entry for entry in entries if fnmatch.fnmatchcase(entry.path, inside)]
+    files = [
         File(
             f"{HUB}{repo}@{commit}/{entry.path}",
             os.path.basename(entry.path),
@@ -189,9 +212,9 @@ def _hub_files(pattern: str, revision: str | None) -> list[File]:
             entry.lfs.sha256 if entry.lfs else entry.blob_id,
             commit,
         )
-        for entry in entries
-        if fnmatch.fnmatchcase(entry.path, inside)
+        for entry in chosen
     ]
+    return _Found(files, [], folder=bool(within))
 
 
 def hub_commit(repo: str, revision: str | None) -> str | None:
@@ -223,21 +246,57 @@ def _list_hub(repo: str, revision: str | None) -> tuple[str, list[Any]]:
     return str(commit), sorted(files, key=lambda entry: entry.path)
 
 
-def _remote_files(pattern: str) -> list[File]:
+def _remote_files(pattern: str, kind: str) -> _Found:
     from fsspec.core import url_to_fs
 
     try:
         fs, path = url_to_fs(pattern)
-        paths = sorted(fs.glob(path)) if glob.has_magic(pattern) else [path] * fs.exists(path)
-        return [File(fs.unstrip_protocol(p), os.path.basename(p), int(fs.info(p)["size"])) for p in paths]
+        folder = bool(fs.isdir(path))
+        if folder:
+            paths = [p for p in sorted(fs.find(path)) if _fits(p, kind)]
+        elif fs.exists(path):
+            paths = [path]
+        else:
+            paths = sorted(fs.glob(path)) if glob.has_magic(pattern) else []
+        files = [File(fs.unstrip_protocol(p), os.path.basename(p), int(fs.info(p)["size"])) for p in paths]
+        return _Found(files, [], folder)
     except ImportError as error:
         raise ConfigError(f"{pattern} needs a package that is not installed: {one_line(error)}") from None
 
 
-def _local_paths(pattern: str) -> list[str]:
-    pattern = os.path.expanduser(pattern)
-    paths = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern]
-    return [path for path in paths if os.path.isfile(path)]
+def _local_files(pattern: str, kind: str, split: str) -> _Found:
+    typed = os.path.expanduser(pattern)
+    # What exists as it is typed is no pattern, though its name may hold brackets.
+    literal = os.path.lexists(typed) or not glob.has_magic(typed)
+    if os.path.isfile(os.path.join(typed, "prepared.json")):
+        raise ConfigError(f"data.{split}: {pattern} was made by python -m data.prepare; read it with data=memmap")
+    paths: list[str] = []
+    for path in [typed] if literal else glob.glob(typed, recursive=True):
+        paths += [inner for inner in _walk(path) if _fits(inner, kind)] if os.path.isdir(path) else [path]
+    found = _Found([], [], folder=literal and os.path.isdir(typed))
+    for path in sorted(set(paths)):
+        if os.path.isfile(path):
+            found.files.append(File(path, os.path.basename(path), os.path.getsize(path)))
+        elif os.path.islink(path):
+            found.missing.append(f"{path}: a link to {os.readlink(path)}, which does not exist")
+        elif os.path.exists(path):
+            found.missing.append(f"{path}: not a file")
+    return found
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """The files in a folder and its subfolders, links to folders included, each folder once; hidden ones left out."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        real = os.path.realpath(path)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield from (os.path.join(path, name) for name in files)
+        seen.add(real)
 
 
 def _holes(files: list[File], pattern: str) -> list[str]:
@@ -261,95 +320,22 @@ def _holes(files: list[File], pattern: str) -> list[str]:
     return holes
 
 
-def _bad_shards(data: SourceConfig, bad: list[str], split: str, left: int) -> None:
+def bad_shards(data: SourceConfig, bad: list[str], split: str, left: int) -> None:
+    """Refuse files that are missing or corrupt, or warn of them, as data.on_bad_shard says.
+
+    Args:
+        bad: "FILE: why" for each.
+        left: number of good files.
+
+    Raises:
+        ConfigError: data.on_bad_shard is "error", or no good file is left.
+    """
     if not bad:
         return
+    bad = [one_line(reason) for reason in bad]
     shown = "; ".join(bad[:3]) + (f"; and {len(bad) - 3} more" if len(bad) > 3 else "")
     if not left:
         raise ConfigError(f"data.{split}: no good shard is left: {shown}")
     if data.on_bad_shard == "error":
         raise ConfigError(f"data.{split}: {shown} (data.on_bad_shard=skip leaves bad shards out and counts them)")
     print(f"warning: data.{split}: {len(bad)} shard(s) left out: {shown}", file=sys.stderr)
-
-
-def _index_parquet(file: File, data: SourceConfig) -> Shard:
-    """Row counts from the footer, a few kilobytes at the end of the file. The footer's hash stands for the contents."""
-    import pyarrow.parquet as pq
-
-    with _open_for_index(file) as stream:
-        footer = footer_hash(stream)
-        metadata = pq.ParquetFile(stream).metadata
-        schema = metadata.schema.to_arrow_schema()
-        for key, column in (("text_field", data.text_field), ("title_field", data.title_field)):
-            if column and column not in schema.names:
-                raise ConfigError(
-                    f"data.{key}={column} is not a column of {file.path}; legal: {', '.join(schema.names)}"
-                )
-        kind = schema.field(data.text_field).type
-        if str(kind) not in ("string", "large_string", "binary", "large_binary"):
-            raise ConfigError(f"data.text_field={data.text_field} of {file.path} holds {kind}, not text")
-        groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-        text = [metadata.schema.column(c).path for c in range(metadata.num_columns)].index(data.text_field)
-    return Shard(
-        file,
-        file.digest or footer,
-        tuple(group.num_rows for group in groups),
-        tuple(group.column(text).total_uncompressed_size for group in groups),
-        footer,
-    )
-
-
-def footer_hash(stream: Any) -> str:
-    """SHA-256 of the footer of an open Parquet file.
-
-    Raises:
-        DataError: it is not a Parquet file, or not all of it.
-    """
-    size = stream.seek(0, os.SEEK_END)
-    if size < 12:
-        raise DataError(f"not a Parquet file ({size} bytes)")
-    stream.seek(size - 8)
-    tail = stream.read(8)
-    length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != b"PAR1" or length + 12 > size:
-        raise DataError("not a whole Parquet file (cut short or damaged)")
-    stream.seek(size - 8 - length)
-    return hashlib.sha256(stream.read(length)).hexdigest()
-
-
-def _index_jsonl(file: File, data: SourceConfig) -> Shard:
-    """Offset and CRC of each line that is not blank, and the hash of the whole file, in one pass of bounded memory."""
-    digest = hashlib.sha256()
-    offsets: list[int] = []
-    crcs: list[int] = []
-    position = 0
-    with _open_for_index(file) as stream:
-        for line in stream:
-            digest.update(line)
-            if line.strip():
-                offsets.append(position)
-                crcs.append(zlib.crc32(line))
-            position += len(line)
-    lines, line_crcs = np.asarray(offsets, np.int64), np.asarray(crcs, np.uint32)
-    return Shard(file, digest.hexdigest(), lines=lines, line_crcs=line_crcs)
-
-
-def _index_text(file: File, data: SourceConfig) -> Shard:
-    digest = hashlib.sha256()
-    with _open_for_index(file) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return Shard(file, digest.hexdigest(), rows=(1,), row_bytes=(file.size,))
-
-
-_INDEX = {"parquet": _index_parquet, "jsonl": _index_jsonl, "text": _index_text}
-
-
-def _open_for_index(file: File) -> Any:
-    if file.path.startswith(HUB):
-        from huggingface_hub import HfFileSystem
-
-        # A footer needs a few kilobytes: range requests, not the whole shard.
-        return HfFileSystem().open(file.path, "rb", revision=file.commit)
-    source = open_file(file)
-    return open(source, "rb") if isinstance(source, str) else source

@@ -31,7 +31,7 @@ _LINE_LIMIT = 4000  # bytes of a line used for training; SentencePiece drops lon
 
 @dataclass
 class Options:
-    out: str = setting(REQUIRED, "where to write the model")
+    out: str = setting(REQUIRED, "file to write the model to", writes="file")
     vocab_size: int = setting(16384, "pieces, including the 256 bytes", at_least=1)
     model_type: str = one_of(*MODEL_TYPES, help="how text is divided into pieces")
     sample_mb: float = setting(30.0, "megabytes of text to train on", above=0)

@@ -49,9 +49,9 @@ class Options(RunOptions):
     tasks: list[str] = setting(TABLE1, "tasks, groups or tags of lm-evaluation-harness")
     batch: int = setting(8, "requests per forward pass; it changes no score", at_least=1)
     limit: int | None = setting(None, "use only this many questions of each task; null: all", at_least=1)
-    include_path: str | None = setting(None, "folder with the YAML files of more tasks")
+    include_path: str | None = setting(None, "folder with the YAML files of more tasks", paths=True)
     metadata: str | None = setting(None, "JSON that tasks are given, such as RULER's tokenizer and max_seq_lengths")
-    out: str | None = setting(None, "file to write; null: harness.json in the run folder")
+    out: str | None = setting(None, "file to write; null: harness.json in the run folder", writes="file")
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
     num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
 

@@ -1,7 +1,7 @@
 """Plot one or several runs: loss by position with its standard error, training loss by step, or accuracy by length.
 
     python -m eval.plot runs=[runs/a,runs/b] out=both.png                 the best evaluation of each run
-    python -m eval.plot runs=[runs/a] context=65536 x=linear              at one context, on a linear axis
+    python -m eval.plot runs=[runs/pg19*] context=65536 x=linear          at one context, on a linear axis
     python -m eval.plot runs=[runs/a,runs/b] kind=training out=train.png
     python -m eval.plot runs=[runs/a,runs/b] kind=accuracy out=recall.png     of a generated task (eval.accuracy)
 
@@ -11,6 +11,7 @@ Runs are labelled by the settings in which they differ.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.identity import FREE_AT_RESUME
 from ovq.schema import REQUIRED, one_of, setting
+from ovq.values import expand
 
 FIRST_SHOWN = 16  # earlier positions have almost no context, and their high losses would flatten the rest of the curve
 SEEN = 0.002  # of the picture's height: a smaller difference is hidden by the line
@@ -218,7 +220,8 @@ def compare(
             wanted = "at a context that all runs share" if context is None else f"at context={context}"
             raise ConfigError(
                 f"{run_dir} has no such evaluation {wanted} (contexts it has: {have}); "
-                f"make one with: python -m eval.per_position run={run_dir} context={context or cfg.eval.context}"
+                f"make one with: python -m eval.per_position {shlex.quote(f'run={run_dir}')} "
+                f"context={context or cfg.eval.context}"
             )
         best = best_steps(rows)
         for same, (at, newer) in best.items():
@@ -337,8 +340,8 @@ def running_mean(values: list[float], width: int) -> list[float]:
 
 @dataclass
 class Options:
-    runs: list[str] = setting(REQUIRED, "run folders to plot, [a,b]", paths=True)
-    out: str = setting("runs.png", "file to write; its suffix selects the format")
+    runs: list[str] = setting(REQUIRED, "run folders to plot, [a,b] or a pattern as in [runs/*]", paths=True)
+    out: str = setting("runs.png", "file to write; its ending selects the format", endings=style.ENDINGS, writes="file")
     kind: str = one_of(
         "position", "training", "accuracy", help="loss by position, training loss by step, or accuracy by length"
     )
@@ -353,7 +356,7 @@ class Options:
 @command(Options)
 def main(options: Options) -> int:
     """The command line shown in the module docstring."""
-    run_dirs, out = [Path(run) for run in options.runs], Path(options.out)
+    run_dirs, out = [Path(run) for run in expand(options.runs, holding="config.yaml")], Path(options.out)
     if options.kind == "training":
         path = training(run_dirs, out, scale=options.x or "linear")
     elif options.kind == "accuracy":

@@ -21,6 +21,7 @@ from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.machine import code_commit, command_line
 from ovq.schema import setting
+from ovq.values import expand
 
 LARGEST = 2_000_000  # bytes: what a mail or an issue takes
 POINTS = 40_000  # of all training curves together; fewer if the file would be too large
@@ -28,16 +29,18 @@ POINTS = 40_000  # of all training curves together; fewer if the file would be t
 
 @dataclass
 class Options:
-    runs: list[str] = setting([], "run folders, [a,b]; empty: those of the sweep given instead", paths=True)
+    runs: list[str] = setting(
+        [], "run folders, [a,b] or a pattern as in [runs/*]; empty: those of the sweep given instead", paths=True
+    )
     base: str | None = setting(None, "run folder that others are compared with; null: the first")
     positions: list[int] = setting([4096, 16384, 65536], "positions of the table, in tokens", at_least=1)
-    out: str = setting("report.html", "file to write")
+    out: str = setting("report.html", "file to write", endings=(".html", ".htm"), writes="file")
 
 
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    runs = [facts_of(folder) for folder in folders_of(options.runs, overrides)]
+    runs = [facts_of(folder) for folder in folders_of(expand(options.runs, holding="config.yaml"), overrides)]
     known = [run for run in runs if run.cfg is not None]
     if not known:
         raise ConfigError(f"none of the {len(runs)} folders is a run that has begun; first: {runs[0].run_dir}")

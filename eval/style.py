@@ -39,6 +39,7 @@ RC = {
     "axes.titlesize": 10,
 }
 DPI = 160
+ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")  # what `save` can write
 
 
 def library() -> ModuleType:
@@ -103,7 +104,7 @@ def save(fig: Figure, path: Path | str) -> Path:
     # No date, version or random id in the file, so that the same data give the same bytes.
     metadata = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}.get(path.suffix)
     with replacing(path) as scratch, matplotlib.rc_context({"svg.hashsalt": "ovq"}):
-        fig.savefig(scratch, format=path.suffix[1:], dpi=DPI, metadata=metadata)  # type: ignore[arg-type]
+        fig.savefig(scratch, format=path.suffix[1:].lower(), dpi=DPI, metadata=metadata)  # type: ignore[arg-type]
     return path
 
 

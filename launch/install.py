@@ -46,6 +46,9 @@ class Pin(NamedTuple):
 
 def main() -> int:
     """Install everything; returns an exit status."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print((__doc__ or "").strip())
+        return 0
     try:
         install()
     except SetupError as error:

@@ -60,7 +60,7 @@ HEADROOM = 0.92  # of the memory: the rest goes to the runtime, collectives and 
 class Options:
     gpus: int = setting(8, "GPUs in all", at_least=1)
     gpus_per_node: int = setting(8, "GPUs in a node, joined by its fast links", at_least=1)
-    gpu: str = setting("h100", "card", choices=tuple(CARDS))
+    gpu: str = setting("h100", "card to plan for", choices=tuple(CARDS))
     mfu: float = setting(0.35, "share of the card's peak that training reaches (an assumption)", above=0, at_most=1)
     vocab_size: int | None = setting(None, "pieces of the tokenizer; null: tokenizer.vocab_size", at_least=2)
     disk_gb_per_s: float = setting(2.0, "GB/s that a node writes to the storage of checkpoints", above=0)

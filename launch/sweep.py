@@ -32,9 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 from launch import options as arguments
 from launch.claims import claim, claim_gpus, release, trainer_of
 from launch.options import positive
@@ -44,6 +41,7 @@ from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError, Stopped
 from ovq.files import write_whole
+from ovq.overrides import sweep_values
 from ovq.train.stop import SIGNALS
 from ovq.train.summary import read_finished
 
@@ -74,17 +72,7 @@ def expand(overrides: list[str]) -> list[Job]:
     Raises:
         ConfigError: an override that cannot be read, a job that is not legal, or two jobs with one run folder.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split("\n")[0].split())) from None
-    axes = []
-    for text, override in zip(overrides, parsed):
-        if override.is_sweep_override():
-            key = text.partition("=")[0]
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([text])
+    axes = [sweep_values(text) for text in overrides]
     jobs: list[Job] = []
     for combination in itertools.product(*axes):
         chosen = list(combination)
@@ -305,13 +293,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per-job", type=positive, default=1, help="GPUs a job")
     parser.add_argument("--at-once", type=positive, default=1, help="without GPUs: jobs at a time, sharing the cores")
     parser.add_argument("--stop-on-failure", action="store_true", help="start no further job after a failure")
+    parser.add_argument("--config-dir", action="append", default=[], help="folder with options of your own")
     parser.add_argument("--plan", action="store_true", help="only show the jobs, and how the unfinished ones stand")
     return guarded(lambda: sweep(arguments.read(parser, argv)))
 
 
 def sweep(options: argparse.Namespace) -> int:
     """Show the jobs, run those that are not finished, and list the failures."""
-    jobs = expand(options.overrides)
+    jobs = expand([*(f"--config-dir={folder}" for folder in options.config_dir), *options.overrides])
     mark_finished(jobs)
     print(table(jobs), flush=True)
     if options.plan:

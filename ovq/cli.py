@@ -29,9 +29,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ovq.errors import ConfigError, Failure, Stopped, omegaconf_message, one_line
+from ovq.errors import ConfigError, Failure, Stopped, one_line
 from ovq.report import lasting_streams
-from ovq.schema import describe, problems
+from ovq.schema import REQUIRED, describe, problems
+from ovq.values import read
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -147,6 +148,10 @@ def status_of(error: Exception) -> int | None:
 
 
 def _arguments(options: type, argv: list[str], overrides: bool, words: bool) -> list[Any]:
+    if overrides and any(arg.startswith("--config-dir") for arg in argv):
+        from ovq.overrides import joined
+
+        argv = joined(argv)
     names = [item.name for item in dataclasses.fields(options)]
     own: list[str] = []
     rest: list[str] = []
@@ -178,74 +183,20 @@ def parse(options: type[T], argv: list[str]) -> T:
     Raises:
         ConfigError: an unknown option, a value that cannot be parsed or is not legal, or a missing required option.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     fields = {item.name: item for item in dataclasses.fields(cast(Any, options))}
     values = {}
     for arg in argv:
         key, _, text = arg.partition("=")
         if key not in fields:
             raise _unknown(key, list(fields))
-        values[key] = _read(fields[key], arg, text)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(options), values)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_wrong_type(fields, argv, error)) from None
-    for name in sorted(map(str, OmegaConf.missing_keys(merged))):
-        raise ConfigError(f"{name}= is required: {fields[name].metadata['help']}")
-    for problem in problems(options, merged):
+        values[key] = read(fields[key], key, text)
+    made = options(**values)
+    for name in fields:
+        if getattr(made, name) == REQUIRED:
+            raise ConfigError(f"{name}= is required: {fields[name].metadata['help']}")
+    for problem in problems(options, made):
         raise ConfigError(problem)
-    return cast(T, OmegaConf.to_object(merged))
-
-
-KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "list[int]": "a list of whole numbers, like [1,2]",
-    "list[float]": "a list of numbers, like [0.1,0.2]",
-    "list[str]": "a list of names, like [a,b]",
-}
-
-
-def _wrong_type(fields: dict[str, Any], argv: list[str], error: Exception) -> str:
-    """'steps=abc must be a whole number', for a value that OmegaConf could not convert."""
-    name = str(getattr(error, "full_key", "")).partition("[")[0]
-    given = [arg for arg in argv if arg.partition("=")[0] == name]
-    kind = str(fields[name].type).removesuffix(" | None") if name in fields else ""
-    return f"{given[-1]} must be {KINDS[kind]}" if given and kind in KINDS else omegaconf_message(error)
-
-
-def _read(item: Any, arg: str, text: str) -> Any:
-    """Parse one value: a string literally, a list of paths with `split_paths`, anything else in Hydra's syntax."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    kind = str(item.type)
-    if kind.startswith("str"):
-        return None if text == "null" and "None" in kind else text.strip("'\"")
-    if item.metadata.get("paths"):
-        return split_paths(text)
-    try:
-        value = OverridesParser.create().parse_override(arg).value()
-    except HydraException:
-        raise ConfigError(f"'{arg}' cannot be read; an option is key=value, lists are [a,b]") from None
-    return [value] if kind.startswith("list") and value is not None and not isinstance(value, list) else value
-
-
-def split_paths(text: str) -> list[str]:
-    """The paths in 'a' or '[a,b]'.
-
-    Run folder names contain commas themselves (runs/pg19_150m,model=sw), so each path is the longest that exists.
-    """
-    pieces = [piece.strip().strip("'\"") for piece in text.strip().removeprefix("[").removesuffix("]").split(",")]
-    found = []
-    while pieces:
-        length = next((n for n in range(len(pieces), 0, -1) if Path(",".join(pieces[:n])).exists()), 1)
-        found.append(",".join(pieces[:length]))
-        pieces = pieces[length:]
-    return [path for path in found if path]
+    return made
 
 
 def help_text(doc: str, options: type, overrides: bool) -> str:
@@ -256,7 +207,8 @@ def help_text(doc: str, options: type, overrides: bool) -> str:
     if overrides:
         lines += [
             "",
-            "Any setting of the config can be overridden by its full name, as in trainer.context=4096 (see train.py).",
+            "Any setting of the config can be overridden by its full name, as in trainer.context=4096; "
+            "python train.py --help lists them.",
         ]
     return "\n".join(lines)
 
@@ -275,6 +227,7 @@ COMMANDS = {
     "eval perplexity": "eval.perplexity",
     "eval stored_state": "eval.stored_state",
     "eval plot": "eval.plot",
+    "eval report": "eval.report",
     "figures fig4": "eval.figures.fig4",
     "figures fig5": "eval.figures.fig5",
     "figures fig6": "eval.figures.fig6",

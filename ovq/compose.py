@@ -6,52 +6,47 @@ A wrong name or type fails here, before torch is imported.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ovq.config import RENAMED, Config, check
+from ovq.config import Config, check
 from ovq.config_data import DataConfig, MixtureSource
 from ovq.environment import plain
-from ovq.errors import ConfigError, omegaconf_message
+from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.identity import FREE_AT_RESUME, within
-from ovq.schema import describe
-
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+from ovq.overrides import CONFIG_DIR, Dirs, canonical, directories, file_of, groups, literal, options
+from ovq.schema import columns, describe
 
 # Overrides left out of a run folder's name: they say where and how the run executes, not what it computes.
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
 
-# Settings that are dictionaries of names this project does not know: entries are added without Hydra's "+".
-DICTIONARIES = (
-    *("optim.custom", "optim.custom_schedule", "optim.groups"),
-    *("trainer.lengths", "data.mixture", "data.data_files"),
-)
-
 
 def compose(overrides: list[str]) -> Config:
-    """The config that a list of overrides in Hydra's syntax describes, checked against the schema.
+    """The config that a list of overrides describes (`ovq.overrides`), checked against the schema.
 
     Raises:
         ConfigError: an unknown group, option, key or value; the one-line message lists the legal ones.
     """
-    overrides = [_in_full(text) for text in overrides]
-    _check_overrides(overrides)
-    composed = _hydra(overrides)
+    dirs, overrides = directories(overrides)
+    composed = _hydra(canonical(overrides, dirs), dirs)
     cfg: Config = composed  # a DictConfig that behaves as a Config
     if cfg.data.kind == "mixture":
         with open_dict(composed):
-            cfg.data.mixture = {name: _source(name, values) for name, values in plain(cfg.data)["mixture"].items()}
+            cfg.data.mixture = {
+                name: _source(name, values, dirs) for name, values in plain(cfg.data)["mixture"].items()
+            }
     check(cfg)
     # An experiment may configure mixers that the chosen model does not use; a run's config keeps only those it builds.
     with open_dict(composed):
@@ -59,33 +54,27 @@ def compose(overrides: list[str]) -> Config:
     return cfg
 
 
-def _in_full(override: str) -> str:
-    """An override as Hydra wants it: init_from=DIR names a path, and settings that are dictionaries get entries."""
-    if override.startswith("init_from="):
-        return f"init_from.path={override.partition('=')[2]}"
-    return f"++{override}" if within(override.partition("=")[0], DICTIONARIES) else override
-
-
-def _hydra(overrides: list[str]) -> Any:
+def _hydra(overrides: list[str], dirs: Dirs) -> Any:
+    search = [f"hydra.searchpath=[{','.join(repr('file://' + str(folder.resolve())) for folder in dirs)}]"]
     _register_schema()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return hydra_compose("config", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+            return hydra_compose("config", overrides=overrides + (search if dirs else []))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_message(error, overrides)) from None
 
 
-def _source(name: str, given: Any) -> dict[str, Any]:
+def _source(name: str, given: Any, dirs: Dirs) -> dict[str, Any]:
     """All settings of a data set of a mixture: those of the option of configs/data that it names, by its own name or as
     `data`, then those given; a number is its weight."""
     where = f"data.mixture.{name}"
     values = dict(given) if isinstance(given, dict) else {"weight": given}
     option = str(values.pop("data", name))
-    if option not in options("data"):
+    if option not in options("data", dirs):
         raise ConfigError(
-            f"{where}: there is no data set '{option}'; legal: {', '.join(options('data'))}; for one of your own, "
-            f"{where}={{data: parquet, train: [FILES], weight: 0.5}}"
+            f"{where}: there is no data set '{option}'; legal: {', '.join(options('data', dirs))}; "
+            f"for one of your own, {where}={{data: parquet, train: [FILES], weight: 0.5}}"
         )
     legal = [item.name for item in dataclasses.fields(MixtureSource)]
     for key in values:
@@ -93,29 +82,19 @@ def _source(name: str, given: Any) -> dict[str, Any]:
             shared = key in [item.name for item in dataclasses.fields(DataConfig)]
             hint = f"data.{key} holds for the whole mixture" if shared else f"legal: data, {', '.join(legal)}"
             raise ConfigError(f"there is no setting '{where}.{key}'; {hint}")
-    return {key: value for key, value in _option(option).items() if key in legal} | values
+    return {key: value for key, value in _option(option, tuple(dirs)).items() if key in legal} | values
 
 
 @lru_cache
-def _option(name: str) -> dict[str, Any]:
+def _option(name: str, dirs: tuple[Path, ...]) -> dict[str, Any]:
     """The settings of an option of configs/data."""
-    return plain(_hydra([f"data={name}"]).data)
+    return plain(_hydra([f"data={name}"], dirs).data)
 
 
 def _register_schema() -> None:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)
-
-
-def groups() -> list[str]:
-    """The config groups: the folders in configs/ that hold options."""
-    return sorted({str(p.parent.relative_to(CONFIG_DIR)) for p in CONFIG_DIR.rglob("*/*.yaml")})
-
-
-def options(group: str) -> list[str]:
-    """The options of one config group."""
-    return sorted(p.stem for p in (CONFIG_DIR / group).glob("*.yaml"))
 
 
 def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
@@ -125,10 +104,10 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
     folder.
     """
     if cfg.run_dir:
-        return Path(cfg.run_dir)
+        return Path(cfg.run_dir).expanduser()
     parser = OverridesParser.create()
     parts = []
-    for override in parser.parse_overrides([o for o in overrides if o]):
+    for override in parser.parse_overrides([literal(o) for o in directories(overrides)[1] if o]):
         key = override.get_key_element().lstrip("+~").split("@")[0]
         if not within(key, NAMELESS):
             parts.append(f"{key.replace('/', '.').rpartition('.')[2]}={override.get_value_element_as_str()}")
@@ -136,55 +115,10 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
     slug = "".join(c if c.isalnum() or c in "=,._-" else "_" for c in full)
     if slug != full or len(slug) > 100:
         slug = f"{slug[:90]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
-    return Path(cfg.runs_root) / slug
+    return Path(cfg.runs_root).expanduser() / slug
 
 
 # --- messages --------------------------------------------------------------------------------------------------------
-
-
-def _check_overrides(overrides: list[str]) -> None:
-    """Reject unknown groups, options and keys and list the legal ones, which Hydra's own messages omit."""
-    for override in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(override)
-        except HydraException:
-            raise ConfigError(f"'{override}' cannot be read; an override is key=value, lists are [a,b]") from None
-        key = parsed.key_or_group.partition("@")[0]
-        value = parsed.value()
-        if key in groups():
-            if value is not None and str(value) not in options(key):
-                raise ConfigError(f"{key}={value} does not exist; legal: {', '.join(options(key))}")
-            continue
-        _check_key(key)
-
-
-def _check_key(key: str) -> None:
-    schema: Any = Config
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        fields = {item.name: item for item in dataclasses.fields(schema)}
-        if part not in fields:
-            legal = list(dict.fromkeys([*fields, *(groups() if depth == 0 else [])]))
-            close = difflib.get_close_matches(part, legal, n=1)
-            hint = f"did you mean {'.'.join([*parts[:depth], close[0]])}? " if close else ""
-            raise ConfigError(f"there is no setting '{key}'; {hint}legal: {', '.join(legal)}")
-        schema = fields[part].default_factory
-        if not dataclasses.is_dataclass(schema):
-            if depth + 1 < len(parts) and "dict" not in str(fields[part].type):
-                raise ConfigError(f"there is no setting '{key}'; '{'.'.join(parts[: depth + 1])}' is a single value")
-            if parts[:2] == ["model", "mixers"] and len(parts) > 3 and parts[2] in options("model/mixer"):
-                _check_mixer_key(parts[2], parts[3])
-            return  # the keys of other dictionaries are checked by the code that reads them
-
-
-def _check_mixer_key(mixer: str, name: str) -> None:
-    settings: Any = OmegaConf.load(CONFIG_DIR / "model" / "mixer" / f"{mixer}.yaml")
-    if name in settings:
-        return
-    if renamed := RENAMED.get(settings["_target_"], {}).get(name):
-        raise ConfigError(f"model.mixers.{mixer}.{name} is now called model.mixers.{mixer}.{renamed}")
-    legal = ", ".join(map(str, settings))
-    raise ConfigError(f"there is no setting 'model.mixers.{mixer}.{name}'; legal: {legal}")
 
 
 def _message(error: Exception, overrides: list[str]) -> str:
@@ -198,12 +132,16 @@ def _message(error: Exception, overrides: list[str]) -> str:
     if "is not in struct" in message and key:
         where = "configs/data/task/<name>.yaml" if key.startswith("data.task.") else "python train.py --help"
         return f"there is no setting '{key}'; the legal ones are in {where}"
-    if "is not a ListConfig" in message and key:
-        return f"{about[0] if about else shown}: a list is expected, as in {key}=[a,b]"
-    return f"{about[0] if about else shown}: {message}"
+    if "is not Optional" in message and key:
+        return f"{about[0] if about else f'{key}=null'}: a value is needed"
+    if "Could not append to config" in message and about:
+        return f"{about[0]}: the setting exists already; leave the + out"
+    if found := re.search(r"Could not override '(data/task)'", message):
+        return f"{about[0] if about else found[1]} needs data=task, or another data set with a task"
+    return f"{about[0].lstrip('+') if about else shown}: {one_line(message)}"
 
 
-def help_text() -> str:
+def help_text(dirs: Dirs = ()) -> str:
     """The text of `python train.py --help`: groups with their options, then every setting with its default."""
     lines = [
         "Pretrain a language model at long context.",
@@ -216,12 +154,22 @@ def help_text() -> str:
         "",
         "Groups (group=OPTION):",
     ]
-    lines += [f"  {group:<14} {' '.join(options(group))}" for group in groups() if options(group)]
+    lines += [f"  {group:<14} {' '.join(options(group, dirs))}" for group in groups(dirs)]
     lines += ["", "Settings (key=value) and their defaults before a group or an experiment changes them:"]
     lines += describe(Config)
+    lines += ["", "Settings of the mixers that a model may use, and of the tasks (data=task data/task=NAME):"]
+    for mixer in options("model/mixer", dirs):
+        lines += columns(own_settings(file_of("model/mixer", mixer, dirs), f"model.mixers.{mixer}."))
+    for task in options("data/task", dirs):
+        lines += ["", f" data/task={task}", *columns(own_settings(file_of("data/task", task, dirs), "data.task."))]
     lines += [
         "",
-        "Each mixer's own settings are listed in configs/model/mixer/<name>.yaml; set them as in "
-        "model.mixers.ovq.num_centroids=4096.",
+        "--config-dir DIR adds options of your own: DIR/experiment/mine.yaml is experiment=mine, and so on.",
     ]
     return "\n".join(lines)
+
+
+def own_settings(file: Path, prefix: str) -> list[tuple[str, str]]:
+    """('prefix.name=default', help) for each setting of a class, from its config file, where help is a comment."""
+    lines = [re.fullmatch(r"(\w+): (.*?)(?:\s+# (.*))?", line) for line in file.read_text().splitlines()]
+    return [(f"{prefix}{m[1]}={m[2]}", m[3] or "") for m in lines if m and m[1] != "_target_"]

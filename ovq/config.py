@@ -23,6 +23,7 @@ from ovq.files import write_whole
 from ovq.instantiate import refuse_untrusted
 from ovq.optim_config import OptimConfig as OptimConfig
 from ovq.optim_config import check_optim
+from ovq.renamed import MOVED, upgrade
 from ovq.schema import REQUIRED, one_of, problems, setting
 
 
@@ -52,6 +53,7 @@ class InitConfig:
     path: str | None = setting(
         None,
         "run, checkpoint or export whose weights a new run starts from (short: init_from=DIR); null: fresh weights",
+        paths=True,
     )
     strict: bool = setting(True, "whether all weights must fit; false: take those that do, and name the others")
 
@@ -67,6 +69,11 @@ class TrainerConfig:
     precision: str = one_of(
         "auto", "fp32", "bf16", help="compute dtype, parameters stay float32; auto: bf16 on a GPU or a CPU with AMX"
     )
+    threads: int | None = setting(
+        None,
+        "CPU threads of a lone process; null: as many as there are free cores when the run first starts",
+        at_least=1,
+    )
     shard: str = one_of("full", "hybrid", "none", help="FSDP, HSDP, or a full copy of the model on each device")
     replicas: int = setting(1, "groups of processes that each hold a copy of the model (shard=hybrid)", at_least=1)
     context_parallel: int = setting(1, "ranks that share each sequence: its tokens and, in mixers, heads", at_least=1)
@@ -80,10 +87,16 @@ class TrainerConfig:
     )
     nonfinite: str = one_of("stop", "skip", help="on a non-finite loss or gradient, stop the run or skip the step")
     max_skipped_steps: int = setting(10, "consecutive skipped steps tolerated before the run stops anyway", at_least=0)
-    log_every: int = setting(1, "steps between waits for the device; every step is still logged", at_least=1)
+    log_every: int = setting(
+        1,
+        "steps between waits for the device; every step is still logged; 0: only at checkpoints and evaluations",
+        at_least=0,
+    )
     health_every: int = setting(50, "steps between reports of the mixers' health; 0: none", at_least=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", at_least=0)
-    checkpoint_every: int = setting(500, "steps between checkpoints", at_least=1)
+    checkpoint_every: int = setting(
+        500, "steps between checkpoints; 0: only at the end, or when a signal stops the run", at_least=0
+    )
     keep_last: int = setting(2, "number of complete checkpoints to keep", at_least=1)
     async_checkpoint: bool = setting(True, "write checkpoints in a background thread while training continues")
     timeout_s: int = setting(600, "seconds a collective or a row of data may take, after the first step", at_least=1)
@@ -134,12 +147,13 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     name: str = setting("default", "name of the experiment, and the first part of the run folder's name")
-    seed: int = setting(0, "seed of the initialisation and the data order")
-    runs_root: str = setting("runs", "folder that holds the run folders")
-    run_dir: str | None = setting(None, "run folder; null: named after the command line")
+    seed: int = setting(0, "seed of the initialisation and the data order", at_least=0, at_most=2**32 - 1)
+    runs_root: str = setting("runs", "folder that holds the run folders", paths=True)
+    run_dir: str | None = setting(None, "run folder; null: named after the command line", writes="folder")
     resume: str = setting(
         "auto",
         "auto: from the run folder's newest checkpoint; never; or the folder of a checkpoint or a run to branch from",
+        paths=True,
     )
     dry_run: bool = setting(False, "print parameters, state, FLOPs, memory and data without training")
 
@@ -154,7 +168,7 @@ def check(cfg: Config) -> None:
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"these settings have no value: {', '.join(missing)}")
     for name in cfg.model.pattern:
-        if name not in cfg.model.mixers or "_target_" not in cfg.model.mixers[name]:
+        if name not in cfg.model.mixers or not cfg.model.mixers[name].get("_target_"):
             raise ConfigError(
                 f"model.pattern names the mixer '{name}', which model.mixers does not define; "
                 f"add it with +model/mixer@model.mixers.{name}={name}, or use one of: {', '.join(cfg.model.mixers)}"
@@ -254,39 +268,3 @@ def targets(cfg: Config) -> list[tuple[str, str]]:
     named = [(f"model.mixers.{name}._target_", mixer.get("_target_")) for name, mixer in cfg.model.mixers.items()]
     named.append(("data.task._target_", cfg.data.task.get("_target_")))
     return [(where, str(target)) for where, target in named if target is not None]
-
-
-# --- what was renamed ------------------------------------------------------------------------------------------------
-
-# Classes that have moved and settings that have been renamed. Stored configs may use old names or new ones; on the
-# command line an old name is an error that gives the new one (`ovq.compose`).
-MOVED = {
-    f"ovq.mixers.memory_rules.{cls}": f"ovq.mixers.{module}.{cls}"
-    for module, cls in (
-        ("fifo", "FIFO"),
-        ("reservoir", "Reservoir"),
-        ("learned_compression", "LearnedCompression"),
-        ("kvm", "KVM"),
-    )
-}
-RENAMED = {target: {"num_centroids": "capacity"} for target in MOVED.values()} | {
-    "ovq.mixers.ovq.OVQ": {"step": "step_size"}
-}
-RECALL = "data.tasks.recall.RecallTask"
-
-
-def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-    """A stored config under today's names, so that a run started before a renaming can be resumed after it."""
-    for settings in values.get("model", {}).get("mixers", {}).values():
-        target = settings.get("_target_")
-        if target in MOVED:
-            target = settings["_target_"] = MOVED[target]
-        for old, new in RENAMED.get(target, {}).items():
-            if old in settings:
-                settings[new] = settings.pop(old)
-    data = values.get("data", {})
-    if data.get("kind") == "recall":
-        data |= {"kind": "task", "task": {"_target_": RECALL, **(data.get("task") or {})}}
-    elif data.get("task", {}) is None:
-        data["task"] = {}
-    return values

@@ -22,10 +22,12 @@ class SourceConfig:
     name: str = setting(REQUIRED, "name of the data set, an option of configs/data")
     kind: str = setting(REQUIRED, "how it is read", choices=KINDS)
     train: list[str] = setting(
-        [], "training files: paths, globs, or hf://datasets/... or s3://... patterns; with kind=datasets, splits"
+        [],
+        "training files: paths, folders, globs, or hf://datasets/... or s3://... patterns; with kind=datasets, splits",
+        paths=True,
     )
-    validation: list[str] = setting([], "validation files or splits, likewise")
-    test: list[str] = setting([], "test files or splits, likewise")
+    validation: list[str] = setting([], "validation files or splits, likewise", paths=True)
+    test: list[str] = setting([], "test files or splits, likewise", paths=True)
     path: str | None = setting(
         None, "with kind=datasets: a data set of the Hub, a folder, a file, or a builder such as csv"
     )
@@ -77,7 +79,7 @@ class TokenizerConfig:
 
 def check_data(data: DataConfig) -> None:
     """Raise ConfigError unless the settings of the data go together."""
-    if data.kind == "task" and "_target_" not in data.task:
+    if data.kind == "task" and not data.task.get("_target_"):
         raise ConfigError("data.task has no _target_; choose a task with data/task=NAME")
     _check_source(data, "data")
     if data.mixture and data.kind != "mixture":

@@ -1,13 +1,15 @@
-"""How a process uses a CPU: threads that wait without spinning, memory that is kept, and products in bfloat16.
+"""How a process uses a CPU: its number of threads, which wait without spinning, kept memory, products in bfloat16.
 
 `quiet_threads` must run before torch is imported, so this module imports torch within its functions only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 FASTER = 3.0  # how many times faster bfloat16 products must be for a whole step to gain clearly
@@ -21,6 +23,45 @@ def quiet_threads() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def choose_threads(wanted: int | None) -> int | None:
+    """Set the number of threads that torch computes with, and return it; None: left as it is.
+
+    Threads synchronise after every operation. One that shares its core with another program holds up all others, so
+    that more threads than there are free cores make a run slower, not faster. A choice of the user's, by
+    OMP_NUM_THREADS (as torchrun sets it), stands.
+
+    Args:
+        wanted: the number; None: that of the free cores.
+    """
+    import torch
+
+    if wanted is None:
+        if "OMP_NUM_THREADS" in os.environ:
+            return None
+        most = min(torch.get_num_threads(), cores())
+        wanted = max(1, min(most, free_cores()))
+        if wanted < most:
+            print(f"{most - wanted} of {most} cores are busy: {wanted} thread(s); trainer.threads={most} uses all")
+    torch.set_num_threads(wanted)
+    return wanted
+
+
+def cores() -> int:
+    """Cores that this process may use: by its affinity, and by the quota of its control group."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000": no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    return count
+
+
+def free_cores(seconds: float = 0.4) -> int:
+    """Cores of this machine that were idle during the next `seconds`."""
+    import psutil
+
+    return round((os.cpu_count() or 1) * (1 - psutil.cpu_percent(seconds) / 100))
 
 
 def keep_freed_memory() -> None:

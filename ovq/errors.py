@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class Failure(Exception):
     """Something a user can act on. The message is one line: what failed, and what to do about it.
@@ -36,9 +38,23 @@ class TrainingError(Failure, RuntimeError):
 def omegaconf_message(error: Exception) -> str:
     """OmegaConf's message on one line, with the key in front."""
     key = getattr(error, "full_key", None)
+    if unset := re.search(r"Environment variable '(\w+)' not found", str(error)):
+        return (
+            f"{key or 'config'}: the environment variable {unset[1]} is not set; set it, or give a default: "
+            f"${{oc.env:{unset[1]},DEFAULT}}"
+        )
     return f"{key or 'config'}: {' '.join(str(error).split('full_key:')[0].split())}"
 
 
-def one_line(error: BaseException) -> str:
-    """The message of any exception on one line; its type where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+LONGEST = 800  # characters of a message
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of any exception on one line; its type where it has no message. A long one is cut in its middle."""
+    text = str(error)
+    if len(text) > 4 * LONGEST:  # what a parser quotes may be megabytes
+        text = f"{text[: 2 * LONGEST]} {text[-2 * LONGEST :]}"
+    text = " ".join(text.split()) or type(error).__name__
+    if len(text) > LONGEST:  # what is wrong comes first, and what to do about it last
+        text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
+    return text

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from ovq.config import Config, flatten, upgrade
+from ovq.config import Config, flatten
+from ovq.renamed import upgrade
 
 MIXERS = Path(__file__).resolve().parent.parent / "configs" / "model" / "mixer"
 TASKS = Path(__file__).resolve().parent.parent / "configs" / "data" / "task"
@@ -80,8 +81,8 @@ RULES = (
     ),
     Rule(
         (
-            *("trainer.micro_batch", "trainer.device", "trainer.shard", "trainer.replicas", "trainer.compile"),
-            "trainer.context_parallel",
+            *("trainer.micro_batch", "trainer.device", "trainer.threads", "trainer.shard", "trainer.replicas"),
+            *("trainer.compile", "trainer.context_parallel"),
             *("trainer.activation_checkpointing", "trainer.loss_chunk_tokens", "trainer.deterministic"),
         ),
         FREE,

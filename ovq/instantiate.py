@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
+import types
+import typing
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ovq.errors import ConfigError, one_line
+from ovq.values import KINDS
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST = 2**40  # no count or size of ours comes near
 OURS = ("ovq", "data")  # packages whose classes any config may name
 
 
@@ -56,6 +61,8 @@ def get_class(path: str, kind: type[T], where: str) -> type[T]:
         ConfigError: it cannot be imported, or is not a subclass of `kind`.
     """
     module, _, name = path.rpartition(".")
+    if not module:
+        raise ConfigError(f"{where}._target_={path} is not the path of a class, like package.module.Class")
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs the module, which may raise anything
@@ -72,7 +79,8 @@ def settings_of(cls: type, given: dict[str, Any], where: str, after: int = 0) ->
         after: the number of leading parameters that are not settings.
 
     Raises:
-        ConfigError: a setting that the class does not have, or one without a default that is missing.
+        ConfigError: a setting that the class does not have, one without a default that is missing, or a value that is
+            not of the type that the signature gives.
     """
     parameters = list(inspect.signature(cls).parameters.values())[after:]
     keywords = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -83,7 +91,38 @@ def settings_of(cls: type, given: dict[str, Any], where: str, after: int = 0) ->
     for p in keywords:
         if p.default is p.empty and p.name not in given:
             raise ConfigError(f"{where}.{p.name} has no value")
-    return {p.name: given.get(p.name, p.default) for p in keywords}
+    try:
+        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):  # annotations that only a type checker can read
+        hints = {}
+    return {
+        p.name: _of_type(given[p.name], hints.get(p.name, Any), f"{where}.{p.name}") if p.name in given else p.default
+        for p in keywords
+    }
+
+
+def _of_type(value: Any, hint: Any, name: str) -> Any:
+    """A value as the type of its parameter; types other than int, float, bool, str and their unions are not checked.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    wanted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not set(wanted) <= {int, float, bool, str, types.NoneType}:
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value} must be a finite number")
+    if isinstance(value, (int, float)) and abs(value) >= LARGEST and int in wanted:
+        raise ConfigError(f"{name}={value:g} is too large")
+    if type(value) in wanted:
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if int in wanted and int(value) == value:
+            return int(value)
+        if float in wanted:
+            return float(value)
+    kinds = " or ".join(KINDS[kind.__name__] if kind is not types.NoneType else "null" for kind in wanted)
+    raise ConfigError(f"{name}={'null' if value is None else value} must be {kinds}")
 
 
 def instantiate(config: dict[str, Any], kind: type[T], where: str, *args: Any) -> T:
@@ -94,11 +133,11 @@ def instantiate(config: dict[str, Any], kind: type[T], where: str, *args: Any) -
         ConfigError: the class cannot be used, or a setting is unknown or has an illegal value.
     """
     given = {key: value for key, value in config.items() if key != "_target_"}
-    cls = get_class(config["_target_"], kind, where)
+    cls = get_class(str(config["_target_"]), kind, where)
     settings = settings_of(cls, given, where, len(args))
     try:
         return cls(*args, **settings)
     except ConfigError:  # names the setting already
         raise
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"{where}: {one_line(error)}") from None

@@ -202,6 +202,17 @@ def build_mixer(cfg: ModelConfig, index: int) -> SequenceMixer:
     return instantiate(dict(cfg.mixers[name]), SequenceMixer, f"model.mixers.{name}", shape)
 
 
+def check_mixers(cfg: ModelConfig) -> None:
+    """Make each mixer of the pattern once, without memory for its weights.
+
+    Raises:
+        ConfigError: as `build_mixer`.
+    """
+    with torch.device("meta"):
+        for index in range(min(len(cfg.pattern), cfg.num_layers)):
+            build_mixer(cfg, index)
+
+
 def build_model(cfg: ModelConfig, vocab_size: int) -> Transformer:
     """The model a config describes, on the current default device and not yet initialised (see `init_weights`)."""
     return Transformer(cfg, vocab_size)

@@ -18,7 +18,7 @@ class OptimConfig:
         help="optimizer; muon: for matrices in the blocks, with AdamW for the rest; custom: the class in optim.custom",
     )
     lr: float = setting(1e-3, "peak learning rate", at_least=0)
-    betas: list[float] = setting([0.9, 0.95], "decay rates of AdamW's two moments", at_least=0, at_most=1)
+    betas: list[float] = setting([0.9, 0.95], "decay rates of AdamW's two moments", at_least=0, below=1, length=2)
     eps: float = setting(1e-8, "AdamW's epsilon", at_least=0)
     weight_decay: float = setting(0.1, "decoupled weight decay, applied to matrices", at_least=0)
     fused: bool = setting(True, "use the fused AdamW kernel")
@@ -94,10 +94,8 @@ def check_optim(optim: OptimConfig) -> None:
                     f"optim.{name} is a setting of optim.{kind}={owners}, and optim.{kind}={chosen} would ignore it"
                 )
         own = "custom" if kind == "name" else "custom_schedule"
-        if chosen == "custom" and "_target_" not in getattr(optim, own):
+        if chosen == "custom" and not getattr(optim, own).get("_target_"):
             raise ConfigError(f"optim.{kind}=custom needs a class: optim.{own}={{_target_: package.Class, setting: 1}}")
-    if len(optim.betas) != 2:
-        raise ConfigError(f"optim.betas={list(optim.betas)} must be two numbers")
     if optim.ema == 1:
         raise ConfigError("optim.ema=1 would never take up a weight; it must be below 1, for instance 0.999")
     for pattern, values in optim.groups.items():

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import MISSING, field
 from typing import Any
@@ -27,6 +29,10 @@ def setting(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
+    length: int | None = None,
+    endings: tuple[str, ...] | None = None,
+    writes: str | None = None,
     paths: bool = False,
 ) -> Any:
     """A dataclass field with help and legal values; a list or dictionary default is copied for each instance.
@@ -35,13 +41,17 @@ def setting(
         default: the default, or REQUIRED if there is none.
         help: one sentence, with the unit, without a full stop.
         choices: the legal values.
-        at_least, above, at_most: bounds on a number, or on each number in a list. None is always legal for a setting
-            whose type allows it.
-        paths: the value is a list of paths, which on a command line may contain commas.
+        at_least, above, at_most, below: bounds on a number, or on each number in a list; NaN and infinity are never
+            legal. None is always legal for a setting whose type allows it.
+        length: the number of entries of a list.
+        endings: the legal endings of a file's name, as in (".png", ".pdf").
+        writes: "file" or "folder", if that is what the path leads to: one of the other kind is refused.
+        paths: the value is a path, or a list of paths, which on a command line may contain commas; `~` is expanded.
     """
-    limits = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most}
+    limits: dict[str, Any] = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    limits |= {"choices": choices, "length": length, "endings": endings, "writes": writes}
     metadata = {"help": help, **{name: limit for name, limit in limits.items() if limit is not None}}
-    if paths:
+    if paths or writes:
         metadata["paths"] = True
     if isinstance(default, (list, dict)):
         kept = default
@@ -61,19 +71,30 @@ def problems(schema: Any, values: Any, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(item.default_factory):
             yield from problems(item.default_factory, value, f"{prefix}{item.name}.")
             continue
-        if value is None or value == REQUIRED:
-            continue
-        if _is_list(value) and not len(value) and _default(item):
-            yield f"{prefix}{item.name}=[] must not be empty"
-        for each in value if _is_list(value) else [value]:
-            if fault := _fault(each, item.metadata):
-                yield f"{prefix}{item.name}={_shown(value)} {fault}"
-                break
+        if fault := fault_of(item, value):
+            yield f"{prefix}{item.name}={_shown(value)} {fault}"
+
+
+def fault_of(item: Any, value: Any) -> str | None:
+    """What is illegal about the value of one setting, as in 'must be at least 1'; None: nothing."""
+    if value is None or value == REQUIRED:
+        return None
+    if not _is_list(value):
+        return _fault(value, item.metadata)
+    if not len(value) and _default(item) != []:
+        return "must not be empty"
+    if len(value) != item.metadata.get("length", len(value)):
+        return f"must have {item.metadata['length']} entries"
+    return next((fault for each in value if (fault := _fault(each, item.metadata))), None)
 
 
 def describe(schema: Any, prefix: str = "") -> list[str]:
     """Lines of two columns for `--help`: 'name=default   help (legal values)'."""
-    rows = list(_rows(schema, prefix))
+    return columns(list(_rows(schema, prefix)))
+
+
+def columns(rows: list[tuple[str, str]]) -> list[str]:
+    """Rows of (setting, help) as lines for `--help`."""
     width = min(44, max((len(name) for name, _ in rows), default=0))
     return [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
 
@@ -93,25 +114,44 @@ def _default(item: Any) -> Any:
 
 
 def _legal(limits: Any) -> str:
-    parts = [f"{word} {limits[name]:g}" for name, word in _BOUNDS if name in limits]
+    parts = [f"{word} {_plain(limits[name])}" for name, word in _BOUNDS if name in limits]
+    if "length" in limits:
+        parts.append(f"{limits['length']} entries")
     if "choices" in limits:
         parts.append("one of: " + ", ".join(map(str, limits["choices"])))
+    if "endings" in limits:
+        parts.append(", ".join(limits["endings"]))
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-_BOUNDS = (("at_least", "at least"), ("above", "above"), ("at_most", "at most"))
+_BOUNDS = (("at_least", "at least"), ("above", "above"), ("at_most", "at most"), ("below", "below"))
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _fault(value: Any, limits: Any) -> str | None:
     choices = limits.get("choices")
     if choices and value not in choices:
         return f"is not a legal value; legal: {', '.join(map(str, choices))}"
+    if limits.get("writes") == "file" and os.path.isdir(value):
+        return "is a folder; name a file"
+    if limits.get("writes") == "folder" and os.path.isfile(value):
+        return "is a file; name a folder"
+    endings = limits.get("endings")
+    if endings and not str(value).lower().endswith(endings):
+        return f"is not a file name that can be written; legal endings: {', '.join(endings)}"
     bounds = [(name, word, limits[name]) for name, word in _BOUNDS if name in limits]
     for name, _, bound in bounds:
         # Tested this way round so that NaN, which compares false with everything, violates every bound.
-        holds = {"at_least": value >= bound, "above": value > bound, "at_most": value <= bound}[name]
+        holds = {
+            "at_least": value >= bound, "above": value > bound, "at_most": value <= bound, "below": value < bound
+        }[name]  # fmt: skip
         if not holds:
-            return f"must be {' and '.join(f'{w} {b:g}' for _, w, b in bounds)}"
+            return f"must be {' and '.join(f'{w} {_plain(b)}' for _, w, b in bounds)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
     return None
 
 

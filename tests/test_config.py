@@ -18,7 +18,7 @@ from ovq.model import build_mixer
 WRONG = {
     "data.task.colour=3": ["data.task.colour", "configs/data/task/"],
     "trainer.stepz=3": ["trainer.stepz", "did you mean trainer.steps", "global_batch"],
-    "trainer.steps=abc": ["trainer.steps=abc", "Integer"],
+    "trainer.steps=abc": ["trainer.steps=abc", "whole number"],
     "model=nope": ["model=nope", "sw_ovq"],
     "modell=sw": ["modell", "did you mean model"],
     "data.train=books/*.parquet": ["data.train", "a list is expected", "data.train=[a,b]"],

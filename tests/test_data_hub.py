@@ -118,6 +118,19 @@ def test_all_splits_take_one_listing_and_each_file_one_download(hub: Hub) -> Non
     assert corpora[0].fingerprint()["commit"] == "first"
 
 
+def test_a_repository_or_a_folder_of_it_stands_for_the_files_of_its_kind(hub: Hub) -> None:
+    cfg = pg19("first")
+    for pattern in ("hf://datasets/emozilla/pg19", "hf://datasets/emozilla/pg19@first/data"):
+        cfg.data.train = [pattern]
+        corpus = build_corpus(cfg, "train")
+        assert len(corpus) == 19, "two shards, and those of the held-out splits"
+    cfg.data.train = ["hf://datasets/emozilla/pg19/data/train-00001-of-00002-6a5f1c.parquet"]
+    assert len(build_corpus(cfg, "train")) == 7
+    cfg.data.train = ["hf://datasets/emozilla/pg19/nowhere"]
+    with pytest.raises(ConfigError, match="pg19/nowhere: missing"):
+        build_corpus(cfg, "train")
+
+
 def test_one_rank_queries_the_hub_for_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
 

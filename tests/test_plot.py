@@ -13,8 +13,8 @@ from eval import loss_table, plot, style
 from eval.accuracy_table import TABLE
 from eval.plot import Curve, curves_of, labels, running_mean
 from ovq import config
-from ovq.cli import split_paths
 from ovq.compose import compose
+from ovq.values import split_paths
 
 EVALUATION = {"run": "r", "num_centroids": None, "split": "validation"}
 

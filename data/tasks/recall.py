@@ -21,6 +21,8 @@ import numpy as np
 from data.tasks.base import IGNORE, Task, lay_out, spell
 from ovq.errors import ConfigError
 
+MOST_TOKENS = 62  # of a key or a value: their codes are int64
+
 
 class RecallTask(Task):
     """Ids: the blank, then keys, then values, then fillers, if any.
@@ -64,6 +66,9 @@ class RecallTask(Task):
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"data.task.{name}={size} must be at least 1")
+        for name in ("key_tokens", "value_tokens"):
+            if sizes[name] > MOST_TOKENS:
+                raise ConfigError(f"data.task.{name}={sizes[name]} must be at most {MOST_TOKENS}")
         if not 0 < queried <= 1:
             raise ConfigError(f"data.task.queried={queried} must be above 0 and at most 1")
         if not 0 <= filler < 1:

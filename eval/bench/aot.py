@@ -327,7 +327,7 @@ def write(builds: list[Build], broken: list[str], out: Path, command: str) -> No
 
 @dataclass
 class Options:
-    out: str = setting("runs/aot", "output folder")
+    out: str = setting("runs/aot", "output folder", writes="folder")
     targets: list[str] = setting([*CHIPS], "architectures to compile for", choices=tuple(CHIPS))
     quick: bool = setting(False, "only the kernels that training uses most")
     jobs: int = setting(2, "parallel compilation processes", at_least=1)

@@ -191,7 +191,7 @@ class Options:
     models: list[str] = setting([], "models to compare, from configs/model; empty: all")
     vocab_size: int = setting(16384, "vocabulary size", at_least=1)
     tolerance: float = setting(0.02, "largest relative difference from the first model's parameter count", at_least=0)
-    out: str = setting("runs/compare_models", "output folder")
+    out: str = setting("runs/compare_models", "output folder", writes="folder")
     readme: bool = setting(False, "only rewrite the table of models in README.md")
 
 

@@ -64,7 +64,7 @@ class Options:
     piece: int = setting(8192, "tokens of one pass over them", at_least=1)
     decode: int = setting(24, "tokens that inference writes", at_least=1)
     threads: int | None = setting(None, "CPU threads; null: torch's default", at_least=1)
-    out: str = setting("runs/bench_cpu.json", "JSON file to write")
+    out: str = setting("runs/bench_cpu.json", "JSON file to write", writes="file")
 
 
 class Section(NamedTuple):

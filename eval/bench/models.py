@@ -236,7 +236,7 @@ class Options:
     batch: int = setting(1, "sequences in a step", at_least=1)
     vocab_size: int = setting(16384, "vocabulary size", at_least=1)
     timeout_s: int = setting(1800, "seconds after which a measurement is abandoned", at_least=1)
-    out: str = setting("runs/bench_models", "output folder")
+    out: str = setting("runs/bench_models", "output folder", writes="folder")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,7 +57,7 @@ class Options:
     peer_limit: int = setting(32768, "longest sequence to measure SDPA at", at_least=1)
     reference_limit: int = setting(2048, "longest sequence to measure the reference at", at_least=1)
     memory: bool = setting(True, "measure peak memory as well")
-    out: str = setting("runs/bench_ops.json", "JSON file to write")
+    out: str = setting("runs/bench_ops.json", "JSON file to write", writes="file")
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class Options:
     workers: list[int] = setting([0, 1, 2], "numbers of worker processes to measure", at_least=0)
     seconds: float = setting(5.0, "duration of a measurement in seconds", above=0)
     need: float | None = setting(None, "tokens/s that the model consumes on all ranks", above=0)
-    run: str | None = setting(None, "run folder to take settings and speed from")
-    json: str | None = setting(None, "file to write the results to")
+    run: str | None = setting(None, "run folder to take settings and speed from", paths=True)
+    json: str | None = setting(None, "JSON file to write the results to", writes="file")
 
 
 _SAMPLE_S = 2.0  # interval between samples of the processes' memory

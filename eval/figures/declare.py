@@ -230,8 +230,11 @@ class Options:
     records: str | None = setting(
         "docs/results/runs",
         "folder that keeps the results of runs; a run whose results are there is not trained again; null: none",
+        writes="folder",
     )
-    out: str | None = setting(None, "folder of the figure; null: docs/results/FIGURE, or FIGURE_SCALE if not cpu")
+    out: str | None = setting(
+        None, "folder of the figure; null: docs/results/FIGURE, or FIGURE_SCALE if not cpu", writes="folder"
+    )
 
 
 @dataclass

@@ -263,8 +263,8 @@ def check_memory(run: Run, context: int, rows: int) -> None:
 @dataclass
 class Options(RunOptions):
     prompt: list[str] | None = setting(None, "a text to continue, or several: [One,Two]")
-    file: str | None = setting(None, "a file with the text to continue")
-    prompts: str | None = setting(None, "a file of prompts: one a line, or JSON lines (*.jsonl)")
+    file: str | None = setting(None, "a file with the text to continue", paths=True)
+    prompts: str | None = setting(None, "a file of prompts: one a line, or JSON lines (*.jsonl)", paths=True)
     interactive: bool = setting(False, "read prompts from the terminal, one a line, until an empty one")
     tokens: int = setting(256, "new tokens, at most", at_least=1)
     temperature: float = setting(1.0, "divides the logits; 0: the most probable token", at_least=0)

@@ -18,8 +18,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,6 +29,7 @@ from ovq.errors import ConfigError, one_line
 from ovq.export.stored import Folder, is_export, load_into
 from ovq.files import check_writable
 from ovq.model import Transformer, build_model
+from ovq.overrides import literal, parse
 from ovq.processes import World
 from ovq.schema import REQUIRED, setting
 from ovq.train import checkpoint
@@ -40,6 +39,7 @@ from ovq.train.parallelize import parallelize
 # How the run was computed does not matter here: any number of processes, and no backward pass.
 COMPUTED = {
     "trainer.compile": False,
+    "trainer.threads": None,
     "trainer.activation_checkpointing": "none",
     "trainer.shard": "full",
     "trainer.replicas": 1,
@@ -54,8 +54,8 @@ class RunOptions:
     """Options of every tool that evaluates a run. A tool's option named like a setting below `eval` replaces that of
     the run; one that is None keeps the run's own value."""
 
-    run: str = setting(REQUIRED, "the run folder")
-    checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one")
+    run: str = setting(REQUIRED, "the run folder", paths=True)
+    checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one", paths=True)
     trust: list[str] = setting(
         [], "what the run's config may use: classes outside this project, whose code then runs, and oc.env:NAME"
     )
@@ -203,10 +203,9 @@ def override(cfg: Config, overrides: Sequence[str]) -> Config:
     """
     known, node = config.flatten(cfg), cast(DictConfig, cfg)
     for text in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(text)
-        except HydraException:
-            raise ConfigError(f"'{text}' cannot be read; an override is key=value, lists are [a,b]") from None
+        parsed = parse(literal(text))
+        if parsed is None:
+            raise ConfigError(f"'{text}' cannot be read; an override is key=value, lists are [a,b]")
         key = parsed.get_key_element()
         if key not in known:
             close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]

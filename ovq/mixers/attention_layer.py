@@ -59,6 +59,8 @@ class AttentionLayer(SequenceMixer):
 
     def __init__(self, shape: MixerShape, *, qk_norm: bool = False, beta_init: float = 1.0) -> None:
         super().__init__(shape)
+        if beta_init <= 0:
+            raise ValueError(f"beta_init={beta_init:g} must be above 0")
         self.beta_init = beta_init
         width = shape.num_heads * shape.head_dim
         kv_width = shape.num_kv_heads * shape.head_dim

@@ -165,6 +165,13 @@ class SequenceMixer(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
+def check_backend(mixer: str, backend: str, *legal: str) -> None:
+    """Raise ValueError unless a backend is "auto", "reference", "torch" or one of `legal`."""
+    legal = ("auto", "reference", "torch", *legal)
+    if backend not in legal:
+        raise ValueError(f"backend={backend} of {mixer} is not a legal value; legal: {', '.join(legal)}")
+
+
 @contextmanager
 def other_capacity(mixers: Sequence[SequenceMixer], capacity: int | None) -> Iterator[None]:
     """Within the `with` block, set the dictionaries of all `mixers` to `capacity`; None leaves them unchanged.

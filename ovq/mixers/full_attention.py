@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer, KVCache
 from ovq.mixers.base import MixerShape
-from ovq.mixers.rope import RopeScaling, rotate
+from ovq.mixers.rope import RopeScaling, check_rope, rotate
 from ovq.ops.attention import full_attention
 
 
@@ -41,6 +41,8 @@ class FullAttention(AttentionLayer):
             raise ValueError(f"position={position} of full_attention is not a legal value; legal: rope, none")
         if position == "none" and rope_scaling is not None:
             raise ValueError("rope_scaling of full_attention needs position=rope")
+        if position == "rope":
+            check_rope(shape.head_dim, rope_base)
         self.rope_base = rope_base if position == "rope" else None
         self.rope_scaling = RopeScaling.of(rope_scaling)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.mixers.base import MixerShape, SequenceMixer
+from ovq.mixers.base import MixerShape, SequenceMixer, check_backend
 from ovq.mixers.recurrent import DecayGate, RecurrentState, require_positive, width
 from ovq.mixers.short_conv import ShortConv
 from ovq.ops.gated_delta_rule import gated_delta_rule
@@ -59,6 +59,7 @@ class GatedDeltaNet(SequenceMixer):
                 f"num_heads={H} of gated_deltanet must divide its key width {self.key_width} and value width "
                 f"{self.value_width} (model.num_heads x model.head_dim times expand_k and expand_v)"
             )
+        check_backend("gated_deltanet", backend, "fla")
         self.chunk_size, self.backend = chunk_size, backend
         self.q_proj = nn.Linear(shape.dim, self.key_width, bias=False)
         self.k_proj = nn.Linear(shape.dim, self.key_width, bias=False)

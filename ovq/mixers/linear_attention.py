@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape
+from ovq.mixers.base import MixerShape, check_backend
 from ovq.ops.linear_attention import linear_attention
 
 State = tuple[Tensor, Tensor]
@@ -30,6 +30,7 @@ class LinearAttention(AttentionLayer):
         super().__init__(shape)
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} of linear_attention must be at least 1")
+        check_backend("linear_attention", backend, "fla")
         self.chunk_size, self.backend = chunk_size, backend
 
     def forward(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.mixers.base import MixerShape, SequenceMixer
+from ovq.mixers.base import MixerShape, SequenceMixer, check_backend
 from ovq.mixers.recurrent import DecayGate, RecurrentState, require_positive, width
 from ovq.mixers.short_conv import ShortConv
 from ovq.ops.simple_gla import simple_gla
@@ -52,6 +52,7 @@ class Mamba2(SequenceMixer):
             num_heads = max(1, round((4 * width(shape) - 2 * N) / (3 * shape.head_dim)))
         require_positive("mamba2", num_heads=num_heads, state_dim=N, conv_size=conv_size, chunk_size=chunk_size)
         self.num_heads, self.state_dim, self.inner = num_heads, N, num_heads * shape.head_dim
+        check_backend("mamba2", backend, "fla")
         self.chunk_size, self.backend = chunk_size, backend
         self.in_proj = nn.Linear(shape.dim, 2 * self.inner + 2 * N + num_heads, bias=False)
         self.conv = ShortConv(self.inner + 2 * N, conv_size, bias=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape
+from ovq.mixers.base import MixerShape, check_backend
 from ovq.ops.common import each_document, work_dtype
 from ovq.ops.memory_attention import memory_attention
 
@@ -85,8 +85,7 @@ class MemoryLayer(AttentionLayer):
         name = type(self).__name__
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} of {name} must be at least 1")
-        if backend not in ("auto", "reference", "torch"):
-            raise ValueError(f"backend={backend} of {name} is not a legal value; legal: auto, reference, torch")
+        check_backend(name, backend)
         self.set_capacity(capacity)
         self.chunk_size, self.backend = chunk_size, backend
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.mixers.base import MixerShape, SequenceMixer
+from ovq.mixers.base import MixerShape, SequenceMixer, check_backend
 from ovq.mixers.recurrent import DecayGate, RecurrentState, require_positive, width
 from ovq.mixers.short_conv import ShortConv
 from ovq.ops.common import work_dtype
@@ -55,6 +55,7 @@ class MesaNet(SequenceMixer):
         )
         if lambda_init <= lambda_min:
             raise ValueError(f"lambda_init={lambda_init} of mesa_net must be above lambda_min={lambda_min}")
+        check_backend("mesa_net", backend, "fla")
         self.iterations, self.chunk_size, self.backend = iterations, chunk_size, backend
         self.lambda_init, self.lambda_min = lambda_init, lambda_min
         H, E = shape.num_heads, width(shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape
+from ovq.mixers.base import MixerShape, check_backend
 from ovq.ops.ovq_attention import OVQSpec, OVQState, attend
 
 
@@ -42,6 +42,7 @@ class OVQ(AttentionLayer):
         backend: str = "auto",
     ) -> None:
         super().__init__(shape, qk_norm=True, beta_init=beta_init)
+        check_backend("ovq", backend, "triton")
         self.backend = backend
         self.spec = OVQSpec(
             num_centroids=num_centroids,

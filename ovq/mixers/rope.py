@@ -101,6 +101,14 @@ class RopeScaling:
         return plain_F / self.factor * slow_F + plain_F * (1 - slow_F)
 
 
+def check_rope(head_dim: int, base: float) -> None:
+    """Raise ValueError unless heads of this width can be rotated with this base."""
+    if head_dim % 2:
+        raise ValueError(f"model.head_dim={head_dim} must be even for rotary positions")
+    if base <= 1:
+        raise ValueError(f"rope_base={base:g} must be above 1")
+
+
 def rotate(x_BTHK: Tensor, start: int, base: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
     """Rotate each head of x [B, T, H, K] by the angles of positions start .. start + T - 1; same shape and dtype.
 

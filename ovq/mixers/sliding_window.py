@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer, KVCache
 from ovq.mixers.base import MixerShape
-from ovq.mixers.rope import RopeScaling, rotate
+from ovq.mixers.rope import RopeScaling, check_rope, rotate
 from ovq.ops.sliding_window import sliding_window_attention
 
 
@@ -24,7 +24,7 @@ class SlidingWindow(AttentionLayer):
         qk_norm: unit-norm queries and keys with a learned inverse temperature per head.
 
     Raises:
-        ValueError: window below 1, or an illegal `rope_scaling`.
+        ValueError: window below 1, an odd head width, a rope_base of at most 1, or an illegal `rope_scaling`.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class SlidingWindow(AttentionLayer):
         super().__init__(shape, qk_norm=qk_norm)
         if window < 1:
             raise ValueError(f"window={window} of sliding_window must be at least 1")
+        check_rope(shape.head_dim, rope_base)
         self.window = window
         self.rope_base, self.rope_scaling = rope_base, RopeScaling.of(rope_scaling)
 

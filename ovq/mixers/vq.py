@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape
+from ovq.mixers.base import MixerShape, check_backend
 from ovq.ops.common import work_dtype
 from ovq.ops.vq_attention import VQState, assign, vq_attention
 
@@ -72,6 +72,7 @@ class VQ(AttentionLayer):
                 f"ema_decay={ema_decay} of vq must be in [0, 1), laplace={laplace}, dead_below={dead_below} and "
                 f"commitment={commitment} at least 0"
             )
+        check_backend("vq", backend)
         self.num_codes, self.block_size, self.quantize_recent = num_codes, block_size, quantize_recent
         self.ema_decay, self.laplace, self.dead_below = ema_decay, laplace, dead_below
         self.commitment, self.backend = commitment, backend

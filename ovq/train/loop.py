@@ -40,7 +40,7 @@ from ovq.train.metrics import Metrics, finite, read_rows
 from ovq.train.optim import LearnedBuffers, clip_gradients, step_unless
 from ovq.train.parallelize import reshard, sync_gradients
 from ovq.train.progress import Progress, shown
-from ovq.train.schedule import lr_at
+from ovq.train.schedule import due, lr_at
 from ovq.train.stop import StopSignal
 from ovq.train.summary import recorded
 
@@ -164,9 +164,9 @@ class Trainer:
             self.train_step(batches)
             if self.step == self.start + 1:
                 processes.lower_timeout(trainer.timeout_s)
-            if self.step % trainer.log_every == 0:
+            if due(self.step, trainer.log_every):
                 self.flush()
-            if self.step % trainer.checkpoint_every == 0:
+            if due(self.step, trainer.checkpoint_every):
                 self.save()
             self._evaluate_if_due()
             if self.step % GARBAGE_EVERY == 0:
@@ -186,7 +186,7 @@ class Trainer:
         """One optimizer step on `trainer.global_batch` rows; its results stay on the device until `flush`."""
         trainer = self.cfg.trainer
         step = self.step + 1
-        watched = trainer.health_every > 0 and step % trainer.health_every == 0
+        watched = due(step, trainer.health_every)
         self.optimizer.zero_grad()
         micro_batches = self._fetch(batches)
         agreed = self._agree_on_data(micro_batches)
@@ -348,10 +348,8 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate after every `eval_every`-th step and, with eval.at_end, after the last; once per step."""
         trainer, step = self.cfg.trainer, self.step
-        due = (trainer.eval_every and step and step % trainer.eval_every == 0) or (
-            self.cfg.eval.at_end and step == trainer.steps
-        )
-        if self.evaluate is None or not due or self.evaluated_step == step or self.stopping:
+        wanted = (step and due(step, trainer.eval_every)) or (self.cfg.eval.at_end and step == trainer.steps)
+        if self.evaluate is None or not wanted or self.evaluated_step == step or self.stopping:
             return
         self.flush()
         self.save()

@@ -100,3 +100,8 @@ def check_extension(cfg: Config, steps_before: int, step: int) -> None:
             "init_from=DIR, resume a checkpoint from before the decay of optim.schedule=wsd, or accept the jump with "
             "trainer.allow_rate_jump=true"
         )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something happens after a step that happens every so many; 0: never."""
+    return every > 0 and step % every == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:
     if not summary["stopped_by"]:
         lines.append("next:")
         if cfg.data.kind != "task":  # loss by position is not defined for a task
-            longer = f"run={run_dir} context={4 * cfg.eval.context}"
+            longer = f"{shlex.quote(f'run={run_dir}')} context={4 * cfg.eval.context}"
             lines.append(f"  python -m eval.per_position {longer}     loss at longer positions")
-        lines.append(f"  python -m eval.plot runs=[{run_dir}]     overlay several runs")
+        lines.append(f"  python -m eval.plot {shlex.quote(f'runs=[{run_dir}]')}     overlay several runs")
     return "\n".join(lines)

@@ -211,7 +211,7 @@ def in_a_process(given: dict[str, Any], group: Group, seconds: float, hear: Call
 
 def program(given: dict[str, Any]) -> list[str]:
     """The command that runs a group."""
-    return [sys.executable, "-m", "eval.bench.gpu.group", json.dumps(given)]
+    return [sys.executable, "-P", "-m", "eval.bench.gpu.group", json.dumps(given)]
 
 
 def told(row: Row) -> str:

@@ -28,6 +28,9 @@ SPOILT = 4
 def main(argv: list[str]) -> int:
     """JSON: {"group": name, "skip": names of tasks, "setting": "module:name", "programs": most per head or null,
     "seconds": limit, "rates": ..., "best_sdpa": ...}."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nStarted by: python -m eval.bench.gpu --help")
+        return 0
     given = json.loads(argv[0])
     end_with_parent()
     signal.alarm(int(given["seconds"]) + 10)  # even if a hang holds Python's lock

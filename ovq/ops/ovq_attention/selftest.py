@@ -68,7 +68,7 @@ def check(
 def _test(problem: Problem, device: torch.device, seconds: float, kernels: str) -> Verdict:
     given = {"problem": asdict(problem), "device": str(device), "kernels": kernels, "seconds": seconds}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    program = [sys.executable, "-m", "ovq.ops.ovq_attention.verify", json.dumps(given)]
+    program = [sys.executable, "-P", "-m", "ovq.ops.ovq_attention.verify", json.dumps(given)]
     ended = run_bounded(program, seconds, os.environ | {"PYTHONPATH": path})
     lines = ended.out.splitlines()
     at = next((line.removeprefix("at ") for line in reversed(lines) if line.startswith("at ")), "the start")

@@ -297,6 +297,9 @@ def _within(errors: dict[str, float], bars: dict[str, float]) -> None:
 
 def main(argv: list[str]) -> int:
     """See the module's docstring. JSON: {"problem": {...}, "device": "cuda:0", "kernels": a module, "seconds": 240}."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nStarted by: python -m ovq.ops.ovq_attention.selftest --help")
+        return 0
     given, began, at = json.loads(argv[0]), time.monotonic(), "the import of the kernels"
     print(f"at {at}", flush=True)
 
