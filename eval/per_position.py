@@ -340,8 +340,7 @@ def evaluate(
         return None
     if world.is_main:
         run_dir = Path(run_dir)
-        again = f"python -m eval.per_position {shlex.quote(f'run={run_dir}')}"
-        with reporting("the tables of the evaluation", again):
+        with reporting("the tables of the evaluation", f"python -m eval.per_position {shlex.quote(f'run={run_dir}')}"):
             publish(measured, cfg, run_dir, step, wandb_step=step, changed="")
     return measured.summary()
 

@@ -239,6 +239,7 @@ COMMANDS = {
     "bench cpu": "eval.bench.cpu",
     "bench compare": "eval.bench.compare",
     "bench models": "eval.bench.models",
+    "bench decode": "eval.bench.decode",
     "bench ops": "eval.bench.ops",
     "bench pipeline": "eval.bench.pipeline",
     "bench cost": "eval.bench.cost",

@@ -48,7 +48,6 @@ class ModelConfig:
 
 
 @dataclass
-@dataclass
 class InitConfig:
     path: str | None = setting(
         None,

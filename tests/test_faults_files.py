@@ -160,7 +160,7 @@ def tar() -> bytes:
         (b"%PDF-1.7 words", "is a PDF file, not text; extract its text"),
         (archive(), "is a ZIP archive (as are .docx, .epub and .npz files), not text; unpack it"),
         (tar(), "is a tar archive, not text; unpack it"),
-        (gzip.compress(tar()), "is a tar archive, not text; unpack it"),
+        (gzip.compress(tar(), mtime=0), "is a tar archive, not text; unpack it"),
         ("words".encode("utf-16"), "is text in UTF-16, not text; convert it to UTF-8: iconv"),
         (b"PAR1 and so on", "is a Parquet file, not text; read it with data=parquet"),
         (b"words\x00\x01\x02", "holds binary data, not text; leave it out"),
