@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from ovq import config, cpu
+from ovq import config, cpu, identity
 from ovq.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,7 @@ def test_a_run_keeps_its_number_of_threads_when_it_resumes(tmp_path: Path, monke
     machine(monkeypatch, 4, 0.0)
     train.choose_threads(second, tmp_path)
     assert first.trainer.threads == second.trainer.threads == 2
-    assert config.changed_identity(first, compose(["seed=1", "trainer.threads=4"])) == []
+    assert identity.changed(first, compose(["seed=1", "trainer.threads=4"])) == []
 
 
 def test_a_quota_counts_as_cores() -> None:

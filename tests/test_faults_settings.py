@@ -109,6 +109,7 @@ TOOLS = (
     *("data.prepare", "data.train_tokenizer", "eval.plot", "eval.per_position", "eval.perplexity", "eval.accuracy"),
     *("eval.needle", "eval.harness", "eval.stored_state", "eval.bench.cpu", "eval.bench.compare", "eval.bench.models"),
     *("eval.bench.ops", "eval.bench.pipeline", "eval.bench.cost", "eval.bench.aot", "eval.bench.gpu.bench"),
+    *("eval.bench.decode", "ovq.inference.export"),
     *(
         "eval.report",
         "launch.plan",

@@ -70,7 +70,7 @@ class Options:
         "auto", "eager", "graph", "compile", help="how a step is run; auto: a CUDA graph on a GPU, else eager"
     )
     threads: int | None = setting(None, "CPU threads; null: torch's default", at_least=1)
-    out: str = setting("runs/bench_decode.json", "JSON file to write", endings=(".json",), writes="file")
+    out: str = setting("runs/bench_decode.json", "JSON file to write", writes="file")
 
 
 def rows(name: str, given: Options, device: torch.device, overrides: list[str]) -> Iterator[Row | str]:

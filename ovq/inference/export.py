@@ -45,8 +45,8 @@ SAMPLE = 200_000  # characters of text on which the tokenizers are compared
 
 @dataclass
 class Options:
-    run: str = setting(REQUIRED, "the run folder")
-    out: str = setting(REQUIRED, "folder to write, which must not exist or be empty")
+    run: str = setting(REQUIRED, "the run folder", paths=True)
+    out: str = setting(REQUIRED, "folder to write, which must not exist or be empty", writes="folder")
     checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one")
     dtype: str = one_of("fp32", "bf16", help="of the weights that are written")
     license: str | None = setting(None, "licence of the weights for the card, an identifier of the Hub")

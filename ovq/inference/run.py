@@ -16,7 +16,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -129,7 +129,7 @@ def load_run(
     no_imports_from(run_dir)
     folder = Folder(run_dir) if is_export(run_dir) else None
     stored = folder.config(trust) if folder else config.load(run_dir, trust)
-    cfg = override(stored, [*(f"{key}={value}" for key, value in COMPUTED.items()), *overrides])
+    cfg = override(stored, [*(f"{key}={_typed(value)}" for key, value in COMPUTED.items()), *overrides])
     if not any(text.startswith("logger.") for text in overrides):
         cfg.logger.mode = "offline"  # what a stored config names as its project need not be this user's
     world = processes.init(cfg.trainer)
@@ -195,6 +195,11 @@ def _verify(path: Path, lease: contextlib.ExitStack | None) -> None:
             lease.push(attempt.pop_all())
 
 
+def _typed(value: Any) -> str:
+    """A value as one types it."""
+    return "null" if value is None else str(value)
+
+
 def override(cfg: Config, overrides: Sequence[str]) -> Config:
     """The config with key=value settings replaced, which must lie below `CHANGEABLE`; checked as a whole.
 
@@ -206,7 +211,7 @@ def override(cfg: Config, overrides: Sequence[str]) -> Config:
         parsed = parse(literal(text))
         if parsed is None:
             raise ConfigError(f"'{text}' cannot be read; an override is key=value, lists are [a,b]")
-        key = parsed.get_key_element()
+        key = parsed.get_key_element().lstrip("+")  # which `literal` adds for entries of dictionaries
         if key not in known:
             close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
             hint = f"did you mean {close[0]}? " if close else ""
