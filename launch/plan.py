@@ -97,8 +97,8 @@ def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]
     yield f"  {trainer.steps:,} steps     {days(hours)}, {used:,.0f} GPU-hours, {read:,} tokens"
     if share < 1:
         yield (
-            f"  trainer.global_batch={trainer.global_batch} has no sequence, or part of one, for each of {options.gpus} "
-            "GPUs: what is shown would need a larger batch or trainer.context_parallel"
+            f"  trainer.global_batch={trainer.global_batch} has no sequence, or part of one, for each of "
+            f"{options.gpus} GPUs: what is shown would need a larger batch or trainer.context_parallel"
         )
     yield from ["", *communication_lines(cfg, network, options)]
     size = 12 * parameters
