@@ -82,7 +82,7 @@ def main(options: Options, overrides: list[str]) -> int:
 def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]:
     """The lines of the plan."""
     trainer, card = cfg.trainer, CARDS[options.gpu]
-    share = trainer.global_batch / options.gpus
+    share = trainer.global_batch * trainer.context_parallel / options.gpus
     tokens = trainer.global_batch * trainer.context
     parameters = count_parameters(network)[0]
     flops = flops_per_token(network, trainer.context) * tokens
@@ -97,8 +97,8 @@ def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]
     yield f"  {trainer.steps:,} steps     {days(hours)}, {used:,.0f} GPU-hours, {read:,} tokens"
     if share < 1:
         yield (
-            f"  trainer.global_batch={trainer.global_batch} gives {options.gpus} GPUs less than a sequence each: "
-            "what is shown would need a larger batch, or trainer.context_parallel"
+            f"  trainer.global_batch={trainer.global_batch} has no sequence, or part of one, for each of "
+            f"{options.gpus} GPUs: what is shown would need a larger batch or trainer.context_parallel"
         )
     yield from ["", *communication_lines(cfg, network, options)]
     size = 12 * parameters
@@ -147,8 +147,9 @@ def communication_lines(cfg: Config, network: Transformer, options: Options) -> 
     yield f"communication of a step, trainer.shard={trainer.shard}, the same global batch on all"
     yield f"  {'GPUs':>6}  {'micro-batches':>13}  {'computation':>12}  {'communication':>13}  ratio"
     for gpus in sorted({*SIZES, options.gpus}):
-        rounds = max(1.0, trainer.global_batch / (trainer.micro_batch * gpus))
-        computation = flops / (min(gpus, trainer.global_batch) * options.mfu * card.tflops * 1e12)
+        parts = trainer.global_batch * trainer.context_parallel
+        rounds = max(1.0, parts / (trainer.micro_batch * gpus))
+        computation = flops / (min(gpus, parts) * options.mfu * card.tflops * 1e12)
         moved = communication(cfg, network, gpus, options.gpus_per_node, card, rounds)
         bound = "  bound by communication" if moved > computation else ""
         ratio = f"{moved / computation:.2f}"
@@ -160,7 +161,8 @@ def communication(cfg: Config, network: Transformer, gpus: int, node: int, card:
 
     Sharded over S processes, every micro-batch gathers the parameters twice (forward and backward) and the last one of
     a step reduces the gradients in float32, each moving (S - 1) / S of them through a process's link; R replicas then
-    reduce a shard's gradients, twice (R - 1) / R of it.
+    reduce a shard's gradients, twice (R - 1) / R of it. Ranks that share sequences exchange queries, keys, values and
+    outputs of every layer, forward, backward and, if that is recomputed, once more.
     """
     trainer = cfg.trainer
     parameters = count_parameters(network)[0]
@@ -170,6 +172,11 @@ def communication(cfg: Config, network: Transformer, gpus: int, node: int, card:
     speed = 1e9 * (card.link if shards <= node else card.network)
     moved = (shards - 1) / shards * parameters * (2 * size * rounds + 4) / speed
     between = 1e9 * (card.network if gpus > node else card.link)
+    ranks = trainer.context_parallel
+    passes = 3 if trainer.activation_checkpointing == "full" else 2
+    tokens = trainer.micro_batch * trainer.context / ranks
+    exchanged = 4 * passes * cfg.model.num_layers * tokens * cfg.model.dim * size * (ranks - 1) / ranks * rounds
+    moved += exchanged / (1e9 * (card.link if ranks <= node else card.network))
     return moved + 2 * (replicas - 1) / replicas * 4 * parameters / shards / between
 
 

@@ -112,7 +112,7 @@ def test_the_fingerprint_is_of_the_documents_not_of_the_cache(books: Path, cache
     copy = write_jsonl(tmp_path / "copy.jsonl", DOCUMENTS)
     assert loader(of(copy)).fingerprint == first["fingerprint"]
     write_jsonl(copy, [DOCUMENTS[0], "x" + DOCUMENTS[1][1:], *DOCUMENTS[2:]])
-    with pytest.raises(ConfigError, match=r"the data differ from those the run was made with \(files: "):
+    with pytest.raises(ConfigError, match=r"the data differ from those of the checkpoint \(files: "):
         loader(of(copy), state=first)
 
 

@@ -130,7 +130,8 @@ def value_trap(run_dir: Path, made: Path) -> Path:
     """In the place of a value of the optimizer, which PyTorch's own planner unpickles without restriction."""
     model = small_model("sw", *RUN, vocab_size=VOCAB)
     model_state, optimizer_state = get_state_dict(model, torch.optim.AdamW(model.parameters()))
-    optimizer_state["param_groups"][0]["eps"] = Trap(made)  # type: ignore[call-overload]
+    moments = next(iter(optimizer_state["state"].values()))
+    moments["exp_avg"] = Trap(made)  # type: ignore[index]
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder(run_dir, 1))
     return folder(run_dir, 1)
 

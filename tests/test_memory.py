@@ -128,4 +128,8 @@ def test_the_plan_of_a_cluster_follows_from_the_settings() -> None:
     # Two micro-batches a GPU gather bf16 weights twice each; gradients are reduced once, over two nodes' network.
     moved = 15 / 16 * count_parameters(network)[0] * (2 * 2 * 2 + 4) / 50e9
     assert communication(cfg, network, 16, 8, CARDS["h100"], 2) == pytest.approx(moved)
+    cfg.trainer.context_parallel, cfg.trainer.activation_checkpointing = 2, "none"
+    layers, dim = cfg.model.num_layers, cfg.model.dim  # queries, keys, values and outputs in bf16, forward and backward
+    exchanged = 2 * 2 * 4 * layers * (ROWS * TOKENS / 2) * dim * 2 * (1 / 2) / 450e9
+    assert communication(cfg, network, 16, 8, CARDS["h100"], 2) == pytest.approx(moved + exchanged)
     assert f"{moved:.3g} s" in next(line for line in text.splitlines() if line.split()[:2] == ["16", "2"])

@@ -577,6 +577,6 @@ def test_perplexity_from_the_command_line_is_saved_in_the_run_folder(
     assert perplexity.main([f"run={run_dir}", "piece=64"]) == 0
     left = json.loads((run_dir / "perplexity_validation.json").read_text())
     assert (left["step"], left["documents"], left["words_are"]) == (3, len(LENGTHS), "counted")
-    assert f"{left['loss']}" in capsys.readouterr().out
+    assert f"{left['loss']:.5g}" in capsys.readouterr().out
     assert perplexity.main([f"run={run_dir}", "context=64"]) == 2
     assert "there is no option 'context'" in capsys.readouterr().err
