@@ -64,8 +64,16 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "no validation files": (["data.validation=[]"], 2, "data.validation is empty"),
     "an empty validation file": (["data.validation=[empty.jsonl]"], 2, "data.validation holds no documents"),
     "a mistyped training path": (["data.train=[boks.jsonl]"], 2, "boks.jsonl"),
-    "a field that is not in the validation files": (["data.validation=[no-text.jsonl]"], 1, "no-text.jsonl document 0"),
-    "a field that is not in the training files": (["data.train=[no-text.jsonl]"], 1, "no-text.jsonl document 0"),
+    "a field that is not in the validation files": (
+        ["data.validation=[no-text.jsonl]"],
+        1,
+        "data.text_field=text is not a field of no-text.jsonl",
+    ),
+    "a field that is not in the training files": (
+        ["data.train=[no-text.jsonl]"],
+        1,
+        "data.text_field=text is not a field of no-text.jsonl",
+    ),
     "a run folder within a file": (["run_dir=file/run"], 2, "file/run cannot be the run folder: file is a file"),
     "more checkpoints than the disk holds": (
         ["trainer.keep_last=1000000000000"],
