@@ -66,12 +66,12 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "a mistyped training path": (["data.train=[boks.jsonl]"], 2, "boks.jsonl"),
     "a field that is not in the validation files": (
         ["data.validation=[no-text.jsonl]"],
-        1,
+        2,
         "data.text_field=text is not a field of no-text.jsonl",
     ),
     "a field that is not in the training files": (
         ["data.train=[no-text.jsonl]"],
-        1,
+        2,
         "data.text_field=text is not a field of no-text.jsonl",
     ),
     "a run folder within a file": (["run_dir=file/run"], 2, "file/run cannot be the run folder: file is a file"),

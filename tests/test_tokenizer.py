@@ -452,7 +452,7 @@ def test_the_sample_is_spread_and_bounded() -> None:
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["data=builtin"], "out= is required: where to write the model"),
+        (["data=builtin"], "out= is required: file to write the model to"),
         (["data=builtin", "out=x", "vocab=5"], "there is no setting 'vocab'"),
         (["data=text", "out=x"], "data.train is empty"),
         (["train", "data=builtin", "out=x"], "'train' cannot be read; options are key=value"),

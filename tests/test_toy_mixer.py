@@ -104,7 +104,7 @@ def test_the_contract_rejects_a_mixer_that_looks_ahead(outside: Path, monkeypatc
 def test_its_settings_are_checked_like_those_of_any_other(outside: Path) -> None:
     with pytest.raises(ConfigError, match="no setting 'model.mixers.leaky.colour'; legal: decay"):
         build_model(compose([*ADDED, *TINY, "+model.mixers.leaky.colour=3"]).model, 8)
-    with pytest.raises(ConfigError, match=r"model.mixers.leaky: decay=2 of leaky must be in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"model.mixers.leaky: decay=2.0 of leaky must be in \[0, 1\)"):
         build_model(compose([*ADDED, *TINY, "model.mixers.leaky.decay=2"]).model, 8)
 
 
