@@ -34,6 +34,7 @@ def setting(
     endings: tuple[str, ...] | None = None,
     writes: str | None = None,
     paths: bool = False,
+    empty: bool = False,
 ) -> Any:
     """A dataclass field with help and legal values; a list or dictionary default is copied for each instance.
 
@@ -45,12 +46,15 @@ def setting(
             legal. None is always legal for a setting whose type allows it.
         length: the number of entries of a list.
         endings: the legal endings of a file's name, as in (".png", ".pdf").
+        empty: whether a list may be empty; one that is empty by default always may.
         writes: "file" or "folder", if that is what the path leads to: one of the other kind is refused.
         paths: the value is a path, or a list of paths, which on a command line may contain commas; `~` is expanded.
     """
     limits: dict[str, Any] = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     limits |= {"choices": choices, "length": length, "endings": endings, "writes": writes}
     metadata = {"help": help, **{name: limit for name, limit in limits.items() if limit is not None}}
+    if empty:
+        metadata["empty"] = True
     if paths or writes:
         metadata["paths"] = True
     if isinstance(default, (list, dict)):
@@ -81,7 +85,7 @@ def fault_of(item: Any, value: Any) -> str | None:
         return None
     if not _is_list(value):
         return _fault(value, item.metadata)
-    if not len(value) and _default(item) != []:
+    if not len(value) and _default(item) != [] and not item.metadata.get("empty"):
         return "must not be empty"
     if len(value) != item.metadata.get("length", len(value)):
         return f"must have {item.metadata['length']} entries"

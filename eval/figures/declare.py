@@ -252,7 +252,10 @@ class RecallOptions(TaskOptions):
         None, "tokens of recall's test sequences; null: training context times 1, 4, 16 ... up to 65536", at_least=1
     )
     num_centroids: list[int] | None = setting(
-        None, "test-time capacities of a model with a dictionary, besides its own; null: those of the scale", at_least=1
+        None,
+        "test-time capacities of a model with a dictionary, besides its own; null: those of the scale",
+        at_least=1,
+        empty=True,
     )
 
 

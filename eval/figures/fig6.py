@@ -45,7 +45,10 @@ class Figure6Options(Options):
     length: int = setting(65536, "positions tested in each document", at_least=1)
     documents: int = setting(32, "documents of the test split, at most", at_least=2)
     num_centroids: list[int] | None = setting(
-        None, "test-time capacities of a model with a dictionary, besides its own; null: those of the scale", at_least=1
+        None,
+        "test-time capacities of a model with a dictionary, besides its own; null: those of the scale",
+        at_least=1,
+        empty=True,
     )
     restart: int = setting(
         512, "tokens that predictions see at least, and twice as many at most, where context is withheld", at_least=1

@@ -159,13 +159,13 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed = value
+        self.model.embed = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.head = new_embeddings
+        self.model.head = new_embeddings  # type: ignore[assignment]
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
