@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ovq.ops import ovq_attention
 from ovq.ops.ovq_attention import reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds
+from tests.exact_products import exact_products as exact_products
 from tests.helpers import relative_error, spec_of
 
 kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")

@@ -25,6 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ovq.ops import ovq_attention
 from ovq.ops.ovq_attention.kernels import shipped
+from tests.exact_products import exact_products as exact_products
 from tests.interleave import Report, Violation, interleaved
 
 SEEDS = range(8)
