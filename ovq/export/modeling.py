@@ -269,9 +269,12 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [B, T or keep, V], 0 at padding, and the weighted auxiliary loss, summed over tokens; None without."""
         (B, T), seen = input_ids.shape, cache.seen if cache is not None else 0
-        groups = cache.groups if cache is not None and cache.groups else grouped(begins)
+        groups = cache.groups if cache is not None and cache.groups else [Rows(list(range(B)))]
         if (rows := sum(len(group.rows) for group in groups)) != B:
             raise ValueError(f"the cache is of {rows} rows, but input_ids has {B}")
+        # Rows that were nothing but padding so far may begin at different columns.
+        waiting = [row for group in groups if group.state is None for row in group.rows]
+        groups = [group for group in groups if group.state is not None] + grouped(waiting, begins)
         logits, extra = None, []
         for group in groups:
             first = max(0, begins[group.rows[0]] - seen) if group.state is None else 0
@@ -295,9 +298,9 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
         return logits, torch.stack(extra).sum() if extra else None
 
 
-def grouped(begins: Iterable[int]) -> list[Rows]:
-    """The rows of a batch by the column of their first token."""
-    rows: dict[int, list[int]] = {}
-    for row, begin in enumerate(begins):
-        rows.setdefault(begin, []).append(row)
-    return [Rows(rows[begin]) for begin in sorted(rows)]
+def grouped(rows: Iterable[int], begins: list[int]) -> list[Rows]:
+    """Some rows of a batch by the column of their first token, begins[row]."""
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        found.setdefault(begins[row], []).append(row)
+    return [Rows(found[begin]) for begin in sorted(found)]
