@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from data.build import build_corpus, build_task, build_tokenizer, is_task, shares_of, sources_of, splits_of
+from data.build import build_task, build_tokenizer, build_tokens, is_task, shares_of, sources_of, splits_of
 from data.builtin import BuiltinCorpus
-from data.corpus import Corpus
-from data.dataset_corpus import describe_dataset, is_remote
+from data.corpus import TokenisedCorpus, Tokens
+from data.dataset_corpus import describe_dataset
+from data.dataset_corpus import is_remote as is_on_hub
 from data.index import index_shards
-from data.prepared import describe_prepared
+from data.prepared import PreparedTokens, describe_prepared
 from data.sources import HUB, NOT_LISTED, DataError, find_files, hub_parts
 from data.tokenizer import Tokenizer
 from ovq.config import Config
+from ovq.config_data import FROM_FILES
 from ovq.errors import ConfigError
 
 _SAMPLE_BYTES, _MOST_SAMPLED = 1 << 20, 256
@@ -39,7 +41,7 @@ def describe(cfg: Config) -> dict[str, dict[str, Any]]:
         for split in splits_of(source) or ["train"]:
             lines[f"{split} {name}"] = facts = _describe(source, split)
             if split == "train" and "error" not in facts:
-                facts |= {"share": shares[name], "epochs": _epochs(source, shares[name], facts)}
+                facts |= {"share": shares[name], "epochs": _epochs(source, shares[name])}
     return lines
 
 
@@ -52,33 +54,55 @@ def hub_of(cfg: Config, split: str) -> list[str]:
     return sorted({hub_parts(path)[0] for path in getattr(cfg.data, split) if path.startswith(HUB)})
 
 
-def _epochs(cfg: Config, share: float, found: dict[str, Any]) -> float | None:
-    """How often the run reads a data set, from the tokens of its first documents; None where that takes a download, or
-    a tokenizer that is not there."""
-    trainer = cfg.trainer
-    rows = share * trainer.steps * trainer.global_batch
-    if cfg.data.packing == "document" and found["documents"]:
-        return rows / found["documents"]
-    tokens = found.get("tokens")
-    if tokens is None:
-        if any("://" in path for path in cfg.data.train) or (
-            cfg.data.kind == "datasets" and is_remote(cfg.data.path or "")
-        ):
-            return None
-        try:
-            tokens = _count_tokens(build_corpus(cfg, "train"), build_tokenizer(cfg))
-        except (ConfigError, DataError):
-            return None
-    return rows * trainer.context / max(1.0, float(tokens))
+def _epochs(cfg: Config, share: float) -> float | None:
+    """How often the run reads a data set of a mixture; None where that takes a download, or a tokenizer that is not
+    there."""
+    if is_remote(cfg, "train"):
+        return None
+    try:
+        tokenizer = build_tokenizer(cfg)
+        found = epochs(cfg, build_tokens(cfg, tokenizer, "train")[0], tokenizer, share)
+    except (ConfigError, DataError):
+        return None
+    return found and found[0]
 
 
-def _count_tokens(corpus: Corpus, tokenizer: Tokenizer) -> float:
-    """Tokens of a corpus with their separators, extrapolated from about a megabyte at its beginning."""
-    sizes = corpus.sizes()
-    sampled = min(len(sizes), _MOST_SAMPLED, 1 + int(np.searchsorted(np.cumsum(sizes), _SAMPLE_BYTES)))
-    lengths = [len(tokenizer.encode(corpus.read(i).text)) for i in range(sampled)]
-    pairs = sum(length + 1 for length in lengths if length)
-    return float(sizes.sum() * pairs / max(1, sizes[:sampled].sum()))
+def is_remote(cfg: Config, split: str) -> bool:
+    """Whether a split lies on the hub or in a bucket, where opening it may mean a long download."""
+    if cfg.data.kind == "datasets":
+        return is_on_hub(cfg.data.path or "")
+    return cfg.data.kind in FROM_FILES and any("://" in path for path in getattr(cfg.data, split))
+
+
+def epochs(cfg: Config, tokens: Tokens, tokenizer: Tokenizer, share: float = 1.0) -> tuple[float, str] | None:
+    """How often a schedule reads some documents, and how much they are in words; None if that is not known.
+
+    With packing "document" an epoch takes the beginning of each document once.
+
+    Args:
+        share: of the rows that come from them.
+    """
+    rows = share * cfg.trainer.steps * cfg.trainer.global_batch
+    if cfg.data.packing == "document":
+        return rows / max(1, len(tokens)), f"{len(tokens):,} documents"
+    ids = count_tokens(tokens, tokenizer)
+    return (rows * cfg.trainer.context / ids, f"{ids:,.0f} tokens") if ids else None
+
+
+def count_tokens(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
+    """Ids of all documents with their separators: exact for prepared ones, otherwise extrapolated from about a megabyte
+    of the first that are no longer than that."""
+    if isinstance(tokens, PreparedTokens):
+        return float(describe_prepared([str(folder) for folder in tokens.folders], "train")["tokens"] + len(tokens))
+    if not isinstance(tokens, TokenisedCorpus):
+        return None
+    sizes = tokens.corpus.sizes()
+    fitting = np.flatnonzero(sizes <= _SAMPLE_BYTES)[:_MOST_SAMPLED]
+    sampled = fitting[: 1 + int(np.searchsorted(np.cumsum(sizes[fitting]), _SAMPLE_BYTES))]
+    if not sizes[sampled].sum():
+        return float(sizes.sum()) + len(tokens)  # an id a byte
+    lengths = [len(tokenizer.encode(tokens.corpus.read(int(i)).text)) for i in sampled]
+    return float(sizes.sum() * sum(length + 1 for length in lengths if length) / sizes[sampled].sum())
 
 
 def _describe(cfg: Config, split: str) -> dict[str, Any]:

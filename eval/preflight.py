@@ -6,15 +6,14 @@ A start raises what is certain to fail; what is merely worth knowing is a line. 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 import data.build
 from data.build import FROM_FILES, build_tokenizer, build_tokens, is_task
 from data.corpus import TokenisedCorpus, Tokens
-from data.prepared import PreparedTokens, describe_prepared
+from data.describe import epochs, is_remote
+from data.prepared import PreparedTokens
 from data.sources import DataError, find_files
 from data.tokenizer import Tokenizer
 from ovq.config import Config
@@ -25,7 +24,6 @@ from ovq.train.claim import elsewhere, unwritable
 
 WITHOUT = "or set eval.at_end=false trainer.eval_every=0"
 OPENED = 1 << 30  # bytes of JSON lines or text at most that are opened only to look into them
-SAMPLED = 1 << 20  # bytes of text at most that are tokenised to estimate the number of tokens
 
 # --- what a start looks at; each on rank 0 only ----------------------------------------------------------------------
 
@@ -65,8 +63,13 @@ def check_training_data(cfg: Config, tokens: Tokens | None, tokenizer: Tokenizer
     if tokens is None or is_remote(cfg, "train"):
         return []
     read_first(cfg, tokens)
-    number, text = epochs(cfg, tokens, tokenizer)
-    return [f"trainer.steps={cfg.trainer.steps} is longer than the data: {text}"] if number > 1 else []
+    text = in_words(found := epochs(cfg, tokens, tokenizer))
+    return [f"trainer.steps={cfg.trainer.steps} is longer than the data: {text}"] if found and found[0] > 1 else []
+
+
+def in_words(found: tuple[float, str] | None) -> str:
+    """What `epochs` found, as text; empty if nothing."""
+    return f"about {found[0]:.3g} epochs of data.train ({found[1]})" if found else ""
 
 
 def check_room(cfg: Config, model: Transformer, run_dir: Path) -> None:
@@ -97,7 +100,7 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
     try:
         if not is_task(cfg) and "train" not in broken and not is_remote(cfg, "train"):
             tokens = open_split(cfg, tokenizer := build_tokenizer(cfg), "train")
-            words = epochs(cfg, tokens, tokenizer)[1]
+            words = in_words(epochs(cfg, tokens, tokenizer)) if tokens is not None else ""
             lines += check_training_data(cfg, tokens, tokenizer)
     except (ConfigError, DataError, OSError) as error:
         lines.append(str(error))
@@ -105,11 +108,6 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
 
 
 # --- the documents ---------------------------------------------------------------------------------------------------
-
-
-def is_remote(cfg: Config, split: str) -> bool:
-    """Whether files of a split lie on the hub or in a bucket, where opening one may mean a long download."""
-    return cfg.data.kind in FROM_FILES and any("://" in path for path in getattr(cfg.data, split))
 
 
 def open_split(cfg: Config, tokenizer: Tokenizer, split: str) -> Tokens | None:
@@ -150,40 +148,3 @@ def longest(cfg: Config, tokens: Tokens) -> int | None:
     if isinstance(tokens, TokenisedCorpus) and cfg.data.kind in ("jsonl", "text"):
         return int(tokens.corpus.sizes().max(initial=0))  # bytes of a line or a file; an id stands for one or more
     return None
-
-
-def epochs(cfg: Config, tokens: Tokens | None, tokenizer: Any) -> tuple[float, str]:
-    """How often a schedule reads data.train, as a number and in words; (0, "") if that is not known.
-
-    With packing "document" an epoch takes the beginning of each document once.
-    """
-    trainer = cfg.trainer
-    rows = trainer.steps * trainer.global_batch
-    if tokens is None:
-        return 0.0, ""
-    if cfg.data.packing == "document":
-        number, held = rows / len(tokens), f"{len(tokens):,} documents"
-    elif ids := count(tokens, tokenizer):
-        number, held = rows * trainer.context / ids, f"{ids:,.0f} tokens"
-    else:
-        return 0.0, ""
-    return number, f"about {number:.3g} epochs of data.train ({held})"
-
-
-def count(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
-    """About how many ids the documents have, separators included; exact for prepared ones."""
-    if isinstance(tokens, PreparedTokens):
-        return float(describe_prepared([str(folder) for folder in tokens.folders], "train")["tokens"] + len(tokens))
-    if not isinstance(tokens, TokenisedCorpus):
-        return None
-    sizes = tokens.corpus.sizes()
-    return float(sizes.sum()) * ids_per_byte(tokens, sizes, tokenizer) + len(tokens)
-
-
-def ids_per_byte(tokens: TokenisedCorpus, sizes: np.ndarray, tokenizer: Tokenizer) -> float:
-    """Ids that stand for a byte of a file, from the longest document that is short enough to be tokenised for this."""
-    fitting = np.where(sizes <= SAMPLED, sizes, 0)
-    if not fitting.max(initial=0):
-        return 1.0
-    chosen = int(fitting.argmax())
-    return len(tokenizer.encode(tokens.corpus.read(chosen).text)) / float(sizes[chosen])
