@@ -6,6 +6,7 @@ import datetime
 import math
 import re
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,7 +315,7 @@ def svg(save: Callable[[Path], object]) -> str:
         text = path.read_text()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # Several pictures in one page: their ids must differ.
-    mark = f"{abs(hash(text)) % 10**8:08d}"
+    mark = f"{zlib.crc32(text.encode()):08x}"
     return re.sub(r'((?:\bid="|xlink:href="#|url\(#))', rf"\g<1>s{mark}-", text)
 
 
