@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import TypeVar
 
+K = TypeVar("K", bound=Hashable)
 Losses = dict[tuple[int, int], float]  # (document, training seed) -> mean loss of some positions, in nats per token
 
 
@@ -25,6 +28,21 @@ class Mean:
     def clear(self) -> bool:
         """Whether it is more than two standard errors from zero."""
         return abs(self.value) > 2 * self.error
+
+
+def means_in(span: tuple[int, int], buckets: Iterable[tuple[K, int, float, int]]) -> dict[K, float]:
+    """The mean loss of the positions in a span, by key.
+
+    Args:
+        span: tokens [start, end); a bucket counts by where it begins.
+        buckets: (key, position where it begins, mean loss, number of positions).
+    """
+    sums: dict[K, tuple[float, int]] = {}
+    for key, start, loss, count in buckets:
+        if span[0] <= start < span[1]:
+            nats, before = sums.get(key, (0.0, 0))
+            sums[key] = (nats + loss * count, before + count)
+    return {key: nats / count for key, (nats, count) in sums.items()}
 
 
 def mean_over_documents(values: dict[int, list[float]]) -> Mean:

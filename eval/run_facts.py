@@ -12,7 +12,7 @@ import torch
 
 from data.build import build_tokenizer
 from eval import accuracy, loss_table
-from eval.paired import Losses
+from eval.paired import Losses, means_in
 from eval.run_table import Row
 from ovq import config
 from ovq.config import Config
@@ -84,13 +84,11 @@ class Facts:
 
     def document_losses(self, span: tuple[int, int], seed: int) -> Losses:
         """Mean loss of the positions in a span of each document of `by_document`; buckets count by where they begin."""
-        sums: dict[int, tuple[float, int]] = {}
-        for row in self.by_document:
-            if span[0] <= row["position_start"] < span[1]:
-                count = row["position_end"] - row["position_start"]
-                nats, before = sums.get(row["document"], (0.0, 0))
-                sums[row["document"]] = (nats + row["loss"] * count, before + count)
-        return {(document, seed): nats / count for document, (nats, count) in sums.items()}
+        buckets = (
+            ((row["document"], seed), row["position_start"], row["loss"], row["position_end"] - row["position_start"])
+            for row in self.by_document
+        )
+        return means_in(span, buckets)
 
 
 def facts_of(run_dir: Path) -> Facts:

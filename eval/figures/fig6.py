@@ -26,7 +26,7 @@ from eval import style
 from eval.figures import panels
 from eval.figures.declare import PG19, Figure, Options, Panel, Point, Test, capacities, models
 from eval.figures.make import make
-from eval.paired import Losses, Mean, paired
+from eval.paired import Losses, Mean, means_in, paired
 from ovq.cli import command
 from ovq.config import Config
 from ovq.schema import setting
@@ -90,14 +90,15 @@ def losses(points: list[Point], span: tuple[int, int], test: str = "") -> dict[C
     Args:
         test: "", or WITHHELD. Other tests are told apart by their capacity.
     """
-    sums: dict[Curve, dict[tuple[int, int], tuple[float, int]]] = {}
+    buckets: list[tuple[tuple[Curve, tuple[int, int]], int, float, int]] = []
     for p in points:
         assert p.index is not None and p.document is not None
-        if span[0] <= p.index < span[1] and (p.test == WITHHELD) == (test == WITHHELD):
-            of_curve = sums.setdefault((p.model, p.num_centroids), {})
-            nats, count = of_curve.get((p.document, p.seed), (0.0, 0))
-            of_curve[p.document, p.seed] = (nats + p.value * p.count, count + p.count)
-    return {curve: {at: nats / count for at, (nats, count) in of.items()} for curve, of in sums.items()}
+        if (p.test == WITHHELD) == (test == WITHHELD):
+            buckets.append((((p.model, p.num_centroids), (p.document, p.seed)), p.index, p.value, p.count))
+    found: dict[Curve, Losses] = {}
+    for (curve, at), loss in means_in(span, buckets).items():
+        found.setdefault(curve, {})[at] = loss
+    return found
 
 
 def differences(points: list[Point], span: tuple[int, int], base: str = BASE) -> dict[Curve, Mean]:
