@@ -61,8 +61,7 @@ def main(options: Options) -> int:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out} exists and is not empty; name another folder, or remove it")
-    at = int(options.checkpoint) if options.checkpoint and options.checkpoint.isdigit() else options.checkpoint
-    run = load_run(options.run, ["trainer.device=cpu", "trainer.precision=fp32"], checkpoint_at=at)
+    run = load_run(options.run, ["trainer.device=cpu", "trainer.precision=fp32"], checkpoint_at=options.checkpoint)
     if run.world.size > 1:
         raise ConfigError("an export is written by one process; run it without torchrun")
     export(run, out, dtype=options.dtype, licence=options.license, name=options.name)

@@ -76,7 +76,6 @@ class RunOptions:
         settings = [item.name for item in fields(EvalConfig)]
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in settings}
         short = [f"eval.{name}={value}" for name, value in own.items() if value is not None]
-        at = int(self.checkpoint) if self.checkpoint and self.checkpoint.isdigit() else self.checkpoint
         if not is_export(self.run):
             config.load(self.run)  # a folder that is not a run is left alone
         try:
@@ -87,7 +86,7 @@ class RunOptions:
                 f"the results would go to {self.run}, which cannot be written to ({one_line(error)}); nothing was "
                 "computed. Make room, or evaluate a copy of the run folder"
             ) from None
-        return load_run(Path(self.run), [*short, *overrides], checkpoint_at=at, trust=self.trust)
+        return load_run(Path(self.run), [*short, *overrides], checkpoint_at=self.checkpoint, trust=self.trust)
 
 
 @dataclass
@@ -168,7 +167,7 @@ def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack | No
     """
     if at is not None:
         folder = run_dir / "checkpoints"
-        named = folder / checkpoint.name_of(at) if isinstance(at, int) else Path(at)
+        named = folder / checkpoint.name_of(int(at)) if str(at).isdigit() else Path(str(at))
         path = named if named.is_dir() or (folder / named).parent != folder else folder / named
         _verify(path, lease)
         return path
