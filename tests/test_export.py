@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ import torch
 import ovq
 import train
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from data.train_tokenizer import train_sentencepiece
 from ovq.compose import compose
 from ovq.errors import ConfigError
 from ovq.export import flatten, source
@@ -278,28 +278,10 @@ def test_a_mask_that_would_touch_a_state_is_refused(registered: tuple[Any, Any])
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_model() -> bytes:
-    import sentencepiece
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prose(4000, 0).split("\n")),
-        model_writer=out,
-        vocab_size=400,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        byte_fallback=True,
-        user_defined_symbols=["\n"],
-        unk_id=0,
-        bos_id=1,
-        bos_piece="<document>",
-        eos_id=-1,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return out.getvalue()
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("tokenizer") / "some.model"
+    train_sentencepiece(iter(prose(4000, 0).split("\n")), 400, path)
+    return path.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
