@@ -106,18 +106,18 @@ def canonical(overrides: Iterable[str], dirs: Dirs = ()) -> list[str]:
     Raises:
         ConfigError: one does not, or its value is not of the setting's type; the line lists what is legal.
     """
-    checked = []
+    checked, known = [], groups(dirs)
     for override in overrides:
         prefix, key, equals, text = parts_of(override)
         if not equals and prefix != "~":
             raise ConfigError(f"'{override}' cannot be read; an override is key=value, lists are [a,b]")
         group = key.partition("@")[0]
-        if group in groups(dirs):
+        if group in known:
             if prefix != "~" and text == "null" and group in _OPTIONAL:
                 continue  # as without it
             _check_group(override, prefix, key, text, dirs)
         else:
-            _check_key(key, text, dirs)
+            _check_key(key, text, dirs, known)
         checked.append(literal(override))
     return [re.sub(r"^(\+*)init_from=", r"\1init_from.path=", override) for override in checked]
 
@@ -215,16 +215,16 @@ def _check_group(override: str, prefix: str, key: str, text: str, dirs: Dirs) ->
         raise ConfigError(f"a mixer is added under a name: +{group}@model.mixers.{text}={text}, then model.pattern")
 
 
-def _check_key(key: str, text: str, dirs: Dirs) -> None:
+def _check_key(key: str, text: str, dirs: Dirs, known: list[str]) -> None:
     slashed = key.replace(".", "/")
-    if slashed in groups(dirs) and not text.startswith("{"):
+    if slashed in known and not text.startswith("{"):
         legal = options(slashed, dirs)
         chosen = text if text in legal else "NAME"
         group = f"+{slashed}@model.mixers.{chosen}" if slashed == "model/mixer" else slashed
         raise ConfigError(f"{key}={text} chooses nothing: write {group}={chosen}; legal: {', '.join(legal)}")
     group, _, last = key.rpartition(".")
     item = field_of(key)
-    if last == "name" and group in groups(dirs) and item is not None and "choices" not in item.metadata:
+    if last == "name" and group in known and item is not None and "choices" not in item.metadata:
         legal = options(group, dirs)
         chosen = text if text in legal else "NAME"
         raise ConfigError(
@@ -234,16 +234,16 @@ def _check_key(key: str, text: str, dirs: Dirs) -> None:
     dotted = key.replace("/", ".")
     if key != dotted and field_of(dotted) is not None:
         raise ConfigError(f"there is no group '{key}'; did you mean the setting {dotted}={text}?")
-    _check_path(key, dirs)
+    _check_path(key, dirs, known)
 
 
-def _check_path(key: str, dirs: Dirs) -> None:
+def _check_path(key: str, dirs: Dirs, known: list[str]) -> None:
     schema: Any = Config
     parts = key.split(".")
     for depth, part in enumerate(parts):
         fields = {item.name: item for item in dataclasses.fields(schema)}
         if part not in fields:
-            legal = list(dict.fromkeys([*fields, *(groups(dirs) if depth == 0 else [])]))
+            legal = list(dict.fromkeys([*fields, *(known if depth == 0 else [])]))
             close = difflib.get_close_matches(part, legal, n=1)
             hint = f"did you mean {'.'.join([*parts[:depth], close[0]])}? " if close else ""
             raise ConfigError(f"there is no setting '{key}'; {hint}legal: {', '.join(legal)}")
