@@ -53,10 +53,11 @@ def test_freed_memory_is_kept(kept: bool) -> None:
         "    for _ in range(12): x = x * 1.5 + 1\n"
         "    return [x * i for i in range(6)]\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(6): before = faults(); step()\n"
-        "print(faults() - before)"
+        "def more(): before = faults(); step(); return faults() - before\n"
+        "print(min([more() for _ in range(12)][4:]))"
     )
-    # The step allocates about thirty times 4,096 pages (or 8 large ones).
+    # The step allocates about thirty times 4,096 pages (or 8 large ones). The least of several: where the pieces of
+    # freed memory lie differs from process to process, and a late step may still need a new one.
     assert (int(python(code)) < 50) == kept
 
 
