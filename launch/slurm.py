@@ -29,7 +29,6 @@ from launch import options as arguments
 from launch import sweep
 from launch.options import positive
 from ovq.cli import guarded
-from ovq.compose import compose
 from ovq.errors import ConfigError, Failure
 from ovq.files import write_whole
 from ovq.train.summary import read_finished
@@ -141,7 +140,7 @@ def submit(options: argparse.Namespace) -> int:
 def got_longer(job: sweep.Job) -> bool:
     """Whether a run that is finished is to have more steps now."""
     finished = read_finished(job.run_dir)
-    return finished is not None and finished["step"] < compose(job.overrides).trainer.steps
+    return finished is not None and finished["step"] < job.cfg.trainer.steps
 
 
 def check(jobs: list[sweep.Job], options: argparse.Namespace) -> None:

@@ -39,6 +39,7 @@ from ovq import config, identity
 from ovq.bounded import how
 from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
+from ovq.config import Config
 from ovq.errors import ConfigError, Stopped
 from ovq.files import write_whole
 from ovq.overrides import sweep_values
@@ -53,9 +54,10 @@ LOGS = ("sweep.log", "slurm.log")
 
 @dataclass
 class Job:
-    """One combination of overrides and its state."""
+    """One combination of overrides, the config that they describe, and its state."""
 
     overrides: list[str]
+    cfg: Config
     run_dir: Path
     status: str = "waiting"  # waiting | elsewhere | finished before | running | finished | stopped | failed
     code: int | None = None
@@ -76,7 +78,8 @@ def expand(overrides: list[str]) -> list[Job]:
     jobs: list[Job] = []
     for combination in itertools.product(*axes):
         chosen = list(combination)
-        jobs.append(Job(chosen, run_dir_of(compose(chosen), chosen)))
+        cfg = compose(chosen)
+        jobs.append(Job(chosen, cfg, run_dir_of(cfg, chosen)))
     folders = [job.run_dir for job in jobs]
     for folder in folders:
         if folders.count(folder) > 1:
@@ -97,7 +100,7 @@ def mark_finished(jobs: list[Job]) -> None:
     """
     for job in jobs:
         if is_finished(job.run_dir):
-            stored, requested = config.load(job.run_dir), compose(job.overrides)
+            stored, requested = config.load(job.run_dir), job.cfg
             changed = identity.changed(stored, requested)
             if stored.trainer.steps != requested.trainer.steps:  # may change at a resume, but this run has finished
                 changed.append(f"trainer.steps: {stored.trainer.steps} -> {requested.trainer.steps}")

@@ -467,7 +467,7 @@ def test_rates_are_chosen_with_seeds_of_their_own() -> None:
 def test_the_best_rate_is_known_once_every_trial_is_scored_or_has_failed(tmp_path: Path) -> None:
     cfg = compose(["experiment=recall"])
     trials = {
-        rate: FigureRun(sweep.Job([], tmp_path / str(rate)), cfg, Accuracy(), None) for rate in (0.1, 0.01, 0.001)
+        rate: FigureRun(sweep.Job([], cfg, tmp_path / str(rate)), Accuracy(), None) for rate in (0.1, 0.01, 0.001)
     }
     assert search.best(trials) is None
     search.note_failure(trials[0.1], "diverged")

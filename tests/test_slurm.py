@@ -63,7 +63,7 @@ def test_a_job_is_queued_again_when_it_was_stopped_and_not_when_it_finished_fail
     monkeypatch.setenv("FAKE_STATE", state)
     (tmp_path / "run").mkdir()
     options = arguments.read(slurm.parser(), ["--cpu-ranks", "2", *launcher(tmp_path, body)])
-    job = sweep.Job(["seed=0"], tmp_path / "run")
+    job = sweep.Job(["seed=0"], compose(["seed=0"]), tmp_path / "run")
     cluster.submit(slurm.script([job], options, "name", job.run_dir / "job.sbatch", swept=False))
     assert cluster.run() == statuses
     log = (tmp_path / "run" / "slurm.log").read_text()

@@ -61,7 +61,7 @@ class Measure(Protocol):
     def make(self, run_dir: Path, test: Test) -> None:
         """Make a test, and add its rows to the run folder's table."""
 
-    def find(self, run_dir: Path, step: int, test: Test) -> list[Value]:
+    def find(self, run_dir: Path, cfg: Config, step: int, test: Test) -> list[Value]:
         """What a test of the run at this step gave, the total first if there is one; empty if it was not made."""
 
     def score(self, run_dir: Path) -> dict[str, Any]:
@@ -119,8 +119,8 @@ class Accuracy:
         wanted = accuracy.Options(run=str(run_dir), lengths=[test.length], answers=test.amount)
         accuracy.TABLE.write(run_dir, accuracy.measure(run, build_task(run.cfg), wanted, changes(PRECISION)))
 
-    def find(self, run_dir: Path, step: int, test: Test) -> list[Value]:
-        settings = accuracy.task_settings(changed(config.load(run_dir), self.overrides(test)))
+    def find(self, run_dir: Path, cfg: Config, step: int, test: Test) -> list[Value]:
+        settings = accuracy.task_settings(changed(cfg, self.overrides(test)))
         key = (step, settings, test.num_centroids, changes(PRECISION), test.length)
         rows = [row for row in rows_of(accuracy.TABLE, run_dir) if accuracy.TABLE.key_of(row) == key]
         if not rows or rows[0]["answers"] < test.amount:
@@ -169,8 +169,8 @@ class Loss:
             changed=changes(PRECISION),
         )
 
-    def find(self, run_dir: Path, step: int, test: Test) -> list[Value]:
-        restart = changed(config.load(run_dir), self.overrides(test)).eval.restart
+    def find(self, run_dir: Path, cfg: Config, step: int, test: Test) -> list[Value]:
+        restart = changed(cfg, self.overrides(test)).eval.restart
         table = loss_table.BY_DOCUMENT
         key = (step, test.length, test.num_centroids, "test", restart, changes(PRECISION))
         rows = [row for row in rows_of(table, run_dir) if table.key_of(row) == key]

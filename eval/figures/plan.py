@@ -254,7 +254,7 @@ def run_of(settings: list[str], measure: Measure, records: Path | None) -> Figur
     """
     jobs = sweep.expand(settings)
     sweep.mark_finished(jobs)
-    return FigureRun(jobs[0], compose(settings), measure, records)
+    return FigureRun(jobs[0], measure, records)
 
 
 def tokens_of(cfg: Config) -> int:

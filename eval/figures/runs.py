@@ -7,6 +7,7 @@ can be made in pieces, on several machines, and drawn anew from a clean clone; `
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import astuple, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from eval.figures.declare import Test
 from eval.figures.measures import Measure, Value
 from launch.sweep import Job
+from ovq import config
 from ovq.config import Config
 from ovq.files import write_whole
 from ovq.identity import FREE, default_of, identity, part_of
@@ -33,9 +35,17 @@ class FigureRun:
     """A run that a figure needs. `records`: the folder of records, if there is one."""
 
     job: Job
-    cfg: Config
     measure: Measure
     records: Path | None
+
+    @property
+    def cfg(self) -> Config:
+        return self.job.cfg
+
+    @functools.cached_property
+    def stored_cfg(self) -> Config:
+        """The config in the run folder. Needs one."""
+        return config.load(self.run_dir)
 
     @property
     def run_dir(self) -> Path:
@@ -79,7 +89,7 @@ class FigureRun:
         """What a test gave, the total first if there is one; empty if it was not made."""
         finished = read_finished(self.run_dir)
         if finished is not None:
-            return self.measure.find(self.run_dir, finished["step"], test)
+            return self.measure.find(self.run_dir, self.stored_cfg, finished["step"], test)
         record = self.record() or {"tests": {}}
         found = record["tests"].get(self.name_of(test))
         if found is None or found["amount"] < test.amount:
