@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def epochs(cfg: Config, tokens: Tokens, tokenizer: Tokenizer, share: float = 1.0
 
 def count_tokens(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
     """Ids of all documents with their separators: exact for prepared ones, otherwise extrapolated from about a megabyte
-    of the first that are no longer than that."""
+    of the first that are no longer than that and can be read."""
     if isinstance(tokens, PreparedTokens):
         return float(describe_prepared([str(folder) for folder in tokens.folders], "train")["tokens"] + len(tokens))
     if not isinstance(tokens, TokenisedCorpus):
@@ -99,10 +100,14 @@ def count_tokens(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
     sizes = tokens.corpus.sizes()
     fitting = np.flatnonzero(sizes <= _SAMPLE_BYTES)[:_MOST_SAMPLED]
     sampled = fitting[: 1 + int(np.searchsorted(np.cumsum(sizes[fitting]), _SAMPLE_BYTES))]
-    if not sizes[sampled].sum():
+    bytes_read, ids = 0, 0
+    for i in sampled:
+        with contextlib.suppress(DataError):  # training names a damaged one when it comes to it
+            length = len(tokenizer.encode(tokens.corpus.read(int(i)).text))
+            bytes_read, ids = bytes_read + int(sizes[i]), ids + (length and length + 1)
+    if not bytes_read:
         return float(sizes.sum()) + len(tokens)  # an id a byte
-    lengths = [len(tokenizer.encode(tokens.corpus.read(int(i)).text)) for i in sampled]
-    return float(sizes.sum() * sum(length + 1 for length in lengths if length) / sizes[sampled].sum())
+    return float(sizes.sum()) * ids / bytes_read
 
 
 def _describe(cfg: Config, split: str) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from ovq.schema import columns, describe
 
 # Overrides left out of a run folder's name: they say where and how the run executes, not what it computes.
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
+FIRST = ("model", "size", "seed")  # in a run folder's name; the others follow in alphabetical order
+LONG_NAME, SHORT_VALUE, LONGEST_NAME = 100, 20, 200  # characters; the last in bytes, of 255
 
 
 def compose(overrides: list[str]) -> Config:
@@ -101,21 +103,32 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
     """The run folder of a command line: `run_dir` if set, else runs_root/<experiment>[,key=value...].
 
     A pure function of the command line, with no clock and no counter, so every rank and a requeued job find the same
-    folder.
+    folder. A digest of the whole line tells names apart that had to be shortened.
     """
     if cfg.run_dir:
         return Path(cfg.run_dir).expanduser()
     parser = OverridesParser.create()
-    parts = []
+    parts: list[tuple[str, str]] = []
     for override in parser.parse_overrides([literal(o) for o in directories(overrides)[1] if o]):
         key = override.get_key_element().lstrip("+~").split("@")[0]
         if not within(key, NAMELESS):
-            parts.append(f"{key.replace('/', '.').rpartition('.')[2]}={override.get_value_element_as_str()}")
-    full = ",".join([cfg.name, *sorted(parts)])
-    slug = "".join(c if c.isalnum() or c in "=,._-" else "_" for c in full)
-    if slug != full or len(slug) > 100:
-        slug = f"{slug[:90]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
-    return Path(cfg.runs_root).expanduser() / slug
+            parts.append((key.replace("/", ".").rpartition(".")[2], override.get_value_element_as_str()))
+    parts.sort(key=lambda part: (FIRST.index(part[0]) if part[0] in FIRST else len(FIRST), part))
+    full = ",".join([cfg.name, *(f"{key}={value}" for key, value in parts)])
+    name = file_name(full)
+    if len(name) > LONG_NAME:  # every setting stays; of a long value, its end, which tells paths apart
+        name = ",".join(
+            [file_name(cfg.name), *(f"{key}={file_name(value).strip('_')[-SHORT_VALUE:]}" for key, value in parts)]
+        )
+    kept = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+    if kept != full:
+        kept = f"{kept}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+    return Path(cfg.runs_root).expanduser() / kept
+
+
+def file_name(text: str) -> str:
+    """The text with `_` for every character that a shell or a file system could take amiss."""
+    return "".join(c if c.isalnum() or c in "=,._-" else "_" for c in text)
 
 
 # --- messages --------------------------------------------------------------------------------------------------------

@@ -64,6 +64,17 @@ def test_run_folder_is_a_pure_function_of_the_command_line() -> None:
     assert run_dir_of(compose(["run_dir=a/b"]), ["run_dir=a/b"]).as_posix() == "a/b"
 
 
+def test_run_folders_are_named_by_model_size_and_seed_first_and_hide_no_setting() -> None:
+    line = ["optim.lr=0.01", "seed=2", "data=text", "model/size=tiny", "model=sw_nope"]
+    assert run_dir_of(compose(line), line).name == "default,model=sw_nope,size=tiny,seed=2,data=text,lr=0.01"
+    paths = [f"data.train=[{'corpora/' * 12}{name}.txt]" for name in ("a", "b")]
+    first, second = (run_dir_of(compose(made), made).name for made in ([*line, *paths[:1]], [*line, *paths[1:]]))
+    assert first.startswith("default,model=sw_nope,size=tiny,seed=2,data=text,lr=0.01,train=orpora_corpora_a.txt-")
+    assert len(second) == len(first) < 120 and "_b.txt-" in second
+    deep = [f"+model.mixers.ovq.x{number}='长值'" for number in range(40)]
+    assert len(run_dir_of(compose(line), [*line, *deep]).name.encode()) < 255  # the longest name of a file
+
+
 def test_different_settings_never_share_a_run_folder() -> None:
     lines = [["seed=1"], ["seed=2"], ["trainer.steps=7"], ["optim.lr=1e-2"], ["model.pattern=[ovq]"], []]
     assert len({run_dir_of(compose(o), o) for o in lines}) == len(lines)
