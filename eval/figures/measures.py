@@ -52,11 +52,8 @@ class Measure(Protocol):
     def overrides(self, test: Test) -> list[str]:
         """The settings of a run in a test."""
 
-    def check(self, cfg: Config, test: Test) -> None:
-        """Raises ConfigError if the test is not possible for a run with this config."""
-
     def tokens(self, cfg: Config, test: Test) -> int:
-        """The tokens that the test reads, at most."""
+        """The tokens that the test reads, at most. Raises ConfigError if a run with this config cannot be tested so."""
 
     def make(self, run_dir: Path, test: Test) -> None:
         """Make a test, and add its rows to the run folder's table."""
@@ -107,9 +104,6 @@ class Accuracy:
     def overrides(self, test: Test) -> list[str]:
         return [*PRECISION, *test.overrides, *capacity_of(test)]
 
-    def check(self, cfg: Config, test: Test) -> None:
-        build_task(changed(cfg, self.overrides(test))).describe(test.length)
-
     def tokens(self, cfg: Config, test: Test) -> int:
         task = build_task(changed(cfg, self.overrides(test)))
         return test.length * math.ceil(test.amount / task.describe(test.length)["answers"])
@@ -155,10 +149,8 @@ class Loss:
         wanted = ["eval.split=test", f"eval.context={test.length}", f"eval.documents={test.amount}"]
         return [*PRECISION, *wanted, *test.overrides, *capacity_of(test)]
 
-    def check(self, cfg: Config, test: Test) -> None:
-        changed(cfg, self.overrides(test))
-
     def tokens(self, cfg: Config, test: Test) -> int:
+        changed(cfg, self.overrides(test))
         return test.length * test.amount
 
     def make(self, run_dir: Path, test: Test) -> None:

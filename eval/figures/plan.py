@@ -6,6 +6,7 @@ A line of the plan is a model on a subject. Its runs are named by their settings
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ from eval.figures.declare import SCALES, Figure, Model, Options, Panel, Scale, S
 from eval.figures.measures import Measure, measure_of
 from eval.figures.runs import FigureRun
 from launch import sweep
-from ovq.compose import compose
-from ovq.config import Config
+from ovq.compose import compose, run_dir_of
+from ovq.config import Config, check
 from ovq.errors import ConfigError
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer, build_model, count_parameters, flops_per_token, state_bytes, state_size
@@ -54,6 +55,7 @@ class Line:
     panels: list[Panel] = field(default_factory=list)
     trials: dict[float, FigureRun] = field(default_factory=dict)  # by learning rate
     finals: dict[int, FigureRun] = field(default_factory=dict)  # by training seed, once they are asked for
+    test_tokens: dict[Test, int] = field(default_factory=dict)  # that a test reads, at most
 
     @property
     def name(self) -> str:
@@ -82,8 +84,7 @@ class Line:
         if seed not in self.finals:
             rate = self.rate()
             assert rate is not None
-            settings = [*self.settings, f"optim.lr={rate:g}", f"seed={seed}"]
-            self.finals[seed] = run_of(settings, self.measure, self.records)
+            self.finals[seed] = run_of(self.settings, self.cfg, rate, seed, self.measure, self.records)
         return self.finals[seed]
 
     def training_minutes(self, cfg: Config, scale: Scale) -> float:
@@ -93,7 +94,7 @@ class Line:
     def test_minutes(self, test: Test, scale: Scale) -> float:
         with other_capacity(self.network.mixers(), test.num_centroids):
             flops = flops_per_token(self.network, test.length, training=False)
-        return flops * self.measure.tokens(self.cfg, test) / scale.flops_per_s / 60
+        return flops * self.test_tokens[test] / scale.flops_per_s / 60
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,7 @@ def make_plan(figure: Figure, options: Options, overrides: list[str]) -> Plan:
                 line = lines[panel.subject.name, model.name]
                 line.trials, line.own_trials = source.trials, False
     for line in lines.values():
-        for test in line.tests:
-            line.measure.check(line.cfg, test)
+        line.test_tokens = {test: line.measure.tokens(line.cfg, test) for test in line.tests}
     return Plan(figure, scale, options, list(lines.values()), seeds)
 
 
@@ -233,10 +233,11 @@ def line_of(subject: Subject, model: Model, scale: Scale, options: Options, over
     short = [f"trainer.steps={max(1, round(options.search_share * cfg.trainer.steps))}"]
     if curriculum := cfg.data.task.get("short_steps"):
         short.append(f"data.task.short_steps={max(1, round(options.search_share * curriculum))}")
-    trial = [*replaced(settings, short), f"seed={search.TRAIN_SEED}"]
+    trial = replaced(settings, short)
     line = Line(subject, model.name, settings, cfg, compose(trial), network, capacity, measure, records)
     if model.rate_of is None:
-        line.trials = {rate: run_of([*trial, f"optim.lr={rate:g}"], measure, records) for rate in options.rates}
+        for rate in options.rates:
+            line.trials[rate] = run_of(trial, line.trial_cfg, rate, search.TRAIN_SEED, measure, records)
     return line
 
 
@@ -246,15 +247,21 @@ def replaced(settings: list[str], others: list[str]) -> list[str]:
     return [text for text in settings if text.partition("=")[0] not in keys] + others
 
 
-def run_of(settings: list[str], measure: Measure, records: Path | None) -> FigureRun:
-    """The run with these settings, its job marked if it is finished.
+def run_of(
+    settings: list[str], cfg: Config, rate: float, seed: int, measure: Measure, records: Path | None
+) -> FigureRun:
+    """The run with these settings, which compose to `cfg`, and this learning rate and seed; its job is marked if it is
+    finished.
 
     Raises:
-        ConfigError: an illegal setting, or the run is finished and was made with other settings.
+        ConfigError: an illegal rate, or the run is finished and was made with other settings.
     """
-    jobs = sweep.expand(settings)
-    sweep.mark_finished(jobs)
-    return FigureRun(jobs[0], measure, records)
+    settings, cfg = [*settings, f"seed={seed}", f"optim.lr={rate:g}"], copy.deepcopy(cfg)
+    cfg.seed, cfg.optim.lr = seed, float(f"{rate:g}")
+    check(cfg)
+    job = sweep.Job(settings, cfg, run_dir_of(cfg, settings))
+    sweep.mark_finished([job])
+    return FigureRun(job, measure, records)
 
 
 def tokens_of(cfg: Config) -> int:
