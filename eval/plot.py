@@ -11,10 +11,12 @@ Runs are labelled by the settings in which they differ.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from eval import loss_table, style
@@ -283,7 +285,8 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
 
 
 def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
-    """Draw each run's accuracy on its generated task by length, the newest of each capacity it was tested with.
+    """Draw each run's accuracy on its generated task by length, the newest of each capacity it was tested with. Runs
+    that differ in nothing but the seed are thin lines of one colour, and their mean a thick one.
 
     Returns:
         `out`, and a sentence with the accuracies at the longest length that all curves have.
@@ -293,40 +296,46 @@ def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
             it than the first.
     """
     configs = [config.load(run_dir) for run_dir in run_dirs]
-    curves: dict[str, dict[int, loss_table.Row]] = {}
+    curves: dict[str, dict[Path, dict[int, loss_table.Row]]] = {}  # label -> run -> length
     tested: dict[str, Path] = {}
     for run_dir, label in zip(run_dirs, labels(configs, [d.name for d in run_dirs])):
+        label = re.sub(r", seed=\d+", "", label)
         rows = [row for row in TABLE.read(run_dir) if row["index"] is None]
         if not rows:
             raise ConfigError(f"{run_dir} has no accuracies; make them with: python -m eval.accuracy run={run_dir}")
         for row in sorted(rows, key=lambda row: row["step"]):
             capacity = f", N={row['num_centroids']} in the test" if row["num_centroids"] else ""
-            curves.setdefault(label + capacity, {})[row["length"]] = row
+            curves.setdefault(label + capacity, {}).setdefault(run_dir, {})[row["length"]] = row
             tested.setdefault(f"{row['task']} {row['settings']}", run_dir)
     if len(tested) > 1:
         raise ConfigError(
             f"{' and '.join(map(str, tested.values()))} were tested on different tasks: {'; '.join(tested)}"
         )
     fig, (ax,) = style.figure()
-    for index, (label, found) in enumerate(curves.items()):
-        lengths = sorted(found)
-        y = [100 * found[length]["accuracy"] for length in lengths]
-        look = {"color": style.color(index), "linestyle": style.line(index), "marker": "o", "markersize": 3}
-        ax.plot(lengths, y, label=label, **look)  # type: ignore[arg-type]
-    trained = sorted({row["train_context"] for found in curves.values() for row in found.values()})
-    for context in trained:
+    shared = set.intersection(*(set(found) for runs in curves.values() for found in runs.values()))
+    said = []
+    for index, (label, runs) in enumerate(curves.items()):
+        look: dict[str, Any] = {"color": style.color(index), "linestyle": style.line(index)}
+        lengths = sorted(set.intersection(*map(set, runs.values())))
+        each = [[100 * found[length]["accuracy"] for length in lengths] for found in runs.values()]
+        for y in each if len(each) > 1 else ():
+            ax.plot(lengths, y, linewidth=0.6, alpha=0.6, **look)
+        seeds = f" ({len(each)} seeds)" if len(each) > 1 else ""
+        ax.plot(lengths, [fmean(ys) for ys in zip(*each)], label=label + seeds, marker="o", markersize=3, **look)
+        if shared:
+            at = [found[max(shared)] for found in runs.values()]
+            shares = ", ".join(f"{row['accuracy']:.1%}" for row in at)
+            said.append(f"{label}: {shares} of {at[0]['answers']:,} answers")
+    tests = [row for runs in curves.values() for found in runs.values() for row in found.values()]
+    for context in sorted({row["train_context"] for row in tests}):
         ax.axvline(context, color="#999999", linewidth=0.8, linestyle=":")
     style.token_axis(ax, "tokens in the sequence; dotted line: training length")
     ax.set_ylim(-2, 102)
     ax.set_ylabel("correct answers, %")
     ax.set_title(next(iter(tested)).partition(" ")[0], loc="left")
     style.legend(ax)
-    shared = set.intersection(*(set(found) for found in curves.values()))
-    said = "; ".join(
-        f"{label}: {found[max(shared)]['accuracy']:.1%} of {found[max(shared)]['answers']:,} answers"
-        for label, found in (curves.items() if shared else ())
-    )
-    return style.save(fig, out), f"at {max(shared):,} tokens, {said}" if shared else "the runs share no length"
+    line = f"at {max(shared):,} tokens, {'; '.join(said)}" if shared else "the runs share no length"
+    return style.save(fig, out), line
 
 
 def running_mean(values: list[float], width: int) -> list[float]:

@@ -251,6 +251,11 @@ def test_accuracies_of_runs_are_curves_by_length_and_a_sentence(
         "at 1,024 tokens, sw_ovq: 75.0% of 1,000 answers; sw_ovq, N=99 in the test: 87.5% of 1,000 answers; "
         "sw: 0.8% of 1,000 answers"
     )
+    other = make_run(tmp_path / "other", ["data=task", "data/task=repeat", "model=sw_ovq", "seed=1"])
+    accuracies(other, n128=0.5, n1024=0.25)
+    assert plot.main([f"runs=[{a},{other}]", "kind=accuracy", f"out={tmp_path}/a.png"]) == 0
+    assert curves_in(drawn[-1])["sw_ovq (2 seeds)"] == ([128, 1024], [75, 50])
+    assert "at 1,024 tokens, sw_ovq: 75.0%, 25.0% of 1,000 answers" in capsys.readouterr().out
     accuracies(b, settings='{"symbols": 9}', n128=0.5)
     assert plot.main(line) == 2
     assert f"{a} and {b} were tested on different tasks" in capsys.readouterr().err
