@@ -12,18 +12,26 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml launch/install.py $(LOCKS)
 	$(PYTHON) launch/install.py
 
+# An environment does not survive a move of its folder (its scripts have absolute paths), so it is set up again.
+ifneq ($(CURDIR),$(shell sed -n 2p .venv/.installed 2>/dev/null))
+.PHONY: .venv/.installed
+endif
+
 lock:  ## resolve every version again after a change in pyproject.toml; ARGS=--upgrade takes the newest
 	$(PYTHON) -m launch.lock $(ARGS)
 
-train: setup  ## train a small sliding-window + OVQ model on the embedded corpus; ARGS="seed=1 ..." overrides settings
+train: setup  ## train a small model on the embedded corpus, then `make repeat`; ARGS="seed=1 ..." only trains it, with other settings
 	$(BIN)/python train.py experiment=cpu_demo $(ARGS)
+	$(if $(ARGS),,@$(MAKE) --no-print-directory repeat)
 
-REPEAT := lengths=[128,1024,4096,16384,65536] answers=620
+ANSWERS ?= 62
+REPEAT = lengths=[64,1024,16384,65536] answers=$(ANSWERS)
 
-repeat: setup  ## what a memory is for: repeat a passage from far back, with OVQ and with a sliding window
+repeat: setup  ## what a memory is for: repeat a passage from far back, with OVQ and with a sliding window; ANSWERS=620 tests longer
 	$(BIN)/python -m launch.sweep --at-once 2 experiment=repeat,repeat_window
-	$(BIN)/python -m eval.accuracy run=runs/repeat $(REPEAT)
 	$(BIN)/python -m eval.accuracy run=runs/repeat_window $(REPEAT)
+	$(BIN)/python -m eval.accuracy run=runs/repeat $(REPEAT)
+	$(BIN)/python -m eval.accuracy run=runs/repeat $(REPEAT) num_centroids=16384
 	$(BIN)/python -m eval.plot runs=[runs/repeat,runs/repeat_window] kind=accuracy out=runs/repeat.png
 
 test: setup  ## run the whole test suite; ARGS="tests/test_model.py -k causal" selects tests

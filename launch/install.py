@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-MARKER = VENV / ".installed"  # names the lock that the environment was made with
+MARKER = VENV / ".installed"  # names the lock that the environment was made with, and this folder
 PYPROJECT = ROOT / "pyproject.toml"
 CPU_LOCK = ROOT / "launch" / "constraints-cpu.txt"
 CUDA_LOCK = ROOT / "launch" / "constraints-cuda.txt"
@@ -76,7 +76,7 @@ def install() -> None:
     pip([TORCH, "setuptools", *triton_arguments(lock)], lock)
     # Source distributions are built with the setuptools just installed: an isolated build ignores `-c`.
     pip(["--no-build-isolation", "-e", ".[dev]"], lock)
-    MARKER.write_text(f"{shown(lock)}\n")
+    MARKER.write_text(f"{shown(lock)}\n{ROOT}\n")
     say(f"installed as {shown(lock)} has it")
 
 

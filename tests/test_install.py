@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -57,9 +58,23 @@ def test_locks_are_as_the_lock_command_writes_them(path: Path) -> None:
     assert lock.undated(lock.render(path, body, "2000-01-01")) == lock.undated(text)
 
 
+def test_a_clone_that_was_moved_is_set_up_again(tmp_path: Path) -> None:
+    for path in ("Makefile", "pyproject.toml", "launch/install.py", *(f"launch/{path.name}" for path in LOCKS)):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    (tmp_path / ".venv").mkdir()
+
+    def setup_of(folder: Path) -> str:
+        (tmp_path / ".venv" / ".installed").write_text(f"launch/constraints-cpu.txt\n{folder}\n")
+        return subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert "launch/install.py" in setup_of(tmp_path.parent)
+    assert "launch/install.py" not in setup_of(tmp_path)
+
+
 def test_installed_distributions_are_those_of_the_lock() -> None:
     marker = Path(sys.prefix) / ".installed"
-    named = marker.read_text().strip() if marker.is_file() else ""
+    named = marker.read_text().partition("\n")[0] if marker.is_file() else ""
     if not named:
         pytest.skip(f"{sys.prefix} was not made by make setup from a lock")
     locked = versions(ROOT / named)
