@@ -87,12 +87,18 @@ def token_axis(ax: Axes, label: str, scale: str = "log") -> None:
     ax.set_xlabel(label)
 
 
-def legend(ax: Axes) -> None:
-    """Add a legend if there is more than one curve; more than six go beside the axes, where they hide no curve."""
+def legend(ax: Axes, *, below: bool = False) -> None:
+    """Add a legend if there is more than one curve; more than six go beside the axes, where they hide no curve.
+
+    Args:
+        below: put it below the axes, as for curves that leave no corner free.
+    """
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) < 2:
         return
-    if len(labels) <= 6:
+    if below:
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    elif len(labels) <= 6:
         ax.legend(frameon=False)
     else:
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
