@@ -333,7 +333,7 @@ def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
     ax.set_ylim(-2, 102)
     ax.set_ylabel("correct answers, %")
     ax.set_title(next(iter(tested)).partition(" ")[0], loc="left")
-    style.legend(ax, below=True)
+    style.legend(ax)
     line = f"at {max(shared):,} tokens, {'; '.join(said)}" if shared else "the runs share no length"
     return style.save(fig, out), line
 

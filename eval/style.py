@@ -39,6 +39,7 @@ RC = {
     "axes.titlesize": 10,
 }
 DPI = 160
+LONG_LABEL = 24  # characters
 ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")  # what `save` can write
 
 
@@ -87,21 +88,18 @@ def token_axis(ax: Axes, label: str, scale: str = "log") -> None:
     ax.set_xlabel(label)
 
 
-def legend(ax: Axes, *, below: bool = False) -> None:
-    """Add a legend if there is more than one curve; more than six go beside the axes, where they hide no curve.
-
-    Args:
-        below: put it below the axes, as for curves that leave no corner free.
-    """
+def legend(ax: Axes) -> None:
+    """Add a legend if there is more than one curve; more than six go beside the axes, and long labels below them, where
+    they hide no curve."""
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) < 2:
         return
-    if below:
-        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    elif len(labels) <= 6:
-        ax.legend(frameon=False)
-    else:
+    if len(labels) > 6:
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    elif max(map(len, labels)) > LONG_LABEL:
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    else:
+        ax.legend(frameon=False)
 
 
 def save(fig: Figure, path: Path | str) -> Path:
