@@ -152,6 +152,7 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
 
     trials = rows_of(out / "rates.csv")
     assert len(trials) == 8 and all(row["scored_on"] == Accuracy.chosen_on for row in trials)
+    assert {row["train_seed"] for row in trials} == {str(search.TRAIN_SEED)}
     for first, second in zip(trials[::2], trials[1::2]):
         lower = first if float(first["loss"]) <= float(second["loss"]) else second
         assert [row["chosen"] for row in (first, second)] == [str(row is lower) for row in (first, second)]

@@ -151,7 +151,7 @@ def rates(plan: Plan) -> list[dict[str, Any]]:
             found = trial.score() or {}
             row = {"subject": line.subject.name, "model": line.model, "rate": rate}
             row |= {name: found.get(name) for name in ("loss", "accuracy", "answers", "length")}
-            cfg = line.trial_cfg
+            cfg = trial.cfg
             row |= {"steps": cfg.trainer.steps, "train_seed": cfg.seed, "scored_on": line.measure.chosen_on}
             row |= {"chosen": rate == line.rate(), "failed": found.get("failed"), "run": trial.run_dir.name}
             made.append(row)
