@@ -58,7 +58,7 @@ def hub_of(cfg: Config, split: str) -> list[str]:
 def _epochs(cfg: Config, share: float) -> float | None:
     """How often the run reads a data set of a mixture; None where that takes a download, or a tokenizer that is not
     there."""
-    if is_remote(cfg, "train"):
+    if is_remote(cfg, "train") or (cfg.data.kind == "datasets" and is_on_hub(cfg.data.path or "")):
         return None
     try:
         tokenizer = build_tokenizer(cfg)
@@ -69,9 +69,7 @@ def _epochs(cfg: Config, share: float) -> float | None:
 
 
 def is_remote(cfg: Config, split: str) -> bool:
-    """Whether a split lies on the hub or in a bucket, where opening it may mean a long download."""
-    if cfg.data.kind == "datasets":
-        return is_on_hub(cfg.data.path or "")
+    """Whether files of a split lie on the hub or in a bucket, where opening one may mean a long download."""
     return cfg.data.kind in FROM_FILES and any("://" in path for path in getattr(cfg.data, split))
 
 
