@@ -81,15 +81,13 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.train.schedule import check_extension
     from ovq.train.selftest import choose_backends
     from ovq.train.summary import finish
-    from ovq.train.warm_start import find_weights, start_from
+    from ovq.train.warm_start import start_from
 
     check_classes(cfg)
     choose_threads(cfg, run_dir)
     world = processes.init(cfg.trainer)
     processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
     begun = check_same_run(run_dir, cfg)
-    start = checkpoint.choose(run_dir, cfg.resume, cfg.trainer.keep_last)
-    weights = find_weights(cfg.init_from.path) if cfg.init_from.path and not start else None
     tokenizer = build_tokenizer(cfg, run_dir if begun else None)
     check_vocabulary(cfg, tokenizer)
     stacks.register(run_dir)
@@ -105,10 +103,11 @@ def train(cfg: Config, run_dir: Path) -> None:
     check_capacity(model, cfg)
     rehearse(model, cfg, tokenizer.vocab_size, world)
 
+    start = checkpoint.choose(run_dir, cfg.resume, cfg.trainer.keep_last)
     extra = checkpoint.load(start, model, optimizer, ema) if start else None
     if extra:
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
-    began = start_from(weights, model, tokenizer.fingerprint, strict=cfg.init_from.strict) if weights else ""
+    began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
     hints += processes.on_main(lambda: check_training_data(cfg, loader.tokens, tokenizer))
     hints.append(elsewhere(run_dir, cfg))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ovq import processes
+from ovq.config import InitConfig
 from ovq.errors import ConfigError, one_line
 from ovq.export.stored import TOKENIZER, Folder, is_export
 from ovq.train.checkpoint import FAILED, CheckpointError
@@ -25,28 +26,18 @@ from ovq.train.checkpoint_files import find as checkpoints_of
 SHOWN = 4  # names in a message
 
 
-def find_weights(path: str) -> Path:
-    """The checkpoint or the exported folder that `init_from.path` means. Collective.
-
-    Raises:
-        ConfigError: there is no such run.
-        CheckpointError: there is no good checkpoint.
-    """
-    return processes.on_main(lambda: find(Path(path)))
-
-
-def start_from(path: Path, model: nn.Module, fingerprint: str, *, strict: bool) -> str:
+def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
     """Load the weights that fit; returns a line that says what was taken. Collective.
 
     Args:
-        path: from `find_weights`.
         fingerprint: of this run's tokenizer: an id must stand for the same text in both.
-        strict: refuse weights that do not fit.
 
     Raises:
-        ConfigError: the other tokenizer is not this one or, with `strict`, a weight does not fit.
-        CheckpointError: the checkpoint cannot be read, or holds more than data.
+        ConfigError: there is no such run, its tokenizer is another, or, with `init_from.strict`, a weight does not fit.
+        CheckpointError: there is no good checkpoint, or one that holds more than data.
     """
+    assert wanted.path is not None
+    path = processes.on_main(lambda: find(Path(wanted.path or "")))
     folder = Folder(path) if is_export(path) else None
     with contextlib.nullcontext() if folder else reading(path):
         processes.on_main(lambda: check_tokenizer(path, stored_fingerprint(path, folder), fingerprint))
@@ -55,7 +46,7 @@ def start_from(path: Path, model: nn.Module, fingerprint: str, *, strict: bool) 
         fitting = {name: value for name, value in own.items() if stored.get(name) == tuple(value.shape)}
         fresh = [name for name in own if name not in fitting]
         unused = [name for name in stored if name not in own]
-        if strict and (fresh or unused):
+        if wanted.strict and (fresh or unused):
             raise ConfigError(
                 f"the weights of {path} do not fit this model ({what(own, stored, fresh, unused)}); to take what fits "
                 "and leave the rest as initialised, set init_from.strict=false"
