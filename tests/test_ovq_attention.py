@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ovq.ops import OVQState, ovq_attention
 from ovq.ops.ovq_attention import chunked as fast
-from ovq.ops.ovq_attention import pieces, reference
+from ovq.ops.ovq_attention import loops, pieces, reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
+from ovq.ops.ovq_attention.table import LARGE
 from ovq.ops.parallel import run_pieces
 from ovq.ops.position_hash import position_hash
 from tests.helpers import relative_error, spec_of
@@ -234,6 +235,26 @@ def test_the_torch_backend_equals_the_reference(variant: str, shape: tuple[int, 
     inputs = make_inputs(shape, seed=4)
     spec = spec_of(shape[6], shape[7], **VARIANTS[variant])
     assert_close(run(fast, inputs, spec), run(reference, inputs, spec), output=1e-12, grad=1e-11)
+
+
+@pytest.mark.parametrize("variant", ["default", "key and value"])
+def test_large_products_equal_the_reference(variant: str) -> None:
+    """Those that are computed one by one (`table.product`), with several heads in a piece."""
+    shape = (1, 300, 4, 2, 64, 48)
+    assert LARGE < 128 * 64 * 256
+    inputs, spec = make_inputs(shape, seed=5), spec_of(160, 128, **VARIANTS[variant])
+    assert_close(run(fast, inputs, spec), run(reference, inputs, spec), output=1e-12, grad=1e-11)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loops_give_the_same_results_compiled_and_as_python(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES[0]
+    inputs, spec = make_inputs(shape, seed=6, dtype=torch.float32), spec_of(shape[6], shape[7], **VARIANTS[variant])
+    compiled = run(fast, inputs, spec)
+    for name in ("forward_chunks", "backward_chunks"):
+        monkeypatch.setattr(fast, name, getattr(loops, name).__wrapped__)
+    plain = run(fast, inputs, spec)
+    assert all(torch.equal(compiled[name], plain[name]) for name in plain), NOTE
 
 
 @pytest.mark.parametrize("variant", ["default", "constant step", "key and value"])

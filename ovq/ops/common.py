@@ -35,21 +35,23 @@ def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
+def first_max(x: Tensor, grain_size: int = GRAIN) -> tuple[Tensor, Tensor]:
     """The maximum over the last dimension, and the index of the first element that has it, as `x.max(-1)` returns.
+
+    In TorchScript's part of Python (see `unlocked` in `ovq.ops.parallel`).
 
     `Tensor.max` is slow on a CPU because it is not vectorised. Here the maximum of each grain is, and only the first
     grain that has the largest is searched for its index.
     """
     n = x.shape[-1]
-    if x.device.type != "cpu" or n < 2 * GRAIN or not x.is_contiguous():
+    if x.device.type != "cpu" or n < 2 * grain_size or not x.is_contiguous():
         best, index = x.max(-1)
         return best, index
-    whole = n - n % GRAIN
-    grains = x.view(-1, n)[:, :whole].unflatten(1, (-1, GRAIN))
+    whole = n - n % grain_size
+    grains = x.view(-1, n)[:, :whole].unflatten(1, (-1, grain_size))
     best, grain = grains.amax(-1).max(-1)
     inside = grains[torch.arange(len(grains)), grain].argmax(-1)
-    index = grain.mul_(GRAIN).add_(inside)
+    index = grain.mul_(grain_size).add_(inside)
     if whole < n:
         rest, at = x.view(-1, n)[:, whole:].max(-1)
         later = (rest > best) | (rest.isnan() & ~best.isnan())

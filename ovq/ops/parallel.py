@@ -9,14 +9,46 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
 Piece = TypeVar("Piece")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def unlocked(function: Function) -> Function:
+    """Have TorchScript compile `function` at its first call, so that it runs outside Python's lock.
+
+    The walks of two cores wait for each other's turn at the lock for a quarter of their time otherwise. TorchScript is
+    deprecated without a successor that needs no compiler at run time; where it is missing (Python 3.14), or with
+    PYTORCH_JIT=0, to debug, the function runs as Python, with the same results.
+    """
+    if sys.version_info >= (3, 14):
+        return function
+
+    @functools.lru_cache(maxsize=1)
+    def compiled() -> Callable[..., Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.script(function)
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        with _compiling:
+            call = compiled()
+        with torch.jit.optimized_execution(False):  # no profiling of shapes, and no recompilation for new ones
+            return call(*arguments, **named)
+
+    return cast(Function, run)
+
+
+_compiling = threading.Lock()
 
 
 def run_pieces(run: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:

@@ -9,8 +9,8 @@ What makes it fast:
   cannot be undone by division, so the rows that it overwrites, at most one per token, are saved instead.
 - The gradient of a centroid's mean is accumulated by the matmul itself (`baddbmm_`) as long as its count does not
   change, and divided by the count only when the walk reaches a chunk that touched it.
-- Each core walks some of the heads and rows of the batch on its own (see `ovq.ops.parallel` for why). The walks share
-  Python's one lock, so they make few and large calls: inputs and outputs are rearranged for a block of chunks at once.
+- Each core walks some of the heads and rows of the batch on its own, and the loops over chunks (`loops.py`) run outside
+  Python's lock (see `ovq.ops.parallel` for why). Inputs and outputs are rearranged for a block of chunks at once.
 - Probabilities are powers of 2 (the logits are scaled by log2 e), which torch computes faster than powers of e. The
   backward pass takes them from the saved maximum and sums them again: divided by a saved sum, or by a log-sum-exp, they
   would not add up to 1 to the last bit, and the gradients of q and beta would be several times less exact.
@@ -31,11 +31,10 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.common import work_dtype
 from ovq.ops.ovq_attention import decode
-from ovq.ops.ovq_attention.assign import Assignment
+from ovq.ops.ovq_attention.loops import backward_chunks, forward_chunks
 from ovq.ops.ovq_attention.pieces import Outputs, Piece, pieces_of
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
-from ovq.ops.ovq_attention.table import Block, Chunk, Scratch, Table, blocks_of, chunks_of
-from ovq.ops.ovq_attention.views import Seen
+from ovq.ops.ovq_attention.table import Block, Chunk, Scratch, Table, blocks_of, chunks_of, whole_grains
 from ovq.ops.parallel import run_pieces
 
 BLOCK = 2**18  # elements of the tokens [m, P, l, W] of a block: they should stay in a core's caches as well
@@ -133,50 +132,46 @@ def _walk_forward(
     chunks: list[Chunk],
 ) -> None:
     """Predict and update, chunk by chunk; all results are written into `out`."""
-    V, work = v.shape[3], work_dtype(q)
+    G, V, work = k.shape[2], v.shape[3], work_dtype(q)
     table = Table(dictionary, _longest(chunks), chunks[-1].after, q.dtype, work)
     if chunks[0].whole:
         table.hold_sums(dictionary, work)
     scratch = Scratch(q, work)
-    seen = Seen(table, scratch, chunks, R=q.shape[2] // k.shape[2])
-    assigned = Assignment(table, spec, scratch)
-    for block in blocks_of(chunks, k.shape[2], _chunks_at_once(chunks, table)):
+    memory = scratch.take("p", _largest(chunks, table, q.shape[2] // G))
+    for block in blocks_of(chunks, G, _chunks_at_once(chunks, table)):
         m, first, t, l = len(block.chunks), block.chunks[0], block.chunks[0].num_queries, block.chunks[0].length
-        tokens = _tokens(block, k, v, table, scratch)
-        means, sums = tokens[..., :-1].unbind(), tokens.flatten(1, 2).unbind()
-        own = table.means[:, table.L - l : table.L]
-        if t:
-            x = _queries(block, q, beta_H, table, scratch).mul_(LOG2_E)
-            o, top, total = (scratch.take(name, *x.shape[:-1], n) for name, n in (("o", V), ("top", 1), ("total", 1)))
-            rows = list(zip(x.unbind(), o.unbind(), top.unbind(), total.unbind()))
-        a, count = q.new_empty(m, table.P, l, dtype=torch.int64), scratch.take("count", m, table.P * l, 1)
-        for i, chunk in enumerate(block.chunks):
-            own.copy_(means[i])
-            if t:
-                x_i, o_i, top_i, total_i = rows[i]
-                s = seen(chunk)
-                torch.bmm(x_i, s.keys_T, out=s.p)
-                s.p.add_(s.log_count)
-                s.p_own.add_(s.future)
-                torch.amax(s.p, -1, keepdim=True, out=top_i)
-                s.p.sub_(top_i).exp2_()
-                torch.sum(s.p, -1, keepdim=True, out=total_i)
-                torch.bmm(s.p, s.values, out=o_i)
-            if chunk.whole:
-                if forced is None:
-                    a[i] = assigned(chunk, dictionary.position + chunk.tokens.start)
-                else:
-                    a[i] = forced[:, :, chunk.tokens].flatten(0, 1)
-                number = chunk.tokens.start // spec.chunk_size
-                _commit(table, a[i], sums[i], spec, None if out.overwritten is None else out.overwritten[:, number])
-                count[i] = table.picked_count
+        x = _queries(block, q, beta_H, table, scratch).mul_(LOG2_E)
+        o, top, total = (scratch.take(name, *x.shape[:-1], n) for name, n in (("o", V), ("top", 1), ("total", 1)))
+        whole = m if first.whole else 0
+        a = q.new_empty(whole, table.P, l, dtype=torch.int64)
+        count = scratch.take("count", whole, table.P * l, 1)
+        forward_chunks(
+            table.rows,
+            rate=spec.rate or 0.0,
+            key_value=spec.assign_on == "key_value",
+            nearest_first=spec.first_chunk == "nearest",
+            t=t,
+            before=[chunk.before for chunk in block.chunks],
+            after=[chunk.after for chunk in block.chunks],
+            tokens=_tokens(block, k, v, table, scratch),
+            x=x,
+            o=o,
+            top=top,
+            total=total,
+            a=a,
+            count=count,
+            memory=memory,
+            order=_random_order(block, spec, dictionary.position, q.device) if whole else None,
+            forced=None if forced is None or not whole else block.of_heads(forced).flatten(1, 2),
+            overwritten=block.of_whole(out.overwritten, spec.chunk_size) if whole else None,
+        )
         if t:
             view = block.of_queries(out.o_BTHV)
             view.copy_(o.div_(total).view(view.shape))
             if out.top is not None:
                 view = block.of_queries(out.top)
                 view.copy_(top.view(view.shape))
-        if first.whole:
+        if whole:
             view = block.of_heads(out.a_BGS)
             view.copy_(a.view(view.shape))
             if out.count_BGS is not None:
@@ -200,64 +195,40 @@ def _walk_backward(
 
     `saved` is what the forward pass wrote, but with the output's gradient for the output and the dictionary before the
     first chunk; `last` is the dictionary after the last one, for a constant step.
-
-    Let dS be the gradient of the sums and A what the matmuls have accumulated for each mean since its count last
-    changed. The tokens of a chunk receive dS + A / c; then the chunk's update is undone, and its prediction is
-    differentiated.
     """
     G, V, W, work = k.shape[2], v.shape[3], v.shape[3] + k.shape[3], work_dtype(q)
     assert saved.top is not None and saved.count_BGS is not None
     table, scratch = _final_table(k, v, spec, saved, last, chunks, work), Scratch(q, work)
-    gradient = table.means.new_zeros(*table.means.shape[:2], 2 * W)  # rows [A | dS]; those of tokens hold their own
-    before = table.means.new_zeros(table.P * table.L, 2 * W)  # rows [0 | dS]
-    picked, flat = torch.empty_like(before), gradient.view(-1, 2 * W)
-    A_picked, dS_picked, dS_before = picked[:, :W], picked[:, W:], before[:, W:]
-    seen = Seen(table, scratch, chunks, R=q.shape[2] // G, gradient=gradient)
+    means, largest = table.rows.means, _largest(chunks, table, q.shape[2] // G)
+    gradient = means.new_zeros(*means.shape[:2], 2 * W)
+    earlier = means.new_zeros(table.P * table.L, 2 * W)
+    picked = torch.empty_like(earlier)
+    memory, memory_ds = scratch.take("p", largest), scratch.take("ds", largest)
     dq, dk, dv, dbeta_BH = grads
     for block in reversed(list(blocks_of(chunks, G, _chunks_at_once(chunks, table)))):
-        m, first, t, l = len(block.chunks), block.chunks[0], block.chunks[0].num_queries, block.chunks[0].length
+        m, whole, t = len(block.chunks), block.chunks[0].whole, block.chunks[0].num_queries
         tokens = _tokens(block, k, v, table, scratch)
-        means, sums = tokens[..., :-1].unbind(), tokens.flatten(1, 2).unbind()
-        place = slice(table.L - l, table.L)
-        own, down = table.means[:, place], gradient[:, place, :W]
-        if t:
-            x = _queries(block, q, beta_H, table, scratch)
-            x2 = torch.mul(x, LOG2_E, out=scratch.take("x2", *x.shape))
-            do, top = _rows(block, saved.o_BTHV, "do", scratch), _rows(block, saved.top, "top", scratch)
-            rows, total = list(zip(*(y.unbind() for y in (x, x2, do, top)))), torch.empty_like(top[0])
-        if first.whole:
-            index = _index(block, saved.a_BGS, table).unbind()
-            count = block.of_heads(saved.count_BGS).to(work).reshape(m, -1, 1).unbind()
-        for i in reversed(range(m)):
-            chunk, reached = block.chunks[i], None
-            down.zero_()
-            own.copy_(means[i])
-            if chunk.whole:
-                torch.index_select(flat, 0, index[i], out=picked)
-                reached = torch.addcdiv(dS_picked, A_picked, count[i], out=dS_before)
-                number = chunk.tokens.start // spec.chunk_size
-                kept = None if saved.overwritten is None else saved.overwritten[:, number]
-                reached = _undo(table, index[i], sums[i], reached, spec, kept)
-                flat.index_copy_(0, index[i], before)
-            if t:
-                x_i, x2_i, do_i, top_i = rows[i]
-                s = seen(chunk)
-                assert s.dvalues is not None and s.dkeys is not None
-                torch.bmm(x2_i, s.keys_T, out=s.p)
-                s.p.add_(s.log_count).sub_(top_i)
-                s.p_own.add_(s.future)
-                torch.sum(s.p.exp2_(), -1, keepdim=True, out=total)
-                s.p.div_(total)
-                torch.bmm(do_i, s.values_T, out=s.ds)
-                torch.ops.aten._softmax_backward_data.out(s.ds, s.p, -1, work, grad_input=s.ds)
-                torch.bmm(s.ds, s.keys, out=x2_i)  # from here on the gradient of x
-                s.dvalues.baddbmm_(s.p_T, do_i)
-                s.dkeys.baddbmm_(s.ds_T, x_i)
-            # From here on the gradients of the chunk's tokens.
-            if reached is None:
-                means[i].copy_(down)
-            else:
-                torch.add(down, reached.view(down.shape), out=means[i])
+        x = _queries(block, q, beta_H, table, scratch)
+        x2 = torch.mul(x, LOG2_E, out=scratch.take("x2", *x.shape))
+        backward_chunks(
+            table.rows,
+            rate=spec.rate or 0.0,
+            t=t,
+            before=[chunk.before for chunk in block.chunks],
+            tokens=tokens,
+            x=x,
+            x2=x2,
+            do=_rows(block, saved.o_BTHV, "do", scratch),
+            top=_rows(block, saved.top, "top", scratch),
+            index=_index(block, saved.a_BGS, table) if whole else picked.new_empty(0, dtype=torch.int64),
+            count=block.of_heads(saved.count_BGS).to(work).reshape(m, -1, 1),
+            gradient=gradient,
+            picked=picked,
+            earlier=earlier,
+            memory=memory,
+            memory_ds=memory_ds,
+            overwritten=block.of_whole(saved.overwritten, spec.chunk_size) if whole else None,
+        )
         if t:
             q_block = block.of_queries(q)
             dx_block = x2.view(q_block.shape)
@@ -267,51 +238,6 @@ def _walk_backward(
         dv_rows, dk_rows = tokens[..., :-1].unflatten(1, dk_block.shape[1:3]).split([V, W - V], dim=-1)
         dv_block.copy_(dv_rows)
         dk_block.copy_(dk_rows)
-
-
-def _commit(table: Table, a_PL: Tensor, rows: Tensor, spec: OVQSpec, keep: Tensor | None) -> None:
-    """Add a whole chunk to the sums and update its centroids' means; `keep` first gets the old sums."""
-    index = table.index(a_PL)
-    if spec.rate is not None:
-        sums = table.flat_sums.index_select(0, index)
-        if keep is not None:
-            keep.copy_(sums.view(keep.shape))
-        old, new = _step_weights(table, index, sums[:, -1:], spec.rate)
-        sums[:, :-1] *= old
-        table.flat_sums.index_copy_(0, index, sums)
-        rows[:, :-1] *= new
-    table.add(index, rows)
-    table.refresh(index)
-
-
-def _undo(
-    table: Table, index: Tensor, rows: Tensor, reached: Tensor, spec: OVQSpec, overwritten: Tensor | None
-) -> Tensor:
-    """Remove a chunk from the dictionary. `reached`, the gradient of its centroids' sums, becomes that of the sums
-    before the chunk; returns the gradient of its tokens."""
-    if spec.rate is None:
-        table.add(index, rows, sign=-1)
-        table.refresh(index)
-        return reached
-    assert overwritten is not None
-    overwritten = overwritten.flatten(0, 2)
-    table.flat_sums.index_copy_(0, index, overwritten)
-    old, new = _step_weights(table, index, overwritten[:, -1:], spec.rate)
-    table.refresh(index)
-    of_tokens = reached * new
-    reached *= old
-    return of_tokens
-
-
-def _step_weights(table: Table, index: Tensor, count: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """The factors of a constant step for a centroid's old sum and for each of its m new tokens, [P L, 1] each.
-
-    mu <- (1-rate)^m mu + (1 - (1-rate)^m) mean(tokens), and a sum is count x mean; a new centroid starts as the mean.
-    """
-    ones = torch.ones_like(index, dtype=count.dtype)
-    m = count.new_zeros(len(table.flat_sums)).index_add_(0, index, ones)[index][:, None]
-    left = torch.where(count > 0, (1 - rate) ** m, 0)
-    return left * (count + m) / count.clamp_min(1), (1 - left) * (count + m) / m
 
 
 def _final_table(
@@ -342,6 +268,20 @@ def _final_table(
 
 def _longest(chunks: list[Chunk]) -> int:
     return max(chunk.length for chunk in chunks)
+
+
+def _largest(chunks: list[Chunk], table: Table, R: int) -> int:
+    """Elements of the largest matrix of a chunk: queries, or tokens, by what they see."""
+    rows = max(max(R * c.num_queries, c.length) * (c.length + whole_grains(c.before)) for c in chunks)
+    return table.P * rows
+
+
+def _random_order(block: Block, spec: OVQSpec, position: int, device: torch.device) -> Tensor | None:
+    """[m, l]: indices of the chunks' tokens in the order of random seeding; None if seeding is spread."""
+    if spec.seeding != "random":
+        return None
+    tokens = torch.arange(block.tokens.start, block.tokens.stop, device=device) + position
+    return spec.hash_order_at(tokens.view(len(block.chunks), -1))
 
 
 def _chunks_at_once(chunks: list[Chunk], table: Table) -> int:
@@ -375,4 +315,4 @@ def _rows(block: Block, x_BTHK: Tensor, name: str, scratch: Scratch) -> Tensor:
 def _index(block: Block, a_BGS: Tensor, table: Table) -> Tensor:
     """[m, P l]: the flat row index of each token's centroid."""
     a_mPl = block.of_heads(a_BGS).long().flatten(1, 2)
-    return (a_mPl + table.base_P1).flatten(1)
+    return (a_mPl + table.rows.base).flatten(1)

@@ -15,11 +15,14 @@ from torch import Tensor
 from ovq.ops.common import GRAIN
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
+# Multiplications from which a product is computed alone: below it, calls take longer than copies.
+LARGE = 2**20
 
-def whole_grains(centroids: int) -> int:
+
+def whole_grains(centroids: int, grain: int = GRAIN) -> int:
     """How many centroids the matmuls run over: whole vector registers, and few shapes for libraries that generate code
     for each one. Those that are not in use have a log count of -inf, and so a probability of 0."""
-    return -(-centroids // GRAIN) * GRAIN
+    return -(-centroids // grain) * grain
 
 
 class Chunk(NamedTuple):
@@ -82,6 +85,11 @@ class Block(NamedTuple):
         """[m, B, G, l]: a view of the block's part of a tensor with a number per token."""
         return x_BGS[:, :, self.tokens].unflatten(2, (len(self.chunks), -1)).permute(2, 0, 1, 3)
 
+    def of_whole(self, x: Tensor | None, L: int) -> Tensor | None:
+        """[B, m, ...]: the block's part of a tensor [B, whole chunks, ...], in chunks of L tokens; None stays None."""
+        first = self.chunks[0].tokens.start // L
+        return None if x is None else x[:, first : first + len(self.chunks)]
+
 
 def blocks_of(chunks: list[Chunk], G: int, most: int) -> Iterator[Block]:
     """The chunks in blocks of at most `most`."""
@@ -110,16 +118,63 @@ class Scratch:
         return held[:size].view(shape)
 
 
-class Table:
-    """Means and log counts of the current chunk's tokens and of the centroids, and the sums behind them.
+class Rows(NamedTuple):
+    """The tensors of a `Table`, as the loops take them.
 
     Row L - l + s is token s of a chunk of l, and row L + j is centroid j, so that the tokens and the centroids in use
     always form one slice. Index tensors address the flattened rows of all batch entries and heads.
 
     Attributes:
-        means: [P, L + N, V + K], rows [value | key]; N is rounded up to whole grains.
+        L, V: tokens before the centroids, and the width of values.
+        means: [P, L + N, W], rows [value | key]; N is rounded up to whole grains.
         log_count: [P, 1, L + N], to base 2: 0 for tokens, -inf for centroids that are not in use.
-        sums: [P, L + N, V + K + 1], rows [value sum | key sum | count], once `hold_sums` was called.
+        flat_means, flat_log_count: the same memory, [P (L + N), W] and [P (L + N)].
+        future: [L, L], -inf where a token comes after the query.
+        base: [P, 1], the index of centroid 0.
+        sums: [P (L + N), W + 1], rows [value sum | key sum | count]; empty if no chunk is whole.
+        picked, step, new_means, rounded, new_log_count: scratch for the P L rows of a chunk.
+    """
+
+    L: int
+    V: int
+    means: Tensor
+    log_count: Tensor
+    flat_means: Tensor
+    flat_log_count: Tensor
+    future: Tensor
+    base: Tensor
+    sums: Tensor
+    picked: Tensor
+    step: Tensor
+    new_means: Tensor
+    rounded: Tensor
+    new_log_count: Tensor
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, large: int = LARGE) -> None:
+    """out = a @ b of [P, ., .], or out += a @ b; in TorchScript's part of Python.
+
+    Large products are computed one by one, as views: libraries copy batches of them to make them contiguous.
+    """
+    if a.size(1) * a.size(2) * b.size(2) < large:
+        if add:
+            out.baddbmm_(a, b)
+        else:
+            torch.bmm(a, b, out=out)
+        return
+    for i in range(a.size(0)):
+        if add:
+            out[i].addmm_(a[i], b[i])
+        else:
+            torch.mm(a[i], b[i], out=out[i])
+
+
+class Table:
+    """A call's dictionary, and the sums behind it, as the rows that its loops read and write.
+
+    Args:
+        capacity: centroids in use at the end.
+        dtype, work: of the inputs, to which means are rounded, and of the computation.
     """
 
     def __init__(self, dictionary: Dictionary, L: int, capacity: int, dtype: torch.dtype, work: torch.dtype) -> None:
@@ -127,32 +182,49 @@ class Table:
         self.P, self.K, self.V = B * G, K, dictionary.value_sum.shape[3]
         self.L, self.N, self.dtype, self.work = L, whole_grains(capacity), dtype, work
         count, W = dictionary.count, self.V + K
-        self.means = count.new_zeros(self.P, L + self.N, W, dtype=work)
-        self.log_count = count.new_full((self.P, 1, L + self.N), -torch.inf, dtype=work)
-        self.log_count[..., :L] = 0
+        means = count.new_zeros(self.P, L + self.N, W, dtype=work)
+        log_count = count.new_full((self.P, 1, L + self.N), -torch.inf, dtype=work)
+        log_count[..., :L] = 0
         if n := dictionary.size:
             count_Pn1 = count[:, :, :n].to(work).flatten(0, 1)[..., None]
-            held = self.means[:, L : L + n]
-            inverse = count_Pn1.reciprocal()
+            held, inverse = means[:, L : L + n], count_Pn1.reciprocal()
             torch.mul(dictionary.value_sum[:, :, :n].flatten(0, 1), inverse, out=held[..., : self.V])
             torch.mul(dictionary.key_sum[:, :, :n].flatten(0, 1), inverse, out=held[..., self.V :])
-            torch.log2(count_Pn1[..., 0], out=self.log_count[:, 0, L : L + n])
-            self._round(held)
-        self.flat_means, self.flat_log_count = self.means.view(-1, W), self.log_count.view(-1)
-        self.future_LL = self.means.new_full((L, L), -torch.inf).triu_(1)  # added to the logits of keys after a query
-        self.base_P1 = torch.arange(self.P, device=count.device)[:, None] * (L + self.N) + L
+            torch.log2(count_Pn1[..., 0], out=log_count[:, 0, L : L + n])
+            held.copy_(held.to(dtype))
+        none = means.new_empty(0)
+        self.rows = Rows(
+            L=L,
+            V=self.V,
+            means=means,
+            log_count=log_count,
+            flat_means=means.view(-1, W),
+            flat_log_count=log_count.view(-1),
+            future=means.new_full((L, L), -torch.inf).triu_(1),
+            base=torch.arange(self.P, device=count.device)[:, None] * (L + self.N) + L,
+            sums=none,
+            picked=none,
+            step=none,
+            new_means=none,
+            rounded=none,
+            new_log_count=none,
+        )
 
     def hold_sums(self, dictionary: Dictionary, dtype: torch.dtype) -> None:
-        """Copy the dictionary's sums, which this table will update."""
-        self.sums = torch.zeros(self.P, self.L + self.N, self.V + self.K + 1, dtype=dtype, device=self.means.device)
+        """Copy the dictionary's sums, which the loops will update."""
+        means, W = self.rows.means, self.V + self.K
+        self.sums = torch.zeros(self.P, self.L + self.N, W + 1, dtype=dtype, device=means.device)
         for held, x in zip(self._held_sums(dictionary), (dictionary.value_sum, dictionary.key_sum, dictionary.count)):
             held.copy_(x[:, :, : held.shape[2]].view(held.shape))
-        self.flat_sums = self.sums.view(-1, self.sums.shape[2])
-        rows, W = self.P * self.L, self.V + self.K
-        self._picked, self._step = (self.sums.new_empty(rows, W + 1) for _ in range(2))
-        self.picked_count, self._picked_sums = self._picked[:, -1:], self._picked[:, :-1]
-        self._inverse = torch.empty_like(self.picked_count)
-        self._means, self._log_count = self.means.new_empty(rows, W), self.means.new_empty(rows)
+        chunk = self.P * self.L
+        self.rows = self.rows._replace(
+            sums=self.sums.view(-1, W + 1),
+            picked=self.sums.new_empty(chunk, W + 1),
+            step=self.sums.new_empty(chunk, W + 1),
+            new_means=means.new_empty(chunk, W),
+            rounded=means.new_empty(chunk, W, dtype=self.dtype),
+            new_log_count=means.new_empty(chunk),
+        )
 
     def write_sums(self, into: Dictionary) -> None:
         for x, held in zip((into.value_sum, into.key_sum, into.count), self._held_sums(into)):
@@ -167,36 +239,15 @@ class Table:
 
     def index(self, a_PL: Tensor) -> Tensor:
         """The flat row index of each token's centroid."""
-        return (a_PL + self.base_P1).flatten()
+        return (a_PL + self.rows.base).flatten()
 
-    def add(self, index: Tensor, rows: Tensor, sign: int = 1) -> None:
-        """Add rows [value | key | 1] to the sums of these centroids, or subtract them."""
-        if rows.dtype != self.sums.dtype:
-            rows = self._step.copy_(rows) if len(rows) == len(self._step) else rows.to(self.sums.dtype)
-        self.flat_sums.index_add_(0, index, rows, alpha=sign)
-
-    def refresh(self, index: Tensor) -> None:
-        """Compute the means and log counts of a chunk's centroids anew; `picked_count` [P L, 1] is then their counts.
-
-        A centroid whose count is 0, because the chunk that founded it was undone, gets a mean of 0.
-        """
-        torch.index_select(self.flat_sums, 0, index, out=self._picked)
-        torch.log2(self.picked_count.squeeze(1), out=self._log_count)
-        torch.clamp_min(self.picked_count, 1, out=self._inverse).reciprocal_()
-        torch.mul(self._picked_sums, self._inverse, out=self._means)
-        self._round(self._means)
-        self.flat_means.index_copy_(0, index, self._means)
-        self.flat_log_count.index_copy_(0, index, self._log_count)
+    def add(self, index: Tensor, tokens: Tensor) -> None:
+        """Add rows [value | key | 1] to the sums of these centroids."""
+        self.rows.sums.index_add_(0, index, tokens.to(self.sums.dtype))
 
     def set_means(self, index: Tensor) -> None:
-        """As `refresh`, for any number of centroids in use."""
-        rows = self.flat_sums.index_select(0, index)
-        means = (rows[:, :-1] * rows[:, -1:].reciprocal()).to(self.work)
-        self._round(means)
-        self.flat_means.index_copy_(0, index, means)
-        self.flat_log_count.index_copy_(0, index, rows[:, -1].log2().to(self.work))
-
-    def _round(self, means: Tensor) -> None:
-        """Round means to the inputs' dtype, as a low-precision matmul would read them."""
-        if self.dtype != self.work:
-            means.copy_(means.to(self.dtype))
+        """Compute the means and log counts of centroids in use from their sums."""
+        sums = self.rows.sums.index_select(0, index)
+        means = (sums[:, :-1] * sums[:, -1:].reciprocal()).to(self.work)
+        self.rows.flat_means.index_copy_(0, index, means.to(self.dtype).to(self.work))
+        self.rows.flat_log_count.index_copy_(0, index, sums[:, -1].log2().to(self.work))
