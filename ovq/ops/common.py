@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +34,22 @@ def each_document(
 def work_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums and states: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Within the `with` block, oneDNN does not round the factors of float32 products to bfloat16 (see `ovq.cpu`).
+
+    For many small products of overlapping views, which it would copy first: that takes longer than it saves. The
+    setting is one of the process, so that no other thread may be computing.
+    """
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = "none"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def first_max(x: Tensor, grain_size: int = GRAIN) -> tuple[Tensor, Tensor]:

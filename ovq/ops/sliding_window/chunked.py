@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.ops.attention import chunked as sdpa
-from ovq.ops.common import work_dtype
+from ovq.ops.common import exact_products, work_dtype
 
 LOGITS_AT_ONCE = 2**18  # elements, on a CPU: 1 MiB of float32, which stays in a core's cache
 LOGITS_AT_ONCE_GPU = 2**26
@@ -114,9 +114,10 @@ def banded_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int
     keys, values = (bands.strips(bands.padded(x)) for x in (k_BSGK, v_BSGV))
     band = bands.band(q)
     o = q.new_empty(*q.shape[:3], v_BSGV.shape[3])
-    for at in bands.groups():
-        p = bands.probabilities(q[at].flatten(0, 1), keys[at].flatten(0, 1), band, at[1])
-        o[at] = torch.bmm(p, values[at].flatten(0, 1).mT).view_as(o[at])
+    with exact_products():
+        for at in bands.groups():
+            p = bands.probabilities(q[at].flatten(0, 1), keys[at].flatten(0, 1), band, at[1])
+            o[at] = torch.bmm(p, values[at].flatten(0, 1).mT).view_as(o[at])
     return bands.unblocks(o).to(q_BTHK.dtype).contiguous()
 
 
@@ -136,14 +137,15 @@ def banded_attention_backward(
     keys, values = bands.strips(k_padded), bands.strips(v_padded)
     band, dq = bands.band(q), torch.empty_like(q)
     dk, dv = (torch.zeros_like(x, dtype=work_dtype(q)) for x in (k_padded, v_padded))
-    for at in bands.groups():
-        q_at, do_at, k_at, v_at = (x[at].flatten(0, 1) for x in (q, do, keys, values))
-        p = bands.probabilities(q_at, k_at, band, at[1])
-        _overlap_add(dv, torch.bmm(p.mT, do_at), at, bands.C)
-        dp = torch.bmm(do_at, v_at)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dp.dtype)
-        dq[at] = torch.bmm(ds, k_at.mT).view_as(dq[at])
-        _overlap_add(dk, torch.bmm(ds.mT, q_at), at, bands.C)
+    with exact_products():
+        for at in bands.groups():
+            q_at, do_at, k_at, v_at = (x[at].flatten(0, 1) for x in (q, do, keys, values))
+            p = bands.probabilities(q_at, k_at, band, at[1])
+            _overlap_add(dv, torch.bmm(p.mT, do_at), at, bands.C)
+            dp = torch.bmm(do_at, v_at)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dp.dtype)
+            dq[at] = torch.bmm(ds, k_at.mT).view_as(dq[at])
+            _overlap_add(dk, torch.bmm(ds.mT, q_at), at, bands.C)
     gradients = bands.unblocks(dq.mul_(bands.scale)), bands.unpadded(dk), bands.unpadded(dv)
     dq, dk, dv = (d.to(x.dtype).contiguous() for d, x in zip(gradients, (q_BTHK, k_BSGK, v_BSGV)))
     return dq, dk, dv
