@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ovq.mixers.base import detach_state
 from ovq.ops import OVQState, ovq_attention
 from ovq.ops.ovq_attention import chunked as fast
 from ovq.ops.ovq_attention import loops, pieces, reference
@@ -314,7 +315,7 @@ def test_streamed_in_pieces_equals_one_pass(variant: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("variant", ["default", "constant step"])
 @pytest.mark.parametrize("position", [16, 21])
 def test_backends_agree_on_gradients_after_a_carried_state(variant: str, position: int) -> None:
-    """Also from the middle of a chunk; the state is a constant and gets no gradient."""
+    """Also from the middle of a chunk."""
     spec = spec_of(12, 8, **VARIANTS[variant])
     q, k, v, beta = make_inputs((2, 50, 4, 2, 8, 6), seed=8)
     start = position - position % 8
@@ -326,13 +327,48 @@ def test_backends_agree_on_gradients_after_a_carried_state(variant: str, positio
         output=1e-12,
         grad=1e-11,
     )
-    settings = {"num_centroids": 12, "chunk_size": 8, **VARIANTS[variant], "return_state": True}
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    _, state = ovq_attention(*(x[:, :position] for x in leaves), beta, **settings)
-    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
-    ovq_attention(*(x[:, position:] for x in leaves), beta, state=state, **settings)[0].sum().backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradients_through_a_carried_state_equal_those_of_one_pass(backend: str, variant: str) -> None:
+    """Of the outputs, and of the last state itself; cut on chunk bounds, and in the middle of chunks."""
+    T, settings = 50, {"num_centroids": 12, "chunk_size": 8, "backend": backend, **VARIANTS[variant]}
+    inputs = make_inputs((2, T, 4, 2, 8, 6), seed=8)
+    weight = torch.randn(2, T, 4, 6, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
+
+    def gradients(bounds: list[int]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        *tokens, beta = leaves
+        state, loss = None, torch.zeros((), dtype=torch.float64)
+        for a, b in zip(bounds, bounds[1:]):
+            o, state = ovq_attention(*(x[:, a:b] for x in tokens), beta, state=state, return_state=True, **settings)
+            loss = loss + (o * weight[:, a:b]).sum()
+        assert state is not None
+        loss = loss + state.key_sum.sum() + state.value_sum.square().sum() + state.pending_key.sum()
+        return list(torch.autograd.grad(loss, leaves))
+
+    whole = gradients([0, T])
+    for cuts in ([16], [21], [3, 5, 8, 30, 48]):
+        got = gradients([0, *cuts, T])
+        assert max(relative_error(a, b) for a, b in zip(got, whole)) < 1e-12, (cuts, NOTE)
+
+
+def test_a_detached_state_gets_no_gradient_and_a_chunk_that_does_not_end_passes_it_on() -> None:
+    q, k, v, beta = make_inputs((2, 50, 4, 2, 8, 6), seed=9)
+    settings = {"num_centroids": 12, "chunk_size": 8, "return_state": True}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    _, state = ovq_attention(*(x[:, :21] for x in leaves), beta, **settings)
+    assert state is not None and state.key_sum.requires_grad and not state.count.requires_grad
+    for x in detach_state(state).tensors():
+        assert not x.requires_grad
+    ovq_attention(*(x[:, 21:] for x in leaves), beta, state=detach_state(state), **settings)[0].sum().backward()
     for leaf in leaves:
-        assert leaf.grad is not None and not leaf.grad[:, :position].any() and leaf.grad[:, position:].any()
+        assert leaf.grad is not None and not leaf.grad[:, :21].any() and leaf.grad[:, 21:].any()
+    _, later = ovq_attention(*(x[:, 21:23] for x in leaves), beta, state=state, **settings)
+    assert later is not None
+    (gradient,) = torch.autograd.grad(later.key_sum.sum(), k)
+    assert torch.equal(gradient[:, :16], torch.ones_like(gradient[:, :16])) and not gradient[:, 16:].any()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

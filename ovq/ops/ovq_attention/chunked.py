@@ -40,6 +40,7 @@ from ovq.ops.parallel import run_pieces
 BLOCK = 2**18  # elements of the tokens [m, P, l, W] of a block: they should stay in a core's caches as well
 DECODED = 8  # queries up to which their products with the sums are faster than copying the dictionary
 LOG2_E = math.log2(math.e)
+STATE_GRADIENT = True  # sums before and after carry gradients
 
 
 @torch.compiler.disable
@@ -54,13 +55,16 @@ def forward(
 ) -> tuple[Tensor, Dictionary, Tensor]:
     """As `reference.forward`."""
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV, beta_H))
+    sums = dictionary.key_sum, dictionary.value_sum
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV, beta_H, *sums))
     if spec.chunk_size > S and T <= DECODED and not trained and q_BTHK.dtype == dictionary.count.dtype:
         a_BGS = torch.full((len(k_BSGK), k_BSGK.shape[2], S), -1, dtype=torch.int32, device=q_BTHK.device)
         return decode.predict(q_BTHK, k_BSGK, v_BSGV, beta_H, dictionary), dictionary, a_BGS
-    sums = dictionary.key_sum, dictionary.value_sum, dictionary.count
     place = dictionary.size, dictionary.position
-    return _OVQ.apply(q_BTHK, k_BSGK, v_BSGV, beta_H, *(x.detach() for x in sums), place, spec, assignment)
+    o_BTHV, key_sum, value_sum, count, a_BGS, after = _OVQ.apply(
+        q_BTHK, k_BSGK, v_BSGV, beta_H, *sums, dictionary.count.detach(), place, spec, assignment
+    )
+    return o_BTHV, Dictionary(key_sum, value_sum, count, *after), a_BGS
 
 
 class _OVQ(torch.autograd.Function):
@@ -92,19 +96,29 @@ class _OVQ(torch.autograd.Function):
             kept = out.a_BGS, out.top, out.count_BGS
             ctx.save_for_backward(q, k, v, beta, key_sum, value_sum, count, *kept, *last)
         ctx.spec, ctx.place = spec, place
-        ctx.mark_non_differentiable(out.a_BGS)
-        return out.o_BTHV, new, out.a_BGS
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(new.count, out.a_BGS)
+        return out.o_BTHV, new.key_sum, new.value_sum, new.count, out.a_BGS, (new.size, new.position)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, do: Tensor | None, dkey_sum: Tensor | None, dvalue_sum: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, beta, key_sum, value_sum, count, a_BGS, top, count_BGS, *kept = ctx.saved_tensors
         dictionary = Dictionary(key_sum, value_sum, count, *ctx.place)
         chunks = chunks_of(k.shape[1], q.shape[1], ctx.spec, dictionary)
         last = Dictionary(kept[1], kept[2], kept[3], chunks[-1].after, 0) if kept else None
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dbeta_BH = torch.zeros(q.shape[0], q.shape[2], dtype=work_dtype(q), device=q.device)
+        if do is None:
+            do = q.new_zeros(*q.shape[:3], v.shape[3])
         saved = Outputs(do, a_BGS, dictionary, top, count_BGS, kept[0] if kept else None)
+        of_sums = None
+        if dkey_sum is not None or dvalue_sum is not None or any(ctx.needs_input_grad[4:6]):
+            of_keys = torch.zeros_like(key_sum) if dkey_sum is None else dkey_sum.clone()
+            of_values = torch.zeros_like(value_sum) if dvalue_sum is None else dvalue_sum.clone()
+            of_sums = Dictionary(of_keys, of_values, count, *ctx.place)
 
         def walk(piece: Piece) -> None:
             _walk_backward(
@@ -113,11 +127,13 @@ class _OVQ(torch.autograd.Function):
                 piece.outputs(saved),
                 piece.dictionary(last) if last else None,
                 (piece.tokens(dq, queries=True), piece.tokens(dk), piece.tokens(dv), piece.queries(dbeta_BH)),
+                piece.dictionary(of_sums) if of_sums else None,
                 chunks,
             )
 
         run_pieces(walk, pieces_of(q, k.shape[2], chunks))
-        return dq, dk, dv, dbeta_BH.sum(0).to(beta.dtype), *[None] * 6
+        dkey_sum, dvalue_sum = (of_sums.key_sum, of_sums.value_sum) if of_sums else (None, None)
+        return dq, dk, dv, dbeta_BH.sum(0).to(beta.dtype), dkey_sum, dvalue_sum, *[None] * 4
 
 
 def _walk_forward(
@@ -189,9 +205,13 @@ def _walk_backward(
     saved: Outputs,
     last: Dictionary | None,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    of_sums: Dictionary | None,
     chunks: list[Chunk],
 ) -> None:
     """Write the gradients of q, k, v and beta (a sum per row of the batch) into `grads`, last chunk first.
+
+    `of_sums` holds the gradients of the sums after the last chunk, and afterwards those of the sums before the first;
+    None: there are none.
 
     `saved` is what the forward pass wrote, but with the output's gradient for the output and the dictionary before the
     first chunk; `last` is the dictionary after the last one, for a constant step.
@@ -203,6 +223,10 @@ def _walk_backward(
     gradient = means.new_zeros(*means.shape[:2], 2 * W)
     earlier = means.new_zeros(table.P * table.L, 2 * W)
     picked = torch.empty_like(earlier)
+    if of_sums:
+        n = chunks[-1].after
+        gradient[:, table.L : table.L + n, W : W + V] = of_sums.value_sum[:, :, :n].flatten(0, 1)
+        gradient[:, table.L : table.L + n, W + V :] = of_sums.key_sum[:, :, :n].flatten(0, 1)
     memory, memory_ds = scratch.take("p", largest), scratch.take("ds", largest)
     dq, dk, dv, dbeta_BH = grads
     for block in reversed(list(blocks_of(chunks, G, _chunks_at_once(chunks, table)))):
@@ -238,6 +262,12 @@ def _walk_backward(
         dv_rows, dk_rows = tokens[..., :-1].unflatten(1, dk_block.shape[1:3]).split([V, W - V], dim=-1)
         dv_block.copy_(dv_rows)
         dk_block.copy_(dk_rows)
+    if of_sums:
+        n = chunks[0].before
+        A_n, dS_n = gradient[:, table.L : table.L + n].split(W, dim=-1)
+        dS_n.addcdiv_(A_n, saved.new.count[:, :, :n].flatten(0, 1)[..., None])
+        for x, d in zip((of_sums.value_sum, of_sums.key_sum), dS_n.split([V, W - V], dim=-1)):
+            x.zero_()[:, :, :n] = d.unflatten(0, x.shape[:2])
 
 
 def _final_table(

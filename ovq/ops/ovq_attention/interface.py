@@ -53,8 +53,9 @@ def ovq_attention(
 ) -> tuple[Tensor, OVQState | None]:
     """softmax(beta q.[mu^k, k_chunk] + [log count, 0]) [mu^v, v_chunk], with mu the dictionary before the chunk.
 
-    Differentiable in q, k, v and beta. Assignments and counts carry no gradient, and none flows through a carried state
-    (truncated backpropagation: a piece learns only from its own tokens).
+    Differentiable in q, k, v and beta and, with the torch backend, in the sums and pending tokens of a carried state.
+    The triton backend returns a state without a gradient, as `ovq.mixers.base.detach_state` does: a piece then learns
+    only from its own tokens (truncated backpropagation). Assignments and counts carry no gradient.
 
     Args:
         q: [B, T, H, K], used as given: it is the layer that normalises queries and keys.
@@ -63,7 +64,8 @@ def ovq_attention(
         num_centroids ... assign_on: see `OVQSpec`; `step` is its step_size.
         cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state. The
             dictionary and the chunking restart at each document.
-        state: returned by an earlier call with the same settings; None at the start. Not modified.
+        state: returned by an earlier call with the same settings; None at the start. Not modified. One that requires a
+            gradient needs the torch backend, which auto then is.
         return_state: also return the state after the last token.
         backend: reference (the definition, slow) | torch (any device) | triton (GPU) | auto (triton where it can run).
 
@@ -103,6 +105,8 @@ def attend(
     """`ovq_attention` with its settings as a spec, which a layer builds and validates only once."""
     _check_shapes(q, k, v, beta)
     chosen = _choose(backend, q, k, v, spec)
+    if state is not None and torch.is_grad_enabled() and any(x.requires_grad for x in state.tensors()):
+        chosen = _with_state_gradient(chosen, backend)
     if cu_seqlens is not None:
         _check_packed(q, cu_seqlens, state, return_state)
         if hasattr(chosen, "forward_packed"):
@@ -124,14 +128,15 @@ def _run(
         dictionary = _empty(k, v, spec)
     else:
         dictionary = state.dictionary()
-        k = torch.cat([state.pending_key.detach(), k], dim=1)
-        v = torch.cat([state.pending_value.detach(), v], dim=1)
+        k = torch.cat([state.pending_key, k], dim=1)
+        v = torch.cat([state.pending_value, v], dim=1)
     o, new, _ = backend.forward(q, k, v, beta, spec, dictionary)
     end = dictionary.position + k.shape[1]
     pending = slice(k.shape[1] - end % spec.chunk_size, None)
     # Cloned, because a view would keep the whole piece's keys alive.
-    kept_k, kept_v = k.detach()[:, pending].clone(), v.detach()[:, pending].clone()
-    return o, OVQState(new.key_sum.detach(), new.value_sum.detach(), new.count.detach(), kept_k, kept_v, new.size, end)
+    kept_k, kept_v = k[:, pending].clone(), v[:, pending].clone()
+    after = OVQState(new.key_sum, new.value_sum, new.count, kept_k, kept_v, new.size, end)
+    return o, after if getattr(backend, "STATE_GRADIENT", False) else after.map(torch.Tensor.detach)
 
 
 def _empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
@@ -157,6 +162,18 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any
     if reason := _unsupported(chosen, q, k, v, spec):
         raise BackendError(f"backend={backend} of ovq_attention: {reason}; use backend=torch")
     return chosen
+
+
+def _with_state_gradient(chosen: Any, backend: str) -> Any:
+    """`chosen`, or the torch backend if it has no gradient of a carried state and was not asked for by name."""
+    if getattr(chosen, "STATE_GRADIENT", False):
+        return chosen
+    if backend != "auto":
+        raise BackendError(
+            f"backend={backend} of ovq_attention has no gradient of a carried state; use backend=torch, or cut it off "
+            "with ovq.mixers.base.detach_state"
+        )
+    return _MODULES["torch"]
 
 
 def backend_of(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str:

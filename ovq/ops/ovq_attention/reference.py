@@ -15,6 +15,8 @@ from torch import Tensor
 from ovq.ops.common import work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
+STATE_GRADIENT = True  # sums before and after carry gradients
+
 
 def forward(
     q_BTHK: Tensor,
@@ -33,7 +35,7 @@ def forward(
     S, L, first = k_BSGK.shape[1], spec.chunk_size, k_BSGK.shape[1] - q_BTHK.shape[1]  # first token that has a query
     k_BGSK, v_BGSV = k_BSGK.to(work).transpose(1, 2), v_BSGV.to(work).transpose(1, 2)
     q_BHTK = (beta_H.to(work)[:, None] * q_BTHK.to(work)).transpose(1, 2)
-    S_k, S_v, c = dictionary.key_sum.detach(), dictionary.value_sum.detach(), dictionary.count.detach()
+    S_k, S_v, c = dictionary.key_sum, dictionary.value_sum, dictionary.count.detach()
     n, outputs, assignments = dictionary.size, [], []
     for start in range(0, S, L):
         chunk = slice(start, min(start + L, S))
@@ -54,7 +56,7 @@ def forward(
         assignments.append(a_BGL)
     o_BTHV = torch.cat(outputs, dim=2).transpose(1, 2).to(q_BTHK.dtype)
     position = dictionary.position + S - S % L
-    new = Dictionary(S_k.detach(), S_v.detach(), c, n, position)
+    new = Dictionary(S_k, S_v, c, n, position)
     return o_BTHV, new, torch.cat(assignments, dim=2).to(torch.int32)
 
 

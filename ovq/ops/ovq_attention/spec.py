@@ -144,7 +144,7 @@ class Dictionary:
 class OVQState:
     """The dictionary, the keys and values [B, r, G, K or V] of the unfinished chunk, and the number of tokens so far.
 
-    Constant in size except for the pending tokens, r = position % chunk_size. No gradient flows through it.
+    Constant in size except for the pending tokens, r = position % chunk_size. All but the counts may carry a gradient.
     """
 
     key_sum: Tensor
@@ -155,6 +155,14 @@ class OVQState:
     size: int
     position: int
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.key_sum, self.value_sum, self.count, self.pending_key, self.pending_value
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> OVQState:
+        """A copy with `function` applied to each tensor."""
+        keys, values, count, pending_key, pending_value = map(function, self.tensors())
+        return OVQState(keys, values, count, pending_key, pending_value, self.size, self.position)
+
     def dictionary(self) -> Dictionary:
         """The dictionary alone, at the start of the unfinished chunk."""
         start = self.position - self.pending_key.shape[1]
@@ -163,7 +171,7 @@ class OVQState:
 
 pytree.register_pytree_node(
     OVQState,
-    lambda s: ([s.key_sum, s.value_sum, s.count, s.pending_key, s.pending_value], (s.size, s.position)),
+    lambda s: (list(s.tensors()), (s.size, s.position)),
     lambda leaves, context: OVQState(*[*leaves, *context]),
     serialized_type_name="ovq.OVQState",
 )
