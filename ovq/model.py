@@ -229,15 +229,22 @@ def undivided(model: Transformer, ranks: int) -> str:
     """Why the model cannot be trained with trainer.context_parallel=`ranks`, as one line; empty if it can."""
     for mixer in model.mixers() if ranks > 1 else ():
         heads = mixer.head_counts()
+        if mixer.differentiable_state or divides_heads(mixer, ranks):
+            continue
         if heads is None:
             return f"trainer.context_parallel={ranks} is not possible: {type(mixer).__name__} needs whole sequences"
-        for name, number in heads.items():
-            if number % ranks:
-                return (
-                    f"trainer.context_parallel={ranks} must divide {name}, which is {number}, since ranks that share a "
-                    f"sequence share its heads; use trainer.context_parallel={math.gcd(ranks, number)} or other heads"
-                )
+        name, number = next((name, number) for name, number in heads.items() if number % ranks)
+        return (
+            f"trainer.context_parallel={ranks} must divide {name}, which is {number}, since ranks share out the heads "
+            f"of {type(mixer).__name__}; use trainer.context_parallel={math.gcd(ranks, number)} or other heads"
+        )
     return ""
+
+
+def divides_heads(mixer: SequenceMixer, ranks: int) -> bool:
+    """Whether `ranks` processes can share out the mixer's heads."""
+    heads = mixer.head_counts()
+    return heads is not None and not any(number % ranks for number in heads.values())
 
 
 def flops_per_token(model: Transformer, context: int, *, training: bool = True) -> float:

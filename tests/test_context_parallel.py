@@ -22,14 +22,17 @@ from ovq import processes
 from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
 from ovq.inference.run import load_run
-from ovq.model import Transformer, build_model, undivided
+from ovq.model import Transformer, build_model, divides_heads, undivided
 from ovq.processes import Axis
+from ovq.train.hand_over import handed_over
 from ovq.train.metrics import read_rows
 from ovq.train.optim import persistent_buffers
 from ovq.train.parallelize import recomputed
 from tests.helpers import MIXERS, relative_error, small_config, small_model
 
 HEADS = ["model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=4"]  # two query heads share keys and values
+HANDED_OVER = sorted(set(MIXERS) - {"vq"})
+Errors = dict[str, float]
 VOCAB, ROWS, T = 31, 3, 48  # six chunks of 8; documents and chunks reach from one shard into the next
 # Not OVQ, which chooses the nearest centroid: in float32, another rounding sum may choose another one.
 TRAIN = [
@@ -60,10 +63,13 @@ def batch_of(step: int, packed: bool) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), targets, bounds if packed else None)
 
 
-def two_steps(model: Transformer, context: Axis, packed: bool) -> dict[str, torch.Tensor]:
+def two_steps(model: Transformer, context: Axis, packed: bool, hand_over: bool = False) -> dict[str, torch.Tensor]:
     """Losses, gradients and buffers after two passes, summed over the context axis."""
     for mixer in model.mixers():
         mixer.context_axis = context
+        if hand_over:
+            mixer.hands_over = True
+            mixer.forward = handed_over(mixer, context)  # type: ignore[method-assign]
     model.collect_health(True)
     results: dict[str, torch.Tensor] = {}
     for step in range(2):  # VQ learns in the first pass what it uses in the second
@@ -78,16 +84,17 @@ def two_steps(model: Transformer, context: Axis, packed: bool) -> dict[str, torc
     return results | {name: torch.tensor(value) for name, value in model.health().items()}
 
 
-def errors_of(mixer: str, context: Axis, packed: bool) -> dict[str, float]:
+def errors_of(mixer: str, context: Axis, packed: bool, hand_over: bool = False, recompute: bool = False) -> Errors:
     """Relative difference of every result between whole sequences and shards of them."""
     whole = two_steps(model_of(mixer), Axis("context"), packed)
     model = model_of(mixer)
-    if packed:
+    if recompute:
         for block in model.blocks():
             block.forward = recomputed(block.forward)  # type: ignore[method-assign]
-    parts = two_steps(model, context, packed)
+    parts = two_steps(model, context, packed, hand_over)
     assert parts.keys() == whole.keys()
-    return {name: relative_error(parts[name], whole[name]) for name in whole}
+    health = model.health() if hand_over else {}  # each rank's own, of the tokens until its last
+    return {name: relative_error(parts[name], whole[name]) for name in whole if name not in health}
 
 
 def work(rank: int, size: int, ports: list[int], folder: Path, settings: list[str]) -> None:
@@ -97,9 +104,14 @@ def work(rank: int, size: int, ports: list[int], folder: Path, settings: list[st
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     world = processes.init(TrainerConfig(device="cpu", precision="fp32", context_parallel=size))
     errors = {
-        f"{mixer}, {'packed' if packed else 'rows'}": errors_of(mixer, world.context, packed)
+        f"{mixer}, {'packed' if packed else 'rows'}": errors_of(mixer, world.context, packed, recompute=packed)
         for mixer in MIXERS
         for packed in (False, True)
+    }
+    errors |= {
+        f"{mixer}, handed over{', recomputed' if again else ''}": errors_of(mixer, world.context, False, True, again)
+        for mixer in HANDED_OVER
+        for again in (False, True)
     }
     every = processes.gather_objects(errors)
     if rank == 0:
@@ -136,9 +148,9 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return start(4, tmp_path_factory.mktemp("four"), "trainer.context_parallel=2", "trainer.micro_batch=1")
 
 
-def check_errors(folder: Path, mixer: str) -> None:
+def check_errors(folder: Path, mixer: str, *cases: str) -> None:
     for errors in json.loads((folder / "errors.json").read_text()):
-        for case in ("rows", "packed"):
+        for case in cases or ("rows", "packed"):
             assert max(errors[f"{mixer}, {case}"].values()) < 1e-13, errors[f"{mixer}, {case}"]
 
 
@@ -151,6 +163,17 @@ def test_losses_gradients_and_buffers_of_two_ranks_equal_those_of_one(two: Path,
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_losses_gradients_and_buffers_of_four_ranks_equal_those_of_one(four: Path, mixer: str) -> None:
     check_errors(four, mixer)
+
+
+@pytest.mark.parametrize("mixer", HANDED_OVER)
+def test_two_ranks_that_hand_the_state_over_compute_what_one_does(two: Path, mixer: str) -> None:
+    check_errors(two, mixer, "handed over", "handed over, recomputed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", HANDED_OVER)
+def test_four_ranks_that_hand_the_state_over_compute_what_one_does(four: Path, mixer: str) -> None:
+    check_errors(four, mixer, "handed over", "handed over, recomputed")
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -205,13 +228,11 @@ def test_a_shard_holds_labels_shifted_before_and_packed_rows_end_to_end() -> Non
 @pytest.mark.parametrize(
     ("model", "overrides", "ranks", "says"),
     [
-        ("sw_ovq", [*HEADS, "model.num_kv_heads=2"], 4, "model.num_kv_heads, which is 2"),
-        ("std_att", HEADS, 3, "model.num_heads, which is 8"),
-        ("gdn", HEADS, 8, "num_heads of gated_deltanet, which is 4"),
-        ("mamba2", [*HEADS, "model.mixers.mamba2.num_heads=6"], 4, "num_heads of mamba2, which is 6"),
+        ("sw_vq", [*HEADS, "model.num_kv_heads=2"], 4, "model.num_kv_heads, which is 2"),
+        ("vq", HEADS, 3, "model.num_heads, which is 8"),
     ],
 )
-def test_ranks_that_do_not_divide_the_heads_are_one_line(
+def test_ranks_that_cannot_share_heads_nor_hand_a_state_over_are_one_line(
     model: str, overrides: list[str], ranks: int, says: str
 ) -> None:
     problem = undivided(small_model(model, *overrides), ranks)
@@ -219,9 +240,17 @@ def test_ranks_that_do_not_divide_the_heads_are_one_line(
     assert undivided(small_model(model, *overrides), 1) == ""
 
 
+@pytest.mark.parametrize(("model", "ranks"), [("sw_ovq", 3), ("gdn", 8), ("mamba2", 7), ("sw_kvm", 16)])
+def test_ranks_that_do_not_divide_the_heads_hand_the_state_over(model: str, ranks: int) -> None:
+    made = small_model(model, *HEADS)
+    assert undivided(made, ranks) == ""
+    assert not any(divides_heads(mixer, ranks) for mixer in made.mixers())
+
+
 def test_a_mixer_that_knows_nothing_of_ranks_is_refused() -> None:
     model = small_model("sw")
     model.mixers()[0].head_counts = lambda: None  # type: ignore[method-assign]
+    model.mixers()[0].differentiable_state = False
     assert undivided(model, 2) == "trainer.context_parallel=2 is not possible: SlidingWindow needs whole sequences"
 
 

@@ -126,7 +126,12 @@ def test_memory_falls_with_sharding_and_recomputation() -> None:
         (["trainer.shard=hybrid", "trainer.replicas=4"], 8, "8, micro-batch 1, accumulation 1"),
         (["trainer.context_parallel=2"], 8, "8, 2 share each sequence, micro-batch 1, accumulation 2"),
         (["trainer.context_parallel=2"], 3, "3: impossible, trainer.context_parallel=2 does not divide 3"),
-        (["trainer.context_parallel=4"], 4, "4: impossible, trainer.context_parallel=4 must divide model.num_heads"),
+        (["trainer.context_parallel=4"], 4, "4, 4 share each sequence, micro-batch 1, accumulation 8"),
+        (
+            ["model=vq", "trainer.context_parallel=4"],
+            4,
+            "4: impossible, trainer.context_parallel=4 must divide model.num_",
+        ),
     ],
 )
 def test_processes_that_cannot_share_the_batch_are_reported(overrides: list[str], world_size: int, says: str) -> None:

@@ -57,6 +57,8 @@ class AttentionLayer(SequenceMixer):
     initialised to `beta_init`. This is OVQ's parameterisation, so that models differ only in what they remember.
     """
 
+    differentiable_state = True
+
     def __init__(self, shape: MixerShape, *, qk_norm: bool = False, beta_init: float = 1.0) -> None:
         super().__init__(shape)
         if beta_init <= 0:

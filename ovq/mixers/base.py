@@ -49,6 +49,10 @@ class SequenceMixer(nn.Module):
     data_axis: Axis = Axis("data")
     # The processes that hold other tokens of the same rows, likewise: see `gather_tokens`.
     context_axis: Axis = Axis("context")
+    # Whether pieces with a carried state have the gradients of one pass, unless it is detached. Processes whose number
+    # does not divide the heads then share sequences all the same: each hands its state on to the next.
+    differentiable_state: bool = False
+    hands_over: bool = False  # set when the model is parallelised: they do so here
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -83,9 +87,9 @@ class SequenceMixer(nn.Module):
 
     @property
     def head_ranks(self) -> int:
-        """R, the number of processes that share out the heads: the context axis in training. In evaluation, where every
-        process has whole sequences of its own, 1."""
-        return self.context_axis.size if self.training else 1
+        """R, the number of processes that share out the heads: the context axis in training. 1 in evaluation, where
+        every process has whole sequences of its own, and where the state is handed over."""
+        return self.context_axis.size if self.training and not self.hands_over else 1
 
     def gather_tokens(self, *tensors_BtHC: Tensor) -> tuple[Tensor, ...]:
         """Whole sequences of this process's heads, from its tokens of all heads: call it before mixing.

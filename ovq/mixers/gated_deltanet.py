@@ -36,6 +36,8 @@ class GatedDeltaNet(SequenceMixer):
         ValueError: a size that is not positive, or widths not divisible by the number of heads.
     """
 
+    differentiable_state = True
+
     def __init__(
         self,
         shape: MixerShape,

@@ -35,6 +35,8 @@ class Mamba2(SequenceMixer):
         ValueError: a size that is not positive.
     """
 
+    differentiable_state = True
+
     def __init__(
         self,
         shape: MixerShape,

@@ -38,6 +38,8 @@ class MesaNet(SequenceMixer):
         ValueError: a size that is not positive, or lambda_init not above lambda_min.
     """
 
+    differentiable_state = True
+
     def __init__(
         self,
         shape: MixerShape,

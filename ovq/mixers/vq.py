@@ -46,6 +46,7 @@ class VQ(AttentionLayer):
         ValueError: a setting outside its legal values.
     """
 
+    differentiable_state = False  # the codes' gradients go straight through to keys that the next rank has not seen
     codebook: Tensor
     ema_count: Tensor
     ema_sum: Tensor

@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
-from ovq.model import Transformer, undivided
+from ovq.model import Transformer, divides_heads, undivided
 from ovq.processes import World
+from ovq.train.hand_over import handed_over
 
 
 def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Transformer:
@@ -34,8 +35,8 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
     process is not wrapped, unless a GPU or the compiler computes in bf16: those leave the casts to FSDP.
 
     Raises:
-        ConfigError: replicas do not divide the number of processes, the context axis does not divide the heads of a
-            mixer, or there is no compiler.
+        ConfigError: replicas do not divide the number of processes, a mixer can neither share out its heads on the
+            context axis nor hand its state over, or there is no compiler.
     """
     if problem := undivided(model, world.context.size):
         raise ConfigError(problem)
@@ -44,6 +45,9 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
     model.loss_chunk_tokens = trainer.loss_chunk_tokens
     for mixer in model.mixers():
         mixer.data_axis, mixer.context_axis = world.data, world.context
+        if world.context.size > 1 and not divides_heads(mixer, world.context.size):
+            mixer.hands_over = True
+            mixer.forward = handed_over(mixer, world.context)  # type: ignore[method-assign]
     for block in model.blocks():
         if trainer.compile:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]

@@ -1,0 +1,157 @@
+"""Sequences divided over ranks whose heads are too few to divide: each rank hands a layer's state on to the next.
+
+Rank r mixes its T/R tokens from the state that rank r - 1 has carried to them, and hands its own on; in the backward
+pass the gradients of the states go back. The ranks of a sequence wait for each other for one row of one layer only: a
+rank goes on with the next row and the next layer while the one behind it begins.
+
+Any mixer whose state carries gradients (`SequenceMixer.differentiable_state`) can be shared so, with the results of one
+rank: its pieces are those of a stream.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from ovq.errors import ConfigError
+from ovq.mixers.base import SequenceMixer
+from ovq.processes import Axis
+
+
+def handed_over(mixer: SequenceMixer, axis: Axis) -> Callable[..., Any]:
+    """The mixer's `forward`, which in training begins with the state of the rank before and hands its own on.
+
+    A row at a time, so that the next rank can begin after the first one.
+
+    Raises:
+        ConfigError: at the call, for packed documents, or if the mixer's backend has no gradient of a carried state.
+    """
+    forward = mixer.forward
+    # What the states that arrive look like, by what they were made from, and of which the next rank was told: both are
+    # the same in every step.
+    known: dict[Any, Any] = {}
+    told = set[Any]()
+
+    def row(x_1TD: Tensor) -> Tensor:
+        state = None
+        made_from = x_1TD.shape, x_1TD.dtype
+        if axis.rank > 0:
+            if made_from not in known:
+                known[made_from] = _receive_object(axis)
+            like, spec = pytree.tree_flatten(known[made_from])
+            state = pytree.tree_unflatten(list(_Take.apply(x_1TD, axis, like)), spec)
+        y, state = forward(x_1TD, state=state, return_state=axis.rank < axis.size - 1)
+        if state is None:
+            return y
+        leaves = pytree.tree_leaves(state)
+        if not any(leaf.requires_grad for leaf in leaves):
+            raise ConfigError(
+                f"{type(mixer).__name__} cannot hand its state on, which has no gradient with this backend; use its "
+                f"backend=torch, or a trainer.context_parallel that divides the heads instead of {axis.size}"
+            )
+        if made_from not in told:
+            _send_object(axis, pytree.tree_map(lambda leaf: torch.empty_like(leaf, device="meta"), state))
+            told.add(made_from)
+        return _Give.apply(y, axis, *leaves)
+
+    @functools.wraps(forward)
+    @torch.compiler.disable
+    def wrapped(
+        x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, state: Any = None, return_state: bool = False
+    ) -> tuple[Tensor, Any]:
+        if not mixer.training:
+            return forward(x_BTD, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
+        if cu_seqlens is not None:
+            raise ConfigError(
+                "data.isolate_documents=true needs a trainer.context_parallel that divides the heads of "
+                f"{type(mixer).__name__}, and {axis.size} does not"
+            )
+        return torch.cat([row(x) for x in x_BTD.split(1)]), None
+
+    return wrapped
+
+
+class _Take(torch.autograd.Function):
+    """The tensors that the rank before gives; their gradients go back to it. `x` only ties them to the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, like: list[Tensor]) -> tuple[Tensor, ...]:
+        ctx.axis = axis
+        leaves = _unpacked(_receive(axis, -1, _bytes(like), x.device), like)
+        ctx.mark_non_differentiable(*(leaf for leaf in leaves if not leaf.is_floating_point()))
+        return leaves
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        _send(ctx.axis, -1, [gradient for gradient in gradients if gradient.is_floating_point()])
+        return None, None, None
+
+
+class _Give(torch.autograd.Function):
+    """Gives tensors to the next rank, which sends their gradients; returns y, to which it ties that."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, axis: Axis, *leaves: Tensor) -> Tensor:
+        ctx.axis, ctx.like = axis, [torch.empty_like(leaf, device="meta") for leaf in leaves]
+        _send(axis, 1, leaves)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        floating = [leaf for leaf in ctx.like if leaf.is_floating_point()]
+        received = iter(_unpacked(_receive(ctx.axis, 1, _bytes(floating), dy.device), floating))
+        gradients = [next(received) if leaf.is_floating_point() else None for leaf in ctx.like]
+        return dy, None, *gradients
+
+
+_ON_THEIR_WAY: deque[tuple[Any, Tensor]] = deque()  # messages, which must stay in memory until they have arrived
+MOST = 4
+
+
+def _send(axis: Axis, step: int, leaves: Sequence[Tensor]) -> None:
+    message = torch.cat([leaf.detach().contiguous().flatten().view(torch.uint8) for leaf in leaves])
+    _ON_THEIR_WAY.append((dist.isend(message, _neighbour(axis, step), axis.group), message))
+    while len(_ON_THEIR_WAY) > MOST:
+        _ON_THEIR_WAY.popleft()[0].wait()
+
+
+def _receive(axis: Axis, step: int, size: int, device: torch.device) -> Tensor:
+    message = torch.empty(size, dtype=torch.uint8, device=device)
+    dist.recv(message, _neighbour(axis, step), axis.group)
+    return message
+
+
+def _send_object(axis: Axis, thing: Any) -> None:
+    dist.send_object_list([thing], _neighbour(axis, 1), axis.group)
+
+
+def _receive_object(axis: Axis) -> Any:
+    received = [None]
+    dist.recv_object_list(received, _neighbour(axis, -1), axis.group)
+    return received[0]
+
+
+def _neighbour(axis: Axis, step: int) -> int:
+    """The number among all processes of the rank `step` after this one on the axis."""
+    rank = axis.rank + step
+    return rank if axis.group is None else dist.get_global_rank(axis.group, rank)
+
+
+def _bytes(like: Sequence[Tensor]) -> int:
+    return sum(leaf.numel() * leaf.itemsize for leaf in like)
+
+
+def _unpacked(message: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors as `like` from their bytes; copies, since a part may begin at any byte."""
+    parts = message.split([leaf.numel() * leaf.itemsize for leaf in like])
+    return tuple(part.clone().view(leaf.dtype).view(leaf.shape) for part, leaf in zip(parts, like))
