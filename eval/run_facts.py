@@ -124,7 +124,7 @@ def facts_of(run_dir: Path) -> Facts:
     )
     attempt(lambda: measure(made), None)
     if not finished:
-        problems += [line] if (line := log_line(run_dir)) else []
+        problems.append(log_line(run_dir) or "no log in its folder; it may be running, or was killed")
     made.why = "; ".join(problems)
     return made
 
@@ -161,7 +161,7 @@ def log_line(run_dir: Path) -> str:
     for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
         lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
         if lines:
-            return f"{path.name}: {lines[-1][:300]}"
+            return f"{path.name} ends with: {lines[-1][:300]}"
     return ""
 
 

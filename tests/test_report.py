@@ -122,10 +122,12 @@ def test_unfinished_failed_and_missing_runs_are_listed_with_the_reason(tmp_path:
     damaged = make_run(tmp_path / "c", "sw_ovq", 1)
     (damaged / loss_table.FILE).write_bytes(b"not parquet")
     (tmp_path / "d").mkdir()
-    html = report_of(tmp_path, f"runs=[{done},{failed},{damaged},{tmp_path / 'd'}]")
+    silent = make_run(tmp_path / "e", "sw_ovq", 2, finished=False)
+    html = report_of(tmp_path, f"runs=[{done},{failed},{damaged},{tmp_path / 'd'},{silent}]")
     _, *rows = rows_of(html, "Not finished, or not readable")
-    assert [row[1] for row in rows] == ["unfinished", "finished", "not begun"]
-    assert rows[0][2] == "sweep.log: error: loss is NaN &lt;b&gt;"
+    assert [row[1] for row in rows] == ["unfinished", "finished", "not begun", "unfinished"]
+    assert rows[0][2] == "sweep.log ends with: error: loss is NaN &lt;b&gt;"
+    assert rows[3][2].startswith("no log in its folder")
     assert "is not a table of loss by position" in rows[1][2] and rows[2][2] == "no config.yaml in its folder"
     assert rows_of(html, "Runs")[2][2] == "10 of 20"
 
