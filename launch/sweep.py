@@ -155,12 +155,19 @@ def visible_gpus(wanted: int) -> list[str]:
     """The first `wanted` GPUs that CUDA_VISIBLE_DEVICES shows; without it, GPUs 0, 1, ...
 
     Raises:
-        ConfigError: it shows fewer.
+        ConfigError: there are fewer.
     """
+    if not wanted:
+        return []
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(index) for index in range(wanted)] if shown is None else [name for name in shown.split(",") if name]
+    if shown is None:
+        from launch.check import gpus_here
+
+        names, where = [str(index) for index in range(len(gpus_here()))], "this machine"
+    else:
+        names, where = [name for name in shown.split(",") if name], f"CUDA_VISIBLE_DEVICES={shown}"
     if len(names) < wanted:
-        raise ConfigError(f"--gpus {wanted}, but CUDA_VISIBLE_DEVICES={shown} shows {len(names)}")
+        raise ConfigError(f"--gpus {wanted}, but {where} shows {len(names)}")
     return names[:wanted]
 
 
