@@ -37,7 +37,7 @@ from eval.figures import (
 from eval.figures.declare import RECALL, Point
 from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
-from eval.figures.runs import SCORE, FigureRun
+from eval.figures.runs import SCORE, FigureRun, minutes_of
 from launch import sweep
 from ovq import identity
 from ovq.cli import parse
@@ -242,6 +242,11 @@ def test_figure_5_draws_accuracy_by_example_for_every_number_of_functions(
                 found = [r for r in rows if (r["test"], r["model"], r["seed"]) == (test, model, seed)]
                 assert [row["index"] for row in found] == ["", "1", "2"]
     assert "without earlier examples" in (tmp_path / "out" / "fig5.svg").read_text()  # in a comment, above its paths
+
+
+def test_minutes_of_training_count_all_tokens_of_a_step() -> None:
+    rows = [{"tokens": 10 * step, "tokens_per_s": speed} for step, speed in ((1, 50.0), (2, 100.0), (3, None))]
+    assert minutes_of(rows, 6000) == 2 + 1  # most tokens of a task have no label
 
 
 @pytest.mark.slow

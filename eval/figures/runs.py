@@ -102,7 +102,7 @@ class FigureRun:
         return f"{self.measure.name} at {test.length}: {' '.join(settings)}"
 
     def training(self) -> dict[str, Any]:
-        """How training went: steps, tokens, losses, minutes, commit and processor; empty if it has not begun."""
+        """How training went: steps, labels, losses, minutes, commit and processor; empty if it has not begun."""
         rows = [row for row in read_rows(self.run_dir / "metrics.jsonl") if row.get("loss") is not None]
         if not rows:
             return (self.record() or {"training": {}})["training"]
@@ -113,7 +113,7 @@ class FigureRun:
             "tokens": rows[-1]["tokens"],
             "first_loss": round(rows[0]["loss"], 4),
             "last_loss": round(rows[-1]["loss"], 4),
-            "minutes": round(sum(minutes_of(before, row) for before, row in zip([{"tokens": 0}, *rows], rows)), 2),
+            "minutes": round(minutes_of(rows, self.cfg.trainer.global_batch * self.cfg.trainer.context), 2),
             "losses": [[row["step"], round(row["loss"], 4)] for row in rows[every - 1 :: every]],
             "commit": summary.get("commit"),
             "processor": processor_name(),
@@ -160,9 +160,10 @@ def rounded(value: Value) -> list[Any]:
     return [round(item, 6) if isinstance(item, float) else item for item in astuple(value)]
 
 
-def minutes_of(before: dict[str, Any], row: dict[str, Any]) -> float:
-    """Minutes that a row of metrics.jsonl took."""
-    return (row["tokens"] - before["tokens"]) / row["tokens_per_s"] / 60 if row["tokens_per_s"] else 0.0
+def minutes_of(rows: list[dict[str, Any]], tokens: int) -> float:
+    """Minutes that the steps of a metrics.jsonl took, each of `tokens` (of which `tokens` there counts those with a
+    label)."""
+    return sum(tokens / row["tokens_per_s"] for row in rows if row["tokens_per_s"]) / 60
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
