@@ -104,9 +104,8 @@ def attend(
 ) -> tuple[Tensor, OVQState | None]:
     """`ovq_attention` with its settings as a spec, which a layer builds and validates only once."""
     _check_shapes(q, k, v, beta)
-    chosen = _choose(backend, q, k, v, spec)
-    if state is not None and torch.is_grad_enabled() and any(x.requires_grad for x in state.tensors()):
-        chosen = _with_state_gradient(chosen, backend)
+    carried = state is not None and torch.is_grad_enabled() and any(x.requires_grad for x in state.tensors())
+    chosen = _choose(backend, q, k, v, spec, carried)
     if cu_seqlens is not None:
         _check_packed(q, cu_seqlens, state, return_state)
         if hasattr(chosen, "forward_packed"):
@@ -146,12 +145,13 @@ def _empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
     return Dictionary(zeros(B, G, N, K), zeros(B, G, N, v.shape[3]), zeros(B, G, N), 0, 0)
 
 
-def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any:
-    """The backend module to use."""
+def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec, carried: bool = False) -> Any:
+    """The backend module to use; `carried`: it must pass gradients to a carried state."""
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend} of ovq_attention is not a legal value; legal: {', '.join(BACKENDS)}")
     if backend == "auto":
-        fits = q.is_cuda and "triton" in _MODULES and not _unsupported(_MODULES["triton"], q, k, v, spec)
+        possible = q.is_cuda and "triton" in _MODULES and not carried
+        fits = possible and not _unsupported(_MODULES["triton"], q, k, v, spec)
         return _MODULES["triton" if fits else "torch"]
     if backend not in _MODULES:
         raise BackendError(
@@ -161,19 +161,12 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> Any
     chosen = _MODULES[backend]
     if reason := _unsupported(chosen, q, k, v, spec):
         raise BackendError(f"backend={backend} of ovq_attention: {reason}; use backend=torch")
-    return chosen
-
-
-def _with_state_gradient(chosen: Any, backend: str) -> Any:
-    """`chosen`, or the torch backend if it has no gradient of a carried state and was not asked for by name."""
-    if getattr(chosen, "STATE_GRADIENT", False):
-        return chosen
-    if backend != "auto":
+    if carried and not getattr(chosen, "STATE_GRADIENT", False):
         raise BackendError(
             f"backend={backend} of ovq_attention has no gradient of a carried state; use backend=torch, or cut it off "
             "with ovq.mixers.base.detach_state"
         )
-    return _MODULES["torch"]
+    return chosen
 
 
 def backend_of(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str:
