@@ -258,7 +258,7 @@ def test_a_named_checkpoint_that_is_damaged_or_missing_is_an_error(run_dir: Path
     (folder(run_dir, 2) / "extra.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"step_00000002/extra\.pt is damaged"):
         choose(run_dir, str(folder(run_dir, 2)))
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="^resume=.*step_00000007: there is no checkpoint .*; name one"):
         choose(run_dir, str(folder(run_dir, 7)))
 
 

@@ -114,6 +114,8 @@ def _branch(root: Path, resume: str) -> Path | None:
             flush=True,
         )
         return chosen
+    if not path.is_dir():
+        raise CheckpointError(f"resume={resume}: there is no checkpoint {path}; name one, or a run folder with some")
     step = int(verify(path)["step"])
     elsewhere = path.parent != root.resolve()
     for own in named(root):  # what is not part of the branch's history must not be counted, or called intact
