@@ -24,7 +24,7 @@ from ovq.errors import ConfigError
 from ovq.inference.run import load_run
 from ovq.model import Transformer, build_model, divides_heads, undivided
 from ovq.processes import Axis
-from ovq.train.hand_over import handed_over
+from ovq.train import hand_over as handing
 from ovq.train.metrics import read_rows
 from ovq.train.optim import persistent_buffers
 from ovq.train.parallelize import recomputed
@@ -68,8 +68,7 @@ def two_steps(model: Transformer, context: Axis, packed: bool, hand_over: bool =
     for mixer in model.mixers():
         mixer.context_axis = context
         if hand_over:
-            mixer.hands_over = True
-            mixer.forward = handed_over(mixer, context)  # type: ignore[method-assign]
+            handing.hand_over(mixer, context)
     model.collect_health(True)
     results: dict[str, torch.Tensor] = {}
     for step in range(2):  # VQ learns in the first pass what it uses in the second

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,11 @@ from ovq.mixers.base import SequenceMixer
 from ovq.processes import Axis
 
 
-def handed_over(mixer: SequenceMixer, axis: Axis) -> Callable[..., Any]:
-    """The mixer's `forward`, which in training begins with the state of the rank before and hands its own on.
+def hand_over(mixer: SequenceMixer, axis: Axis) -> None:
+    """From now on, let the mixer begin with the state of the rank before and hand its own on, in training.
 
-    A row at a time, so that the next rank can begin after the first one.
-
-    Raises:
-        ConfigError: at the call, for packed documents, or if the mixer's backend has no gradient of a carried state.
+    A row at a time, so that the next rank can begin after the first one. The mixer's `forward` raises ConfigError for
+    packed documents, and if its backend has no gradient of a carried state.
     """
     forward = mixer.forward
     # What the states that arrive look like, by what they were made from, and of which the next rank was told: both are
@@ -76,7 +74,8 @@ def handed_over(mixer: SequenceMixer, axis: Axis) -> Callable[..., Any]:
             )
         return torch.cat([row(x) for x in x_BTD.split(1)]), None
 
-    return wrapped
+    mixer.hands_over = True
+    mixer.forward = wrapped  # type: ignore[method-assign]
 
 
 class _Take(torch.autograd.Function):

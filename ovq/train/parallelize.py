@@ -25,7 +25,7 @@ from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
 from ovq.model import Transformer, divides_heads, undivided
 from ovq.processes import World
-from ovq.train.hand_over import handed_over
+from ovq.train.hand_over import hand_over
 
 
 def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Transformer:
@@ -46,8 +46,7 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
     for mixer in model.mixers():
         mixer.data_axis, mixer.context_axis = world.data, world.context
         if world.context.size > 1 and not divides_heads(mixer, world.context.size):
-            mixer.hands_over = True
-            mixer.forward = handed_over(mixer, world.context)  # type: ignore[method-assign]
+            hand_over(mixer, world.context)
     for block in model.blocks():
         if trainer.compile:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
