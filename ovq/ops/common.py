@@ -55,7 +55,7 @@ def exact_products() -> Iterator[None]:
 def first_max(x: Tensor, grain_size: int = GRAIN) -> tuple[Tensor, Tensor]:
     """The maximum over the last dimension, and the index of the first element that has it, as `x.max(-1)` returns.
 
-    In TorchScript's part of Python (see `unlocked` in `ovq.ops.parallel`).
+    Written in TorchScript's subset of Python (see `unlocked` in `ovq.ops.parallel`).
 
     `Tensor.max` is slow on a CPU because it is not vectorised. Here the maximum of each grain is, and only the first
     grain that has the largest is searched for its index.

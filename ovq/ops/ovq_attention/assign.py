@@ -1,6 +1,6 @@
 """The torch backend's assignment of a chunk's tokens to centroids (arXiv 2602.03922, eqs. 17 and 18).
 
-Written in the part of Python that TorchScript compiles (see `unlocked` in `ovq.ops.parallel`).
+Written in the subset of Python that TorchScript compiles (see `unlocked` in `ovq.ops.parallel`).
 
 Shapes: L chunk, K key width, V value width, P batch x key/value heads, n centroids in use.
 """

@@ -1,6 +1,6 @@
 """The torch backend's loops over the chunks of a block, forwards and backwards.
 
-They are written in the part of Python that TorchScript compiles (see `unlocked` in `ovq.ops.parallel`).
+They are written in the subset of Python that TorchScript compiles (see `unlocked` in `ovq.ops.parallel`).
 
 Shapes: as in `chunked`; r = R t are the queries of a group's heads, and w the centroids in use, in whole grains.
 """

@@ -152,7 +152,7 @@ class Rows(NamedTuple):
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, large: int = LARGE) -> None:
-    """out = a @ b of [P, ., .], or out += a @ b; in TorchScript's part of Python.
+    """out = a @ b of [P, ., .], or out += a @ b, in TorchScript's subset of Python.
 
     Large products are computed one by one, as views: libraries copy batches of them to make them contiguous.
     """
