@@ -2,6 +2,7 @@
 
     python -m eval.per_position run=runs/cpu_demo context=65536
     torchrun --nproc_per_node 8 -m eval.per_position run=runs/pg19_480m context=65536 documents=32
+    torchrun --nproc_per_node 8 -m eval.per_position run=runs/pg19_480m context=1048576 trainer.context_parallel=8
 
 Writes per_position_loss.parquet (every evaluation, in logarithmic and in linear buckets), loss_by_document.parquet and
 plots/loss_by_position_*.png to the run folder. A document is its separator followed by its ids. The first `context`
@@ -32,7 +33,7 @@ from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError, TrainingError
-from ovq.inference.losses import losses_by_position, losses_with_restarts
+from ovq.inference.losses import exp, losses_by_position, losses_with_restarts
 from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer
@@ -91,11 +92,6 @@ class Measurement:
         return {**results, "documents": float(self.documents)}
 
 
-def exp(x: float) -> float:
-    """e^x, or infinity where a float would overflow."""
-    return math.exp(x) if not x > 700 else math.inf
-
-
 def standard_error(means: np.ndarray) -> np.ndarray | None:
     """Standard error of the mean over documents (axis 0): sqrt(sum (x - mean)^2 / (D - 1) / D). None if D = 1."""
     documents = len(means)
@@ -126,9 +122,9 @@ def measure(
     heldout = HeldOut(cfg, tokenizer, wanted.context, wanted.documents)
     done: list[Document] = []  # of this rank
     with other_capacity(model.mixers(), wanted.num_centroids):
-        while excerpts := heldout.round(wanted.batch * world.size):
+        while excerpts := heldout.round(wanted.batch * world.data.size):
             first = heldout.given - len(excerpts)
-            own = range(world.rank, len(excerpts), world.size)
+            own = range(world.data.rank, len(excerpts), world.data.size)
             nats_DT = losses(
                 model,
                 [excerpts[i].tokens for i in own] or [excerpts[0].tokens],
@@ -136,10 +132,11 @@ def measure(
                 piece=wanted.piece,
                 device=world.device,
                 should_stop=should_stop,
+                context=world.context,
             )
             if nats_DT is None:
                 return None
-            for i, nats_T in zip(own, nats_DT):
+            for i, nats_T in zip(own, nats_DT) if world.context.rank == 0 else ():
                 means = {kind: bucket_means(nats_T, make(wanted.context)) for kind, make in EDGES.items()}
                 done.append((first + i, means, float(nats_T.sum()), excerpts[i].source))
                 if progress:
@@ -359,7 +356,7 @@ class Options(RunOptions):
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     with peers.watched(Path(options.run) / "checkpoints"):
-        run = options.open(overrides)
+        run = options.open(overrides, shares=True)
         if run.cfg.logger.name == "wandb" and run.world.is_main:
             start_wandb(run.run_dir, run.cfg)  # reopens the run; closed when this process ends
         results = evaluate_strictly(

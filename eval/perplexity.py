@@ -21,13 +21,13 @@ from typing import Any
 
 from data.tokenizer import Tokenizer
 from eval.heldout import HeldOut
-from eval.per_position import check_capacity, exp
+from eval.per_position import check_capacity
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.files import write_whole
-from ovq.inference.losses import losses_by_position
+from ovq.inference.losses import exp, losses_by_position
 from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer
@@ -66,8 +66,8 @@ def measure(
     heldout = HeldOut(cfg, tokenizer, None, documents)
     nats, tokens = 0.0, 0
     with other_capacity(model.mixers(), cfg.eval.num_centroids):
-        while excerpts := heldout.round(cfg.eval.batch * world.size):
-            own = excerpts[world.rank :: world.size]
+        while excerpts := heldout.round(cfg.eval.batch * world.data.size):
+            own = excerpts[world.data.rank :: world.data.size]
             losses_DT = losses_by_position(
                 model,
                 [excerpt.tokens for excerpt in own or excerpts[:1]],
@@ -75,10 +75,12 @@ def measure(
                 piece=cfg.eval.piece,
                 device=world.device,
                 should_stop=should_stop,
+                context=world.context,
             )
             if losses_DT is None:
                 return None
-            nats += sum(processes.gather_objects(float(losses_DT.sum()) if own else 0.0))
+            counts = own and world.context.rank == 0
+            nats += sum(processes.gather_objects(float(losses_DT.sum()) if counts else 0.0))
             tokens += sum(len(excerpt.tokens) - 1 for excerpt in excerpts)
     if not tokens:
         raise ConfigError(f"the {cfg.eval.split} split holds no text; set data.{cfg.eval.split}")
@@ -103,7 +105,7 @@ def measure(
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     with peers.watched(Path(options.run) / "checkpoints"):
-        run = options.open(overrides)
+        run = options.open(overrides, shares=True)
         results = measure(run.model, run.cfg, run.tokenizer, run.world, lambda: False, documents=options.documents)
         assert results is not None  # nothing could stop it
         if run.world.is_main:

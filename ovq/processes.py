@@ -109,7 +109,7 @@ def init(trainer: TrainerConfig) -> World:
     if size % trainer.context_parallel:
         raise ConfigError(
             f"trainer.context_parallel={trainer.context_parallel} must divide the number of processes, {size}; start "
-            f"with torchrun --nproc_per_node {trainer.context_parallel} train.py ..."
+            f"with torchrun --nproc_per_node {trainer.context_parallel} ..."
         )
     kind = trainer.device
     if kind == "auto":

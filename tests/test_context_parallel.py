@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from data.loader import Batch
 from ovq import processes
 from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
+from ovq.inference.losses import losses_by_position
 from ovq.inference.run import load_run
 from ovq.model import Transformer, build_model, divides_heads, undivided
 from ovq.processes import Axis
@@ -96,6 +98,31 @@ def errors_of(mixer: str, context: Axis, packed: bool, hand_over: bool = False, 
     return {name: relative_error(parts[name], whole[name]) for name in whole if name not in health}
 
 
+def losses_of(model: Transformer, context: Axis) -> torch.Tensor:
+    """Losses of rows of unequal lengths, in pieces with a carried state that neither ranks nor chunks divide."""
+    rows = [np.arange(length) ** 2 % VOCAB for length in (46, 31)]
+    for mixer in model.mixers():
+        mixer.context_axis = context
+    losses = losses_by_position(
+        *(model.eval(), rows),
+        positions=45,
+        piece=13,
+        device=torch.device("cpu"),
+        should_stop=lambda: False,
+        context=context,
+    )
+    assert losses is not None and losses.shape == (2, 45) and not losses[1, 30:].any() and (losses[1, :30] > 0).all()
+    return torch.from_numpy(losses)
+
+
+def evaluated(mixer: str, context: Axis, hand_over: bool) -> Errors:
+    """Relative difference between the losses of documents that ranks share and those of one rank."""
+    model = model_of(mixer)
+    for one in model.mixers() if hand_over else ():
+        handing.hand_over(one, context)
+    return {"losses": relative_error(losses_of(model, context), losses_of(model_of(mixer), Axis("context")))}
+
+
 def work(rank: int, size: int, ports: list[int], folder: Path, settings: list[str]) -> None:
     """One of `size` ranks: compares all mixers over a context axis of all ranks, then trains with `settings`."""
     torch.set_num_threads(1)
@@ -111,6 +138,11 @@ def work(rank: int, size: int, ports: list[int], folder: Path, settings: list[st
         f"{mixer}, handed over{', recomputed' if again else ''}": errors_of(mixer, world.context, False, True, again)
         for mixer in HANDED_OVER
         for again in (False, True)
+    }
+    errors |= {
+        f"{mixer}, evaluated{', handed over' if hand_over else ''}": evaluated(mixer, world.context, hand_over)
+        for mixer in MIXERS
+        for hand_over in (False, True)
     }
     every = processes.gather_objects(errors)
     if rank == 0:
@@ -175,6 +207,20 @@ def test_four_ranks_that_hand_the_state_over_compute_what_one_does(four: Path, m
     check_errors(four, mixer, "handed over", "handed over, recomputed")
 
 
+EVALUATED = ("evaluated", "evaluated, handed over")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_losses_of_documents_that_two_ranks_share_equal_those_of_one(two: Path, mixer: str) -> None:
+    check_errors(two, mixer, *EVALUATED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_losses_of_documents_that_four_ranks_share_equal_those_of_one(four: Path, mixer: str) -> None:
+    check_errors(four, mixer, *EVALUATED)
+
+
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
 
@@ -205,6 +251,10 @@ def test_a_run_on_two_by_two_ranks_logs_what_one_rank_does(four: Path, one: Path
 def test_a_checkpoint_of_ranks_that_share_sequences_is_resumed_and_opened_by_one(two: Path, one: Path) -> None:
     run_dir = two / "run"
     assert load_run(run_dir).step == 4
+    with pytest.raises(
+        ConfigError, match="^trainer.context_parallel=2: ranks share documents in eval.per_position and"
+    ):
+        load_run(run_dir, ["trainer.context_parallel=2"])
     branch = f"resume={run_dir / 'checkpoints' / 'step_00000002'}"
     assert train.main([*TRAIN, "trainer.micro_batch=2", "eval.at_end=false", f"run_dir={run_dir}", branch]) == 0
     check_run(run_dir, one)

@@ -8,6 +8,7 @@ Shapes: D documents in a batch, T positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,14 @@ from torch import Tensor
 
 from ovq.mixers.base import detach_state
 from ovq.model import IGNORE, Transformer
+from ovq.processes import Axis
+
+ALONE = Axis("context")
+
+
+def exp(x: float) -> float:
+    """e^x, or infinity where a float would overflow."""
+    return math.exp(x) if not x > 700 else math.inf
 
 
 @torch.no_grad()
@@ -28,25 +37,30 @@ def losses_by_position(
     piece: int,
     device: torch.device,
     should_stop: Callable[[], bool],
+    context: Axis = ALONE,
 ) -> np.ndarray | None:
     """Loss in nats of each label of each row, float64 [D, positions]; 0 past a row's end. None if told to stop.
 
     Args:
         rows: the tokens of each document, at most positions + 1.
-        piece: tokens per forward pass.
+        piece: tokens per forward pass, over all ranks that share the rows.
         should_stop: called before every forward pass, the same number of times on every rank.
+        context: the ranks that share the rows, which must be those that the model's mixers share heads with. All pass
+            the same rows; each computes its part of every piece, and all return all losses.
     """
-    tokens_DT = torch.zeros(len(rows), positions + 1, dtype=torch.int64)
-    labels_DT = torch.full((len(rows), positions), IGNORE)
+    padded, piece = (-(-length // context.size) * context.size for length in (positions, piece))
+    tokens_DT = torch.zeros(len(rows), padded + 1, dtype=torch.int64)
+    labels_DT = torch.full((len(rows), padded), IGNORE)
     for index, row in enumerate(rows):
         tokens_DT[index, : len(row)] = torch.from_numpy(row)
         labels_DT[index, : len(row) - 1] = tokens_DT[index, 1 : len(row)]
     state: list[Any] | None = None
     parts: list[Tensor] = []
-    for start in range(0, positions, piece):
+    for start in range(0, padded, piece):
         if should_stop():
             return None
-        span = slice(start, min(start + piece, positions))
+        width = min(piece, padded - start) // context.size
+        span = slice(start + context.rank * width, start + (context.rank + 1) * width)
         out = model(
             tokens_DT[:, span].to(device),
             targets_BT=labels_DT[:, span].to(device),
@@ -55,8 +69,8 @@ def losses_by_position(
             reduction="none",
         )
         state = detach_state(out.state)
-        parts.append(out.loss)
-    return torch.cat(parts, dim=1).to("cpu", torch.float64).numpy()
+        parts.append(context.gather(out.loss.T) if context.size > 1 else out.loss.T)
+    return torch.cat(parts)[:positions].T.to("cpu", torch.float64).numpy()
 
 
 def losses_with_restarts(
@@ -68,6 +82,7 @@ def losses_with_restarts(
     piece: int,
     device: torch.device,
     should_stop: Callable[[], bool],
+    context: Axis = ALONE,
 ) -> np.ndarray | None:
     """As `losses_by_position`, but a prediction sees only between `restart` and 2 x `restart` tokens before it.
 
@@ -87,6 +102,7 @@ def losses_with_restarts(
                 piece=piece,
                 device=device,
                 should_stop=should_stop,
+                context=context,
             )
             if losses is None:
                 return None

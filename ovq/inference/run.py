@@ -60,11 +60,12 @@ class RunOptions:
         [], "what the run's config may use: classes outside this project, whose code then runs, and oc.env:NAME"
     )
 
-    def open(self, overrides: Sequence[str] = (), *, writes: bool = True) -> Run:
+    def open(self, overrides: Sequence[str] = (), *, writes: bool = True, shares: bool = False) -> Run:
         """Open the run, with options that are settings and `overrides` (full names) replacing its own settings.
 
         Args:
             writes: the tool writes its results to the run folder.
+            shares: the tool lets trainer.context_parallel ranks share every document.
 
         Raises:
             ConfigError, CheckpointError: as `load_run`; the run folder, where results go, cannot be written to.
@@ -86,7 +87,8 @@ class RunOptions:
                 f"the results would go to {self.run}, which cannot be written to ({one_line(error)}); nothing was "
                 "computed. Make room, or evaluate a copy of the run folder"
             ) from None
-        return load_run(Path(self.run), [*short, *overrides], checkpoint_at=self.checkpoint, trust=self.trust)
+        checkpoint_at, trust = self.checkpoint, self.trust
+        return load_run(Path(self.run), [*short, *overrides], checkpoint_at=checkpoint_at, trust=trust, shares=shares)
 
 
 @dataclass
@@ -109,6 +111,7 @@ def load_run(
     *,
     checkpoint_at: str | int | None = None,
     trust: Collection[str] = (),
+    shares: bool = False,
 ) -> Run:
     """Open a run with the weights of its newest good checkpoint, or a folder of `ovq.inference.export`. Collective:
     joins the other processes of torchrun.
@@ -118,6 +121,7 @@ def load_run(
         checkpoint_at: a checkpoint's folder, its name, or its step; None: the newest good one.
         trust: class paths outside this project that the run's config may name, and environment variables, as
             oc.env:NAME, that it may read.
+        shares: whether the caller lets trainer.context_parallel ranks share every document.
 
     Raises:
         ConfigError: no such run or setting, a class that is not trusted, another tokenizer than the run's, or an
@@ -131,6 +135,11 @@ def load_run(
     cfg = override(stored, [*(f"{key}={_typed(value)}" for key, value in COMPUTED.items()), *overrides])
     if not any(text.startswith("logger.") for text in overrides):
         cfg.logger.mode = "offline"  # what a stored config names as its project need not be this user's
+    if cfg.trainer.context_parallel > 1 and not shares:
+        raise ConfigError(
+            f"trainer.context_parallel={cfg.trainer.context_parallel}: ranks share documents in eval.per_position and "
+            "eval.perplexity only; here each takes documents of its own"
+        )
     world = processes.init(cfg.trainer)
     if folder:
         if checkpoint_at is not None:

@@ -87,9 +87,8 @@ class SequenceMixer(nn.Module):
 
     @property
     def head_ranks(self) -> int:
-        """R, the number of processes that share out the heads: the context axis in training. 1 in evaluation, where
-        every process has whole sequences of its own, and where the state is handed over."""
-        return self.context_axis.size if self.training and not self.hands_over else 1
+        """R, the number of processes that share out the heads: the context axis; 1 where the state is handed over."""
+        return 1 if self.hands_over else self.context_axis.size
 
     def gather_tokens(self, *tensors_BtHC: Tensor) -> tuple[Tensor, ...]:
         """Whole sequences of this process's heads, from its tokens of all heads: call it before mixing.

@@ -56,7 +56,7 @@ class SlidingWindow(AttentionLayer):
         q, k = (rotate(x, start, self.rope_base, self.rope_scaling) for x in (q, k))
         k, v = self.extend(state, k, v)
         o = sliding_window_attention(self.scale_queries(q), k, v, window=self.window, cu_seqlens=cu_seqlens)
-        return self.project_out(o), self._cache(k, v, start + x_BTD.shape[1]) if return_state else None
+        return self.project_out(o), self._cache(k, v, start + q.shape[1]) if return_state else None
 
     def _cache(self, k: Tensor, v: Tensor, position: int) -> KVCache:
         kept = slice(max(0, k.shape[1] - self.window + 1), None)

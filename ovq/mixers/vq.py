@@ -102,7 +102,7 @@ class VQ(AttentionLayer):
         return_state: bool = False,
     ) -> tuple[Tensor, VQState | None]:
         q, k, v = self.project(x_BTD)
-        learns = self.training and state is None
+        learns, codebook = self.training and state is None, self.own_heads(self.codebook)
         if learns:
             self._update_codebook()
             # Computed in a repeated pass too, whose graph must match the first one's.
@@ -112,7 +112,7 @@ class VQ(AttentionLayer):
             k,
             v,
             # The averages are updated after this pass, and the backward pass may still need the old codes.
-            self.own_heads(self.codebook).clone() if learns else self.codebook,
+            codebook.clone() if learns else codebook,
             self.inverse_temperature(),
             block_size=self.block_size,
             quantize_recent=self.quantize_recent,

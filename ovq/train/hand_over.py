@@ -31,6 +31,9 @@ def hand_over(mixer: SequenceMixer, axis: Axis) -> None:
 
     A row at a time, so that the next rank can begin after the first one. The mixer's `forward` raises ConfigError for
     packed documents, and if its backend has no gradient of a carried state.
+
+    In evaluation, where pieces follow each other with a state of their own, every rank mixes the tokens of all and
+    keeps its own outputs.
     """
     forward = mixer.forward
     # What the states that arrive look like, by what they were made from, and of which the next rank was told: both are
@@ -66,7 +69,10 @@ def hand_over(mixer: SequenceMixer, axis: Axis) -> None:
         x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, state: Any = None, return_state: bool = False
     ) -> tuple[Tensor, Any]:
         if not mixer.training:
-            return forward(x_BTD, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
+            T = x_BTD.shape[1]
+            whole = axis.gather(x_BTD.transpose(0, 1)).transpose(0, 1)
+            y, state = forward(whole, state=state, return_state=return_state)
+            return y[:, axis.rank * T : (axis.rank + 1) * T], state
         if cu_seqlens is not None:
             raise ConfigError(
                 "data.isolate_documents=true needs a trainer.context_parallel that divides the heads of "
