@@ -1,6 +1,7 @@
 """Where each rank of a job stands when one of them no longer answers: its stacks, in the run folder.
 
-    run_dir/stacks/rank_00003.txt    written when rank 3 gets SIGQUIT, and when it or a rank it waits for is lost
+    run_dir/stacks/rank_00003.txt    written when rank 3 gets SIGQUIT, when it or a rank it waits for is lost, and
+                                     when one of the job is slow
 
 SIGQUIT to a rank of a job appends the stacks of all its threads and does nothing else, whatever the rank is doing: the
 handler does not need the interpreter. A rank that has lost another writes its own and asks for those of the lost ranks
@@ -66,6 +67,18 @@ def register(run_dir: Path) -> None:
     faulthandler.register(signal.SIGQUIT, file, all_threads=True)
     atexit.register(_remove_if_empty, path_of(folder, rank))
     _register = Register(folder, rank, members, file)
+
+
+def write_after(seconds: float) -> Path | None:
+    """Have this rank append the stacks of all its threads to its file after a while, without being interrupted.
+
+    Returns:
+        The folder of stacks; None, and nothing is written, if there is none.
+    """
+    if _register is None:
+        return None
+    faulthandler.dump_traceback_later(seconds, file=_register.file)
+    return _register.folder
 
 
 def path_of(folder: Path, rank: int) -> Path:

@@ -41,6 +41,7 @@ from ovq.train.optim import LearnedBuffers, clip_gradients, step_unless
 from ovq.train.parallelize import reshard, sync_gradients
 from ovq.train.progress import Progress, shown
 from ovq.train.schedule import due, lr_at
+from ovq.train.slow_ranks import SlowRanks
 from ovq.train.stop import StopSignal
 from ovq.train.summary import recorded
 
@@ -115,6 +116,7 @@ class Trainer:
         self.peak = (0.0, "")
         self.progress: Progress | None = None  # until `fit`
         self.signal = StopSignal(announce=world.is_main)
+        self.slow_ranks = SlowRanks(world, self.say)
         self._buffers = LearnedBuffers(model)
         self._window, self._data_wait = 0.0, 0.0
 
@@ -281,6 +283,7 @@ class Trainer:
             achieved = flops / elapsed / self.world.size
             share, self.peak = share_of_peak(achieved, self.peak, self.world.device, self.world.precision)
             speed |= {} if share is None else {"mfu": round(share, 4)}
+        self.slow_ranks.look(speed["data_wait"], elapsed / len(records))
         speed["memory_gib"] = round(peak_memory_gib(self.world.device), 3)
         self.tokens_per_s.append(speed["tokens_per_s"])
         for record, results in zip(records, fetched):

@@ -1,0 +1,75 @@
+"""Claims about a rank that all others wait for: who it is, and why, is said once."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from ovq.compose import CONFIG_DIR
+from ovq.train.slow_ranks import Pace, slow
+
+SLOW_RANK = """
+import os, sys, time
+from pathlib import Path
+
+import torch
+from ovq import processes, stacks
+from ovq.config import TrainerConfig
+from ovq.train import slow_ranks
+from tests.training import trainer_for
+
+if os.environ["RANK"] == "1":
+    product = torch.Tensor.__matmul__
+    torch.Tensor.__matmul__ = lambda a, b: (time.sleep(0.01), product(a, b))[1]
+
+slow_ranks.EVERY_S = 0.0
+torch.set_num_threads(1)
+run_dir = Path(sys.argv[1])
+world = processes.init(TrainerConfig(device="cpu"))
+stacks.register(run_dir)
+trainer_for(run_dir, "trainer.steps=12", "trainer.log_every=1", "trainer.micro_batch=1", world=world).fit()
+processes.shutdown()
+"""
+
+
+def test_a_slow_rank_is_named_once_with_the_stacks_of_all(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG_DIR.parent)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_RANK, str(tmp_path)],
+            cwd=CONFIG_DIR.parent,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), errors
+    named = [line for line in errors[0].splitlines() if line.startswith("rank 1 on ")]
+    assert len(named) == 1 and not [line for line in errors[1].splitlines() if line.startswith("rank ")]
+    assert re.fullmatch(
+        rf"rank 1 on \S+ is slow, and the others wait for it: a matrix product takes \d+\.\d times as long as on the "
+        rf"others; stacks of all ranks in the next step: {tmp_path / 'stacks'}",
+        named[0],
+    )
+    for rank in range(2):
+        assert "most recent call first" in (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
+
+
+def test_a_rank_is_slow_beside_the_median_of_the_others() -> None:
+    paces = [Pace("a", 100.0, 0.01), Pace("b", 90.0, 0.02), Pace("c", 40.0, 0.01), Pace("d", 110.0, 0.3)]
+    assert slow(paces) == {
+        2: "a matrix product takes 2.5 times as long as on the others",
+        3: "it waits for data 30% of the time, the others 1%",
+    }
+    assert slow(paces[:2]) == {}
+    assert slow([Pace("a", 100.0, 0.5), Pace("b", 100.0, 0.6)]) == {}, "all wait for data: none is the slow one"
