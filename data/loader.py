@@ -74,7 +74,8 @@ class Batch:
     def shard(self, rank: int, ranks: int) -> Batch:
         """The share of one of `ranks` processes that hold the same rows: the rank-th part of every row.
 
-        Packed documents lie in one long row, the rows end to end: of that. `cu_seqlens` remains that of the whole.
+        Packed documents lie in one long row, the rows end to end: of that. `cu_seqlens` remains that of the whole, and
+        `sources` has one entry for each of the equal stretches, within rows, that the part consists of.
 
         Raises:
             ConfigError: the rows cannot be divided evenly.
@@ -84,8 +85,14 @@ class Batch:
                 f"trainer.context_parallel={ranks} must divide the {self.inputs.shape[1]} tokens of every row"
             )
         packed = self.cu_seqlens is not None and ranks > 1
-        inputs, targets = ((x.reshape(1, -1) if packed else x) for x in (self.inputs, self.targets))
-        return replace(self, inputs=inputs.chunk(ranks, 1)[rank], targets=targets.chunk(ranks, 1)[rank])
+        inputs, targets, sources = self.inputs, self.targets, self.sources
+        if packed:
+            a_row = ranks // math.gcd(len(inputs), ranks)  # stretches
+            stretches = [source for source in sources for _ in range(a_row)]
+            sources = stretches[rank * len(stretches) // ranks : (rank + 1) * len(stretches) // ranks]
+            inputs, targets = inputs.reshape(1, -1), targets.reshape(1, -1)
+        inputs, targets = inputs.chunk(ranks, 1)[rank], targets.chunk(ranks, 1)[rank]
+        return replace(self, inputs=inputs, targets=targets, sources=sources)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device. Copies to a GPU go through pinned memory and are not waited for."""

@@ -27,6 +27,7 @@ from ovq.inference.run import load_run
 from ovq.model import Transformer, build_model, divides_heads, undivided
 from ovq.processes import Axis
 from ovq.train import hand_over as handing
+from ovq.train.batches import loss_by_source
 from ovq.train.metrics import read_rows
 from ovq.train.optim import persistent_buffers
 from ovq.train.parallelize import recomputed
@@ -272,6 +273,19 @@ def test_a_shard_holds_labels_shifted_before_and_packed_rows_end_to_end() -> Non
     assert packed.cu_seqlens is bounds
     with pytest.raises(ConfigError, match="trainer.context_parallel=3 must divide the 8 tokens of every row"):
         rows.shard(0, 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("rows", "ranks"), [(4, 2), (3, 2), (2, 4), (3, 4), (6, 4), (1, 4)])
+def test_the_loss_of_each_data_set_is_that_of_all_shards(rows: int, ranks: int, packed: bool) -> None:
+    names, sources = ["a", "b"], ["a", "b", "b", "a", "b", "a"][:rows]
+    tokens = torch.randint(100, (rows, 8), generator=torch.Generator().manual_seed(rows))
+    bounds = torch.tensor([0, 5, 8 * rows], dtype=torch.int32) if packed else None
+    whole = Batch(tokens, tokens, bounds, sources=sources)
+    shards = [whole.shard(rank, ranks) for rank in range(ranks)]
+    parts = [torch.stack(loss_by_source(shard.inputs, shard.sources, names)) for shard in shards]
+    assert torch.stack(parts).sum(0).tolist() == torch.stack(loss_by_source(tokens, sources, names)).tolist()
+    assert sum(len(shard.inputs.flatten()) for shard in shards) == 8 * rows
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,12 @@ def loss_by_source(loss: Tensor, sources: list[str], names: list[str]) -> list[T
 
     Args:
         loss: of each token [B, T]; anything if there are no names.
-        sources: the data set of each row.
+        sources: the data set of each row, or of each of equal stretches of the rows end to end.
         names: the data sets of the mixture.
 
     Returns:
         A scalar for each name, float32, detached. No step of this waits for the device.
     """
-    rows = [row.sum().float() for row in loss.detach()] if names else []
+    rows = [row.sum().float() for row in loss.detach().view(len(sources), -1)] if names else []
     zero = torch.zeros((), device=loss.device)
     return [sum((row for row, source in zip(rows, sources) if source == name), zero) for name in names]
