@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.bench import cpu, plain_gpt, reading, steps
+from eval.bench import cpu, plain_gpt, profile, reading, steps
 from eval.bench.against_sdpa import ovq_flops, sdpa_flops
 from eval.bench.rivals import Case
 from eval.bench.stopwatch import Stopwatch, ratio_in_turns
@@ -20,6 +20,7 @@ SMALL = [
     *TINY,
     *("models=[std_att,sw_ovq]", "threads=1", "repeats=1", "memory=false"),
     *("matmul_size=32", "lengths=[64,256]", "peer_limit=64", "contexts=[32,64]", "precision_contexts=[32]"),
+    "profile_contexts=[32]",
     *("step_tokens=64", "prefix=80", "piece=32", "decode=3"),
 ]
 
@@ -62,6 +63,11 @@ def test_every_section_has_all_its_measurements(tmp_path: Path, capsys: pytest.C
 
     assert [(row["precision"], row["context"]) for row in found["precision"]] == [("fp32", 32), ("bf16", 32)]
     assert found["precision"][0]["speedup"] == 1 != found["precision"][1]["speedup"]
+
+    assert [(row["model"], row["context"]) for row in found["profile"]] == [("plain_gpt", 32), ("sw_ovq", 32)]
+    for row in found["profile"]:
+        assert list(row["parts_ms"]) == list(profile.KINDS) and row["parts_ms"]["products"] > 0
+        assert sum(row["parts_ms"].values()) >= row["step_ms"] * 0.999
 
     assert [row["model"] for row in found["inference"]] == MODELS
     for row in found["inference"]:
@@ -121,6 +127,25 @@ def test_a_wrong_option_is_a_one_line_error(
     assert cpu.main([argument, f"out={out}"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::bmm", "products"),
+        ("aten::_softmax_backward_data", "exp and max"),
+        ("aten::exp2_", "exp and max"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "SDPA"),
+        ("aten::index_put_", "rows"),
+        ("aten::copy_", "copies"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::linalg_vector_norm", "sums and norms"),
+        ("autograd::engine::evaluate_function: MmBackward0", "the rest"),
+        ("aten::mul", "element-wise"),
+    ],
+)
+def test_an_operation_is_of_one_kind(operation: str, kind: str) -> None:
+    assert profile.kind_of(operation) == kind
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------

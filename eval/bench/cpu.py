@@ -9,6 +9,7 @@ Sections:
     operator    OVQ-attention (torch backend) and SDPA, 4 heads of 64, N = 1024: forward, forward + backward, memory
     step        a training step of each named model beside a plain GPT written with torch alone
     precision   the step of sw_ovq in bfloat16 beside float32
+    profile     where the time of a step of sw_ovq and of the plain GPT goes, on one core
     inference   reading a long text with carried state, then writing; full attention with its cache is the peer
 
 What is compared takes turns in one process, so that other load on the machine affects all alike, after one warm-up.
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eval.bench import against_sdpa, ops, reading, steps
+from eval.bench import against_sdpa, ops, profile, reading, steps
 from eval.bench.compare import named_models
 from eval.bench.stopwatch import Stopwatch, matmul_rate
 from ovq import cpu
@@ -41,7 +42,7 @@ from ovq.machine import describe_machine
 from ovq.schema import setting
 
 Row = dict[str, Any]
-SECTION_NAMES = ("matmul", "operator", "inference", "step", "precision")  # in this order: see `main`
+SECTION_NAMES = ("matmul", "operator", "inference", "step", "precision", "profile")  # in this order: see `main`
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Options:
     memory: bool = setting(True, "measure the peak memory of operator, in processes of their own")
     contexts: list[int] = setting([2048, 8192, 32768], "contexts of step in tokens", at_least=1)
     precision_contexts: list[int] = setting([2048, 8192], "contexts of precision in tokens", at_least=1)
+    profile_contexts: list[int] = setting([2048, 8192], "contexts of profile in tokens", at_least=1)
     step_tokens: int = setting(8192, "tokens a step, unless the context is longer", at_least=1)
     repeats: int = setting(5, "timed repetitions of operator, step and precision", at_least=1)
     seconds: float = setting(
@@ -124,6 +126,12 @@ def sections_of(given: Options, overrides: list[str], record: dict[str, list[Row
             steps.head("precision", steps.PRECISIONS[0]),
             lambda: steps.precision_rows(given.precision_contexts, plan),
             lambda row: steps.line(row, "precision"),
+        ),
+        "profile": Section(
+            f"Training steps on one core: size {given.size}, float32; milliseconds by kind of operation",
+            profile.HEAD,
+            lambda: profile.rows(given.profile_contexts, plan),
+            profile.line,
         ),
         "inference": Section(
             f"Inference: one sequence, size {given.size}, float32",

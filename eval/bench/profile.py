@@ -1,0 +1,100 @@
+"""Where the time of a training step goes, by kind of operation, on one core: of `sw_ovq` and of the plain GPT.
+
+Kinds add up the time that torch's profiler finds in each operation itself. Profiling slows short operations down, so
+their sum can exceed the step's own time. The rest is Python, views and the calls themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from eval import style
+from eval.bench.steps import PEER, PEERS_WIDTHS, PRECISE, Plan, config_of, our_step, plain_step, worlds
+from eval.bench.stopwatch import Stopwatch
+
+REPEATS = 3
+REST = "the rest"
+# The first kind with a word that the operation's name begins with, after aten:: and underscores.
+KINDS = {
+    "products": ("mm", "bmm", "addmm", "addbmm", "baddbmm", "mkldnn", "linear", "mv", "dot"),
+    "SDPA": ("scaled_dot_product",),
+    "exp and max": ("softmax", "log_softmax", "exp", "max", "amax", "argmax", "logsumexp", "log"),
+    "optimizer": ("fused_adam", "foreach"),
+    "element-wise": ("add", "sub", "mul", "div", "neg", "silu", "sigmoid", "sqrt", "rsqrt", "pow", "softplus"),
+    "sums and norms": ("sum", "mean", "norm", "linalg", "cumsum", "rms_norm"),
+    "rows": ("index", "gather", "scatter", "embedding", "sort", "topk", "where", "masked"),
+    "copies": ("copy", "cat", "clone", "contiguous", "stack", "fill", "zero", "empty", "resize"),
+    REST: ("",),
+}
+Row = dict[str, Any]
+HEAD = f"{'step of':<10} {'context':>7} {'ms':>9} " + " ".join(f"{kind:>15}" for kind in KINDS)
+
+
+def kind_of(operation: str) -> str:
+    """The kind of an operation, from its name in the profiler."""
+    name = operation.removeprefix("aten::").lstrip("_")
+    return next(kind for kind, words in KINDS.items() if any(name.startswith(word) for word in words))
+
+
+def by_kind(events: Iterable[Any], whole_ms: float) -> dict[str, float]:
+    """Milliseconds of each kind; the rest includes what no operation takes of `whole_ms`.
+
+    Args:
+        events: averages of `torch.profiler`, by operation.
+        whole_ms: what the same call takes without the profiler.
+    """
+    found = dict.fromkeys(KINDS, 0.0)
+    for event in events:
+        found[kind_of(event.key)] += event.self_cpu_time_total / 1e3
+    found[REST] += max(0.0, whole_ms - sum(found.values()))
+    return found
+
+
+def profiled(call: Callable[[], object]) -> tuple[float, dict[str, float]]:
+    """Milliseconds of a call (the median of three), and of each kind of operation in another one."""
+    stopwatch = Stopwatch(torch.device("cpu"))
+    call()
+    whole_ms = statistics.median(stopwatch.once(lambda mark: call())[1] for _ in range(REPEATS))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        call()
+    return whole_ms, by_kind(profiler.key_averages(), whole_ms)
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Operations on this thread alone: those of several threads would add up to more than the step takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def rows(contexts: list[int], plan: Plan) -> Iterator[Row]:
+    """A row per context and model, the plain GPT first: its `step_ms`, and the `parts_ms` of them by kind."""
+    for context in contexts:
+        cfg = config_of(PRECISE, context, plan)
+        with worlds(cfg.trainer) as (world,), tempfile.TemporaryDirectory() as folder, one_core():
+            for name in (PEER, PRECISE):
+                ours = name == PRECISE
+                step = our_step(cfg, world, folder) if ours else plain_step(config_of(PEERS_WIDTHS, context, plan))
+                whole_ms, parts_ms = profiled(functools.partial(step.call, _unmarked))
+                yield {"model": name, "context": context, "step_ms": whole_ms, "parts_ms": parts_ms}
+
+
+def _unmarked() -> None:
+    """What a step calls after its first half: nothing is measured there."""
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    parts = " ".join(f"{part:>15,.1f}" for part in row["parts_ms"].values())
+    return f"{row['model']:<10} {style.short(row['context']):>7} {row['step_ms']:>9,.1f} {parts}"
