@@ -212,7 +212,7 @@ CASES = {
     "small tables": Case({"seeding": "random"}, small_tables=True),
 }
 MAIN = ("plain", "packed", "carried", "nearest", "rate")  # with any number of programs; the others with 4
-SEEDS_OF = {2: (0, 3), 4: (1, 2), 16: (4,)}  # by the number of programs a head (3 is not a legal width of a tile)
+SEEDS_OF = {2: (0,), 3: (3,), 4: (1, 2), 16: (4,)}  # by the number of programs a head
 RUNS = [(name, programs, seed) for name in MAIN for programs, seeds in SEEDS_OF.items() for seed in seeds]
 RUNS += [("tiles", 4, 5), ("small tables", 4, 6)]
 KERNELS = {kernel.__name__ for kernel in shipped.KERNELS.values()}
@@ -239,7 +239,7 @@ def outputs(case: Case, programs: int, backward: bool) -> dict[str, Tensor]:
         settings["cu_seqlens"] = torch.tensor(case.documents, dtype=torch.int32)
     state, loss = None, torch.zeros(())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assign, "splits", lambda walks, device, packed: programs)
+        patch.setattr(assign, "splits", lambda walks, device: programs)
         patch.setattr(assign, "CONCURRENT", programs > 1)
         if case.small_tables:
             patch.setattr(plans, "TABLE_SHARE", 1e-3)
@@ -300,7 +300,7 @@ MUTANTS = {
     ),
     "the barrier waits for one more": Mutant("assign", {"< awaited:": "<= awaited:"}, "deadlock in assign_kernel"),
     "every program commits every centroid": Mutant(
-        "assign", {"((place // BLOCK_N) % SPLITS == split)": "(split >= 0)"}, "race in assign_kernel on key_sum_ptr"
+        "assign", {"((place // BLOCK_N) % splits == split)": "(split >= 0)"}, "race in assign_kernel on key_sum_ptr"
     ),
     "every program writes every version row": Mutant(
         "assign", {"writes = owned & ": "writes = (l < L) & "}, "race in assign_kernel on row_key_ptr"

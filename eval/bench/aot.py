@@ -150,7 +150,7 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
         kernel.K,
         kernel.V,
         kernel.chunk_size,
-        {name: value for name, value in constexprs.items() if name.startswith("BLOCK_") or name == "SPLITS"},
+        {name: value for name, value in constexprs.items() if name.startswith("BLOCK_") or name == "MOST"},
         options["num_warps"],
         options["num_stages"],
     )

@@ -284,7 +284,7 @@ def memory_ratio(shape: Shape) -> float:
 
 def splits(heads: int, processors: int) -> int:
     """Programs that share a head: as `kernels.assign.splits`, but for a chip that need not be present."""
-    return 1 << min(max(processors // heads, 1).bit_length() - 1, 4)
+    return min(max(processors // heads, 1), 16)
 
 
 def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:

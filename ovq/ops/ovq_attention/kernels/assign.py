@@ -11,7 +11,7 @@ and the dictionary's history is written as *version rows*: when a chunk touches 
 and log count are written to the row of the chunk's last token assigned to it, so that all versions together are no
 larger than k and v. Which row each centroid has before each chunk follows from the assignment alone (tabulate.py).
 
-A head is walked by SPLITS programs. Program p owns the centroids of blocks p, p + SPLITS, ...: it proposes only among
+A head is walked by `splits` programs. Program p owns the centroids of blocks p, p + splits, ...: it proposes only among
 them, and commits only to them. The only barrier lies between the two: after it, every program reads all proposals and
 makes the same assignment. (Proposals are double-buffered by chunk parity; the next barrier keeps them from being
 overwritten.) A chunk that fits one tile is assigned in registers; a longer one tile by tile, through memory. Sums stay
@@ -33,8 +33,9 @@ from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED, Rows, load_rows, l
 from ovq.ops.ovq_attention.kernels.configs import arch_of, constants
 from ovq.ops.ovq_attention.kernels.plan import Plan
 
-SCALARS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "log2_keep"]
-MAX_SPLITS = 16
+SCALARS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "splits", "log2_keep"]
+BUILDS = (1, 4, 16)  # the most programs a walk that each build is for
+LEFT_TO_NCCL = 16  # multiprocessors
 CONCURRENT = not INTERPRETED  # Triton's interpreter runs the programs of a launch one after another
 NOTHING = tl.constexpr(2147483647)  # larger than every index and rank
 
@@ -75,16 +76,17 @@ def assign(
     if not plan.committed:
         return assignment, rows
     documents = len(plan.walks)
+    walks = B * G * documents
+    programs_each = splits(walks, device)
     flags = {
-        "SPLITS": splits(B * G * documents, device, packed=len(plan.documents) > 1),
+        "MOST": next(most for most in BUILDS if programs_each <= most),
         "FORCED": forced is not None,
         "RANDOM": spec.seeding == "random",
         "NEAREST": spec.first_chunk == "nearest" and initial == 0,
         "KEY_VALUE": key_value,
         "RATE": spec.rate is not None,
     }
-    walks = B * G * documents
-    programs = walks * flags["SPLITS"]
+    programs = walks * programs_each
     best, arg = empty(2, programs, L, dtype=torch.float32), empty(2, programs, L, dtype=torch.int32)
     chosen, place = empty(programs, L, dtype=torch.float32), empty(programs, 2, L, dtype=torch.int32)
     arrived = torch.zeros(walks, dtype=torch.int32, device=device)
@@ -96,15 +98,15 @@ def assign(
             host["starts"], host["sizes"], host["walks"],
             key_sum, value_sum, count, mean_key, mean_value, *rows, assignment,
             best, arg, chosen, place, arrived,
-            S, L, G, M, initial + S, initial, documents, skipped, most, log2_keep(spec.rate),
+            S, L, G, M, initial + S, initial, documents, skipped, most, programs_each, log2_keep(spec.rate),
             PROPOSE=propose, COMMIT=commit, **settings,
             # Programs that share a barrier must all be resident: a cooperative launch guarantees it, whatever other
             # streams occupy.
-            launch_cooperative_grid=flags["SPLITS"] > 1,
+            launch_cooperative_grid=programs_each > 1,
         )  # fmt: skip
 
     longest = max(last - first for first, last, _ in plan.walks)
-    if flags["SPLITS"] > 1 and not CONCURRENT:
+    if programs_each > 1 and not CONCURRENT:
         # The first program would wait at the barrier forever: one launch before it and one after it instead.
         for chunk in range(longest):
             launch(chunk, chunk + 1, True, False)
@@ -114,18 +116,19 @@ def assign(
     return assignment, rows
 
 
-def splits(walks: int, device: torch.device, packed: bool = False) -> int:
-    """Programs per walk: a power of two, and no more than can run at the same time, since they wait for each other.
+def splits(walks: int, device: torch.device) -> int:
+    """Programs per walk: no more than can run at the same time, since they wait for each other.
 
-    Each value needs its own build, so packed documents, whose number varies, use only powers of four.
+    Where ranks communicate, a part of the processors is left to NCCL, whose kernels could not start otherwise until the
+    walk has ended, and other ranks would wait for them.
     """
     # (On AMD always 1: there Triton 3.6 does not wait for the stores of all of a program's waves before it releases.)
     if device.type != "cuda" or torch.version.hip:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fitting = min(max(processors // walks, 1), MAX_SPLITS)
-    exponent = fitting.bit_length() - 1
-    return 1 << (exponent - exponent % 2 if packed else exponent)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        processors -= LEFT_TO_NCCL
+    return min(max(processors // walks, 1), BUILDS[-1])
 
 
 def log2_keep(rate: float | None) -> float:
@@ -152,10 +155,10 @@ def assign_kernel(
     row_log_ptr,  # [B, G, rows] float32 out: log2 of the counts
     row_count_ptr,  # [B, G, rows] float32 out, if RATE
     assignment_ptr,  # [B, G, S] int32 out
-    best_ptr,  # [2, walks, SPLITS, L] float32: similarities of the proposals
-    arg_ptr,  # [2, walks, SPLITS, L] int32: centroids of the proposals
-    chosen_ptr,  # [walks * SPLITS, L] float32, private to a program
-    place_ptr,  # [walks * SPLITS, 2, L] int32, private to a program
+    best_ptr,  # [2, walks, splits, L] float32: similarities of the proposals
+    arg_ptr,  # [2, walks, splits, L] int32: centroids of the proposals
+    chosen_ptr,  # [walks * splits, L] float32, private to a program
+    place_ptr,  # [walks * splits, 2, L] int32, private to a program
     arrived_ptr,  # [walks] int32, initially 0: arrivals at the barrier
     S,
     L,
@@ -166,6 +169,7 @@ def assign_kernel(
     documents,
     skipped,  # chunks of each document to skip
     most,  # end of the chunks of each document to walk, counting the skipped ones
+    splits,  # programs a walk, at most MOST
     log2_keep,  # log2(1 - eta)
     K: tl.constexpr,
     V: tl.constexpr,
@@ -176,7 +180,7 @@ def assign_kernel(
     BLOCK_W: tl.constexpr,  # centroids per tile when committing
     BLOCK_N: tl.constexpr,
     ONE: tl.constexpr,  # a chunk fits one commit tile
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,
     PROPOSE: tl.constexpr,
     COMMIT: tl.constexpr,
     FORCED: tl.constexpr,
@@ -187,9 +191,11 @@ def assign_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    walks = tl.num_programs(0) // SPLITS
-    walk = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
+    if MOST == 1:
+        splits = 1
+    walks = tl.num_programs(0) // splits
+    walk = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     head = walk // documents
     b = head // G
     g = head % G
@@ -221,19 +227,19 @@ def assign_kernel(
         chunk_v = token_at(v_ptr, start, G, g, V)
         size = tl.load(sizes_ptr + i)
         founded = tl.load(sizes_ptr + i + 1) - size
-        slot = ((i % 2) * walks + walk) * SPLITS
+        slot = ((i % 2) * walks + walk) * splits
 
         if PROPOSE and not FORCED:
             for l0 in tl.range(0, L, BLOCK_L, num_stages=1):
                 key = l0 + tl.arange(0, BLOCK_L)
                 best, arg = _propose(
-                    chunk_k, chunk_v, mean_key_ptr, mean_value_ptr, key, L, G, size, split,
-                    K, V, BLOCK_K, BLOCK_V, BLOCK_L, BLOCK_N, SPLITS, KEY_VALUE, PRECISION, STAGES,
+                    chunk_k, chunk_v, mean_key_ptr, mean_value_ptr, key, L, G, size, split, splits,
+                    K, V, BLOCK_K, BLOCK_V, BLOCK_L, BLOCK_N, KEY_VALUE, PRECISION, STAGES,
                 )  # fmt: skip
                 tl.store(best_ptr + (slot + split) * L + key, best, mask=key < L)
                 tl.store(arg_ptr + (slot + split) * L + key, arg, mask=key < L)
-            if COMMIT and SPLITS > 1:
-                _barrier(arrived_ptr + walk, SPLITS * (i - first_chunk - skipped + 1))
+            if COMMIT and MOST > 1:
+                _barrier(arrived_ptr + walk, splits * (i - first_chunk - skipped + 1))
             else:
                 tl.debug_barrier()
 
@@ -242,7 +248,7 @@ def assign_kernel(
                 if FORCED:
                     place = tl.load(forced_ptr + start + l, mask=l < L, other=-1)
                 else:
-                    best, arg = _choose(best_ptr + slot * L, arg_ptr + slot * L, l, size, L, SPLITS)
+                    best, arg = _choose(best_ptr + slot * L, arg_ptr + slot * L, l, size, L, splits, MOST)
                     rank = _rank(best, l, chosen_ptr, rank_ptr + i * L, L, BLOCK_C, ONE, RANDOM)
                     place = _place(
                         rank, arg, l, place_ptr, chunk_k, size, founded, L, G,
@@ -257,8 +263,8 @@ def assign_kernel(
                 _settle(
                     place, l, place_ptr, chunk_k, chunk_v, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
                     mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr + start,
-                    initial + start, split, L, G, log2_keep,
-                    K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
+                    initial + start, split, splits, L, G, log2_keep,
+                    K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, BLOCK_N, ONE, KEY_VALUE, RATE, PRECISION,
                 )  # fmt: skip
             else:
                 if FORCED:
@@ -267,7 +273,7 @@ def assign_kernel(
                         tl.store(place_ptr + l0 + l, place, mask=l0 + l < L)
                 else:
                     for l0 in tl.range(0, L, BLOCK_C, num_stages=1):
-                        best, arg = _choose(best_ptr + slot * L, arg_ptr + slot * L, l0 + l, size, L, SPLITS)
+                        best, arg = _choose(best_ptr + slot * L, arg_ptr + slot * L, l0 + l, size, L, splits, MOST)
                         tl.store(chosen_ptr + l0 + l, best, mask=l0 + l < L)
                         tl.store(arg_own_ptr + l0 + l, arg, mask=l0 + l < L)
                     tl.debug_barrier()
@@ -296,17 +302,17 @@ def assign_kernel(
                     _settle(
                         place, l0 + l, place_ptr, chunk_k, chunk_v, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr,
                         mean_value_ptr, row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr + start,
-                        initial + start, split, L, G, log2_keep,
-                        K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, BLOCK_N, ONE, SPLITS, KEY_VALUE, RATE, PRECISION,
+                        initial + start, split, splits, L, G, log2_keep,
+                        K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, BLOCK_N, ONE, KEY_VALUE, RATE, PRECISION,
                     )  # fmt: skip
             tl.debug_barrier()
 
 
 @triton.jit
 def _propose(
-    k_ptr, v_ptr, mean_key_ptr, mean_value_ptr, l, L, G, size, split,
+    k_ptr, v_ptr, mean_key_ptr, mean_value_ptr, l, L, G, size, split, splits,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, KEY_VALUE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Similarity and index of each key's best centroid among this program's; -inf if it owns none.
 
@@ -331,7 +337,7 @@ def _propose(
             similarity = similarity - (_square(mean) + _square(mean_v))[None, :] - own[:, None]
         best = tl.where(held[None, :], similarity, float("-inf"))
     else:
-        for n in tl.range(split * BLOCK_N, size, SPLITS * BLOCK_N, num_stages=STAGES):
+        for n in tl.range(split * BLOCK_N, size, splits * BLOCK_N, num_stages=STAGES):
             held = n + column < size
             mean = load_rows(mean_key_ptr, n + column, held, K, BLOCK_K)
             similarity = tl.dot(key, tl.trans(mean), input_precision=PRECISION)
@@ -364,15 +370,15 @@ def _barrier(arrived_ptr, awaited):
 
 
 @triton.jit
-def _choose(best_ptr, arg_ptr, l, size, L, SPLITS: tl.constexpr):
+def _choose(best_ptr, arg_ptr, l, size, L, splits, MOST: tl.constexpr):
     """The best of all programs' proposals for some keys; ties go to the lowest centroid."""
     # All proposals in one load, for one trip to memory. (.cg: other SMs wrote them, so L1 may be stale.)
-    split = tl.arange(0, SPLITS)
-    valid = (split >= 0)[:, None] & (l < L)[None, :]
+    split = tl.arange(0, MOST)
+    proposed = (split < splits)[:, None] & (l < L)[None, :]
     offset = split[:, None] * L + l[None, :]
-    bests = tl.load(best_ptr + offset, mask=valid, other=float("inf"), cache_modifier=".cg")
-    args = tl.load(arg_ptr + offset, mask=valid, other=0, cache_modifier=".cg")
-    best = tl.max(bests, 0)
+    bests = tl.load(best_ptr + offset, mask=proposed, other=float("-inf"), cache_modifier=".cg")
+    args = tl.load(arg_ptr + offset, mask=proposed, other=NOTHING, cache_modifier=".cg")
+    best = tl.where(l < L, tl.max(bests, 0), float("inf"))
     arg = tl.min(tl.where(bests == best[None, :], args, NOTHING), 0)
     if size == 0:
         best = tl.where(l == 0, float("-inf"), best)  # the first key always founds centroid 0
@@ -413,7 +419,7 @@ def _place(
     if founded > 0:
         if NEAREST and size == 0:
             arg = _nearest(rank, l, rank_ptr, k_ptr, founded, L, G, K, BLOCK_K, BLOCK_C, ONE, PRECISION)
-        if BLOCK_W < BLOCK_C:  # (not for SPLITS = 1: there a scan's layout makes everything after it spill)
+        if BLOCK_W < BLOCK_C:  # (not with MOST = 1: there a scan's layout makes everything after it spill)
             founds = ((rank < founded) & (l < L)).to(tl.int32)
             ordinal = tl.cumsum(founds, 0) - founds
         else:
@@ -451,15 +457,15 @@ def _nearest(
 @triton.jit
 def _settle(
     place, l, place_ptr, k_ptr, v_ptr, key_sum_ptr, value_sum_ptr, count_ptr, mean_key_ptr, mean_value_ptr,
-    row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr, first_row, split, L, G, log2_keep,
+    row_key_ptr, row_value_ptr, row_log_ptr, row_count_ptr, assignment_ptr, first_row, split, splits, L, G, log2_keep,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr, SPLITS: tl.constexpr, KEY_VALUE: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr, KEY_VALUE: tl.constexpr,
     RATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Commit some keys to their centroids; each centroid of this program is written by its last key in the chunk."""
     if split == 0:
         tl.store(assignment_ptr + l, place, mask=l < L)
-    owned = (l < L) & ((place // BLOCK_N) % SPLITS == split)
+    owned = (l < L) & ((place // BLOCK_N) % splits == split)
     if BLOCK_W == BLOCK_C:
         # Issue the load before counting the keys.
         old = tl.load(count_ptr + place, mask=owned, other=0.0)

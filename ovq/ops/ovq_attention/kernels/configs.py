@@ -1,7 +1,7 @@
 """The tile sizes of every kernel: one small table, no autotuning.
 
 Tiles depend on the stage, the chip, the width and the dtype, never on the number of tokens, centroids or heads: a new
-sequence length compiles and tunes nothing. (Only `assign` has a build for each number of programs that share a walk.)
+sequence length compiles and tunes nothing. (`assign` has three builds, by how many programs may share a walk.)
 The figures behind these choices: `python -m eval.bench.aot`.
 """
 
@@ -190,9 +190,9 @@ def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: i
     }
     if stage == "assign":
         commit = min(tile.commit, longest)
-        # A program owns about one in SPLITS of the centroids that a chunk changes, at most one a key.
-        shared = settings.get("SPLITS", 1) > 1 and commit == longest
-        writes = min(max(commit // settings["SPLITS"], 16), 32, commit) if shared else commit
+        # Each of several programs owns a part of the centroids that a chunk changes, at most one a key.
+        shared = settings.get("MOST", 1) > 1 and commit == longest
+        writes = min(max(commit // settings["MOST"], 16), commit) if shared else commit
         return settings | {"BLOCK_L": rows, "BLOCK_C": commit, "BLOCK_W": writes, "ONE": commit == longest}
     if stage == "decode":
         return settings | {"BLOCK_R": longest}

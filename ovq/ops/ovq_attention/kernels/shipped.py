@@ -33,7 +33,7 @@ ATTENTION = ("predict", "query_grad", "dictionary_grad", "chunk_grad")
 TABULATE = {"scatter": SCATTER, "fill": FILL}
 FLAGS: dict[str, dict[str, Any]] = {
     "assign": {
-        "SPLITS": 4,
+        "MOST": 4,
         "PROPOSE": True,
         "COMMIT": True,
         "FORCED": False,
