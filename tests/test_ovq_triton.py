@@ -176,7 +176,7 @@ def test_any_number_of_programs_that_fits_the_card_shares_a_walk_and_nccl_keeps_
 def test_every_shipped_kernel_names_all_its_arguments() -> None:
     """Run in a separate process, because this one may have loaded kernels for the interpreter."""
     program = (
-        "from ovq.ops.ovq_attention.kernels.shipped import KERNELS, shipped_kernels\n"
+        "from ovq.ops.ovq_attention.kernels.shipped import KERNELS, shipped_kernels, variants\n"
         "for arch in ('sm_80', 'sm_90', 'gfx942'):\n"
         "    kernels = list(shipped_kernels(arch))\n"
         "    assert {k.stage for k in kernels} == set(KERNELS) and len(kernels) == 6 * (len(KERNELS) - 2) + 2\n"
@@ -185,6 +185,10 @@ def test_every_shipped_kernel_names_all_its_arguments() -> None:
         "        assert constexprs == set(k.constexprs), (k.stage, constexprs ^ set(k.constexprs))\n"
         "        numbers = {n for n, t in k.signature.items() if t in ('i32', 'fp32')}\n"
         "        assert numbers == {p.name for p in k.kernel.params if p.do_not_specialize}, k.stage\n"
+        "others = list(variants('sm_90'))\n"
+        "assert all(k.constexprs.keys() == kernels[0].constexprs.keys() for k in others if k.stage == 'assign')\n"
+        "assert {L for k in others for L in [k.chunk_size]} == {16, 64, 128, 256, 512}\n"
+        "assert {k.constexprs['MOST'] for k in others if k.stage == 'assign'} == {1, 4, 16}\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

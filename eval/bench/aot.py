@@ -49,8 +49,8 @@ class Chip:
     """A compilation target.
 
     `backend`, `arch`, `warp`: as Triton names it. `shared_kib`: most shared memory of a program. `matmul`: its matrix
-    instructions in 16-bit floats; `matmul_older`: those accepted in float32 (on NVIDIA, products of TF32 parts) and in
-    decoding (16 rows). `binding`: whether a broken requirement fails the command.
+    instructions in 16-bit floats; `matmul_older`: those accepted in float32 (on NVIDIA, products of TF32 parts) and for
+    products of fewer than 64 rows (decoding, short chunks). `binding`: whether a broken requirement fails the command.
     """
 
     backend: str
@@ -94,6 +94,7 @@ class Build:
     tile: dict[str, Any]
     warps: int
     stages: int
+    flags: dict[str, Any] = field(default_factory=dict)
     registers: int = 0
     stack: int = 0
     spills: int = 0
@@ -106,7 +107,13 @@ class Build:
 
     @property
     def name(self) -> str:
-        return f"{self.stage} {self.dtype} {self.K}x{self.V} on {self.target}"
+        return " ".join([self.stage, self.dtype, f"{self.K}x{self.V}", *self.variant, f"on {self.target}"])
+
+    @property
+    def variant(self) -> list[str]:
+        """How it differs from the default variant, but for its widths; decode's "chunk" is a group of query heads."""
+        chunk = [] if self.chunk_size in (1, 128) else [f"L={self.chunk_size}"]
+        return chunk + [name if value is True else f"{name}={value}" for name, value in self.flags.items()]
 
 
 def offences(build: Build) -> list[str]:
@@ -119,7 +126,8 @@ def offences(build: Build) -> list[str]:
         found.append(f"{build.name}: {build.spills} spilled loads and stores, {build.stack} bytes of stack")
     if build.shared > chip.shared_kib * 1024:
         found.append(f"{build.name}: {build.shared} bytes of shared memory, the chip has {chip.shared_kib} KiB")
-    wanted = chip.matmul_older if build.dtype == "float32" or build.stage == "decode" else chip.matmul
+    few_rows = build.stage == "decode" or build.chunk_size < 64 or "FORCED" in build.flags  # (which only sums keys)
+    wanted = chip.matmul_older if build.dtype == "float32" or few_rows else chip.matmul
     if build.multiplies and not any(build.matmuls.get(name) for name in wanted):
         found.append(f"{build.name}: no {' or '.join(wanted)} instruction, products do not run on tensor cores")
     if build.serialized:
@@ -153,6 +161,7 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
         {name: value for name, value in constexprs.items() if name.startswith("BLOCK_") or name == "MOST"},
         options["num_warps"],
         options["num_stages"],
+        kernel.flags,
     )
     source = triton.compiler.ASTSource(kernel.kernel, kernel.signature, constexprs, kernel.attrs)
     began, log = time.monotonic(), io.StringIO()
@@ -235,7 +244,8 @@ def _find(pattern: str, text: str) -> str:
 def report(targets: Iterable[str], *, quick: bool = False, jobs: int = 2) -> Iterator[Build]:
     """Compile every shipped kernel for the targets in `jobs` processes.
 
-    `quick`: only bfloat16, and for other targets than sm_90 only the attention kernels of width 64.
+    `quick`: only the default variant in bfloat16, and for other targets than sm_90 only the attention kernels of width
+    64.
     """
     wanted = [(target, index) for target in targets for index in _indices(target, quick)]
     with tempfile.TemporaryDirectory() as cache, _environment({**ENVIRONMENT, "TRITON_CACHE_DIR": cache}):
@@ -251,6 +261,7 @@ def _indices(target: str, quick: bool) -> list[int]:
     if not quick:
         return [i for i, _ in kernels]
     kernels = [(i, kernel) for i, kernel in kernels if str(kernel.dtype) == "torch.bfloat16"]
+    kernels = [(i, k) for i, k in kernels if k.K == k.V and k.chunk_size in (1, 128) and not k.flags]
     if target == "sm_90":
         return [i for i, _ in kernels]
     return [i for i, kernel in kernels if kernel.attention and kernel.K == 64]
@@ -262,9 +273,9 @@ def _build_shipped(wanted: tuple[str, int]) -> Build:
 
 
 def _shipped(target: str) -> list[Any]:
-    from ovq.ops.ovq_attention.kernels.shipped import shipped_kernels
+    from ovq.ops.ovq_attention.kernels.shipped import shipped_kernels, variants
 
-    return list(shipped_kernels(target))
+    return [*shipped_kernels(target), *variants(target)]
 
 
 @contextlib.contextmanager
@@ -280,9 +291,12 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 # --- what is written -------------------------------------------------------------------------------------------------
 
-BUILT = ("target", "stage", "dtype", "width", "tile", "warps", "stages", "registers", "spills", "shared", "products")
+BUILT = (
+    *("target", "stage", "dtype", "width", "variant", "tile", "warps", "stages", "registers", "spills", "shared"),
+    "products",
+)
 COLUMNS = (*BUILT, *sass.COLUMNS)
-WIDTHS = (6, 15, 8, 5, 6, 5, 6, 9, 6, 14, 16, 12, 12, 5, 9, 4, 4, 4, 16, 5)
+WIDTHS = (6, 15, 8, 6, 12, 6, 5, 6, 9, 6, 14, 16, 12, 12, 5, 9, 4, 4, 4, 16, 5)
 
 
 def cells(build: Build) -> list[str]:
@@ -293,7 +307,9 @@ def cells(build: Build) -> list[str]:
     numbers = [str(x) for x in (build.warps, build.stages, build.registers, build.spills)]
     shared = f"{build.shared / 1024:.0f} of {CHIPS[build.target].shared_kib} KiB"
     width = str(build.K) if build.K == build.V else f"{build.K}/{build.V}"
-    return [build.target, build.stage, build.dtype, width, tile, *numbers, shared, products, *sass.cells(build.code)]
+    variant = " ".join(build.variant)
+    first = [build.target, build.stage, build.dtype, width, variant, tile]
+    return [*first, *numbers, shared, products, *sass.cells(build.code)]
 
 
 def _line(row: Iterable[str]) -> str:

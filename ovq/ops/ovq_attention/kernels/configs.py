@@ -137,6 +137,10 @@ TILES = {
 }
 
 
+# Of these, the tiles of width 128 spill where values are wider than keys.
+WIDE_VALUES = {("sm_80", "half"): {"query_grad": Tile(64, 32, 8, 3), "chunk_grad": Tile(32, 32, 8, 2)}}
+
+
 @functools.cache
 def arch_of(device: torch.device) -> str:
     """The architecture, such as "sm_90" or "gfx942"; "interpreter" for a device that is not a GPU."""
@@ -159,6 +163,8 @@ def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int) -> Tile:
     wgmma = arch in ("sm_90", "sm_100", "sm_103")
     family = "gfx" if arch.startswith("gfx") else "sm_90" if wgmma else "sm_80"
     operands = "float" if dtype == torch.float32 else "half"
+    if padded(K) < padded(V) == 128 and stage in WIDE_VALUES.get((family, operands), {}):
+        return WIDE_VALUES[family, operands][stage]
     return TILES[family][operands, 64 if max(K, V) <= 64 else 128][stage]
 
 

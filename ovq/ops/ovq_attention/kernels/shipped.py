@@ -46,6 +46,19 @@ FLAGS: dict[str, dict[str, Any]] = {
     "decode": {"SPLITS": SPLITS},
     "combine": {"SPLITS": SPLITS, "PADDED": padded(SPLITS + 1)},
 }
+# What else is launched, beside the default variant: other chunks, values wider or narrower than keys, other numbers of
+# programs a walk, a given assignment, and the settings that the kernels know at compile time.
+OTHER_CHUNKS = (16, 64, 256, 512)
+MIXED_WIDTHS = ((32, 64), (64, 128), (128, 64))
+OTHER_FLAGS: dict[str, list[dict[str, Any]]] = {
+    "assign": [
+        {"MOST": 1},
+        {"MOST": 16},
+        *({name: True} for name in ("FORCED", "RANDOM", "NEAREST", "KEY_VALUE", "RATE")),
+        {"MOST": 1, "NEAREST": True, "KEY_VALUE": True, "RATE": True},
+    ],
+    "dictionary_grad": [{"RATE": True}],
+}
 # Types of the arguments by name; all other pointers are to the operands' dtype, all other scalars int32.
 TYPES = {
     **dict.fromkeys(("beta_ptr", "row_log_ptr", "row_count_ptr", "lse_ptr", "delta_ptr", "dbeta_ptr"), "*fp32"),
@@ -72,6 +85,7 @@ class ShippedKernel:
     constexprs: dict[str, Any]
     attrs: dict[tuple[int], list]
     options: dict[str, int]
+    flags: dict[str, Any]  # those that differ from the default variant's
 
     @property
     def attention(self) -> bool:
@@ -84,24 +98,45 @@ def shipped_kernels(
 ) -> Iterator[ShippedKernel]:
     """Every kernel for an architecture ("sm_80", "sm_90", "sm_100", "gfx942"), with the default variant's flags.
 
+    On AMD chips one program walks a head (`assign.splits`): there MOST is 1.
+
     The kernels that build the table depend on neither dtype nor width: they are listed once, under the last dtype.
     """
-    for stage, kernel in KERNELS.items():
+    for stage in KERNELS:
         for width in widths:
             for dtype in dtypes:
-                tile = "decode" if stage == "combine" else stage
-                rows = 1 if tile == "decode" else chunk_size
-                if stage not in TABULATE:
-                    settings = constants(tile, arch, dtype, width, width, rows, **FLAGS.get(stage, {}))
-                elif (width, dtype) == (widths[0], dtypes[-1]):
-                    settings = TABULATE[stage]
-                else:
-                    continue
-                options = {name: settings[name] for name in ("num_warps", "num_stages")}
-                settings = {name: value for name, value in settings.items() if name in kernel.arg_names}
-                signature = {name: _type(name, dtype, settings) for name in kernel.arg_names}
-                attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"}
-                yield ShippedKernel(stage, kernel, dtype, width, width, rows, signature, settings, attrs, options)
+                rows = 1 if stage in ("decode", "combine") else chunk_size
+                if stage not in TABULATE or (width, dtype) == (widths[0], dtypes[-1]):
+                    yield _kernel(stage, arch, dtype, width, width, rows)
+
+
+def variants(arch: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[ShippedKernel]:
+    """Stages A to C with other chunks, widths and flags than the default variant's, see `OTHER_CHUNKS` and below."""
+    stages = ("assign", *ATTENTION)
+    for stage in stages:
+        for L in OTHER_CHUNKS:
+            yield _kernel(stage, arch, dtype, 64, 64, L)
+        for K, V in MIXED_WIDTHS:
+            yield _kernel(stage, arch, dtype, K, V, 128)
+        for flags in OTHER_FLAGS.get(stage, []):
+            if "MOST" not in flags or not arch.startswith("gfx"):
+                yield _kernel(stage, arch, dtype, 64, 64, 128, **flags)
+    for L in OTHER_CHUNKS if not arch.startswith("gfx") else ():
+        yield _kernel("assign", arch, dtype, 64, 64, L, MOST=16)
+
+
+def _kernel(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: int, **flags: Any) -> ShippedKernel:
+    kernel, tile = KERNELS[stage], "decode" if stage == "combine" else stage
+    if stage in TABULATE:
+        settings = TABULATE[stage]
+    else:
+        amd = {"MOST": 1} if stage == "assign" and arch.startswith("gfx") else {}
+        settings = constants(tile, arch, dtype, K, V, rows, **FLAGS.get(stage, {}) | amd | flags)
+    options = {name: settings[name] for name in ("num_warps", "num_stages")}
+    settings = {name: value for name, value in settings.items() if name in kernel.arg_names}
+    signature = {name: _type(name, dtype, settings) for name in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"}
+    return ShippedKernel(stage, kernel, dtype, K, V, rows, signature, settings, attrs, options, flags)
 
 
 def _type(name: str, dtype: torch.dtype, constexprs: dict[str, Any]) -> str:
