@@ -209,6 +209,7 @@ def test_the_code_hash_covers_the_kernels_and_what_they_are_compared_with(
         ("in token order", lambda o, new, a: (o, new, torch.where((a == 1) | (a == 2), 3 - a, a))),
         ("outside 0 to", lambda o, new, a: (o, new, torch.where(a > 2, 1000, a))),
         ("incomplete chunk", lambda o, new, a: (o, new, a.clamp_min(0))),
+        ("the first row alone differs: o", lambda o, new, a: (o * 1.001 if len(o) == 1 else o, new, a)),
     ],
 )
 def test_every_result_is_compared(said: str, change: Any) -> None:
@@ -220,7 +221,7 @@ def test_every_result_is_compared(said: str, change: Any) -> None:
             return change(*verify.chunked.forward(*args))
 
     said_at: list[str] = []
-    problem = replace(TINY, context=300, settings=OVQSpec(40, 16).text)
+    problem = replace(TINY, batch=2, context=300, settings=OVQSpec(40, 16).text)
     assert "dbeta" in verify.verify(problem, CPU, verify.chunked, said_at.append)
     assert said_at == ["the first chunks", "the last chunks"]
     with pytest.raises(Wrong, match=said):

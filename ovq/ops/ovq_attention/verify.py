@@ -98,7 +98,7 @@ def verify(problem: Problem, device: torch.device, kernels: Any, say: Callable[[
 
 
 def _case(problem: Problem, device: torch.device, kernels: Any, position: int, tokens: int) -> str:
-    """Assignments, sums, outputs, gradients and a repeat, for a text that starts at `position`."""
+    """Assignments, sums, outputs, gradients, a repeat, and the first row alone, of a text that starts at `position`."""
     spec, dtype = problem.spec, problem.torch_dtype
     tensors, do = _inputs(problem, device, 1 if problem.packed else problem.batch, tokens)
     start = _dictionary(tensors, spec, position)
@@ -113,6 +113,11 @@ def _case(problem: Problem, device: torch.device, kernels: Any, position: int, t
     again, new_again, placed_again = run()
     _same_bits(("assignment", *NAMES), [placed_again, *again], [placed, *got])
     _same_bits(("sums of keys", "sums of values"), _sums(new_again)[:2], _sums(new)[:2])
+    if len(do) > 1:  # as evaluation has it: more programs share a head then, in another build
+        first = [x if x.dim() == 1 else x[:1].detach().requires_grad_() for x in tensors]
+        o, _, placed_alone = kernels.forward(*first, spec, start.map(lambda x: x[:1]))
+        alone = [placed_alone, o, *torch.autograd.grad(o, first[:3], do[:1])]
+        _same_bits(("assignment", *NAMES[:4]), alone, [x[:1] for x in (placed, *got[:4])], "the first row alone")
     errors = dict.fromkeys(NAMES, 0.0)
     sums, ties = 0.0, 0.0
     dbeta, terms = torch.zeros_like(tensors[3], dtype=torch.float64), 0.0
@@ -279,10 +284,10 @@ def _sums(d: Dictionary) -> list[Tensor]:
     return [d.key_sum, d.value_sum, d.count]
 
 
-def _same_bits(names: tuple[str, ...], got: list[Tensor], want: list[Tensor]) -> None:
+def _same_bits(names: tuple[str, ...], got: list[Tensor], want: list[Tensor], what: str = "a repeat") -> None:
     for name, x, y in zip(names, got, want):
         if not torch.equal(x, y):
-            raise Wrong(f"a repeat differs: {name} in {int((x != y).sum())} of {x.numel()} elements")
+            raise Wrong(f"{what} differs: {name} in {int((x != y).sum())} of {x.numel()} elements")
 
 
 def _within(errors: dict[str, float], bars: dict[str, float]) -> None:
