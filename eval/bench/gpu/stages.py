@@ -39,7 +39,7 @@ def stage_calls(x: Inputs, case: Case, done: Callable[[str], None] = lambda stag
     done("tabulate")
     o, lse = torch.empty_like(v), q.new_empty(B, H, case.tokens, dtype=torch.float32)
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    dbeta = lse.new_empty(B, H, kernels.query_tiles(plan, q, K))
+    dbeta = lse.new_empty(B, H, kernels.query_tiles(plan, q, K), K)
     calls: dict[str, Marked] = {
         "assign": lambda mark: kernels.assign(k, v, plan, *zeros(), None),
         "tabulate": lambda mark: kernels.tabulate(placed, plan, plan.all_chunks, plan.all_centroids),

@@ -211,20 +211,20 @@ def _backward(
     rows, (B, _, H, _), V = (row_key, row_value, row_log, row_count), q.shape, v.shape[3]
     with torch.cuda.device_of(q):
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
-        dbeta = lse.new_empty(B, H, query_tiles(plan, q, V))
+        dbeta = lse.new_empty(B, H, query_tiles(plan, q, V), q.shape[3])
         most, table = _most_entries(q, v, spec), None
         for chunks in plan.chunk_ranges(most):
             table = None  # free its memory before the next table is allocated
             table = tabulate(assignment, plan, chunks, plan.all_centroids)
             query_grad(q, k, v, beta_float, plan, rows, table, o, do, lse, delta, dq, dbeta)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
-        for centroids in plan.centroid_ranges(most, centroid_block(q, V, spec.chunk_size)):
+        for centroids in plan.centroid_ranges(most, centroid_block(q, V, spec)):
             if table is None or (table.chunks, table.centroids) != (plan.all_chunks, centroids):
                 table = None
                 table = tabulate(assignment, plan, plan.all_chunks, centroids)
             dictionary_grad(q, k, v, beta_float, plan, rows, table, do, lse, delta, dk, dv)
         chunk_grad(q, k, v, beta_float, plan, assignment, do, lse, delta, dk, dv)
-    return dq, dk, dv, dbeta.sum((0, 2)).to(beta.dtype)
+    return dq, dk, dv, dbeta.sum((0, 2, 3)).to(beta.dtype)
 
 
 @_backward.register_fake

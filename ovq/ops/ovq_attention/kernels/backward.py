@@ -24,6 +24,8 @@ A launch covers the chunks, or the centroids, of one table.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +36,7 @@ from ovq.ops.ovq_attention.kernels.configs import arch_of, constants
 from ovq.ops.ovq_attention.kernels.plan import Plan
 from ovq.ops.ovq_attention.kernels.predict import LOG2E
 from ovq.ops.ovq_attention.kernels.tabulate import Table
+from ovq.ops.ovq_attention.spec import OVQSpec
 
 QUERY_SCALARS = ["T", "S", "L", "H", "G", "rows", "table_size", "first_chunk", "all_tiles"]
 DICTIONARY_SCALARS = ["T", "S", "L", "H", "G", "rows", "table_size", "low", "initial", "log2_keep"]
@@ -51,7 +54,7 @@ def query_grad(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, plan: Plan, rows: Rows, table: Table,
     o: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dbeta: Tensor,
 ) -> None:  # fmt: skip
-    """dq, delta [B, H, T] and partial sums of dbeta [B, H, query_tiles] for the queries in the table's chunks."""
+    """dq, delta [B, H, T] and partial sums of dbeta [B, H, query_tiles, K] for the queries in the table's chunks."""
     (B, T, H, K), (S, G, V) = q.shape, v.shape[1:]
     host, L, (first, last) = plan.tensors(q.device), plan.spec.chunk_size, table.chunks
     settings = constants("query_grad", arch_of(q.device), q.dtype, K, V, L)
@@ -62,9 +65,14 @@ def query_grad(
     )  # fmt: skip
 
 
-def centroid_block(q: Tensor, V: int, L: int) -> int:
+def centroid_block(q: Tensor, V: int, spec: OVQSpec) -> int:
     """Number of centroids that one program of `dictionary_grad` owns."""
-    return constants("dictionary_grad", arch_of(q.device), q.dtype, q.shape[3], V, L)["BLOCK_N"]
+    return _dictionary_settings(q, V, spec)["BLOCK_N"]
+
+
+def _dictionary_settings(q: Tensor, V: int, spec: OVQSpec) -> dict[str, Any]:
+    flags = {"RATE": spec.rate is not None}
+    return constants("dictionary_grad", arch_of(q.device), q.dtype, q.shape[3], V, spec.chunk_size, **flags)
 
 
 def dictionary_grad(
@@ -73,9 +81,8 @@ def dictionary_grad(
 ) -> None:  # fmt: skip
     """dk and dv at the token of each version row of the table's centroids: the gradient of each key and value that went
     into that version. The table covers all chunks."""
-    (B, T, H, K), (S, G, V), spec = q.shape, v.shape[1:], plan.spec
-    host, flags = plan.tensors(q.device), {"RATE": spec.rate is not None}
-    settings = constants("dictionary_grad", arch_of(q.device), q.dtype, K, V, spec.chunk_size, **flags)
+    (B, T, H, _), (S, G, V), spec = q.shape, v.shape[1:], plan.spec
+    host, settings = plan.tensors(q.device), _dictionary_settings(q, V, spec)
     blocks = plan.blocks(settings["BLOCK_N"], table.centroids, q.device)
     if len(blocks):
         dictionary_grad_kernel[len(blocks), B * G](
@@ -118,7 +125,7 @@ def query_grad_kernel(
     lse_ptr,  # [B, H, T] float32
     delta_ptr,  # [B, H, T] float32 out
     dq_ptr,  # [B, T, H, K] out
-    dbeta_ptr,  # [B, H, all_tiles] float32 out
+    dbeta_ptr,  # [B, H, all_tiles, K] float32 out
     T,
     S,
     L,
@@ -200,10 +207,10 @@ def query_grad_kernel(
         ds = (p * (dp - delta[:, None])).to(key.dtype)
         acc = tl.dot(ds, key, acc, input_precision=PRECISION)
 
-    tl.store(
-        dbeta_ptr + tl.cast(tl.program_id(1), tl.int64) * all_tiles + first_chunk * tiles + tile,
-        tl.sum(tl.sum(acc * q.to(tl.float32), 1), 0),
-    )
+    # (Down to a number, Triton 3.6 fails for sm_100.)
+    part = tl.cast(tl.program_id(1), tl.int64) * all_tiles + first_chunk * tiles + tile
+    d = tl.arange(0, BLOCK_K)
+    tl.store(dbeta_ptr + part * K + d, tl.sum(acc * q.to(tl.float32), 0), mask=d < K)
     store_tokens(token_at(dq_ptr, query, H, h, K), m, H, live, acc * beta, K, BLOCK_K)
 
 

@@ -36,8 +36,8 @@ TILES = {
         ("half", 64): {
             "assign": Tile(128, 64, 8, 3, 128),
             "predict": Tile(128, 64, 4, 3),
-            "query_grad": Tile(128, 64, 8, 3),
-            "dictionary_grad": Tile(64, 128, 8, 3),
+            "query_grad": Tile(128, 128, 8, 3),
+            "dictionary_grad": Tile(128, 128, 8, 3),
             "chunk_grad": Tile(32, 64, 4, 2),
             "decode": Tile(16, 64, 4, 2),
         },
@@ -45,7 +45,7 @@ TILES = {
             "assign": Tile(128, 64, 8, 3, 128),
             "predict": Tile(128, 64, 8, 3),
             "query_grad": Tile(128, 64, 8, 3),
-            "dictionary_grad": Tile(64, 64, 8, 3),
+            "dictionary_grad": Tile(64, 128, 8, 2),
             "chunk_grad": Tile(32, 64, 8, 2),
             "decode": Tile(16, 32, 4, 2),
         },
@@ -137,8 +137,10 @@ TILES = {
 }
 
 
-# Of these, the tiles of width 128 spill where values are wider than keys.
-WIDE_VALUES = {("sm_80", "half"): {"query_grad": Tile(64, 32, 8, 3), "chunk_grad": Tile(32, 32, 8, 2)}}
+# Where one of these would spill. On sm_80, values wider than keys:
+WIDE_VALUES = {"query_grad": Tile(64, 32, 8, 3), "chunk_grad": Tile(32, 32, 8, 2)}
+# On sm_90, the counts that a constant rate needs; on sm_100, whose accumulators are elsewhere, always:
+DICTIONARY_GRAD = {64: Tile(64, 128, 8, 3), 128: Tile(64, 64, 8, 2)}
 
 
 @functools.cache
@@ -157,15 +159,18 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int) -> Tile:
+def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rate: bool = False) -> Tile:
+    """The tile of a stage's program; `rate`: with a constant rate."""
     if arch == "interpreter":  # its time depends on the number of tiles: use the largest
         return TILES["sm_90"]["half", 64][stage]
     wgmma = arch in ("sm_90", "sm_100", "sm_103")
     family = "gfx" if arch.startswith("gfx") else "sm_90" if wgmma else "sm_80"
-    operands = "float" if dtype == torch.float32 else "half"
-    if padded(K) < padded(V) == 128 and stage in WIDE_VALUES.get((family, operands), {}):
-        return WIDE_VALUES[family, operands][stage]
-    return TILES[family][operands, 64 if max(K, V) <= 64 else 128][stage]
+    operands, width = "float" if dtype == torch.float32 else "half", 64 if max(K, V) <= 64 else 128
+    if (family, operands, width) == ("sm_80", "half", 128) and padded(K) < padded(V) and stage in WIDE_VALUES:
+        return WIDE_VALUES[stage]
+    if (family, operands, stage) == ("sm_90", "half", "dictionary_grad") and (rate or arch != "sm_90"):
+        return DICTIONARY_GRAD[width]
+    return TILES[family][operands, width][stage]
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
@@ -180,7 +185,7 @@ def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: i
 
     `rows` is the chunk size or, for decode, the number of query heads per group.
     """
-    tile, longest = tile_of(stage, arch, dtype, K, V), padded(rows)
+    tile, longest = tile_of(stage, arch, dtype, K, V, flags.get("RATE", False)), padded(rows)
     rows = min(tile.rows, longest)  # a chunk shorter than the tile gets a tile of its own size
     settings = {
         "K": K,

@@ -118,6 +118,8 @@ def variants(arch: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[Shipped
             yield _kernel(stage, arch, dtype, 64, 64, L)
         for K, V in MIXED_WIDTHS:
             yield _kernel(stage, arch, dtype, K, V, 128)
+        if stage == "dictionary_grad":
+            yield _kernel(stage, arch, dtype, 128, 128, 128, RATE=True)
         for flags in OTHER_FLAGS.get(stage, []):
             if "MOST" not in flags or not arch.startswith("gfx"):
                 yield _kernel(stage, arch, dtype, 64, 64, 128, **flags)
