@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.bench import cost
+from eval.bench import compiled, cost
 from eval.bench.cost import CHIPS, Shape
+from ovq.errors import ConfigError
 from ovq.ops.ovq_attention import reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
@@ -90,18 +91,18 @@ def test_twice_the_tokens_take_at_most_2_1_times_the_work_and_memory_at_64k() ->
     double = dataclasses.replace(BAR, tokens=2 * BAR.tokens)
     for chip in CHIPS.values():
         once, twice = (cost.total_ms(s, chip, cost.FORWARD + cost.BACKWARD) for s in (BAR, double))
-        assert all(2.0 <= b / a <= 2.1 for a, b in zip(once, twice))
+        assert all(1.9 <= b / a <= 2.1 for a, b in zip(once, twice))
     assert sum(cost.memory(double).values()) < 2.1 * sum(cost.memory(BAR).values())
 
 
 @pytest.mark.parametrize("batch,heads", [(1, 1), (1, 8), (4, 8), (4, 16)])
-def test_the_assignment_waits_longer_than_its_arithmetic_and_bytes_take(batch: int, heads: int) -> None:
-    """So its prediction is the chain of waits and not its floor, up to about a head per multiprocessor."""
+def test_the_assignments_steps_take_longer_than_its_arithmetic_and_bytes(batch: int, heads: int) -> None:
+    """So its prediction is the chain of steps and not its floor, up to about a head per multiprocessor."""
     for chip in CHIPS.values():
         for N in (1024, 2048, 8192):
             shape = dataclasses.replace(BAR, batch=batch, heads=heads, kv_heads=heads, spec=OVQSpec(N))
             work = cost.stages(shape, chip)["assign"]
-            assert 1e-3 * cost.UNSURE[0] * work.waiting > work.floor_ms(chip)
+            assert work.predicted_ms(chip)[0] > work.floor_ms(chip)
 
 
 def test_the_assignment_takes_more_than_half_as_long_for_one_sequence_as_for_a_full_chip() -> None:
@@ -109,6 +110,67 @@ def test_the_assignment_takes_more_than_half_as_long_for_one_sequence_as_for_a_f
     small = dataclasses.replace(BAR, batch=1)
     full, one = (cost.stages(s)["assign"].predicted_ms(CHIPS["h200"])[0] for s in (BAR, small))
     assert one > full / 2
+
+
+# --- the compiled loops ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["predict", "query_grad", "dictionary_grad", "chunk_grad"])
+def test_iterations_equal_those_that_a_launch_makes(stage: str) -> None:
+    """Walked as the kernels walk: programs, then their loops; with chunks of two tiles and an unfinished one."""
+    s, tile = dataclasses.replace(SHAPE, spec=OVQSpec(num_centroids=20, chunk_size=16)), {"BLOCK_M": 8, "BLOCK_N": 4}
+    M, N, group = 8, 4, s.heads // s.kv_heads
+    programs = []
+    if stage == "dictionary_grad":
+        for block in range(0, s.spec.num_centroids, N):
+            steps = [(m, h) for n, tokens in s.chunks if n > block for m in range(0, tokens, M) for h in range(group)]
+            programs += [[len(steps)]] * (s.batch * s.kv_heads)
+    for n, tokens in s.chunks:
+        if stage in ("predict", "query_grad"):
+            for first in range(0, tokens, M):
+                loops = [len(range(0, n, N)), len(range(0, min(first + M, tokens), N))]
+                programs += [loops] * (s.batch * s.heads)
+        if stage == "chunk_grad":
+            outer = range(0, tokens, N)
+            inner = sum(len(range(start, tokens, M)) for start in outer) * group
+            programs += [[len(outer), inner]] * (s.batch * s.kv_heads)
+    whole, longest = compiled.iterations(stage, s, tile)
+    assert whole == [sum(loop) for loop in zip(*programs)]
+    assert longest == [max(loop) for loop in zip(*programs)]
+
+
+def test_a_multiprocessor_holds_what_its_registers_and_shared_memory_allow() -> None:
+    build = {"target": "sm_90", "registers": 255, "warps": 4, "shared": 65 * 1024}
+    assert compiled.resident(build) == 2  # of 65,536 registers
+    assert compiled.resident(build | {"registers": 128}) == 3  # of 228 KiB
+    assert compiled.resident(build | {"registers": 32, "shared": 0, "warps": 8}) == 8  # of 64 warps
+    assert compiled.resident(build | {"target": "sm_80", "registers": 64, "shared": 81 * 1024}) == 2
+    assert compiled.cycles(build, 100, 900) == 450 and compiled.cycles(build, 600, 900) == 600
+
+
+def test_the_calibration_is_the_ratio_of_the_loops_rate_to_the_published_one() -> None:
+    h100 = CHIPS["h100"]
+    slowed = compiled.calibration(h100.processors, h100.clock)
+    build = compiled.builds()["sm_90", "fa2", "bfloat16", 64, 64, 128, "{}"]
+    per_tile = compiled.cycles(build, *(build["code"][name][0] for name in ("instructions", "stalls")))
+    seconds = 1e9 / (128 * 64) * per_tile / h100.processors / h100.clock  # of a billion pairs
+    assert 4 * 64 * 1e9 / seconds == pytest.approx(slowed * compiled.PUBLISHED_FA2) and 1 < slowed < 3
+
+
+def test_every_shape_that_ships_has_a_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for chip in CHIPS.values():
+        for width, size in ((64, 2), (128, 2), (96, 2), (64, 4), (128, 4)):
+            for L in (16, 48, 128, 512):
+                shape = dataclasses.replace(BAR, tokens=4096, K=width, V=width, itemsize=size, spec=OVQSpec(512, L))
+                assert all(work.predicted_ms(chip)[0] > 0 for work in cost.stages(shape, chip).values())
+    monkeypatch.setattr(compiled, "REPORT", tmp_path / "aot.json")
+    compiled.builds.cache_clear()
+    with pytest.raises(ConfigError, match="is missing; make it: python -m eval.bench.aot out="):
+        compiled.builds()
+    compiled.builds.cache_clear()
+
+
+# --- memory, and what is quoted --------------------------------------------------------------------------------------
 
 
 def test_memory_is_what_the_operators_allocate() -> None:

@@ -273,9 +273,10 @@ def _build_shipped(wanted: tuple[str, int]) -> Build:
 
 
 def _shipped(target: str) -> list[Any]:
+    from eval.bench.plain_fa2 import PlainFA2
     from ovq.ops.ovq_attention.kernels.shipped import shipped_kernels, variants
 
-    return [*shipped_kernels(target), *variants(target)]
+    return [*shipped_kernels(target), *variants(target), *([PlainFA2()] if target == "sm_90" else [])]
 
 
 @contextlib.contextmanager

@@ -4,13 +4,14 @@
 
 Two times are given for a stage. Its *floor*, which nothing can beat, is the larger of its arithmetic at the chip's
 matmul rate and its bytes (every input read once, every output written once) at the chip's copy rate. Its *prediction*
-is a range, from the largest of its terms (all others hidden behind it) to their sum (nothing hidden). The terms are
-matrix products, exponentials, other arithmetic per pair, device memory, and L2 (tiles that are read repeatedly).
+is a range. It begins at the largest of its terms, with the others hidden behind it: matrix products, the instructions
+of the compiled loops (`eval.bench.compiled`), device memory, and L2 (tiles that are read repeatedly). It ends at what
+these instructions take if latency costs as much as in FlashAttention-2's forward loop, whose rate is published, plus
+the longest program, which may start last.
 
-The assignment, the only sequential stage, is bound by latency instead: T / L steps one after another, each a chain of
-dependent L2 loads, barriers and small products. `Waits` holds the latency of each kind. Those are estimates of the
-order commonly reported for such chips, not measurements of these kernels, which have not run on a GPU yet (`make
-bench-gpu` will time them), so the prediction is the length of the chain times `UNSURE`.
+The assignment, the only sequential stage, takes T / L steps one after another: the stall cycles that its compiler has
+set, and the latency of a chain of loads from L2 and a barrier (`Waits`), which are estimates of the order commonly
+reported for such chips. Nothing here has been measured on a GPU; `make bench-gpu` will time the stages.
 
 Shapes: B batch, T tokens, L chunk, n_i centroids before chunk i, H query heads, G key/value heads, K and V widths.
 """
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+from eval.bench import compiled
 from ovq.cli import command
 from ovq.ops.ovq_attention.spec import OVQSpec
 from ovq.schema import setting
@@ -76,62 +78,52 @@ class Waits:
     """Latencies in microseconds on a Hopper chip at about 1.75 GHz: estimates, not measurements.
 
     trip: a dependent load from L2 (about 270 cycles for the near partition, 500 for the far one). barrier: all programs
-    of a head synchronize: a fence, an atomic add, and polling until the slowest has arrived. sync: the warps of a
-    program synchronize. product: a small matrix product with operands in shared memory, until its result is available.
-    reduce: a sum or maximum across a tile's threads.
+    of a head synchronize: a fence, an atomic add, and polling until the slowest has arrived.
     """
 
     trip: float = 0.22
     barrier: float = 1.3
-    sync: float = 0.03
-    product: float = 0.35
-    reduce: float = 0.12
 
 
-UNSURE = (0.7, 1.5)  # the chain of waits is multiplied by these for a range
+# Dependent loads of a step: the chunk's bounds, its keys, the proposals, counts, sums of keys, sums of values.
+TRIPS = 6
+UNSURE = (1.0, 1.5)  # a step of the assignment is multiplied by these for a range
+HOST_MS = 0.47  # of a forward and backward pass on a CPU of 2026, before anything is launched (a review, 25 November)
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates per second: FLOPs of dense bf16 matrix products, bytes of device memory and of L2, exponentials, and other
-    float32 operations. `processors`: number of multiprocessors."""
+    """Rates per second: FLOPs of dense bf16 matrix products, bytes of device memory and of L2, cycles. `processors`:
+    number of multiprocessors."""
 
     name: str
     arch: str
     matmul: float
     copy: float
     l2: float
-    exps: float
-    alu: float
     processors: int
+    clock: float
     waits: Waits = Waits()
-
-
-def _chip(
-    name: str, arch: str, matmul: float, copy: float, l2: float, processors: int, clock: float, lanes: int
-) -> Chip:
-    # 16 exponentials per clock and multiprocessor: CUDA programming guide, compute capability 8.0 and 9.0.
-    return Chip(name, arch, matmul, copy, l2, processors * 16 * clock, processors * lanes * clock, processors)
 
 
 # Matmul and copy rates of H200 and H100 are published measurements on random data, those of the A100 85% of its data
 # sheet. L2 rates are estimates of the order commonly reported.
 CHIPS = {
-    "h200": _chip("NVIDIA H200", "sm_90", 790e12, 4.3e12, 5.5e12, 132, 1.75e9, 128),
-    "h100": _chip("NVIDIA H100 SXM", "sm_90", 790e12, 3.0e12, 5.5e12, 132, 1.75e9, 128),
-    "a100": _chip("NVIDIA A100 SXM 80 GB", "sm_80", 265e12, 1.7e12, 4.0e12, 108, 1.41e9, 64),
+    "h200": Chip("NVIDIA H200", "sm_90", 790e12, 4.3e12, 5.5e12, 132, 1.75e9),
+    "h100": Chip("NVIDIA H100 SXM", "sm_90", 790e12, 3.0e12, 5.5e12, 132, 1.75e9),
+    "a100": Chip("NVIDIA A100 SXM 80 GB", "sm_80", 265e12, 1.7e12, 4.0e12, 108, 1.41e9),
 }
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a stage. `flops`: of matrix products, without a tile's masked half. `waiting`: microseconds."""
+    """The work of a stage. `flops`: of matrix products, without a tile's masked half. `loops_ms`: what the instructions
+    of its loops take, and those of its longest program. `waiting`: microseconds of a sequential stage's latencies."""
 
     flops: int = 0
     bytes: int = 0
-    exps: int = 0
-    alu: int = 0
     l2_bytes: int = 0
+    loops_ms: tuple[float, float] = (0.0, 0.0)
     waiting: float = 0.0
 
     def floor_ms(self, chip: Chip) -> float:
@@ -139,23 +131,24 @@ class Work:
         return 1e3 * max(self.flops / chip.matmul, self.bytes / chip.copy)
 
     def terms_ms(self, chip: Chip) -> dict[str, float]:
-        """Time of each term alone; a sequential stage has waiting only."""
+        """Time of each term alone; those of a sequential stage follow one another."""
         if self.waiting:
-            return {"waiting": 1e-3 * self.waiting}
+            return {"instructions": self.loops_ms[0], "waiting": 1e-3 * self.waiting}
         return {
+            "instructions": self.loops_ms[0],
             "products": 1e3 * self.flops / chip.matmul,
-            "exponentials": 1e3 * self.exps / chip.exps,
-            "other arithmetic": 1e3 * self.alu / chip.alu,
             "device memory": 1e3 * self.bytes / chip.copy,
             "L2": 1e3 * self.l2_bytes / chip.l2,
         }
 
     def predicted_ms(self, chip: Chip) -> tuple[float, float]:
         """Range of the stage's time, see the module's docstring."""
-        terms = self.terms_ms(chip).values()
+        terms = self.terms_ms(chip)
         if self.waiting:
-            return max(UNSURE[0] * sum(terms), self.floor_ms(chip)), UNSURE[1] * sum(terms)
-        return max(terms), sum(terms)
+            return UNSURE[0] * sum(terms.values()), UNSURE[1] * sum(terms.values())
+        slowed = compiled.calibration(CHIPS["h100"].processors, CHIPS["h100"].clock)
+        largest = max(terms.values())
+        return largest, max(slowed * self.loops_ms[0], largest) + slowed * self.loops_ms[1]
 
 
 # The tile that shares one read of the other side: queries, or the centroids or keys that a program owns.
@@ -179,46 +172,46 @@ def stages(shape: Shape, chip: Chip = CHIPS["h200"]) -> dict[str, Work]:
         """Bytes read from L2 if every tile of `block` tokens or centroids reads all of the other side."""
         return heads * pairs // block * (K + V) * size
 
+    def loops(stage: str) -> tuple[float, float]:
+        return compiled.loops_ms(stage, chip.arch, shape, chip.processors, chip.clock)
+
+    steps = [step_parts_us(shape, n, chip) for n in shape.before_whole_chunks]
     return {
         "assign": Work(
             flops=_assign_flops(shape),
             bytes=2 * (key + value) + row_counts + kv_heads * shape.tokens * 4,
-            waiting=sum(sum(step_parts_us(shape, n, chip).values()) for n in shape.before_whole_chunks),
+            loops_ms=(1e-3 * sum(part["instructions"] for part in steps), 0.0),
+            waiting=sum(part["trips"] + part["barrier"] for part in steps),
         ),
         # The table is cleared, then read and written by the running maximum; every token's row is one atomic operation
         # on one L2 sector.
         "tabulate": Work(
             bytes=3 * table + kv_heads * shape.tokens * 4,
-            alu=kv_heads * shape.table * 10,
             l2_bytes=kv_heads * shape.tokens * 32,
         ),
         "predict": Work(
             flops=heads * 2 * (K + V) * all_pairs,
             bytes=query + key + value + rows + table + output + per_query,
-            exps=heads * all_pairs,
-            alu=heads * 6 * all_pairs,  # scale and bias, maximum, subtract, sum, half a conversion, rescale
             l2_bytes=again(all_pairs, tiles["predict"]),
+            loops_ms=loops("predict"),
         ),
         "query_grad": Work(
             flops=heads * (4 * K + 2 * V) * all_pairs,
             bytes=2 * query + 2 * output + key + value + rows + table + 2 * per_query,
-            exps=heads * all_pairs,
-            alu=heads * 5 * all_pairs,
             l2_bytes=again(all_pairs, tiles["query_grad"]),
+            loops_ms=loops("query_grad"),
         ),
         "dictionary_grad": Work(
             flops=heads * (4 * K + 4 * V) * old,
             bytes=query + output + rows + table + 2 * per_query + key + value,
-            exps=heads * old,
-            alu=heads * 6 * old,
             l2_bytes=again(old, tiles["dictionary_grad"]),
+            loops_ms=loops("dictionary_grad"),
         ),
         "chunk_grad": Work(
             flops=heads * (4 * K + 4 * V) * own,
             bytes=query + output + 3 * (key + value) + 2 * per_query,
-            exps=heads * own,
-            alu=heads * 8 * own,
             l2_bytes=again(own, tiles["chunk_grad"]),
+            loops_ms=loops("chunk_grad"),
         ),
     }
 
@@ -288,31 +281,13 @@ def splits(heads: int, processors: int) -> int:
 
 
 def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
-    """Latency of one chunk of one head at n centroids, by the phases of assign_kernel.
-
-    Counts only what cannot overlap: loads, barriers and products that depend on each other's results.
-    """
-    waits, programs = chip.waits, splits(shape.batch * shape.kv_heads, chip.processors)
-    L, block = shape.spec.chunk_size, _tile(shape, chip, "assign")
-    tiles, columns = math.ceil(L / block["BLOCK_C"]), math.ceil(n / (block["BLOCK_N"] * programs))
-    # A tile of similarities on one multiprocessor: the product, then a compare and a select of two instructions each.
-    pairs = L * block["BLOCK_N"]
-    one = 1e6 * chip.processors * (2 * pairs * shape.K / chip.matmul + 4 * pairs / chip.alu)
-    compare = waits.sync + waits.reduce  # all keys of one tile with all of another
-    if not block["ONE"]:
-        compare += waits.trip  # the other tile is in memory
+    """Microseconds of one chunk of one head at n centroids: its instructions' stalls, trips to L2, and the barrier."""
+    programs = splits(shape.batch * shape.kv_heads, chip.processors)
+    columns = max(1, math.ceil(n / (_tile(shape, chip, "assign")["BLOCK_N"] * programs)))
     return {
-        "propose": 2 * waits.trip + max(one, waits.trip / 3) * columns + waits.product + 2 * waits.reduce,
-        "meet": waits.barrier if programs > 1 else waits.sync,
-        "choose": tiles * (waits.trip + waits.reduce),
-        "found": 2 * tiles * tiles * compare + (0 if block["ONE"] else tiles * waits.trip + 3 * waits.sync),
-        "commit": tiles
-        * (
-            waits.trip  # counts
-            + tiles * compare  # how many keys share a centroid
-            + 2 * (waits.trip + tiles * waits.product)  # keys, then values: sums and the one-hot products
-        )
-        + 2 * waits.sync,
+        "instructions": 1e6 * compiled.step_cycles(chip.arch, shape, columns, programs) / chip.clock,
+        "trips": TRIPS * chip.waits.trip,
+        "barrier": chip.waits.barrier if programs > 1 else 0.0,
     }
 
 
@@ -370,10 +345,11 @@ def table(shape: Shape, chip: Chip) -> str:
 
 
 def total_ms(shape: Shape, chip: Chip, names: tuple[str, ...]) -> tuple[float, float]:
-    """Predicted range for the named stages run one after another."""
+    """Predicted range for the named stages run one after another; not less than the host takes to launch them."""
     work = stages(shape, chip)
     lows, highs = zip(*(work[name].predicted_ms(chip) for name in names))
-    return sum(lows), sum(highs)
+    host = HOST_MS if set(BACKWARD) <= set(names) else HOST_MS / 2
+    return max(sum(lows), host), max(sum(highs), host)
 
 
 @command(Options)
