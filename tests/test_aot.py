@@ -151,6 +151,7 @@ def test_serialised_products_are_found_in_the_log_of_ptxas(monkeypatch: pytest.M
     )
     kernel.constexprs, kernel.signature, kernel.attrs = {"PRECISION": "ieee"}, {}, {}
     kernel.options = {"num_warps": 4, "num_stages": 2}
+    kernel.flags = {}
     warning = "ptxas info : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
     metadata = dataclasses.make_dataclass("Metadata", ["shared"])(1024)
     compiled = dataclasses.make_dataclass("Compiled", ["asm", "metadata"])({"cubin": b""}, metadata)

@@ -80,7 +80,7 @@ class Build:
 
     `matmuls` counts matrix instructions by name, `spills` the loads and stores of spilled registers; `shared` and
     `stack` are bytes; `code` is what its loops cost (NVIDIA); `serialized` is ptxas's warning about serialized
-    products, `error` why compilation failed.
+    products, `error` why compilation failed; `flags`: those that differ from the default variant's.
     """
 
     target: str
@@ -94,7 +94,6 @@ class Build:
     tile: dict[str, Any]
     warps: int
     stages: int
-    flags: dict[str, Any] = field(default_factory=dict)
     registers: int = 0
     stack: int = 0
     spills: int = 0
@@ -104,6 +103,7 @@ class Build:
     serialized: str = ""
     seconds: float = 0.0
     error: str = ""
+    flags: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -161,7 +161,7 @@ def build(kernel: Any, target: str, **changes: Any) -> Build:
         {name: value for name, value in constexprs.items() if name.startswith("BLOCK_") or name == "MOST"},
         options["num_warps"],
         options["num_stages"],
-        kernel.flags,
+        flags=kernel.flags,
     )
     source = triton.compiler.ASTSource(kernel.kernel, kernel.signature, constexprs, kernel.attrs)
     began, log = time.monotonic(), io.StringIO()
