@@ -9,7 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from ovq import processes
 from ovq.compose import CONFIG_DIR
+from ovq.processes import World
+from ovq.train import slow_ranks
 from ovq.train.slow_ranks import Pace, slow
 
 SLOW_RANK = """
@@ -24,7 +29,7 @@ from tests.training import trainer_for
 
 if os.environ["RANK"] == "1":
     product = torch.Tensor.__matmul__
-    torch.Tensor.__matmul__ = lambda a, b: (time.sleep(0.01), product(a, b))[1]
+    torch.Tensor.__matmul__ = lambda a, b: (time.sleep(0.1), product(a, b))[1]
 
 slow_ranks.EVERY_S = 0.0
 torch.set_num_threads(1)
@@ -36,7 +41,7 @@ processes.shutdown()
 """
 
 
-def test_a_slow_rank_is_named_once_with_the_stacks_of_all(tmp_path: Path) -> None:
+def test_a_slow_rank_is_named_with_the_stacks_of_all(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +60,7 @@ def test_a_slow_rank_is_named_once_with_the_stacks_of_all(tmp_path: Path) -> Non
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), errors
     named = [line for line in errors[0].splitlines() if line.startswith("rank 1 on ")]
-    assert len(named) == 1 and not [line for line in errors[1].splitlines() if line.startswith("rank ")]
+    assert named and not [line for line in errors[1].splitlines() if line.startswith("rank ")]
     assert re.fullmatch(
         rf"rank 1 on \S+ is slow, and the others wait for it: a matrix product takes \d+\.\d times as long as on the "
         rf"others; stacks of all ranks in the next step: {tmp_path / 'stacks'}",
@@ -63,6 +68,28 @@ def test_a_slow_rank_is_named_once_with_the_stacks_of_all(tmp_path: Path) -> Non
     )
     for rank in range(2):
         assert "most recent call first" in (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
+
+
+def test_a_slow_rank_is_named_once_until_it_is_as_fast_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, said = [Pace("a", 100.0, 0.0), Pace("b", 40.0, 0.0)], list[str]()
+    monkeypatch.setattr(processes, "any_flag", lambda flag: flag)
+    monkeypatch.setattr(processes, "gather_objects", lambda own: found)
+    monkeypatch.setattr(slow_ranks, "EVERY_S", 0.0)
+    watch = slow_ranks.SlowRanks(World(size=2), said.append)
+    for looks, lines in ((2, 0), (1, 1), (5, 1)):
+        for _ in range(looks):
+            watch.look(0.0, 1.0)
+        assert len(said) == lines
+    found[1] = found[0]
+    watch.look(0.0, 1.0)
+    found[1] = Pace("b", 40.0, 0.0)
+    for lines in (1, 1, 2):
+        watch.look(0.0, 1.0)
+        assert len(said) == lines
+    assert said[0] == said[1]
+    assert said[0] == (
+        "rank 1 on b is slow, and the others wait for it: a matrix product takes 2.5 times as long as on the others"
+    )
 
 
 def test_a_rank_is_slow_beside_the_median_of_the_others() -> None:
