@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.bench import compiled, cost
-from eval.bench.cost import CHIPS, Shape
+from eval.bench.cost import CHIPS
+from eval.bench.shape import Shape
 from ovq.errors import ConfigError
 from ovq.ops.ovq_attention import reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec

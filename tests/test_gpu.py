@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from eval.bench import cost  # noqa: E402
 from eval.bench.gpu import checks  # noqa: E402
 from eval.bench.gpu.checks import CHECKS, Sizes  # noqa: E402
+from eval.bench.shape import Shape  # noqa: E402
 from ovq.ops import ovq_attention  # noqa: E402
 from ovq.ops.ovq_attention.spec import OVQSpec  # noqa: E402
 from tests.ovq_triton_cases import *  # noqa: E402, F403  every interpreter case, on the GPU
@@ -71,7 +72,7 @@ def test_peak_memory_at_64k_is_within_three_times_q_k_v() -> None:
     peak = torch.cuda.max_memory_allocated() - before
     qkv = sum(x.numel() * x.element_size() for x in (q, k, v))
     assert peak <= 3 * qkv
-    shape = cost.Shape(1, 65536, 8, 8, 64, 64, OVQSpec(2048))
+    shape = Shape(1, 65536, 8, 8, 64, 64, OVQSpec(2048))
     assert peak == pytest.approx(sum(cost.memory(shape).values()), rel=0.15)
 
 

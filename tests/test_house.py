@@ -57,7 +57,7 @@ SHARED = (
     *("ovq.values", "ovq.overrides", "ovq.renamed"),
     *("ovq.files", "ovq.lengths", "ovq.machine", "ovq.report", "ovq.bounded"),
 )
-CORE = (*SHARED, "ovq.instantiate", "ovq.processes")
+CORE = (*SHARED, "ovq.instantiate", "ovq.processes", "ovq.stacks")
 MAY_IMPORT = {
     "ovq.ops.ovq_attention.selftest": (*SHARED, "ovq.ops"),  # a tool: no operator imports it
     "ovq.ops.ovq_attention.verify": ("ovq.bounded", "ovq.ops"),

@@ -18,12 +18,10 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from eval.bench.shape import Shape
 from ovq.errors import ConfigError
-
-if TYPE_CHECKING:
-    from eval.bench.cost import Shape
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "results" / "aot" / "aot.json"
 REGISTERS, SHARED, SCHEDULERS, MOST_WARPS = 65536, 228 * 1024, 4, 64  # of a multiprocessor of sm_80 (164 KiB) and sm_90

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from eval.bench.cost import Shape
 from eval.bench.rivals import Case, Inputs
+from eval.bench.shape import Shape
 from eval.bench.stopwatch import Marked
 from ovq.ops.ovq_attention.spec import OVQSpec
 
