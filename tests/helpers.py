@@ -1,9 +1,13 @@
-"""Shared by several tests: small models of every kind, and a comparison that NaN cannot pass."""
+"""Shared by several tests: small models of every kind, a comparison that NaN cannot pass, and jobs of two ranks."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from eval.bench.gpu.checks import relative_error as relative_error  # tests and the GPU checks use the same measure
 from ovq.cli import guarded
-from ovq.compose import compose, options
+from ovq.compose import CONFIG_DIR, compose, options
 from ovq.config import Config
 from ovq.model import Transformer, build_model
 from ovq.ops.ovq_attention import OVQSpec
@@ -104,3 +108,23 @@ class InsideOperators(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         with self:
             return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+
+
+def two_ranks(program: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """Two processes of a job that run a program's text, with the folder as their argument and pipes to read."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG_DIR.parent)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)],
+            cwd=CONFIG_DIR.parent,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]

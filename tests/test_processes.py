@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from ovq.compose import CONFIG_DIR
+from tests.helpers import two_ranks
 
 # Handlers run in reverse order: the first one registered sees the process after the last other one.
 LEAVES_A_GROUP = """
@@ -45,22 +41,7 @@ main()
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists its threads in /proc")
 def test_no_gloo_thread_outlives_the_interpreter(tmp_path: Path) -> None:
     """A thread that releases a tensor while Python finalizes ends the process with status 134."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG_DIR.parent)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", LEAVES_A_GROUP, str(tmp_path)],
-            cwd=CONFIG_DIR.parent,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    ranks = two_ranks(LEAVES_A_GROUP, tmp_path)
     for rank in ranks:
         out, error = rank.communicate(timeout=300)
         assert rank.returncode == 0, error

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ovq import processes
-from ovq.compose import CONFIG_DIR
 from ovq.processes import World
 from ovq.train import slow_ranks
 from ovq.train.slow_ranks import Pace, slow
+from tests.helpers import two_ranks
 
 SLOW_RANK = """
 import os, sys, time
@@ -42,21 +38,7 @@ processes.shutdown()
 
 
 def test_a_slow_rank_is_named_with_the_stacks_of_all(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG_DIR.parent)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SLOW_RANK, str(tmp_path)],
-            cwd=CONFIG_DIR.parent,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    ranks = two_ranks(SLOW_RANK, tmp_path)
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), errors
     named = [line for line in errors[0].splitlines() if line.startswith("rank 1 on ")]
