@@ -55,14 +55,15 @@ def library() -> ModuleType:
     return matplotlib
 
 
-def figure(panels: int = 1, width: float = 6.8, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """A figure of `panels` axes side by side; width and height are those of each panel, in inches."""
+def figure(panels: int = 1, width: float = 6.8, height: float = 4.2, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `panels` axes side by side in so many rows; width and height are those of each panel, in inches."""
     matplotlib = library()
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(RC):
-        fig = Figure(figsize=(width * panels, height), layout="constrained")
-        return fig, list(fig.subplots(1, panels, squeeze=False)[0])
+        columns = -(-panels // rows)
+        fig = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        return fig, list(fig.subplots(rows, columns, squeeze=False).flat)[:panels]
 
 
 def color(index: int) -> str:

@@ -61,18 +61,20 @@ def tests_of(options: MemoryOptions) -> Callable[[Config, int | None], list[Test
 
 
 def draw(figure: Figure, points: list[Point]) -> Any:
-    """Two panels for each of OVQ's capacities: equal entries, and equal bytes. VQ's codebook is the same in all."""
+    """For each of OVQ's capacities, a panel of equal entries and below it one of equal bytes. VQ's codebook is the same
+    in all."""
     capacities = list(dict.fromkeys(p.num_centroids for p in points if p.model == "sw_ovq" and p.num_centroids))
-    picture, axes = panels.picture_of(max(1, 2 * len(capacities)))
-    for capacity, left, right in zip(capacities, axes[::2], axes[1::2]):
+    columns = max(1, len(capacities))
+    picture, axes = panels.picture_of(2 * columns, rows=2)
+    for capacity, upper, lower in zip(capacities, axes[:columns], axes[columns:]):
         fixed = [p for p in points if p.num_centroids is None]
         own = [p for p in points if p.model == "sw_ovq" and p.num_centroids == capacity]
         entries = [p for p in points if p.num_centroids == capacity and not p.test]
         equal = [p for p in points if p.test == label(capacity)]
-        panels.accuracy_by_length(left, [*entries, *fixed], figure.models, f"{capacity:,} entries", capacities=False)
+        panels.accuracy_by_length(upper, [*entries, *fixed], figure.models, f"{capacity:,} entries", capacities=False)
         held = format_bytes(max(p.state_bytes for p in own))
-        panels.accuracy_by_length(right, [*own, *equal, *fixed], figure.models, f"{held} each", capacities=False)
-    panels.shared_legend(axes)
+        panels.accuracy_by_length(lower, [*own, *equal, *fixed], figure.models, f"{held} each", capacities=False)
+    panels.shared_legend([*axes[columns:], *axes[:columns]])  # beside the first row
     return picture
 
 

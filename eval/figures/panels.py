@@ -107,8 +107,8 @@ def finish(ax: Axes, title: str) -> None:
     ax.set_title(title, loc="left")
 
 
-def picture_of(panels: int) -> tuple[Picture, list[Axes]]:
-    return style.figure(panels, width=WIDTH, height=HEIGHT)
+def picture_of(panels: int, rows: int = 1) -> tuple[Picture, list[Axes]]:
+    return style.figure(panels, width=WIDTH, height=HEIGHT, rows=rows)
 
 
 def shared_legend(axes: list[Axes]) -> None:
