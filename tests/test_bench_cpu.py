@@ -110,6 +110,9 @@ def test_a_model_that_fails_is_named_and_the_rest_is_measured(
     assert status == 1 and found["step"][0]["error"] == "OutOfMemoryError: no room"
     assert all(row["step_median_ms"] > 0 and row["speedup"] is None for row in found["step"][1:])
     assert "1 of 3 measurements failed" in capsys.readouterr().err
+    status, found = run(tmp_path / "cpu.json", "sections=[profile]")
+    assert status == 1 and found["profile"][0]["error"] == "OutOfMemoryError: no room"
+    assert found["profile"][1]["step_ms"] > 0 and "plain_gpt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,9 @@ def step_cycles(arch: str, shape: Shape, columns: int, programs: int) -> float:
 
     The loop over the centroids that a program commits counts once.
     """
-    most = next((most for most in (1, 4, 16) if programs <= most), 16)
+    from ovq.ops.ovq_attention.kernels.configs import BUILDS
+
+    most = next(most for most in BUILDS if programs <= most)
     code = build_of("assign", arch, shape, **({} if most == 4 else {"MOST": most}))["code"]
     return code["step"] + (columns - 1) * code["stalls"][0]
 

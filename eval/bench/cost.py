@@ -236,7 +236,9 @@ def memory_ratio(shape: Shape) -> float:
 
 def splits(heads: int, processors: int) -> int:
     """Programs that share a head: as `kernels.assign.splits`, but for a chip that need not be present."""
-    return min(max(processors // heads, 1), 16)
+    from ovq.ops.ovq_attention.kernels.configs import BUILDS
+
+    return min(max(processors // heads, 1), BUILDS[-1])
 
 
 def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:

@@ -7,17 +7,15 @@ their sum can exceed the step's own time. The rest is Python, views and the call
 from __future__ import annotations
 
 import contextlib
-import functools
-import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from eval import style
 from eval.bench.steps import PEER, PEERS_WIDTHS, PRECISE, Plan, config_of, our_step, plain_step, worlds
-from eval.bench.stopwatch import Stopwatch
+from eval.bench.stopwatch import Marked, Stopwatch
 
 REPEATS = 3
 REST = "the rest"
@@ -57,14 +55,14 @@ def by_kind(events: Iterable[Any], whole_ms: float) -> dict[str, float]:
     return found
 
 
-def profiled(call: Callable[[], object]) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a call (the median of three), and of each kind of operation in another one."""
-    stopwatch = Stopwatch(torch.device("cpu"))
-    call()
-    whole_ms = statistics.median(stopwatch.once(lambda mark: call())[1] for _ in range(REPEATS))
+def profiled(call: Marked) -> Row:
+    """Milliseconds of a call (the median of three), and of each kind of operation in another one; or why it failed."""
+    timing = Stopwatch(torch.device("cpu")).turns({"": call}, seconds=0, least=REPEATS, most=REPEATS)[""]
+    if timing.error is not None:
+        return {"error": timing.error}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        call()
-    return whole_ms, by_kind(profiler.key_averages(), whole_ms)
+        call(lambda: None)
+    return {"step_ms": timing.whole, "parts_ms": by_kind(profiler.key_averages(), timing.whole)}
 
 
 @contextlib.contextmanager
@@ -86,15 +84,12 @@ def rows(contexts: list[int], plan: Plan) -> Iterator[Row]:
             for name in (PEER, PRECISE):
                 ours = name == PRECISE
                 step = our_step(cfg, world, folder) if ours else plain_step(config_of(PEERS_WIDTHS, context, plan))
-                whole_ms, parts_ms = profiled(functools.partial(step.call, _unmarked))
-                yield {"model": name, "context": context, "step_ms": whole_ms, "parts_ms": parts_ms}
-
-
-def _unmarked() -> None:
-    """What a step calls after its first half: nothing is measured there."""
+                yield {"model": name, "context": context} | profiled(step.call)
 
 
 def line(row: Row) -> str:
     """A row of the table."""
-    parts = " ".join(f"{part:>15,.1f}" for part in row["parts_ms"].values())
-    return f"{row['model']:<10} {style.short(row['context']):>7} {row['step_ms']:>9,.1f} {parts}"
+    start = f"{row['model']:<10} {style.short(row['context']):>7}"
+    if "error" in row:
+        return f"{start} {row['error']}"
+    return " ".join([start, f"{row['step_ms']:>9,.1f}", *(f"{part:>15,.1f}" for part in row["parts_ms"].values())])

@@ -30,11 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED, Rows, load_rows, load_tokens, store_rows, token_at
-from ovq.ops.ovq_attention.kernels.configs import arch_of, constants
+from ovq.ops.ovq_attention.kernels.configs import BUILDS, arch_of, constants
 from ovq.ops.ovq_attention.kernels.plan import Plan
 
 SCALARS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "splits", "log2_keep"]
-BUILDS = (1, 4, 16)  # the most programs a walk that each build is for
 LEFT_TO_NCCL = 16  # multiprocessors
 CONCURRENT = not INTERPRETED  # Triton's interpreter runs the programs of a launch one after another
 NOTHING = tl.constexpr(2147483647)  # larger than every index and rank

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 MAX_WIDTH = 128
+BUILDS = (1, 4, 16)  # of `assign`: the most programs a walk that each is for
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
