@@ -219,6 +219,7 @@ def help_text(doc: str, options: type, overrides: bool) -> str:
 COMMANDS = {
     "train": "train",
     "data prepare": "data.prepare",
+    "data python_source": "data.python_source",
     "data train_tokenizer": "data.train_tokenizer",
     "eval accuracy": "eval.accuracy",
     "eval per_position": "eval.per_position",
@@ -231,6 +232,7 @@ COMMANDS = {
     "figures fig4": "eval.figures.fig4",
     "figures fig5": "eval.figures.fig5",
     "figures fig6": "eval.figures.fig6",
+    "figures fig6_code": "eval.figures.fig6_code",
     "figures fig7": "eval.figures.fig7",
     "figures fig8": "eval.figures.fig8",
     "figures memory": "eval.figures.memory",
