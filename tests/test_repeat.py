@@ -40,6 +40,20 @@ def test_a_short_sequence_is_all_passage_and_one_of_three_tokens_is_refused() ->
         RepeatTask(passage=10, symbols=9)
 
 
+def test_a_rotated_repetition_begins_anywhere_but_at_the_first_symbol_and_goes_around() -> None:
+    task, turns = RepeatTask(passage=8, symbols=40, rotated=True), set()
+    for row in range(60):
+        inputs, targets = task.make(64, 0, TRAIN, 0, row)
+        symbols = inputs[inputs >= FIRST_SYMBOL]
+        turn = int(np.argmax(symbols[:8] == symbols[8]))
+        assert np.array_equal(np.roll(symbols[:8], -turn), symbols[8:])
+        labelled = np.flatnonzero(targets != IGNORE)
+        assert np.array_equal(targets[labelled], inputs[labelled + 1])
+        assert sorted({*range(56, 63)} - {*labelled}) == [63 - turn] and len(labelled) == task.describe(64)["answers"]
+        turns.add(turn)
+    assert turns == {*range(1, 8)}
+
+
 def test_text_of_tests_is_not_that_of_training_and_only_training_has_a_loss_on_it() -> None:
     task = RepeatTask(passage=4, text_loss=True)
     for purpose, split, other in ((TRAIN, "train", "validation"), (TEST, "validation", "train")):

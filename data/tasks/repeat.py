@@ -28,6 +28,9 @@ class RepeatTask(Task):
         passage: symbols of the passage; at most half of a sequence, which then has no text.
         symbols: number of different symbols, at least that many; a passage holds none of them twice. With too few (64)
             guessing is so cheap that a small model is slow to find copying.
+        rotated: begin the repetition at any symbol but the first and go around, so that no fixed distance leads to the
+            answers. Without text between, a window with positions otherwise learns the distance instead of copying.
+            The symbol after the passage's last one is no answer.
         text_loss: train on the bytes of the text as well. They are no answers: tests ask for the passage only.
         short_steps, short_factor: the curriculum, see `Task`, in the second half of these steps. In the first half all
             sequences have the shortest length: once copying is found there, longer ones need few steps.
@@ -43,6 +46,7 @@ class RepeatTask(Task):
         *,
         passage: int = 32,
         symbols: int = 256,
+        rotated: bool = False,
         text_loss: bool = False,
         short_steps: int = 0,
         short_factor: int = 4,
@@ -52,7 +56,7 @@ class RepeatTask(Task):
             raise ConfigError(f"data.task.passage={passage} must be at least 2")
         if symbols < passage:
             raise ConfigError(f"data.task.symbols={symbols} must be at least data.task.passage={passage}")
-        self.passage, self.symbols, self.text_loss = passage, symbols, text_loss
+        self.passage, self.symbols, self.rotated, self.text_loss = passage, symbols, rotated, text_loss
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +77,7 @@ class RepeatTask(Task):
 
     def describe(self, length: int) -> dict[str, int]:
         size = self.passage_of(length)
-        return {"answers": size - 1, "text": length - 2 * size, "vocabulary": self.vocab_size}
+        return {"answers": size - 1 - self.rotated, "text": length - 2 * size, "vocabulary": self.vocab_size}
 
     def make(self, length: int, seed: int, purpose: int, step: int, row: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([seed, purpose, step, row, length])
@@ -91,17 +95,22 @@ class RepeatTask(Task):
         inputs = text[(rng.integers(len(text)) + np.arange(length)) % len(text)].astype(np.int64)
         symbols = FIRST_SYMBOL + rng.permutation(self.symbols)[:size]
         start, again = rng.integers((length - 2 * size) // 2 + 1), length - size
-        inputs[start : start + size] = inputs[again:] = symbols
+        turn = int(rng.integers(1, size)) if self.rotated else 0
+        inputs[start : start + size], inputs[again:] = symbols, np.roll(symbols, -turn)
         targets = np.full(length, IGNORE, np.int64)
-        targets[again : length - 1] = symbols[1:]
+        targets[again : length - 1] = inputs[again + 1 :]
+        if turn:
+            targets[length - 1 - turn] = IGNORE  # after the passage's last symbol
         return inputs, targets
 
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
-        """Knows where the repetition begins, and copies from the first occurrence."""
-        again = len(inputs) - self.passage_of(len(inputs))
-        start = int(np.argmax(inputs >= FIRST_SYMBOL))
+        """Knows where the repetition begins, and copies what followed each of its symbols in the first occurrence."""
+        size = self.passage_of(len(inputs))
+        start, again = int(np.argmax(inputs >= FIRST_SYMBOL)), len(inputs) - size
+        first = list(inputs[start : start + size])
+        following = dict(zip(first, [*first[1:], IGNORE]))
         predicted = np.full(len(inputs), IGNORE, np.int64)
-        predicted[again:-1] = inputs[start + 1 : start + len(inputs) - again]
+        predicted[again:-1] = [following[symbol] for symbol in inputs[again:-1]]
         return predicted
 
 
