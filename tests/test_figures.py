@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 import train
+from data.builtin import BuiltinCorpus
 from data.tasks.base import TEST
+from data.train_tokenizer import train_sentencepiece
 from eval import answers
 from eval.accuracy import TABLE
 from eval.figures import (
@@ -25,6 +27,7 @@ from eval.figures import (
     fig4,
     fig5,
     fig6,
+    fig6_code,
     fig7,
     fig8,
     make,
@@ -34,12 +37,12 @@ from eval.figures import (
     search,
     sensitivity,
 )
-from eval.figures.declare import RECALL, Point
+from eval.figures.declare import COPYING, PG19, RECALL, Point
 from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
 from eval.figures.runs import SCORE, FigureRun, minutes_of
 from launch import sweep
-from ovq import identity
+from ovq import config, identity
 from ovq.cli import parse
 from ovq.compose import compose
 from ovq.errors import ConfigError
@@ -49,6 +52,7 @@ SMALL = [
     *("model.ffn_dim=16", "data.task.short_steps=0", "trainer.steps=2", "trainer.global_batch=4"),
     *("trainer.micro_batch=4", "trainer.device=cpu", "trainer.precision=fp32", "optim.warmup_steps=1"),
 ]
+COPYING_SMALL = replace(COPYING, overrides=("trainer.steps=2", "data.task.symbols=128", "trainer.device=cpu"))
 KEYS = ["data.task.key_vocab=64", "data.task.value_vocab=8", "trainer.context=64"]
 FEW = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "answers=20"]
 BASIC = [*FEW, "lengths=[64,128]", "num_centroids=[8]", "models=[sw,sw_ovq]"]
@@ -292,6 +296,12 @@ def test_records_replace_runs_of_the_same_settings_and_no_others(
     assert len(started) == 4, "a record of other settings counts for nothing"
 
 
+def begun_with(runs: Path) -> dict[Path, Path]:
+    """Run folder -> the one with whose weights it began, if it did."""
+    found = {path.parent: config.load(path.parent).init_from.path for path in runs.glob("*/config.yaml")}
+    return {run: Path(first) for run, first in found.items() if first}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("trained_here")
 def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,8 +310,20 @@ def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch:
     folders = [f"{name}={tmp_path}/{folder}" for name, folder in FOLDERS.items()]
     few = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "length=256", "documents=3", "num_centroids=[8]"]
     few.append("restart=16")
-    text = ["data=builtin", "tokenizer=byte", "trainer.context=64"]
-    assert fig6.main([*folders, *few, "models=[sw,sw_nope,sw_ovq]", *text, *settings]) == 0
+    monkeypatch.setattr(fig6, "PG19", replace(PG19, first={"cpu": COPYING_SMALL}))
+    pieces = tmp_path / "pieces.model"
+    train_sentencepiece(iter(BuiltinCorpus("train").read(0).text.split("\n")), 384, pieces)
+    text = ["data=builtin", f"tokenizer.model_path={pieces}", "trainer.context=64"]
+    line = [*folders, *few, "models=[sw,sw_nope,sw_ovq]", *text, *settings]
+    assert fig6.main(line) == 0
+    begun = begun_with(tmp_path / "runs")
+    assert len(begun) == 3 * (2 + 1) and len({*begun.values()}) == 3 * 2, "trials, runs; by model and seed"
+    for run, first in begun.items():
+        own, of_first = (config.load(folder) for folder in (run, first))
+        assert (own.model.pattern, own.seed) == (of_first.model.pattern, of_first.seed)
+        assert f"weights of {first}" in (run / "sweep.log").read_text()
+    before = files(tmp_path / "runs")
+    assert fig6.main(line) == 0 and files(tmp_path / "runs") == before
     rows = rows_of(tmp_path / "out" / "fig6.csv")
     assert {row["document"] for row in rows} == {"0", "1", "2"}
     assert {(row["model"], row["num_centroids"]) for row in rows} == {
@@ -323,6 +345,15 @@ def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch:
     assert "What the context is worth" in text_of_caption
     trials = rows_of(tmp_path / "out" / "rates.csv")
     assert {row["scored_on"] for row in trials} == {"documents of the validation split"}
+
+
+def test_a_text_needs_a_tokenizer_of_the_size_of_the_weights_that_its_runs_begin_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fig6.main([f"out={tmp_path}", "data=builtin", "tokenizer=byte", "dry_run=true"]) == 2
+    assert "has 257 ids, but runs on PG19 begin with weights for 2,048; train one with" in capsys.readouterr().err
+    assert fig6_code.main([f"out={tmp_path}", "scale=gpu"]) == 2
+    assert "scale=gpu: fig6_code is made at cpu only" in capsys.readouterr().err
 
 
 def test_differences_between_documents_cancel_in_pairs() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.figures import search
 from eval.figures.declare import Point
-from eval.figures.plan import Line, Plan, tokens_of
+from eval.figures.plan import Line, Plan, tokens_of, widest_window
 
 AT_SCALE = {
     "cpu": "Size: models of two or four layers of width 128 and minutes of training; the paper's have 70M to 480M "
@@ -64,6 +64,7 @@ def caption(
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(row(line) for line in plan.lines),
         "",
+        *beginnings(plan),
         *rates_section(plan, trials),
         "",
         "## How this differs from the paper",
@@ -71,6 +72,18 @@ def caption(
         *(f"- {sentence}" for sentence in (*plan.figure.differs, AT_SCALE[scale], *ALWAYS, *tuned)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def beginnings(plan: Plan) -> list[str]:
+    """What runs begin with instead of fresh weights."""
+    found = dict.fromkeys(
+        f"Every run on {line.subject.name}, trials too, begins with the weights of one of its model and seed on "
+        f"{first.subject.name} (`experiment={first.subject.experiment}`: {first.cfg.trainer.steps:,} steps, "
+        f"{tokens_of(first.cfg):,} tokens, learning rate {first.cfg.optim.lr:g})."
+        for line in plan.lines
+        if (first := line.first)
+    )
+    return [*found, *([""] if found else [])]
 
 
 def missing_section(missing: list[str]) -> list[str]:
@@ -89,7 +102,7 @@ def row(line: Line) -> str:
         f"`{line.model}`",
         f"{line.parameters:,}",
         f"{cfg.model.num_layers}: {', '.join(cfg.model.pattern)}",
-        cfg.model.mixers.get("sliding_window", {}).get("window"),
+        widest_window(cfg),
         line.own_capacity,
         f"{cfg.trainer.context:,}",
         f"{cfg.trainer.steps:,}",

@@ -57,12 +57,14 @@ SCALED = {"gpu": ("scale=gpu",), "paper": ("scale=paper",)}
 @dataclass(frozen=True)
 class Subject:
     """What models are trained on: an experiment and changes to it; `at` has further ones for single scales, perhaps
-    another experiment."""
+    another experiment. At a scale of `first`, a run begins with the weights of one of its model and seed on another
+    subject."""
 
     name: str
     experiment: str
     overrides: tuple[str, ...] = ()
     at: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SCALED)
+    first: Mapping[str, Subject] = field(default_factory=dict)
 
 
 RECALL = Subject("basic recall", "recall_64k")
@@ -70,7 +72,11 @@ POSITIONAL = Subject("positional recall", "positional_recall")
 _AT_2K = SCALED | {"paper": ("scale=paper", "trainer.context=2048")}
 REGRESSION_16 = Subject("regression, 16 functions", "regression", ("data.task.functions=16",), _AT_2K)
 REGRESSION_4 = Subject("regression, 4 functions", "regression", ("data.task.functions=4",), _AT_2K)
-PG19 = Subject("PG19", "pg19_cpu", (), {"gpu": ("experiment=pg19_gpu",), "paper": ("experiment=pg19_480m",)})
+COPYING = Subject("copying", "copying", at={})
+PG19 = Subject(
+    "PG19", "pg19_cpu", (), {"gpu": ("experiment=pg19_gpu",), "paper": ("experiment=pg19_480m",)}, {"cpu": COPYING}
+)
+CODE = Subject("Python source", "code_cpu", (), {}, {"cpu": COPYING})
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,13 @@ class Model:
 def models(*names: str) -> tuple[Model, ...]:
     """Models that are configs, each with trials of its own."""
     return tuple(Model(name) for name in names)
+
+
+def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
+    """Models that are configs, for text. At CPU scale the window of every first layer is short, and sw's second layer
+    has one of its own."""
+    wide = Model("sw", ("model=sw", "model.pattern=[sliding_window,wide_window]"))
+    return tuple(wide if (name, scale) == ("sw", "cpu") else Model(name) for name in names)
 
 
 def variant(name: str, *changes: str) -> Model:

@@ -10,6 +10,9 @@ the same book, at the same positions, the books cancel. So the second panel aver
 and its bands are standard errors of their mean over documents, the seeds of a document averaged first. Models also
 differ in what they make of the nearest tokens; so the third panel compares each with itself, on the same tokens, when
 it sees only those: what the rest of the context is worth to it.
+Models of the CPU scale do not find copying in text by themselves, however well they could use it. So there every run
+begins with the weights of a short one that copies random tokens, and every model's first layer sees 4 tokens: models
+differ in the second, which is `sw`'s window, `sw_nope`'s full attention, and so on (experiment=copying).
 Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
 """
 
@@ -24,14 +27,17 @@ from typing import Any
 
 from eval import style
 from eval.figures import panels
-from eval.figures.declare import PG19, Figure, Options, Panel, Point, Test, capacities, models
+from eval.figures.declare import PG19, Figure, Options, Panel, Point, Test, capacities, models_on_text
 from eval.figures.make import make
 from eval.paired import Losses, Mean, means_in, paired
 from ovq.cli import command
 from ovq.config import Config
 from ovq.schema import setting
 
-MODELS = models("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
+MODELS = ("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
+SMALL = (
+    "Every model's first layer is a window of 4 tokens, and every run begins with weights that copy random tokens.",
+)
 SHOWN_FROM = 64  # tokens: before them, losses are those of title pages
 BASE = "sw"  # what differences are taken to
 FULL = "sw_nope"  # whose gain from context is 100%
@@ -62,11 +68,12 @@ def figure(options: Figure6Options) -> Figure:
     return Figure(
         name="fig6",
         title="Figure 6: PG19 loss by position",
-        panels=(Panel(PG19.name, PG19, MODELS, tests_of(options)),),
+        panels=(Panel(PG19.name, PG19, models_on_text(options.scale, *MODELS), tests_of(options)),),
         seeds={"cpu": 2, "gpu": 2, "paper": 1},
         differs=(
             "Trained at the length in the table and tested to 65,536 tokens.",
             "The difference to `sw` on the same documents is not in the paper.",
+            *(SMALL if options.scale == "cpu" else ()),
         ),
         draw=draw,
         findings=findings,

@@ -23,7 +23,7 @@ from eval.figures.caption import caption
 from eval.figures.declare import Panel, Point, Test
 from eval.figures.measures import Value
 from eval.figures.panels import note_missing
-from eval.figures.plan import Line, Plan, tokens_of
+from eval.figures.plan import Line, Plan, tokens_of, widest_window
 from eval.figures.runs import FigureRun
 from ovq.files import write_whole
 from ovq.machine import code_commit, describe_machine
@@ -106,7 +106,7 @@ def points_of(plan: Plan, panel: Panel, line: Line, seed: int, test: Test, value
             parameters=line.parameters,
             state_numbers=numbers,
             state_bytes=held,
-            window=cfg.model.mixers.get("sliding_window", {}).get("window"),
+            window=widest_window(cfg),
             pattern=" ".join(cfg.model.pattern),
             train_length=cfg.trainer.context,
             steps=cfg.trainer.steps,
@@ -162,6 +162,7 @@ def record(plan: Plan, results: Results, machine: dict[str, Any], commit: str) -
     """The contents of plan.json."""
     trials = [trial for line in plan.lines if line.own_trials for trial in line.trials.values()]
     finals = [line.final(seed) for line in plan.lines if line.rate() is not None for seed in plan.seeds]
+    first = [run for line in plan.lines if line.first for run in line.first.finals.values()]
     return {
         "figure": plan.figure.name,
         "scale": plan.scale.name,
@@ -171,6 +172,7 @@ def record(plan: Plan, results: Results, machine: dict[str, Any], commit: str) -
         "seeds": plan.seeds,
         "search": {"train_seed": search.TRAIN_SEED, "share": plan.options.search_share},
         "missing": results.missing,
+        **({"first": {run.run_dir.name: outcome(run) for run in first}} if first else {}),
         "trials": {run.run_dir.name: outcome(run) for run in trials},
         "runs": {run.run_dir.name: outcome(run) for run in finals},
     }
@@ -185,6 +187,8 @@ def outcome(run: FigureRun) -> dict[str, Any]:
 def write_records(plan: Plan) -> None:
     """Write the records of all runs that were trained here."""
     for line in plan.lines:
+        for first in line.first.finals.values() if line.first else ():
+            first.write_record([])
         for trial in line.trials.values() if line.own_trials else ():
             trial.write_record([])
         if line.rate() is not None:

@@ -37,7 +37,8 @@ def make(figure: Figure, options: Options, overrides: list[str]) -> int:
     if options.dry_run or plan.scale.only_plan:
         return 0
     with time_limit(plan.scale.piece_minutes if options.part else None):
-        failed = choose_rates(plan, wanted)
+        failed = begin(plan, wanted)
+        failed += choose_rates(plan, wanted)
         failed += train(plan, wanted)
         test(plan, wanted)
     results = folder.gather(plan)
@@ -50,6 +51,14 @@ def make(figure: Figure, options: Options, overrides: list[str]) -> int:
     if results.missing and not options.part:
         print("\nmissing from the figure:", *results.missing, sep="\n  ", file=sys.stderr)
     return 1 if failed or (results.missing and not options.part) else 0
+
+
+def begin(plan: Plan, wanted: Wanted) -> list[sweep.Job]:
+    """Train the runs with whose weights others begin; returns those that failed."""
+    units = [unit for unit in plan.work if unit.stage == "begin" and not plan.done(unit)]
+    lines = {line.name: line for line in plan.lines}
+    runs = [lines[u.line].beginning(int(u.which)) for u in units if (u.stage, u.line, u.which) in wanted]
+    return run([first for first in runs if first], plan)
 
 
 def choose_rates(plan: Plan, wanted: Wanted) -> list[sweep.Job]:

@@ -13,24 +13,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from eval.figures.declare import PG19, Figure, Panel, Test, models
+from eval.figures.declare import PG19, Figure, Panel, Test, models_on_text
 from eval.figures.equal_bytes import equal_capacities, label
-from eval.figures.fig6 import Figure6Options, draw, findings
+from eval.figures.fig6 import SMALL, Figure6Options, draw, findings
 from eval.figures.fig6 import tests_of as tests_of_figure_6
 from eval.figures.make import make
 from ovq.cli import command
 from ovq.config import Config
 
-MODELS = models("sw", "sw_nope", "sw_ovq", "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
+MODELS = ("sw", "sw_nope", "sw_ovq", "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
 
 
 def figure(options: Figure6Options) -> Figure:
     return Figure(
         name="memory_pg19",
         title="Memories of equal size on PG19",
-        panels=(Panel(PG19.name, PG19, MODELS, tests_of(options)),),
+        panels=(Panel(PG19.name, PG19, models_on_text(options.scale, *MODELS), tests_of(options)),),
         seeds={"cpu": 1, "gpu": 2, "paper": 1},
-        differs=("The paper has no such figure; its reviewers asked for it.",),
+        differs=(
+            "The paper has no such figure; its reviewers asked for it.",
+            *(SMALL if options.scale == "cpu" else ()),
+        ),
         draw=draw,
         findings=findings,
     )

@@ -30,6 +30,7 @@ INSTEAD = {
     "seed": "use seeds=[0,1]",
     "optim.lr": "use rates=[0.001,0.01]",
     "run_dir": "use runs_root=FOLDER",
+    "init_from": "a figure's runs begin with what its subject says",
 }
 
 
@@ -51,6 +52,7 @@ class Line:
     own_capacity: int | None
     measure: Measure
     records: Path | None
+    first: Line | None = None  # on the subject that runs begin with; it has no trials and no tests
     own_trials: bool = True
     panels: list[Panel] = field(default_factory=list)
     trials: dict[float, FigureRun] = field(default_factory=dict)  # by learning rate
@@ -84,8 +86,17 @@ class Line:
         if seed not in self.finals:
             rate = self.rate()
             assert rate is not None
-            self.finals[seed] = run_of(self.settings, self.cfg, rate, seed, self.measure, self.records)
+            self.finals[seed] = run_of(self.settings, self.cfg, rate, seed, self)
         return self.finals[seed]
+
+    def beginning(self, seed: int) -> FigureRun | None:
+        """The run with whose weights those with this seed begin, at the rate of its experiment; None: fresh ones."""
+        if self.first is None:
+            return None
+        if seed not in self.first.finals:
+            rate = self.first.cfg.optim.lr
+            self.first.finals[seed] = run_of(self.first.settings, self.first.cfg, rate, seed, self.first)
+        return self.first.finals[seed]
 
     def training_minutes(self, cfg: Config, scale: Scale) -> float:
         flops = flops_per_token(self.network, cfg.trainer.context) * tokens_of(cfg)
@@ -99,7 +110,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Work:
-    """A unit of the plan: a trial ("search"), a run of the figure ("train") or the tests of one ("test").
+    """A unit of the plan: a run that others begin with ("begin"), a trial ("search"), a run of the figure ("train") or
+    the tests of one ("test").
 
     `which` is the learning rate of a trial, else the training seed."""
 
@@ -125,6 +137,11 @@ class Plan:
         """Every unit, in the order in which they are done: rates are chosen before anything is trained with them."""
         made = []
         for line in self.lines:
+            if first := line.first:
+                minutes = first.training_minutes(first.cfg, self.scale)
+                seeds = [*([search.TRAIN_SEED] if line.own_trials else []), *self.seeds]
+                made += [Work("begin", line.name, seed, tokens_of(first.cfg), minutes) for seed in seeds]
+        for line in self.lines:
             minutes = line.training_minutes(line.trial_cfg, self.scale)
             rates = line.trials if line.own_trials else {}
             made += [Work("search", line.name, rate, tokens_of(line.trial_cfg), minutes) for rate in rates]
@@ -140,12 +157,21 @@ class Plan:
     def done(self, unit: Work) -> bool:
         """Whether a unit needs no more work."""
         line = next(line for line in self.lines if line.name == unit.line)
+        if unit.stage == "begin":
+            run = line.beginning(int(unit.which))
+            return run is not None and (run.trained_here() or self.needless(line, int(unit.which)))
         if unit.stage == "search":
             return line.trials[unit.which].score() is not None
         if line.rate() is None:
             return False
         run = line.final(int(unit.which))
         return (unit.stage == "train" and run.trained_here()) or all(run.values(test) for test in line.tests)
+
+    def needless(self, line: Line, seed: int) -> bool:
+        """Whether all runs that begin with the one of this seed are done."""
+        if seed == search.TRAIN_SEED:
+            return all(trial.score() is not None for trial in line.trials.values())
+        return self.done(Work("train", line.name, seed, 0, 0))
 
     def parts(self) -> list[list[Work]]:
         """The work in parts of at most `piece_minutes`; what takes longer is continued in as many parts as it needs.
@@ -198,6 +224,8 @@ def make_plan(figure: Figure, options: Options, overrides: list[str]) -> Plan:
         if (key := text.partition("=")[0]) in INSTEAD:
             raise ConfigError(f"{text} cannot be given here; {INSTEAD[key]}")
     scale = SCALES[options.scale]
+    if scale.name not in figure.seeds:
+        raise ConfigError(f"scale={scale.name}: {figure.name} is made at {', '.join(figure.seeds)} only")
     seeds = list(range(figure.seeds[scale.name])) if options.seeds is None else options.seeds
     if search.TRAIN_SEED in seeds:
         raise ConfigError(f"seeds: {search.TRAIN_SEED} is the seed of the runs that choose learning rates; use another")
@@ -222,7 +250,10 @@ def make_plan(figure: Figure, options: Options, overrides: list[str]) -> Plan:
     return Plan(figure, scale, options, list(lines.values()), seeds)
 
 
-def line_of(subject: Subject, model: Model, scale: Scale, options: Options, overrides: list[str]) -> Line:
+def line_of(
+    subject: Subject, model: Model, scale: Scale, options: Options, overrides: list[str], trials: bool = True
+) -> Line:
+    """The line of a model on a subject; without trials if it has none of its own."""
     own = replaced([f"experiment={subject.experiment}", *subject.overrides], list(subject.at.get(scale.name, ())))
     settings = [*replaced(own, overrides), *model.settings]
     cfg = compose(settings)
@@ -235,10 +266,24 @@ def line_of(subject: Subject, model: Model, scale: Scale, options: Options, over
         short.append(f"data.task.short_steps={max(1, round(options.search_share * curriculum))}")
     trial = replaced(settings, short)
     line = Line(subject, model.name, settings, cfg, compose(trial), network, capacity, measure, records)
-    if model.rate_of is None:
+    if first := subject.first.get(scale.name):
+        of_model = [text for text in overrides if text.startswith("model.")]  # the others are those of the text
+        line.first = line_of(first, model, scale, options, of_model, trials=False)
+        check_vocabulary(line, line.first)
+    if trials and model.rate_of is None:
         for rate in options.rates:
-            line.trials[rate] = run_of(trial, line.trial_cfg, rate, search.TRAIN_SEED, measure, records)
+            line.trials[rate] = run_of(trial, line.trial_cfg, rate, search.TRAIN_SEED, line)
     return line
+
+
+def check_vocabulary(line: Line, first: Line) -> None:
+    """Refuse a text whose tokenizer has another number of ids than the weights that its runs begin with."""
+    ids, there = (each.measure.vocab_size(each.cfg) for each in (line, first))
+    if ids != there:
+        raise ConfigError(
+            f"tokenizer.model_path: the tokenizer has {ids:,} ids, but runs on {line.subject.name} begin with weights "
+            f"for {there:,}; train one with python -m data.train_tokenizer vocab_size={there} ..."
+        )
 
 
 def replaced(settings: list[str], others: list[str]) -> list[str]:
@@ -247,21 +292,27 @@ def replaced(settings: list[str], others: list[str]) -> list[str]:
     return [text for text in settings if text.partition("=")[0] not in keys] + others
 
 
-def run_of(
-    settings: list[str], cfg: Config, rate: float, seed: int, measure: Measure, records: Path | None
-) -> FigureRun:
-    """The run with these settings, which compose to `cfg`, and this learning rate and seed; its job is marked if it is
-    finished.
+def run_of(settings: list[str], cfg: Config, rate: float, seed: int, line: Line) -> FigureRun:
+    """The run of a line with these settings, which compose to `cfg`, and this learning rate and seed; its job is marked
+    if it is finished.
 
     Raises:
         ConfigError: an illegal rate, or the run is finished and was made with other settings.
     """
     settings, cfg = [*settings, f"seed={seed}", f"optim.lr={rate:g}"], copy.deepcopy(cfg)
     cfg.seed, cfg.optim.lr = seed, float(f"{rate:g}")
+    if first := line.beginning(seed):
+        settings, cfg.init_from.path = [*settings, f"init_from={first.run_dir}"], str(first.run_dir)
     check(cfg)
     job = sweep.Job(settings, cfg, run_dir_of(cfg, settings))
     sweep.mark_finished([job])
-    return FigureRun(job, measure, records)
+    return FigureRun(job, line.measure, line.records)
+
+
+def widest_window(cfg: Config) -> int | None:
+    """The widest window of the model's layers, in tokens; None without one."""
+    windows = [cfg.model.mixers[name].get("window") for name in cfg.model.pattern]
+    return max((window for window in windows if window), default=None)
 
 
 def tokens_of(cfg: Config) -> int:
