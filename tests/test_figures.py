@@ -319,6 +319,7 @@ def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch:
     begun = begun_with(tmp_path / "runs")
     assert len(begun) == 3 * (2 + 1) and len({*begun.values()}) == 3 * 2, "trials, runs; by model and seed"
     for run, first in begun.items():
+        assert first.parent == tmp_path / "runs"
         own, of_first = (config.load(folder) for folder in (run, first))
         assert (own.model.pattern, own.seed) == (of_first.model.pattern, of_first.seed)
         assert f"weights of {first}" in (run / "sweep.log").read_text()

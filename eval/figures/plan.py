@@ -267,8 +267,8 @@ def line_of(
     trial = replaced(settings, short)
     line = Line(subject, model.name, settings, cfg, compose(trial), network, capacity, measure, records)
     if first := subject.first.get(scale.name):
-        of_model = [text for text in overrides if text.startswith("model.")]  # the others are those of the text
-        line.first = line_of(first, model, scale, options, of_model, trials=False)
+        shared = [text for text in overrides if text.startswith(("model.", "runs_root="))]  # the rest is of the text
+        line.first = line_of(first, model, scale, options, shared, trials=False)
         check_vocabulary(line, line.first)
     if trials and model.rate_of is None:
         for rate in options.rates:
