@@ -10,7 +10,7 @@ the same book, at the same positions, the books cancel. So the second panel aver
 and its bands are standard errors of their mean over documents, the seeds of a document averaged first. Models also
 differ in what they make of the nearest tokens; so the third panel compares each with itself, on the same tokens, when
 it sees only those: what the rest of the context is worth to it.
-Models of the CPU scale do not find copying in text by themselves, however well they could use it. So there every run
+Models of the CPU scale do not find copying in text by themselves. So there every run
 begins with the weights of a short one that copies random tokens, and every model's first layer sees 4 tokens: models
 differ in the second, which is `sw`'s window, `sw_nope`'s full attention, and so on (experiment=copying).
 Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
@@ -37,7 +37,8 @@ from ovq.schema import setting
 MODELS = ("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
 SMALL = (
     "Every model's first layer sees 4 tokens, and every run begins with weights that copy random tokens: without, "
-    "models of this size make nothing of a far context. Both were found with sw_nope and sw, on validation documents.",
+    "models of this size make nothing of what lies beyond a window. Both were found with sw_nope and sw, on validation "
+    "documents.",
 )
 SHOWN_FROM = 64  # tokens: before them, losses are those of title pages
 BASE = "sw"  # what differences are taken to
