@@ -54,10 +54,11 @@ def figure(options: SensitivityOptions) -> Figure:
 def draw(figure: Figure, points: list[Point]) -> Any:
     """A panel for each setting: accuracy by length with the largest capacity of the tests."""
     largest = max((p.num_centroids for p in points if p.num_centroids), default=None)
-    picture, axes = panels.picture_of(len(GROUPS))
-    for ax, (title, group) in zip(axes, GROUPS.items()):
-        shown = ["sw_ovq", *group]
-        for number, name in enumerate(shown):
+    made = {p.model for p in points}
+    groups = {title: shown for title, group in GROUPS.items() if (shown := [name for name in group if name in made])}
+    picture, axes = panels.picture_of(max(1, len(groups)))
+    for ax, (title, group) in zip(axes, groups.items()):
+        for number, name in enumerate(["sw_ovq", *group]):
             own = [p for p in points if (p.model, p.num_centroids, p.index) == (name, largest, None)]
             lengths = sorted({p.length for p in own})
             mean = [100 * fmean(p.value for p in own if p.length == length) for length in lengths]
