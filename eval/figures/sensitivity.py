@@ -63,8 +63,8 @@ def draw(figure: Figure, points: list[Point]) -> Any:
             lengths = sorted({p.length for p in own})
             mean = [100 * fmean(p.value for p in own if p.length == length) for length in lengths]
             ax.plot(lengths, mean, color=style.color(number), marker="o", markersize=2.5, label=name)
-        style.token_axis(ax, "tokens in the sequence")
-        panels.finish(ax, f"{title} (tested with N = {largest:,})" if largest else title)
+        style.token_axis(ax, "tokens in the sequence" + (f" (tested with N = {largest:,})" if largest else ""))
+        panels.finish(ax, title)
         ax.legend(frameon=False, fontsize=8)
     return picture
 
