@@ -78,8 +78,9 @@ class Line:
             return state_size(self.network, test.length), state_bytes(self.network, test.length)
 
     def rate(self) -> float | None:
-        """The learning rate that the trials choose; None while one of them is not done and has not failed."""
-        return search.best(self.trials)
+        """The learning rate that the trials choose, or without trials the experiment's; None while one of them is not
+        done and has not failed."""
+        return search.best(self.trials) if self.trials else self.cfg.optim.lr
 
     def final(self, seed: int) -> FigureRun:
         """The run that the figure shows for a training seed. Needs a rate."""
@@ -90,13 +91,8 @@ class Line:
         return self.finals[seed]
 
     def beginning(self, seed: int) -> FigureRun | None:
-        """The run with whose weights those with this seed begin, at the rate of its experiment; None: fresh ones."""
-        if self.first is None:
-            return None
-        if seed not in self.first.finals:
-            rate = self.first.cfg.optim.lr
-            self.first.finals[seed] = run_of(self.first.settings, self.first.cfg, rate, seed, self.first)
-        return self.first.finals[seed]
+        """The run with whose weights those with this seed begin; None: fresh ones."""
+        return self.first.final(seed) if self.first else None
 
     def training_minutes(self, cfg: Config, scale: Scale) -> float:
         flops = flops_per_token(self.network, cfg.trainer.context) * tokens_of(cfg)
