@@ -11,11 +11,11 @@ import pytest
 
 from data.build import build_task, build_tokenizer
 from data.describe import describe
-from data.tasks.base import IGNORE, TRAIN
-from data.tasks.regression import ONE_EXAMPLE, RegressionTask, earlier
+from data.tasks.base import IGNORE, TEST, TRAIN
+from data.tasks.regression import RegressionTask, earlier
 from ovq.compose import compose
 from ovq.errors import ConfigError
-from tests.data_helpers import learned_guess
+from tests.data_helpers import learned_guess, loader
 
 FUNCTIONS = [(a, b, p) for a, b in itertools.product(range(1, 5), repeat=2) for p in itertools.permutations(range(4))]
 
@@ -116,9 +116,16 @@ def test_the_end_of_an_example_follows_from_its_beginning() -> None:
             right[j] += np.bincount(possible[:, j]).argmax() == y[j]
             possible = possible[possible[:, j] == y[j]]
     # The standard deviation of each is at most 1.3%.
-    assert (
-        np.allclose(right / 1500, [0.09, 0.22, 0.44, 1.0], atol=0.04) and abs(right.mean() / 1500 - ONE_EXAMPLE) < 0.02
-    )
+    assert np.allclose(right / 1500, [0.09, 0.22, 0.44, 1.0], atol=0.04)
+    assert abs(right.mean() / 1500 - task.floor) < 0.03
+
+
+def test_with_more_functions_than_exist_several_labels_have_the_same() -> None:
+    task = RegressionTask(functions=64, dimensions=2)
+    inputs, targets = task.make(5 * 64 * 3, 0, TEST, 0, 0)
+    assert len({label for label, _, _ in read(task, inputs)}) == 64
+    grades = task.grade(task.oracle(inputs), targets)
+    assert (grades == 1).sum() == (grades != IGNORE).sum() == 2 * 64 * 2
 
 
 def test_with_repeated_entries_more_examples_tell_more() -> None:
@@ -144,6 +151,43 @@ def test_testing_with_other_numbers_of_functions_needs_no_new_ids(functions: int
     assert held["functions"] == functions and held["examples"] == 227 and held["answers"] == 4 * (227 - functions)
 
 
+@pytest.mark.parametrize("pool", [1, 3])
+def test_a_pool_gives_a_function_few_different_examples_in_training(pool: int) -> None:
+    task = RegressionTask(functions=4, pool=pool)
+    numbers = set()
+    for row in range(60):
+        inputs, targets = task.make(9 * 64 + 3, 0, TRAIN, 0, row)
+        examples: dict[int, set[tuple[int, ...]]] = {}
+        for label, x, y in read(task, inputs):
+            examples.setdefault(label, set()).add((*x, *y))
+        numbers |= {len(found) for found in examples.values()}
+        seen = set()
+        for number, (label, x, _) in enumerate(read(task, inputs)):
+            expected = [1 + entry for entry in x] if label in seen else [IGNORE] * 4
+            assert targets[3 + 9 * number :][:4].tolist() == expected, "the x of a repeated function is no label"
+            seen.add(label)
+    assert numbers == set(range(1, pool + 1))
+    in_test, plain = task.make(9 * 64, 0, TEST, 0, 0), RegressionTask(functions=4).make(9 * 64, 0, TEST, 0, 0)
+    assert all(np.array_equal(a, b) for a, b in zip(in_test, plain)), "tests have a pool"
+
+
+def test_the_share_of_sequences_with_a_pool_is_as_asked_for() -> None:
+    task = RegressionTask(functions=1, pool=1, pool_share=0.3)
+    drawn = [read(task, task.make(9 * 8, 0, TRAIN, 0, row)[0]) for row in range(1000)]
+    share = np.mean([len({tuple(x) for _, x, _ in examples}) == 1 for examples in drawn])
+    assert abs(share - 0.3) < 0.06  # four standard deviations
+
+
+def test_shorter_sequences_of_the_curriculum_have_fewer_functions() -> None:
+    given = ["data.task.functions=8", "data.task.short_steps=2", "data.task.short_factor=4", "trainer.context=288"]
+    cfg = compose(["data=task", "data/task=regression", *given])
+    task = build_task(cfg)
+    for batch, functions in zip(loader(cfg), [2, 4, 8]):
+        assert batch.inputs.shape[1] == 36 * functions
+        for row in batch.inputs.numpy():
+            assert len({label for label, _, _ in read(task, row)}) == functions
+
+
 def test_equal_items_are_counted_in_order() -> None:
     assert earlier(np.array([5, 2, 5, 5, 2, 9])).tolist() == [0, 0, 1, 2, 1, 0]
 
@@ -163,12 +207,13 @@ def test_the_data_never_change_between_versions() -> None:
     [
         (["functions=0"], "data.task.functions=0 must be at least 1"),
         (["functions=129"], "data.task.labels=128 must be at least data.task.functions=129"),
-        (["functions=33", "dimensions=2"], "functions=33 different functions of 2 entries do not exist; there are 32"),
         (["dimensions=1"], "data.task.dimensions=1 must be in 2 to 7"),
         (["dimensions=8"], "data.task.dimensions=8 must be in 2 to 7"),
         (["values=3"], "data.task.values=3 must be at least data.task.dimensions=4, as the entries of x all differ"),
         (["values=1", "distinct=false"], "data.task.values=1 must be at least 2"),
-        (["functions=128", "short_steps=2"], "512 tokens holds 56 examples, and with data.task.functions=128 no"),
+        (["short_steps=2", "short_factor=128"], "16 tokens holds 1 examples, and with data.task.functions=1 no"),
+        (["pool=-1"], "data.task.pool=-1 must be at least 0"),
+        (["pool=1", "pool_share=1.5"], "data.task.pool_share=1.5 must be in 0 to 1"),
     ],
 )  # fmt: skip
 def test_impossible_settings_fail_in_one_line(overrides: list[str], words: str) -> None:

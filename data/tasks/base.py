@@ -52,6 +52,11 @@ class Task:
         """Number of symbols; ids are 0 .. vocab_size - 1."""
         raise NotImplementedError
 
+    @property
+    def floor(self) -> float | None:
+        """Accuracy of who uses nothing that came before the question, where that is far from chance; None elsewhere."""
+        return None
+
     def sequence(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One sequence: inputs and targets, int64 [length]. A target is the next token if that is part of an answer,
         else IGNORE."""
@@ -102,13 +107,18 @@ class Task:
         stages = self.short_factor.bit_length() - 1
         return self.short_factor >> (step * stages // self.short_steps) if step < self.short_steps else 1
 
+    def shorter(self, count: int) -> Task:
+        """The task of training sequences while `count` of them share a row; itself by default."""
+        return self
+
     def check_context(self, context: int) -> None:
         """Raise ConfigError unless rows of `context` tokens are possible at every stage of the curriculum."""
         if self.short_steps and context % self.short_factor:
             raise ConfigError(
                 f"trainer.context={context} must be a multiple of data.task.short_factor={self.short_factor}"
             )
-        self.describe(context // (self.short_factor if self.short_steps else 1))
+        factor = self.short_factor if self.short_steps else 1
+        self.shorter(factor).describe(context // factor)
 
 
 def spell(codes: np.ndarray, base: int, tokens: int) -> np.ndarray:

@@ -48,9 +48,9 @@ class TaskRows:
     def row(self, lane: int, state: LaneState) -> Row:
         step = state["rows"]
         count = self.task.sequences_at(step)
+        task = self.task.shorter(count)
         parts = [
-            self.task.make(self.context // count, self.seed, TRAIN, step, lane * count + index)
-            for index in range(count)
+            task.make(self.context // count, self.seed, TRAIN, step, lane * count + index) for index in range(count)
         ]
         inputs, targets = (np.concatenate(part).astype(np.int32) for part in zip(*parts))
         starts = list(range(0, self.context, self.context // count))
