@@ -37,7 +37,7 @@ from eval.figures import (
     search,
     sensitivity,
 )
-from eval.figures.declare import COPYING, PG19, RECALL, Point
+from eval.figures.declare import COPYING, LABELS, PG19, RECALL, REGRESSION_4, REGRESSION_16, Point
 from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
 from eval.figures.runs import SCORE, FigureRun, minutes_of
@@ -53,6 +53,7 @@ SMALL = [
     *("trainer.micro_batch=4", "trainer.device=cpu", "trainer.precision=fp32", "optim.warmup_steps=1"),
 ]
 COPYING_SMALL = replace(COPYING, overrides=("trainer.steps=2", "data.task.symbols=128", "trainer.device=cpu"))
+LABELS_SMALL = replace(LABELS, overrides=("trainer.steps=2", "data.task.short_steps=0", "trainer.device=cpu"))
 KEYS = ["data.task.key_vocab=64", "data.task.value_vocab=8", "trainer.context=64"]
 FEW = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "answers=20"]
 BASIC = [*FEW, "lengths=[64,128]", "num_centroids=[8]", "models=[sw,sw_ovq]"]
@@ -196,6 +197,7 @@ def test_figure_8_shares_its_runs_with_figure_4_and_names_a_failed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measures, "ANSWERS", 20)
+    monkeypatch.setattr(fig8, "REGRESSION_4", replace(REGRESSION_4, first={"cpu": LABELS_SMALL}))
     one = [*FEW, "lengths=[64]", "num_centroids=[]"]
     assert fig4.main(line_of(tmp_path, *one, "models=[sw_ovq]", "trainer.context=192")) == 0
     before = files(tmp_path / "runs")
@@ -236,8 +238,12 @@ def test_figure_5_draws_accuracy_by_example_for_every_number_of_functions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measures, "ANSWERS", 20)
+    monkeypatch.setattr(fig5, "REGRESSION_16", replace(REGRESSION_16, first={"cpu": LABELS_SMALL}))
     line = line_of(tmp_path, *FEW, "models=[sw,std_att]", "seeds=[0,1]", "functions=[4,20]", "trainer.context=432")
-    assert fig5.main(line) == 0
+    assert fig5.main([*line, "data.task.distinct=false"]) == 0
+    begun = begun_with(tmp_path / "runs")
+    assert len(begun) == 2 * (2 + 2) and len({*begun.values()}) == 2 * 3, "trials, runs; by model and seed"
+    assert all(config.load(first).data.task["distinct"] is False for first in begun.values())
     rows = rows_of(tmp_path / "out" / "fig5.csv")
     assert {(row["test"], row["length"]) for row in rows} == {("4 functions", "108"), ("20 functions", "540")}
     for test in ("4 functions", "20 functions"):

@@ -58,20 +58,42 @@ SCALED = {"gpu": ("scale=gpu",), "paper": ("scale=paper",)}
 class Subject:
     """What models are trained on: an experiment and changes to it; `at` has further ones for single scales, perhaps
     another experiment. At a scale of `first`, a run begins with the weights of one of its model and seed on another
-    subject."""
+    subject, which has those settings of the command line that begin as `shared` says."""
 
     name: str
     experiment: str
     overrides: tuple[str, ...] = ()
     at: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SCALED)
     first: Mapping[str, Subject] = field(default_factory=dict)
+    shared: tuple[str, ...] = ("model.", "runs_root=")
 
 
 RECALL = Subject("basic recall", "recall_64k")
 POSITIONAL = Subject("positional recall", "positional_recall")
 _AT_2K = SCALED | {"paper": ("scale=paper", "trainer.context=2048")}
-REGRESSION_16 = Subject("regression, 16 functions", "regression", ("data.task.functions=16",), _AT_2K)
-REGRESSION_4 = Subject("regression, 4 functions", "regression", ("data.task.functions=4",), _AT_2K)
+_AT_160 = (
+    "trainer.context=160",
+    "trainer.global_batch=32",
+    "trainer.micro_batch=32",
+    "trainer.steps=550",
+    "data.task.short_steps=0",
+)
+LABELS = Subject("labels", "labels", at={})
+_FORM = tuple(f"data.task.{name}=" for name in ("labels", "dimensions", "values", "distinct"))
+REGRESSION_16 = Subject(
+    "regression, 16 functions",
+    "regression",
+    ("data.task.functions=16",),
+    _AT_2K,
+    {"cpu": LABELS},
+    ("model.", "runs_root=", *_FORM),
+)
+REGRESSION_4 = replace(
+    REGRESSION_16,
+    name="regression, 4 functions",
+    overrides=("data.task.functions=4",),
+    at=_AT_2K | {"cpu": _AT_160},
+)
 COPYING = Subject("copying", "copying", at={})
 PG19 = Subject(
     "PG19", "pg19_cpu", (), {"gpu": ("experiment=pg19_gpu",), "paper": ("experiment=pg19_480m",)}, {"cpu": COPYING}
@@ -138,11 +160,11 @@ class Test:
 class Point:
     """A row of the figure's CSV: one number of the picture, with what it takes to compare it.
 
-    Of a generated task, `value` is an accuracy in 0 to 1 over `count` answers, and `index` what `Task.indices` counts,
-    None for all answers. Of text, it is the mean loss in nats per token of `count` positions of a `document`, from
-    position `index` on. `num_centroids` is None without a dictionary whose capacity could be changed. State is that of
-    one sequence of `length` tokens, in bytes with activations in bf16 and sums in float32. `tokens` are those of
-    training.
+    Of a generated task, `value` is an accuracy in 0 to 1 over `count` answers, `index` what `Task.indices` counts (None
+    for all answers), and `floor` the accuracy of who uses no context (None if the task does not say). Of text, `value`
+    is the mean loss in nats per token of `count` positions of a `document`, from position `index` on. `num_centroids`
+    is None without a dictionary whose capacity could be changed. State is that of one sequence of `length` tokens, in
+    bytes with activations in bf16 and sums in float32. `tokens` are those of training.
     """
 
     figure: str
@@ -156,6 +178,7 @@ class Point:
     document: int | None
     value: float
     count: int
+    floor: float | None
     parameters: int
     state_numbers: int
     state_bytes: int

@@ -37,8 +37,8 @@ def figure(options: Figure5Options) -> Figure:
         panels=(Panel(REGRESSION_16.name, REGRESSION_16, MODELS, by_functions(options)),),
         seeds={"cpu": 2, "gpu": 3, "paper": 1},
         differs=(
-            "Dashed grey: 44%, what the earlier entries of the same y give without any earlier example; only what is "
-            "above it was learned in context (data/tasks/regression.py).",
+            "Dashed grey: what the earlier entries of the same y give without any earlier example; only what is above "
+            "it was learned in context (data/tasks/regression.py).",
             "Dictionaries keep the capacity of training.",
         ),
         draw=draw,

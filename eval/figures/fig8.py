@@ -52,8 +52,8 @@ def figure(options: Figure8Options) -> Figure:
         seeds={"cpu": 2, "gpu": 3, "paper": 1},
         differs=(
             "The baselines alternate with sliding-window attention, as sw_ovq does.",
-            "Dashed grey: 44%, what the earlier entries of the same y give without any earlier example; only what is "
-            "above it was learned in context (data/tasks/regression.py).",
+            "Dashed grey: what the earlier entries of the same y give without any earlier example; only what is above "
+            "it was learned in context (data/tasks/regression.py).",
         ),
         draw=draw,
     )

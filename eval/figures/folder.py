@@ -17,6 +17,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from data.build import build_task, is_task
 from eval import style
 from eval.figures import search
 from eval.figures.caption import caption
@@ -90,6 +91,7 @@ def points_of(plan: Plan, panel: Panel, line: Line, seed: int, test: Test, value
     numbers, held = line.state(test)
     rate = line.rate()
     assert rate is not None
+    floor = build_task(cfg).floor if is_task(cfg) else None
     for value in values:
         yield Point(
             figure=plan.figure.name,
@@ -103,6 +105,7 @@ def points_of(plan: Plan, panel: Panel, line: Line, seed: int, test: Test, value
             document=value.document,
             value=value.value,
             count=value.count,
+            floor=floor,
             parameters=line.parameters,
             state_numbers=numbers,
             state_bytes=held,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from data.tasks.regression import ONE_EXAMPLE
 from eval import style
 from eval.figures.declare import Point
 from ovq.plan import format_bytes
@@ -84,7 +83,8 @@ def accuracy_by_length(
 def regression(ax: Axes, points: list[Point], models: list[str], title: str) -> None:
     """Accuracy of regression by example, with what needs no earlier example."""
     plot(ax, curves(points, lambda p: p.index, lambda p: 100 * p.value), models)
-    ax.axhline(100 * ONE_EXAMPLE, color=GREY, linewidth=1, linestyle="--", label="without earlier examples")
+    for floor in {p.floor for p in points if p.floor is not None}:
+        ax.axhline(100 * floor, color=GREY, linewidth=1, linestyle="--", label="without earlier examples")
     ax.set_xlabel("earlier examples of the function")
     finish(ax, title)
 

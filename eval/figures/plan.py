@@ -263,7 +263,7 @@ def line_of(
     trial = replaced(settings, short)
     line = Line(subject, model.name, settings, cfg, compose(trial), network, capacity, measure, records)
     if first := subject.first.get(scale.name):
-        shared = [text for text in overrides if text.startswith(("model.", "runs_root="))]  # the rest is of the text
+        shared = [text for text in overrides if text.startswith(subject.shared)]
         line.first = line_of(first, model, scale, options, shared, trials=False)
         check_vocabulary(line, line.first)
     if trials and model.rate_of is None:
