@@ -164,11 +164,21 @@ def _arguments(options: type, argv: list[str], overrides: bool, words: bool) -> 
             loose.append(arg)
         elif key in names:
             own.append(arg)
-        elif overrides:
+        elif overrides and not _misspelt(key, names):
             rest.append(arg)
         else:
             raise _unknown(key, names)
     return [parse(options, own), *([rest] if overrides else []), *([loose] if words else [])]
+
+
+def _misspelt(key: str, names: list[str]) -> bool:
+    """Whether a key is close to an option's name and no setting or group of the config."""
+    if not key.isidentifier() or not difflib.get_close_matches(key, names, n=1, cutoff=0.8):
+        return False
+    from ovq.config import Config
+    from ovq.overrides import groups
+
+    return key not in {*groups(), *(item.name for item in dataclasses.fields(Config))}
 
 
 def _unknown(key: str, names: list[str]) -> ConfigError:

@@ -6,7 +6,7 @@ import importlib
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -84,12 +84,16 @@ def test_a_wrong_option_is_one_line_that_says_what_is_legal(argument: str, messa
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+LEGAL = ", ".join(item.name for item in fields(Options))
+
+
 def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert tool(["run=x", "trainer.steps=3", "word"]) == 7
     assert "['trainer.steps=3'] ['word']" in capsys.readouterr().out
     for argv, status, line in (
         (["steps=3"], 2, "error: run= is required: the run folder"),
         (["run=x", "fail"], 1, "error: it failed"),
+        (["run=x", "length=3"], 2, f"error: there is no option 'length'; did you mean lengths? legal: {LEGAL}"),
         (["run=x", "interrupt"], 130, "interrupted"),
     ):
         assert tool(argv) == status
