@@ -75,7 +75,7 @@ _AT_160 = (
     "trainer.context=160",
     "trainer.global_batch=32",
     "trainer.micro_batch=32",
-    "trainer.steps=550",
+    "trainer.steps=800",
     "data.task.short_steps=0",
 )
 LABELS = Subject("labels", "labels", at={})
