@@ -60,14 +60,15 @@ def figure(options: Figure8Options) -> Figure:
 
 
 def draw(figure: Figure, points: list[Point]) -> Any:
-    """A panel for each number of functions, then recall by length."""
+    """A panel for each number of functions, then recall by length, of the figure's panels."""
     names = figure.models
     of_regression = [point for point in points if point.panel == REGRESSION_4.name]
     tests = list(dict.fromkeys(point.test for point in of_regression))
-    picture, axes = panels.picture_of(len(tests) + 1)
+    picture, axes = panels.picture_of(max(1, len(tests) + (RECALL.name in figure.panel_names)))
     for ax, test in zip(axes, tests):
         panels.regression(ax, [p for p in of_regression if p.test == test], names, f"tested with {test}")
-    panels.accuracy_by_length(axes[-1], [p for p in points if p.panel == RECALL.name], names, RECALL.name)
+    if RECALL.name in figure.panel_names:
+        panels.accuracy_by_length(axes[-1], [p for p in points if p.panel == RECALL.name], names, RECALL.name)
     panels.shared_legend(axes)
     return picture
 
