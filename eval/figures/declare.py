@@ -94,6 +94,13 @@ REGRESSION_4 = replace(
     overrides=("data.task.functions=4",),
     at=_AT_2K | {"cpu": _AT_160},
 )
+OF_REGRESSION = (
+    "Dashed grey: what the earlier entries of the same y give without any earlier example; only what is above it was "
+    "learned in context (data/tasks/regression.py).",
+    "x and y have two entries, so that 32 functions exist: of three or four entries sw_nope learned nothing in 2 to 4 "
+    "million tokens. The entries, the number of heads, the window of one example and the curriculum were found with "
+    "sw_nope and one seed, which may favour it.",
+)
 COPYING = Subject("copying", "copying", at={})
 PG19 = Subject(
     "PG19", "pg19_cpu", (), {"gpu": ("experiment=pg19_gpu",), "paper": ("experiment=pg19_480m",)}, {"cpu": COPYING}

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.figures import panels
-from eval.figures.declare import REGRESSION_16, Figure, Options, Panel, Point, TaskOptions, by_functions, models
+from eval.figures.declare import (
+    OF_REGRESSION,
+    REGRESSION_16,
+    Figure,
+    Options,
+    Panel,
+    Point,
+    TaskOptions,
+    by_functions,
+    models,
+)
 from eval.figures.make import make
 from ovq.cli import command
 from ovq.schema import setting
@@ -37,8 +47,7 @@ def figure(options: Figure5Options) -> Figure:
         panels=(Panel(REGRESSION_16.name, REGRESSION_16, MODELS, by_functions(options)),),
         seeds={"cpu": 2, "gpu": 3, "paper": 1},
         differs=(
-            "Dashed grey: what the earlier entries of the same y give without any earlier example; only what is above "
-            "it was learned in context (data/tasks/regression.py).",
+            *OF_REGRESSION,
             "Dictionaries keep the capacity of training.",
         ),
         draw=draw,

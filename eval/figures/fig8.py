@@ -18,6 +18,7 @@ from typing import Any
 
 from eval.figures import panels
 from eval.figures.declare import (
+    OF_REGRESSION,
     RECALL,
     REGRESSION_4,
     Figure,
@@ -52,8 +53,7 @@ def figure(options: Figure8Options) -> Figure:
         seeds={"cpu": 2, "gpu": 3, "paper": 1},
         differs=(
             "The baselines alternate with sliding-window attention, as sw_ovq does.",
-            "Dashed grey: what the earlier entries of the same y give without any earlier example; only what is above "
-            "it was learned in context (data/tasks/regression.py).",
+            *OF_REGRESSION,
         ),
         draw=draw,
     )
