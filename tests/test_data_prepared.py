@@ -371,7 +371,7 @@ def test_bad_shards_and_documents_are_counted_as_from_the_text(tmp_path: Path) -
         (["data=builtin", "out=x", "splits=[dev]"], "splits=[dev] is not a legal value; legal: train, validation"),
         (["data=text", "out=x"], "nothing to prepare"),
         (["data=recall", "out=x", "splits=[train]"], "holds no text"),
-        (["data=builtin", "out=x", "outt=x"], "there is no setting 'outt'"),
+        (["data=builtin", "out=x", "outt=x"], "there is no option 'outt'; did you mean out?"),
         (["verify", "/nowhere"], "it has no prepared.json"),
     ],
 )  # fmt: skip

@@ -240,7 +240,7 @@ def test_figure_5_draws_accuracy_by_example_for_every_number_of_functions(
     monkeypatch.setattr(measures, "ANSWERS", 20)
     monkeypatch.setattr(fig5, "REGRESSION_16", replace(REGRESSION_16, first={"cpu": LABELS_SMALL}))
     line = line_of(tmp_path, *FEW, "models=[sw,std_att]", "seeds=[0,1]", "functions=[4,20]", "trainer.context=432")
-    assert fig5.main([*line, "data.task.distinct=false"]) == 0
+    assert fig5.main([*line, "data.task.dimensions=4", "data.task.distinct=false"]) == 0
     begun = begun_with(tmp_path / "runs")
     assert len(begun) == 2 * (2 + 2) and len({*begun.values()}) == 2 * 3, "trials, runs; by model and seed"
     assert all(config.load(first).data.task["distinct"] is False for first in begun.values())
