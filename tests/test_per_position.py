@@ -480,7 +480,10 @@ def test_command_line_evaluates_the_newest_checkpoint(
     [
         ([], "run= is required: the run folder"),
         (["run=no/such/run"], "no/such/run is not a run folder"),
-        (["run=RUN", "contxt=5"], "there is no option 'contxt'; did you mean context? legal: run"),
+        (
+            ["run=RUN", "contxt=5"],
+            "there is no option 'contxt'; did you mean context? legal: run, checkpoint, trust, context",
+        ),
         (["run=RUN", "eval.contxt=5"], "the run has no setting 'eval.contxt'"),
         (["run=RUN", "model.dim=64"], "model.dim is part of what was trained"),
         (["run=RUN", "context=long"], "context=long must be a whole number"),

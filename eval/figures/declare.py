@@ -97,9 +97,9 @@ REGRESSION_4 = replace(
 OF_REGRESSION = (
     "Dashed grey: what the earlier entries of the same y give without any earlier example; only what is above it was "
     "learned in context (data/tasks/regression.py).",
-    "x and y have two entries, so that 32 functions exist: of three or four entries sw_nope learned nothing in 2 to 4 "
-    "million tokens. The entries, the number of heads, the window of one example and the curriculum were found with "
-    "sw_nope and one seed, which may favour it.",
+    "x and y have two entries, so that 32 functions exist: with three or four, sw_nope found no function in 2 to 4 "
+    "million tokens (docs/results/fig5/entries.json). The entries, the number of heads, the window of one example and "
+    "the curriculum were found with sw_nope and one seed, which may favour it.",
 )
 COPYING = Subject("copying", "copying", at={})
 PG19 = Subject(
