@@ -1,11 +1,11 @@
 """Python source as long documents that repeat themselves, from installed packages, without a network: Parquet files.
 
-    python -m data.python_source out=runs/python
+    python -m data.python_source                 # then data=python_source (configs/data/python_source.yaml)
     python -m data.python_source out=DIR train=[torch,sympy] validation=[numpy] test=[networkx] document_kb=256
 
 A document is the .py files of neighbouring folders of one package, each after a line with its path, in the order of
 their paths. What is in it follows from the versions of the packages, which the lock files in launch/ pin. No package is
-in two splits. The files are read with data=parquet (or data.prepare) and data.title_field=path.
+in two splits.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from data.sources import SPLITS
 from ovq.cli import command
 from ovq.errors import ConfigError
 from ovq.files import write_whole
-from ovq.schema import REQUIRED, setting
+from ovq.schema import setting
 
 ROWS = 16  # documents in a row group: what a reader holds at once
 
 
 @dataclass
 class Options:
-    out: str = setting(REQUIRED, "folder to write train, validation and test to", writes="folder")
+    out: str = setting("runs/python", "folder to write train, validation and test to", writes="folder")
     train: list[str] = setting(["torch", "sympy", "pandas"], "packages to train on")
     validation: list[str] = setting(["numpy", "networkx"], "packages to choose settings with")
     test: list[str] = setting(["matplotlib", "fontTools", "wandb", "datasets", "pydantic"], "packages to test with")
@@ -53,8 +53,8 @@ def main(options: Options) -> int:
     for split, found in made.items():
         write_whole(Path(options.out) / f"{split}-00000-of-00001.parquet", parquet(found))
         print(f"{split:<10}  {len(found):>4} documents  {sum(len(text) for _, text in found) / 1e6:6.1f} MB")
-    files = " ".join(f"'data.{split}=[{options.out}/{split}-*.parquet]'" for split in SPLITS)
-    print(f"use it with: data=parquet {files} data.title_field=path")
+    elsewhere = [f"'data.{split}=[{options.out}/{split}-*.parquet]'" for split in SPLITS]
+    print("use it with:", "data=python_source", *(elsewhere if options.out != Options().out else []))
     return 0
 
 

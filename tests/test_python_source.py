@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -41,11 +42,13 @@ def test_documents_hold_every_file_once_in_order_and_are_long_enough(packages: P
     assert "ovq_one a z.py xxx" in table["text"][0]
 
 
-def test_its_files_are_a_corpus_with_the_path_as_title(packages: Path, tmp_path: Path) -> None:
+def test_its_files_are_a_corpus_with_the_path_as_title(
+    packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = ["train=[ovq_one]", "validation=[ovq_two]", "test=[ovq_three]"]
     assert python_source.main([f"out={tmp_path}", *chosen, "document_kb=1"]) == 0
-    files = [f"data.{split}=[{tmp_path}/{split}-*.parquet]" for split in SPLITS]
-    cfg = compose(["data=parquet", *files, "data.title_field=path"])
+    printed = capsys.readouterr().out.splitlines()[-1].partition("use it with: ")[2]
+    cfg = compose(shlex.split(printed))
     source = next(iter(sources_of(cfg).values()))
     titles = [build_corpus(source, split).read(0).title for split in SPLITS]
     assert titles == [f"{name}/__init__.py" for name in ("ovq_one", "ovq_two", "ovq_three")]

@@ -61,6 +61,8 @@ PARTS = [
     Part("python train.py model=sw_nope model/size=tiny data=text", SMALL),
     Part("python -m data.train_tokenizer data=pg19 vocab_size", LITTLE, changes=BUILTIN),
     Part("python -m data.train_tokenizer data=pg19 model_type=bpe", f"{LITTLE} vocab_size=400", changes=BUILTIN),
+    Part("python -m data.python_source", "train=[fsspec] validation=[filelock] test=[dill] document_kb=30"),
+    Part("python -m data.train_tokenizer data=python_source", LITTLE, changes=BUILTIN),
     Part("python -m data.prepare", changes=BUILTIN),
     Part("python train.py experiment=pg19_70m data=memmap", f"{SMALL} tokenizer.vocab_size=null run_dir=runs/pg19_70m"),
     Part("python train.py experiment=pg19_70m_32k init_from=", f"{PREPARED} {SMALL}"),
