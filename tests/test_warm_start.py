@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,24 @@ def test_what_cannot_be_begun_with_is_one_line(first: Path, tmp_path: Path, caps
     finally:
         card.write_text(text)
     assert "was trained with another tokenizer" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(first, run)
+    good = run / "checkpoints" / "step_00000002"
+    newer = shutil.copytree(good, good.with_name("step_00000003")) / "__0_0.distcp"
+    newer.write_bytes(newer.read_bytes()[:1000])
+    line = [*RUN, "model=sw_nope", "trainer.steps=1", f"init_from={run}"]
+    assert train.main([*line, f"run_dir={tmp_path}/a"]) == 0
+    said = capsys.readouterr().err
+    assert f"{newer} is damaged: 1000 bytes" in said and f"weights of {good}\n" in said
+    shutil.rmtree(good)
+    assert train.main([*line, f"run_dir={tmp_path}/b"]) == 1
+    said = capsys.readouterr().err
+    assert f"init_from={run} holds no good checkpoint ({newer} is damaged" in said and said.count("\n") == 1
 
 
 def test_the_short_form_names_the_run_folder_and_is_the_long_one() -> None:

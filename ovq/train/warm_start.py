@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def fill(weights: dict[str, Any], path: Path) -> None:
 
 
 def find(path: Path) -> Path:
-    """The newest good checkpoint of a run folder, verified; or the checkpoint or the exported folder itself.
+    """The newest good checkpoint of a run folder, verified; or the checkpoint or the exported folder itself. A newer
+    one that is damaged is named on stderr and passed over.
 
     Raises:
         ConfigError: it is neither.
@@ -109,14 +111,17 @@ def find(path: Path) -> Path:
         return path
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"init_from={path} is neither a run folder nor a checkpoint, nor an exported model")
-    problem = ""
+    damaged: list[str] = []
     for candidate in reversed(checkpoints_of(path)):
         try:
             verify(candidate)
-            return candidate
         except CheckpointError as error:
-            problem = f" ({one_line(error)})"
-    raise CheckpointError(f"init_from={path} holds no good checkpoint{problem}")
+            damaged.append(one_line(error))
+        else:
+            for problem in damaged:
+                print(f"{problem}; not used", file=sys.stderr, flush=True)
+            return candidate
+    raise CheckpointError(f"init_from={path} holds no good checkpoint{f' ({damaged[0]})' if damaged else ''}")
 
 
 def stored_fingerprint(path: Path, folder: Folder | None) -> str | None:
