@@ -93,6 +93,7 @@ def _option(name: str, dirs: tuple[Path, ...]) -> dict[str, Any]:
     return plain(_hydra([f"data={name}"], dirs).data)
 
 
+@lru_cache
 def _register_schema() -> None:
     from hydra.core.config_store import ConfigStore
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,9 +70,9 @@ def measure_of(cfg: Config) -> Measure:
     return Accuracy() if is_task(cfg) else Loss()
 
 
-def changed(cfg: Config, overrides: list[str]) -> Config:
+def changed(cfg: Config, overrides: Sequence[str]) -> Config:
     """The config of a run in a test."""
-    return override(copy.deepcopy(cfg), overrides)
+    return override(copy.deepcopy(cfg), overrides) if overrides else cfg
 
 
 def capacity_of(test: Test) -> list[str]:
@@ -105,7 +106,7 @@ class Accuracy:
         return [*PRECISION, *test.overrides, *capacity_of(test)]
 
     def tokens(self, cfg: Config, test: Test) -> int:
-        task = build_task(changed(cfg, self.overrides(test)))
+        task = build_task(changed(cfg, test.overrides))  # precision and capacity leave the task as it is
         return test.length * math.ceil(test.amount / task.describe(test.length)["answers"])
 
     def make(self, run_dir: Path, test: Test) -> None:
@@ -114,7 +115,7 @@ class Accuracy:
         accuracy.TABLE.write(run_dir, accuracy.measure(run, build_task(run.cfg), wanted, changes(PRECISION)))
 
     def find(self, run_dir: Path, cfg: Config, step: int, test: Test) -> list[Value]:
-        settings = accuracy.task_settings(changed(cfg, self.overrides(test)))
+        settings = accuracy.task_settings(changed(cfg, test.overrides))
         key = (step, settings, test.num_centroids, changes(PRECISION), test.length)
         rows = [row for row in rows_of(accuracy.TABLE, run_dir) if accuracy.TABLE.key_of(row) == key]
         if not rows or rows[0]["answers"] < test.amount:
