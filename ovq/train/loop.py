@@ -152,7 +152,6 @@ class Trainer:
                 self._run(batches)
         finally:
             gc.enable()
-            gc.collect()  # ends the loader's workers with their iterator; at exit, Python would wait for them
             self.progress.close()
         return self.summary()
 
