@@ -19,13 +19,6 @@ ALWAYS = (
     "Formats of the tasks, windows, capacities, optimiser and numbers of tokens are this project's: the paper's are "
     "not known (docs/paper.md).",
 )
-# How the other settings were found, for generated tasks and for text.
-TUNED = {
-    "accuracy": "All settings but the learning rate were found with sw_nope and sw_ovq on recall "
-    "(docs/results/recall), which may favour them.",
-    "loss": "Tied embeddings and their deviation at the start were chosen with sw, after 100 steps; all other settings "
-    "but the learning rate are first choices.",
-}
 
 
 def caption(
@@ -40,7 +33,7 @@ def caption(
     name, scale = plan.figure.name, plan.scale.name
     seeds = ", ".join(map(str, plan.seeds))
     described = dict.fromkeys(line.measure.described(line.tests[0]) for line in plan.lines)
-    tuned = dict.fromkeys(TUNED[line.measure.name] for line in plan.lines)
+    tuned = dict.fromkeys(line.subject.tuned for line in plan.lines)
     lines = [
         f"# {plan.figure.title}",
         "",

@@ -56,9 +56,14 @@ SCALED = {"gpu": ("scale=gpu",), "paper": ("scale=paper",)}
 
 @dataclass(frozen=True)
 class Subject:
-    """What models are trained on: an experiment and changes to it; `at` has further ones for single scales, perhaps
-    another experiment. At a scale of `first`, a run begins with the weights of one of its model and seed on another
-    subject, which has those settings of the command line that begin as `shared` says."""
+    """What models are trained on: an experiment and changes to it.
+
+    Args:
+        at: further changes for single scales, perhaps another experiment.
+        first: subjects by scale: there, a run begins with the weights of one of its model and seed on that subject.
+        shared: beginnings of the settings of the command line that the first subject's runs get too.
+        tuned: how the settings other than the learning rate were found, for captions.
+    """
 
     name: str
     experiment: str
@@ -66,6 +71,10 @@ class Subject:
     at: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SCALED)
     first: Mapping[str, Subject] = field(default_factory=dict)
     shared: tuple[str, ...] = ("model.", "runs_root=")
+    tuned: str = (
+        "All settings but the learning rate were found with sw_nope and sw_ovq on recall (docs/results/recall), which "
+        "may favour them."
+    )
 
 
 RECALL = Subject("basic recall", "recall_64k")
@@ -87,6 +96,8 @@ REGRESSION_16 = Subject(
     _AT_2K,
     {"cpu": LABELS},
     ("model.", "runs_root=", *_FORM),
+    "The number of entries and heads, the window of one example and the curriculum were found with sw_nope and one "
+    "seed, which may favour it.",
 )
 REGRESSION_4 = replace(
     REGRESSION_16,
@@ -98,14 +109,18 @@ OF_REGRESSION = (
     "Dashed grey: what the earlier entries of the same y give without any earlier example; only what is above it was "
     "learned in context (data/tasks/regression.py).",
     "x and y have two entries, so that 32 functions exist: with three or four, sw_nope found no function in 2 to 4 "
-    "million tokens (docs/results/fig5/entries.json). The entries, the number of heads, the window of one example and "
-    "the curriculum were found with sw_nope and one seed, which may favour it.",
+    "million tokens (docs/results/fig5/entries.json).",
 )
 COPYING = Subject("copying", "copying", at={})
 PG19 = Subject(
-    "PG19", "pg19_cpu", (), {"gpu": ("experiment=pg19_gpu",), "paper": ("experiment=pg19_480m",)}, {"cpu": COPYING}
+    "PG19",
+    "pg19_cpu",
+    at={"gpu": ("experiment=pg19_gpu",), "paper": ("experiment=pg19_480m",)},
+    first={"cpu": COPYING},
+    tuned="Tied embeddings and their deviation at the start were chosen with sw, after 100 steps; all other settings "
+    "but the learning rate are first choices.",
 )
-CODE = Subject("Python source", "code_cpu", (), {}, {"cpu": COPYING})
+CODE = replace(PG19, name="Python source", experiment="code_cpu", at={})
 
 
 @dataclass(frozen=True)
