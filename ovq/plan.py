@@ -1,6 +1,6 @@
 """Report what a run would cost without running it: `python train.py dry_run=true` prints this report.
 
-The model is built on the meta device, so describing a 480M model takes a second on a laptop.
+The model is built on the meta device, so describing a 480M model takes seconds and little memory.
 """
 
 from __future__ import annotations
