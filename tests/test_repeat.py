@@ -40,6 +40,15 @@ def test_a_short_sequence_is_all_passage_and_one_of_three_tokens_is_refused() ->
         RepeatTask(passage=10, symbols=9)
 
 
+@pytest.mark.parametrize("length", [4, 5])
+def test_a_rotated_passage_of_two_has_no_answer_and_is_refused(length: int) -> None:
+    assert RepeatTask(rotated=True).describe(6)["answers"] == 1
+    with pytest.raises(ConfigError, match=f"a repeat sequence of {length} tokens has no room"):
+        RepeatTask(rotated=True).describe(length)
+    with pytest.raises(ConfigError, match="data.task.passage=2 must be at least 3 if it is rotated"):
+        RepeatTask(passage=2, rotated=True)
+
+
 def test_a_rotated_repetition_begins_anywhere_but_at_the_first_symbol_and_goes_around() -> None:
     task, turns = RepeatTask(passage=8, symbols=40, rotated=True), set()
     for row in range(60):

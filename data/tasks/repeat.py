@@ -36,7 +36,7 @@ class RepeatTask(Task):
             sequences have the shortest length: once copying is found there, longer ones need few steps.
 
     Raises:
-        ConfigError: fewer than 2 symbols in a passage, or not enough different ones.
+        ConfigError: fewer than 2 symbols in a passage (rotated: 3), or not enough different ones.
     """
 
     name = "repeat"
@@ -52,8 +52,9 @@ class RepeatTask(Task):
         short_factor: int = 4,
     ) -> None:
         super().__init__(short_steps=short_steps, short_factor=short_factor)
-        if passage < 2:
-            raise ConfigError(f"data.task.passage={passage} must be at least 2")
+        if passage < 2 + rotated:
+            kind = " if it is rotated" if rotated else ""
+            raise ConfigError(f"data.task.passage={passage} must be at least {2 + rotated}{kind}")
         if symbols < passage:
             raise ConfigError(f"data.task.symbols={symbols} must be at least data.task.passage={passage}")
         self.passage, self.symbols, self.rotated, self.text_loss = passage, symbols, rotated, text_loss
@@ -69,9 +70,9 @@ class RepeatTask(Task):
         """Symbols of the passage in a sequence of `length` tokens.
 
         Raises:
-            ConfigError: the length is too short for two symbols and their repetition.
+            ConfigError: the length is too short for two symbols (rotated: three) and their repetition.
         """
-        if length < 4:
+        if length < 2 * (2 + self.rotated):
             raise ConfigError(f"a repeat sequence of {length} tokens has no room for a passage and its repetition")
         return min(self.passage, length // 2)
 
