@@ -116,9 +116,11 @@ def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool, at_o
     another sweep runs meanwhile is waited for, and its outcome taken.
 
     Raises:
-        ConfigError: there are fewer GPUs.
+        ConfigError: there are fewer GPUs, or a job needs more than there are.
         Stopped: by a signal, after the jobs have saved.
     """
+    if 0 < gpus < per_job:
+        raise ConfigError(f"--per-job {per_job} is more than --gpus {gpus}: no job would start; raise --gpus")
     names = visible_gpus(gpus)
     free = [names[at : at + per_job] for at in range(0, gpus - per_job + 1, per_job)] or [[]] * at_once
     running = dict[subprocess.Popen[bytes], tuple[Job, list[str]]]()

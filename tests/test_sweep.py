@@ -238,6 +238,8 @@ def test_a_gpu_is_used_by_one_job_at_a_time_and_only_those_that_are_visible(
     claims.release(free)
     with pytest.raises(ConfigError, match="--gpus 3, but CUDA_VISIBLE_DEVICES=5,GPU-a/b shows 2"):
         sweep.visible_gpus(3)
+    with pytest.raises(ConfigError, match="--per-job 4 is more than --gpus 2: no job would start"):
+        sweep.run([], gpus=2, per_job=4, stop_on_failure=False)
 
 
 def test_a_job_that_somebody_trains_by_hand_is_waited_for(
