@@ -34,13 +34,15 @@ def caption(
     seeds = ", ".join(map(str, plan.seeds))
     described = dict.fromkeys(line.measure.described(line.tests[0]) for line in plan.lines)
     tuned = dict.fromkeys(line.subject.tuned for line in plan.lines)
+    shown = (*plan.figure.panel_names, *plan.figure.models)
+    about = [sentence for shown_with, more in plan.figure.about.items() if shown_with in shown for sentence in more]
     lines = [
         f"# {plan.figure.title}",
         "",
         f"![{plan.figure.title}]({name}.png)",
         "",
-        f"Scale {scale}; training seeds {seeds}. Lines are means over seeds, bands reach from the lowest to the "
-        f"highest. Every number is in [{name}.csv]({name}.csv), every run's command in [plan.json](plan.json).",
+        f"Scale {scale}; training seeds {seeds}. {plan.figure.curves} "
+        f"Every number is in [{name}.csv]({name}.csv), every run's command in [plan.json](plan.json).",
         "",
         f"- Command: `{machine['command']}`",
         f"- Code: commit {commit}; finished {machine['date']}",
@@ -62,7 +64,7 @@ def caption(
         "",
         "## How this differs from the paper",
         "",
-        *(f"- {sentence}" for sentence in (*plan.figure.differs, AT_SCALE[scale], *ALWAYS, *tuned)),
+        *(f"- {sentence}" for sentence in (*plan.figure.differs, *about, AT_SCALE[scale], *ALWAYS, *tuned)),
     ]
     return "\n".join(lines) + "\n"
 

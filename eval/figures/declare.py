@@ -6,7 +6,7 @@ one run. Lengths are in tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,6 +75,16 @@ class Subject:
         "All settings but the learning rate were found with sw_nope and sw_ovq on recall (docs/results/recall), which "
         "may favour them."
     )
+
+    def settings(self, scale: str) -> list[str]:
+        """Those of its runs at a scale, but for the model's."""
+        return replaced([f"experiment={self.experiment}", *self.overrides], self.at.get(scale, ()))
+
+
+def replaced(settings: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The settings, then the others, without those that another one of the same key replaces."""
+    keys = {text.partition("=")[0] for text in others}
+    return [*(text for text in settings if text.partition("=")[0] not in keys), *others]
 
 
 RECALL = Subject("basic recall", "recall_64k")
@@ -234,6 +244,8 @@ class Figure:
         differs: sentences of the caption, how the figure differs from the paper's at any scale.
         draw: the picture, from all points.
         findings: lines of Markdown for the caption, computed from all points.
+        about: further sentences of the caption, by the panel or model with which they are shown.
+        curves: a sentence on what lines and bands are.
     """
 
     name: str
@@ -243,6 +255,8 @@ class Figure:
     differs: tuple[str, ...]
     draw: Callable[[Figure, list[Point]], Any]
     findings: Callable[[list[Point]], list[str]] = lambda points: []
+    about: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    curves: str = "Lines are means over seeds, bands reach from the lowest to the highest."
 
     @property
     def models(self) -> list[str]:
@@ -348,7 +362,7 @@ def by_functions(options: Any) -> Callable[[Config, int | None], list[Test]]:
         of_one = max(1, cfg.trainer.context // trained)
         return [
             Test(of_one * number, options.answers, None, f"{number} functions", (f"data.task.functions={number}",))
-            for number in options.functions
+            for number in dict.fromkeys(options.functions)
         ]
 
     return tests

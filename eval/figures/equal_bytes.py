@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
-from eval.figures.declare import LONGEST, SCALES, Subject
+from eval.figures.declare import LONGEST, SCALES, Subject, replaced
 from ovq.compose import compose
 from ovq.config import Config
+from ovq.errors import ConfigError
 from ovq.mixers.base import other_capacity
 from ovq.model import Transformer, build_model, state_bytes
 
 
-def capacities_of_ovq(subject: Subject, scale: str, chosen: list[int] | None) -> list[int]:
-    """sw_ovq's own capacity at a scale, and those of the tests (None: the scale's)."""
-    own = next(mixer.capacity for mixer in sw_ovq(subject, scale).mixers() if mixer.capacity)
+def capacities_of_ovq(
+    subject: Subject, scale: str, chosen: list[int] | None, overrides: Sequence[str] = ()
+) -> list[int]:
+    """sw_ovq's own capacity at a scale and with these settings, and those of the tests (None: the scale's)."""
+    own = next(mixer.capacity for mixer in sw_ovq(subject, scale, overrides).mixers() if mixer.capacity)
     return sorted({own, *(SCALES[scale].num_centroids if chosen is None else chosen)})
 
 
-def equal_capacities(subject: Subject, scale: str, chosen: list[int] | None, cfg: Config, own: int) -> dict[int, int]:
+def equal_capacities(
+    subject: Subject, scale: str, chosen: list[int] | None, cfg: Config, own: int, overrides: Sequence[str] = ()
+) -> dict[int, int]:
     """OVQ's capacity -> the largest capacity of the model of `cfg` whose state takes at most the same bytes.
 
     Args:
         own: a capacity that the model can have.
+        overrides: settings that all runs of the figure get.
+
+    Raises:
+        ConfigError: even one entry takes more bytes than OVQ has.
     """
-    network, ovq = on_meta(cfg), sw_ovq(subject, scale)
+    network, ovq = on_meta(cfg), sw_ovq(subject, scale, overrides)
     one, two = bytes_of(network, own), bytes_of(network, own + 1)  # bytes are linear in the capacity
-    of_ovq = {capacity: bytes_of(ovq, capacity) for capacity in capacities_of_ovq(subject, scale, chosen)}
-    return {capacity: own + (held - one) // (two - one) for capacity, held in of_ovq.items()}
+    found = {}
+    for capacity in capacities_of_ovq(subject, scale, chosen, overrides):
+        found[capacity] = own + (bytes_of(ovq, capacity) - one) // (two - one)
+        if found[capacity] < 1:
+            raise ConfigError(
+                f"num_centroids: {cfg.model.name} has no capacity whose state is as small as sw_ovq's with {capacity}; "
+                "ask for more"
+            )
+    return found
 
 
 def label(capacity: int) -> str:
@@ -36,11 +53,10 @@ def label(capacity: int) -> str:
     return f"bytes of N = {capacity:,}"
 
 
-def sw_ovq(subject: Subject, scale: str) -> Transformer:
-    """sw_ovq at a scale, on the meta device."""
-    settings = {"experiment": subject.experiment}
-    settings |= {text.partition("=")[0]: text.partition("=")[2] for text in subject.at.get(scale, ())}
-    return _sw_ovq(tuple(f"{key}={value}" for key, value in settings.items()))
+def sw_ovq(subject: Subject, scale: str, overrides: Sequence[str]) -> Transformer:
+    """sw_ovq at a scale, with settings that all runs get, on the meta device."""
+    of_model = [text for text in overrides if text.startswith("model.")]
+    return _sw_ovq(tuple(replaced(subject.settings(scale), of_model)))
 
 
 @functools.cache

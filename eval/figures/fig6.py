@@ -35,6 +35,7 @@ from ovq.config import Config
 from ovq.schema import setting
 
 MODELS = ("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
+CURVES = "Lines are means over documents and seeds, bands one standard error over documents."
 SMALL = (
     "Every model's first layer sees 4 tokens, and every run begins with weights that copy random tokens: without, "
     "models of this size make nothing of what lies beyond a window. Both were found with sw_nope and sw, on validation "
@@ -73,12 +74,12 @@ def figure(options: Figure6Options) -> Figure:
         panels=(Panel(PG19.name, PG19, models_on_text(options.scale, *MODELS), tests_of(options)),),
         seeds={"cpu": 2, "gpu": 2, "paper": 1},
         differs=(
-            "Trained at the length in the table and tested to 65,536 tokens.",
             "The difference to `sw` on the same documents is not in the paper.",
             *(SMALL if options.scale == "cpu" else ()),
         ),
         draw=draw,
         findings=findings,
+        curves=CURVES,
     )
 
 

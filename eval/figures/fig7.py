@@ -11,11 +11,23 @@ figure 4. Runs are those of train.py: found again and resumed. Settings of train
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eval.figures import panels
-from eval.figures.declare import RECALL, Figure, Model, Options, Panel, Point, RecallOptions, by_length, variant
+from eval.figures.declare import (
+    RECALL,
+    Figure,
+    Model,
+    Options,
+    Panel,
+    Point,
+    RecallOptions,
+    by_length,
+    replaced,
+    variant,
+)
 from eval.figures.make import make
 from ovq.cli import command
 from ovq.compose import compose
@@ -26,8 +38,8 @@ class Figure7Options(RecallOptions, Options):
     pass
 
 
-def figure(options: Figure7Options) -> Figure:
-    context = compose([f"experiment={RECALL.experiment}", *RECALL.at.get(options.scale, ())]).trainer.context
+def figure(options: Figure7Options, overrides: Sequence[str] = ()) -> Figure:
+    context = compose(replaced(RECALL.settings(options.scale), overrides)).trainer.context
     models = (
         Model("sw_ovq"),
         variant("random_seeding", "ovq.seeding=random"),
@@ -41,11 +53,13 @@ def figure(options: Figure7Options) -> Figure:
         title="Figure 7: ablations of OVQ-attention on basic recall",
         panels=(Panel(RECALL.name, RECALL, models, by_length(options)),),
         seeds={"cpu": 3, "gpu": 3, "paper": 1},
-        differs=(
-            "The paper ablates seeding, growth and step size; `first_chunk_merge` and `assign_on_key_value` are this "
-            "project's choices.",
-            "Linear growth reaches N at the training length, and the constant step is 0.1: the paper's are not known.",
-        ),
+        differs=("The paper ablates seeding, growth and step size.",),
+        about={
+            "linear_growth": ("Linear growth reaches N at the training length: the paper's slope is not known.",),
+            "constant_step": ("The constant step is 0.1: the paper's is not known.",),
+            "first_chunk_merge": ("`first_chunk_merge` is an ablation of this project's.",),
+            "assign_on_key_value": ("`assign_on_key_value` is an ablation of this project's.",),
+        },
         draw=draw,
     )
 
@@ -64,7 +78,7 @@ def draw(figure: Figure, points: list[Point]) -> Any:
 @command(Figure7Options, overrides=True)
 def main(options: Figure7Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    return make(figure(options), options, overrides)
+    return make(figure(options, overrides), options, overrides)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from eval.figures.declare import Figure, Options
 from eval.figures.plan import Line, Plan, make_plan, table
 from eval.figures.runs import FigureRun
 from launch import sweep
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, Stopped
 
 Wanted = set[tuple[str, str, float]]
 
@@ -36,7 +36,7 @@ def make(figure: Figure, options: Options, overrides: list[str]) -> int:
     wanted = plan.wanted()
     if options.dry_run or plan.scale.only_plan:
         return 0
-    with time_limit(plan.scale.piece_minutes if options.part else None):
+    with stopping(), time_limit(plan.scale.piece_minutes if options.part else None):
         failed = begin(plan, wanted)
         failed += choose_rates(plan, wanted)
         failed += train(plan, wanted)
@@ -121,6 +121,20 @@ def test(plan: Plan, wanted: Wanted) -> None:
                     print(f"testing   {run.run_dir}", flush=True)
                     for test in missing:
                         line.measure.make(run.run_dir, test)
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Within the `with` block, a SIGTERM outside of training raises Stopped; sweeps have a handler of their own."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number, f"stopped by {signal.Signals(number).name}; the same command continues from here")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

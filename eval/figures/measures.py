@@ -6,13 +6,15 @@ Results are rows of the run folder's own tables (`eval.accuracy`, `eval.per_posi
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.build import build_task, build_tokenizer, is_task
+from data.build import build_task, build_tokenizer, build_tokens, is_task, sources_of, splits_of
 from eval import accuracy, answers, loss_table, per_position
 from eval.figures.declare import Test
 from eval.run_table import Row, changes
@@ -50,8 +52,15 @@ class Measure(Protocol):
     def vocab_size(self, cfg: Config) -> int:
         """Raises ConfigError if it is not known without a file that is not there."""
 
-    def overrides(self, test: Test) -> list[str]:
-        """The settings of a run in a test."""
+    def text(self, cfg: Config) -> dict[str, str]:
+        """What identifies the text that a run with this config learns from and is tested with; empty for a task.
+
+        Raises:
+            ConfigError: it is not there.
+        """
+
+    def settings(self, test: Test) -> list[str]:
+        """The settings that make a test what it is."""
 
     def tokens(self, cfg: Config, test: Test) -> int:
         """The tokens that the test reads, at most. Raises ConfigError if a run with this config cannot be tested so."""
@@ -73,6 +82,11 @@ def measure_of(cfg: Config) -> Measure:
 def changed(cfg: Config, overrides: Sequence[str]) -> Config:
     """The config of a run in a test."""
     return override(copy.deepcopy(cfg), overrides) if overrides else cfg
+
+
+def overrides(measure: Measure, test: Test) -> list[str]:
+    """The settings of a run in a test: none that it was trained with withholds context or changes a capacity."""
+    return ["eval.num_centroids=null", "eval.restart=null", *measure.settings(test)]
 
 
 def capacity_of(test: Test) -> list[str]:
@@ -102,7 +116,10 @@ class Accuracy:
     def vocab_size(self, cfg: Config) -> int:
         return build_task(cfg).vocab_size
 
-    def overrides(self, test: Test) -> list[str]:
+    def text(self, cfg: Config) -> dict[str, str]:
+        return {}
+
+    def settings(self, test: Test) -> list[str]:
         return [*PRECISION, *test.overrides, *capacity_of(test)]
 
     def tokens(self, cfg: Config, test: Test) -> int:
@@ -110,7 +127,7 @@ class Accuracy:
         return test.length * math.ceil(test.amount / task.describe(test.length)["answers"])
 
     def make(self, run_dir: Path, test: Test) -> None:
-        run = load_run(run_dir, self.overrides(test))
+        run = load_run(run_dir, overrides(self, test))
         wanted = accuracy.Options(run=str(run_dir), lengths=[test.length], answers=test.amount)
         accuracy.TABLE.write(run_dir, accuracy.measure(run, build_task(run.cfg), wanted, changes(PRECISION)))
 
@@ -146,16 +163,25 @@ class Loss:
     def vocab_size(self, cfg: Config) -> int:
         return cfg.tokenizer.vocab_size or build_tokenizer(cfg).vocab_size
 
-    def overrides(self, test: Test) -> list[str]:
+    def text(self, cfg: Config) -> dict[str, str]:
+        tokenizer = build_tokenizer(cfg)
+        found = {"tokenizer": tokenizer.fingerprint}
+        for name, source in sources_of(cfg).items():
+            for split in splits_of(source):
+                fingerprint = json.dumps(build_tokens(source, tokenizer, split)[1].fingerprint(), sort_keys=True)
+                found[f"{name} {split}".strip()] = hashlib.sha256(fingerprint.encode()).hexdigest()
+        return found
+
+    def settings(self, test: Test) -> list[str]:
         wanted = ["eval.split=test", f"eval.context={test.length}", f"eval.documents={test.amount}"]
         return [*PRECISION, *wanted, *test.overrides, *capacity_of(test)]
 
     def tokens(self, cfg: Config, test: Test) -> int:
-        changed(cfg, self.overrides(test))
+        changed(cfg, overrides(self, test))
         return test.length * test.amount
 
     def make(self, run_dir: Path, test: Test) -> None:
-        run = load_run(run_dir, self.overrides(test))
+        run = load_run(run_dir, overrides(self, test))
         per_position.evaluate_strictly(
             *(run.model, run.cfg, run.tokenizer, run.world, run_dir, run.step),
             should_stop=lambda: False,
@@ -163,7 +189,7 @@ class Loss:
         )
 
     def find(self, run_dir: Path, cfg: Config, step: int, test: Test) -> list[Value]:
-        restart = changed(cfg, self.overrides(test)).eval.restart
+        restart = changed(cfg, overrides(self, test)).eval.restart
         table = loss_table.BY_DOCUMENT
         key = (step, test.length, test.num_centroids, "test", restart, changes(PRECISION))
         rows = [row for row in rows_of(table, run_dir) if table.key_of(row) == key]

@@ -13,7 +13,7 @@ Runs are those of train.py: found again and resumed. Settings of train.py are pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,18 +33,18 @@ class MemoryOptions(RecallOptions, Options):
     pass
 
 
-def figure(options: MemoryOptions) -> Figure:
+def figure(options: MemoryOptions, overrides: Sequence[str] = ()) -> Figure:
     return Figure(
         name="memory",
         title="Memories of equal size on basic recall",
-        panels=(Panel(RECALL.name, RECALL, MODELS, tests_of(options)),),
+        panels=(Panel(RECALL.name, RECALL, MODELS, tests_of(options, overrides)),),
         seeds={"cpu": 2, "gpu": 3, "paper": 1},
         differs=("The paper has no such figure; its reviewers asked for it.",),
         draw=draw,
     )
 
 
-def tests_of(options: MemoryOptions) -> Callable[[Config, int | None], list[Test]]:
+def tests_of(options: MemoryOptions, overrides: Sequence[str]) -> Callable[[Config, int | None], list[Test]]:
     """Those of figure 4 and, for the other memories, the capacities that take the bytes of each of OVQ's."""
 
     def tests(cfg: Config, own: int | None) -> list[Test]:
@@ -52,7 +52,7 @@ def tests_of(options: MemoryOptions) -> Callable[[Config, int | None], list[Test
         if own is None or cfg.model.name == "sw_ovq":
             return made
         lengths = list(dict.fromkeys(test.length for test in made))
-        equal = equal_capacities(RECALL, options.scale, options.num_centroids, cfg, own)
+        equal = equal_capacities(RECALL, options.scale, options.num_centroids, cfg, own, overrides)
         for of_ovq, capacity in equal.items():
             made += [Test(length, options.answers, capacity, label(of_ovq)) for length in lengths]
         return made
@@ -81,7 +81,7 @@ def draw(figure: Figure, points: list[Point]) -> Any:
 @command(MemoryOptions, overrides=True)
 def main(options: MemoryOptions, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    return make(figure(options), options, overrides)
+    return make(figure(options, overrides), options, overrides)
 
 
 if __name__ == "__main__":

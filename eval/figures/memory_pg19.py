@@ -11,11 +11,11 @@ Runs are those of train.py: found again and resumed. Settings of train.py are pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from eval.figures.declare import PG19, Figure, Panel, Test, models_on_text
 from eval.figures.equal_bytes import equal_capacities, label
-from eval.figures.fig6 import SMALL, Figure6Options, draw, findings
+from eval.figures.fig6 import CURVES, SMALL, Figure6Options, draw, findings
 from eval.figures.fig6 import tests_of as tests_of_figure_6
 from eval.figures.make import make
 from ovq.cli import command
@@ -24,11 +24,11 @@ from ovq.config import Config
 MODELS = ("sw", "sw_nope", "sw_ovq", "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
 
 
-def figure(options: Figure6Options) -> Figure:
+def figure(options: Figure6Options, overrides: Sequence[str] = ()) -> Figure:
     return Figure(
         name="memory_pg19",
         title="Memories of equal size on PG19",
-        panels=(Panel(PG19.name, PG19, models_on_text(options.scale, *MODELS), tests_of(options)),),
+        panels=(Panel(PG19.name, PG19, models_on_text(options.scale, *MODELS), tests_of(options, overrides)),),
         seeds={"cpu": 1, "gpu": 2, "paper": 1},
         differs=(
             "The paper has no such figure; its reviewers asked for it.",
@@ -36,17 +36,18 @@ def figure(options: Figure6Options) -> Figure:
         ),
         draw=draw,
         findings=findings,
+        curves=CURVES,
     )
 
 
-def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Test]]:
+def tests_of(options: Figure6Options, overrides: Sequence[str]) -> Callable[[Config, int | None], list[Test]]:
     """With the capacity of training and, for other memories than OVQ, the one that takes the bytes of OVQ's."""
 
     def tests(cfg: Config, own: int | None) -> list[Test]:
         as_trained = tests_of_figure_6(options)(cfg, own)[0]
         if own is None or cfg.model.name == "sw_ovq":
             return [as_trained]
-        equal = equal_capacities(PG19, options.scale, [], cfg, own)
+        equal = equal_capacities(PG19, options.scale, [], cfg, own, overrides)
         return [as_trained, *(Test(options.length, options.documents, n, label(of)) for of, n in equal.items())]
 
     return tests
@@ -55,7 +56,7 @@ def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Tes
 @command(Figure6Options, overrides=True)
 def main(options: Figure6Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    return make(figure(options), options, overrides)
+    return make(figure(options, overrides), options, overrides)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from eval.figures import search
-from eval.figures.declare import SCALES, Figure, Model, Options, Panel, Scale, Subject, Test
+from eval.figures.declare import SCALES, Figure, Model, Options, Panel, Scale, Subject, Test, replaced
 from eval.figures.measures import Measure, measure_of
 from eval.figures.runs import FigureRun
 from launch import sweep
@@ -56,7 +56,7 @@ class Line:
     own_trials: bool = True
     panels: list[Panel] = field(default_factory=list)
     trials: dict[float, FigureRun] = field(default_factory=dict)  # by learning rate
-    finals: dict[int, FigureRun] = field(default_factory=dict)  # by training seed, once they are asked for
+    finals: dict[tuple[int, float], FigureRun] = field(default_factory=dict)  # by seed and rate, once asked for
     test_tokens: dict[Test, int] = field(default_factory=dict)  # that a test reads, at most
 
     @property
@@ -84,11 +84,11 @@ class Line:
 
     def final(self, seed: int) -> FigureRun:
         """The run that the figure shows for a training seed. Needs a rate."""
-        if seed not in self.finals:
-            rate = self.rate()
-            assert rate is not None
-            self.finals[seed] = run_of(self.settings, self.cfg, rate, seed, self)
-        return self.finals[seed]
+        rate = self.rate()
+        assert rate is not None
+        if (seed, rate) not in self.finals:  # the rate may change: a trial that had failed may succeed
+            self.finals[seed, rate] = run_of(self.settings, self.cfg, rate, seed, self)
+        return self.finals[seed, rate]
 
     def beginning(self, seed: int) -> FigureRun | None:
         """The run with whose weights those with this seed begin; None: fresh ones."""
@@ -250,8 +250,7 @@ def line_of(
     subject: Subject, model: Model, scale: Scale, options: Options, overrides: list[str], trials: bool = True
 ) -> Line:
     """The line of a model on a subject; without trials if it has none of its own."""
-    own = replaced([f"experiment={subject.experiment}", *subject.overrides], list(subject.at.get(scale.name, ())))
-    settings = [*replaced(own, overrides), *model.settings]
+    settings = [*replaced(subject.settings(scale.name), overrides), *model.settings]
     cfg = compose(settings)
     measure, records = measure_of(cfg), None if options.records is None else Path(options.records)
     with torch.device("meta"):
@@ -280,12 +279,6 @@ def check_vocabulary(line: Line, first: Line) -> None:
             f"tokenizer.model_path: the tokenizer has {ids:,} ids, but runs on {line.subject.name} begin with weights "
             f"for {there:,}; train one with python -m data.train_tokenizer vocab_size={there} ..."
         )
-
-
-def replaced(settings: list[str], others: list[str]) -> list[str]:
-    """The settings, then the others, without those that another one of the same key replaces."""
-    keys = {text.partition("=")[0] for text in others}
-    return [text for text in settings if text.partition("=")[0] not in keys] + others
 
 
 def run_of(settings: list[str], cfg: Config, rate: float, seed: int, line: Line) -> FigureRun:

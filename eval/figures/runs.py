@@ -19,6 +19,7 @@ from eval.figures.measures import Measure, Value
 from launch.sweep import Job
 from ovq import config
 from ovq.config import Config
+from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.identity import FREE, default_of, identity, part_of
 from ovq.machine import processor_name
@@ -26,6 +27,7 @@ from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
 
 SCORE = "held_out.json"  # of a run that tried a learning rate, in its run folder
+BEGAN = "init_from.path"  # the folder of the run with whose weights this one began
 STEPS = "trainer.steps"  # may change at a resume, but not in a figure
 SHOWN_LOSSES = 40  # of the training in a record
 
@@ -56,9 +58,16 @@ class FigureRun:
         return None if self.records is None else self.records / f"{self.run_dir.name}.json"
 
     def record(self) -> dict[str, Any] | None:
-        """The committed record, if there is one of these settings."""
+        """The committed record, if there is one of these settings and of the same text."""
         found = read_json(self.record_file) if self.record_file else None
-        return found if found and same_settings(found.get("settings", {}), self.settings()) else None
+        if found is None or not same_settings(found.get("settings", {}), self.settings()):
+            return None
+        return found if found.get("text", {}) == self.text else None  # opened only where all else is equal
+
+    @functools.cached_property
+    def text(self) -> dict[str, str]:
+        """The fingerprints of the text that this run is asked for on: settings name it by its path."""
+        return self.measure.text(self.cfg)
 
     def settings(self) -> dict[str, Any]:
         """What determines the run's outcome."""
@@ -89,16 +98,28 @@ class FigureRun:
         """What a test gave, the total first if there is one; empty if it was not made."""
         finished = read_finished(self.run_dir)
         if finished is not None:
-            return self.measure.find(self.run_dir, self.stored_cfg, finished["step"], test)
-        record = self.record() or {"tests": {}}
-        found = record["tests"].get(self.name_of(test))
-        if found is None or found["amount"] < test.amount:
-            return []
-        return [Value(*value) for value in found["values"]]
+            self.check_text()
+            values = self.measure.find(self.run_dir, self.stored_cfg, finished["step"], test)
+        else:
+            found = (self.record() or {"tests": {}})["tests"].get(self.name_of(test))
+            enough = found is not None and found["amount"] >= test.amount
+            values = [Value(*value) for value in found["values"]] if found and enough else []
+        return [value for value in values if value.document is None or value.document < test.amount]
+
+    def check_text(self) -> None:
+        """Raise ConfigError if the run folder's text is not the one that is asked for."""
+        stored, asked = self.stored_cfg, self.cfg
+        if (stored.data, stored.tokenizer) == (asked.data, asked.tokenizer):
+            return
+        made_with = self.measure.text(stored)
+        if changed := [name for name in self.text if self.text[name] != made_with.get(name)]:
+            raise ConfigError(
+                f"{self.run_dir} was made with other text ({', '.join(changed)}); remove it, or use another runs_root"
+            )
 
     def name_of(self, test: Test) -> str:
         """What a test is called in a record."""
-        settings = [text for text in self.measure.overrides(test) if not text.startswith("eval.documents=")]
+        settings = [text for text in self.measure.settings(test) if not text.startswith("eval.documents=")]
         return f"{self.measure.name} at {test.length}: {' '.join(settings)}"
 
     def training(self) -> dict[str, Any]:
@@ -120,20 +141,26 @@ class FigureRun:
         }
 
     def write_record(self, tests: list[Test]) -> None:
-        """Write the record of a run that was trained here, unless the one that is there holds more."""
+        """Write the record of a run that was trained here. Tests that the one that is there holds are kept if they are
+        of the same training; of another training, it is replaced only by one that has all its tests."""
         if self.record_file is None or not self.trained_here():
             return
         made = {test: values for test in tests if (values := self.values(test))}
-        if (before := self.record()) and len(before["tests"]) > len(made):
-            return
         rows = {
             self.name_of(test): {"amount": test.amount, "values": [rounded(value) for value in values]}
             for test, values in made.items()
         }
+        training, before = self.training(), self.record()
+        if before and before["training"] == training:
+            larger = {name for name, row in before["tests"].items() if row["amount"] > rows.get(name, row)["amount"]}
+            rows = before["tests"] | {name: row for name, row in rows.items() if name not in larger}
+        elif before and not before["tests"].keys() <= rows.keys():
+            return
         record = {
             "command": f"python train.py {' '.join(self.job.overrides)}",
             "settings": self.settings(),
-            "training": self.training(),
+            **({"text": self.text} if self.text else {}),
+            "training": training,
             "score": self.score(),
             "tests": rows,
         }
@@ -144,9 +171,15 @@ class FigureRun:
 def same_settings(recorded: dict[str, Any], asked: dict[str, Any]) -> bool:
     """Whether a record is of the run that is asked for. A setting that came after the record must be at its default,
     and one that is no part of a run any more does not count."""
+    recorded, asked = ({**settings, BEGAN: name_of_run(settings.get(BEGAN))} for settings in (recorded, asked))
     kept = {key: value for key, value in recorded.items() if key == STEPS or part_of(key) != FREE}
     known = all(asked.get(key) == value for key, value in kept.items())
     return known and all(value == default_of(key, asked) for key, value in asked.items() if key not in kept)
+
+
+def name_of_run(path: str | None) -> str | None:
+    """The name of a run's folder, wherever it lies; None if there is none."""
+    return path and Path(path).name
 
 
 def as_json(record: dict[str, Any]) -> str:
