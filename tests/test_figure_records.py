@@ -190,3 +190,10 @@ def test_a_part_whose_time_ends_in_a_test_stops_in_order() -> None:
     with pytest.raises(Stopped, match="stopped by SIGTERM; the same command continues from here"), make.stopping():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_figure_5_tests_a_dictionary_as_trained_and_grown() -> None:
+    options = parse(fig5.Figure5Options, ["models=[sw_ovq,sw]", "functions=[16]", "num_centroids=[1024,256]"])
+    ovq, sw = sorted(make_plan(fig5.figure(options), options, []).lines, key=lambda line: line.model != "sw_ovq")
+    assert [test.num_centroids for test in ovq.tests] == [None, 1024], "256 is its own"
+    assert [test.num_centroids for test in sw.tests] == [None]

@@ -353,15 +353,20 @@ def by_length(options: Any) -> Callable[[Config, int | None], list[Test]]:
     return tests
 
 
-def by_functions(options: Any) -> Callable[[Config, int | None], list[Test]]:
+def by_functions(options: Any, grown: Sequence[int] = ()) -> Callable[[Config, int | None], list[Test]]:
     """The tests of regression: as many examples of each function as in training, for several numbers of functions.
-    `options` are a figure's, with `functions` and `TaskOptions`."""
+
+    Args:
+        options: a figure's, with `functions` and `TaskOptions`.
+        grown: capacities of a model with a dictionary, besides its own.
+    """
 
     def tests(cfg: Config, own: int | None) -> list[Test]:
         trained = cfg.data.task["functions"]
         of_one = max(1, cfg.trainer.context // trained)
         return [
-            Test(of_one * number, options.answers, None, f"{number} functions", (f"data.task.functions={number}",))
+            Test(of_one * number, options.answers, capacity, f"{number} functions", (f"data.task.functions={number}",))
+            for capacity in (None, *(() if own is None else sorted({*grown} - {own})))
             for number in dict.fromkeys(options.functions)
         ]
 
