@@ -151,7 +151,7 @@ class FigureRun:
             for test, values in made.items()
         }
         training, before = self.training(), self.record()
-        if before and before["training"] == training:
+        if before and before["training"].get("losses") == training.get("losses"):
             larger = {name for name, row in before["tests"].items() if row["amount"] > rows.get(name, row)["amount"]}
             rows = before["tests"] | {name: row for name, row in rows.items() if name not in larger}
         elif before and not before["tests"].keys() <= rows.keys():
