@@ -35,7 +35,7 @@ repeat: setup  ## what a memory is for: repeat a passage from far back, with OVQ
 	$(BIN)/python -m eval.plot runs=[runs/repeat,runs/repeat_window] kind=accuracy out=runs/repeat.png
 
 test: setup  ## run the whole test suite; ARGS="tests/test_model.py -k causal" selects tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup  ## check style and types
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy ovq data eval launch train.py
