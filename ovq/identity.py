@@ -44,8 +44,8 @@ RULES = (
             *("trainer.context", "trainer.lengths", "trainer.global_batch", "init_from"),
         ),
         VALUE,
-        "Refused, with what differs: another `run_dir` is another run. A setting that a mixer got later counts as its "
-        "default in older runs.",
+        "Refused, with what differs: another `run_dir` is another run. In a run that is older than a setting of its mixer, "
+        "that setting counts as its default.",
     ),
     Rule(
         ("optim", "trainer.grad_clip", "trainer.z_loss", "trainer.precision"),
@@ -113,7 +113,7 @@ def within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
 
 
 def part_of(key: str) -> str:
-    """`Rule.part` of a setting; one that no rule names is part of who a run is."""
+    """`Rule.part` of a setting; one that no rule names is part of the identity."""
     return next((rule.part for rule in RULES if within(key, rule.settings)), VALUE)
 
 
@@ -223,7 +223,7 @@ def _flat_config(run_dir: Path) -> dict[str, Any] | None:
 
 def table() -> str:
     """`RULES` in Markdown, as docs/promises.md has it."""
-    rows = ["| setting | part of who a run is | may change at a resume | what happens |", "| --- | --- | --- | --- |"]
+    rows = ["| setting | part of the identity | may change at a resume | what happens |", "| --- | --- | --- | --- |"]
     may = {VALUE: "no", CONTENT: "yes, to the same content", FREE: "yes"}
     for rule in RULES:
         names = ", ".join(f"`{name}`" for name in rule.settings)
