@@ -60,6 +60,9 @@ def forked(body: Callable[[], int]) -> int:
 FAILING = """
 from ovq import peers
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(here / f"ready{rank}").touch()
+while not (here / "ready0").exists() or not (here / "ready1").exists():
+    time.sleep(0.01)
 try:
     if rank == 0:
         raise peers.PeerLost("rank 1 failed (KeyError: 'x')")
