@@ -44,8 +44,8 @@ RULES = (
             *("trainer.context", "trainer.lengths", "trainer.global_batch", "init_from"),
         ),
         VALUE,
-        "Refused, with what differs: another `run_dir` is another run. In a run that is older than a setting of its mixer, "
-        "that setting counts as its default.",
+        "Refused, with what differs: another `run_dir` is another run. In a run that is older than a setting of its "
+        "mixer, that setting counts as its default.",
     ),
     Rule(
         ("optim", "trainer.grad_clip", "trainer.z_loss", "trainer.precision"),
