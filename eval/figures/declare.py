@@ -338,7 +338,12 @@ def capacities(options: Any, own: int | None) -> list[int | None]:
     """Of a model with its own capacity (None: no dictionary), those of the tests; None: as trained. `options` have
     `scale` and `num_centroids`."""
     chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
-    return [None] if own is None else [None, *sorted({*chosen} - {own})]
+    return trained_and(chosen, own)
+
+
+def trained_and(grown: Sequence[int], own: int | None) -> list[int | None]:
+    """None (as trained), then the other capacities if there is an own one that can be changed."""
+    return [None] if own is None else [None, *sorted({*grown} - {own})]
 
 
 def by_length(options: Any) -> Callable[[Config, int | None], list[Test]]:
@@ -366,7 +371,7 @@ def by_functions(options: Any, grown: Sequence[int] = ()) -> Callable[[Config, i
         of_one = max(1, cfg.trainer.context // trained)
         return [
             Test(of_one * number, options.answers, capacity, f"{number} functions", (f"data.task.functions={number}",))
-            for capacity in (None, *(() if own is None else sorted({*grown} - {own})))
+            for capacity in trained_and(grown, own)
             for number in dict.fromkeys(options.functions)
         ]
 
