@@ -66,32 +66,41 @@ def _choose(root: Path, resume: str, keep_last: int | None) -> Path | None:
     if resume == "never":
         (root / ORIGIN).unlink(missing_ok=True)
         return None
-    chosen = _newest_good(root) if resume == "auto" else _branch(root, resume)
+    chosen = _to_resume_from(root) if resume == "auto" else _branch(root, resume)
     if keep_last is not None:
         prune(root, keep_last)
     point_latest(root)
     return chosen
 
 
-def _newest_good(root: Path) -> Path | None:
-    candidates, origin = named(root), read_origin(root)
-    if origin and root / origin.checkpoint not in candidates:
-        # What is in the folder and not newer belongs to another history.
-        candidates = [root / origin.checkpoint, *(path for path in candidates if step_of(path) > origin.step)]
-    damaged: list[tuple[Path, CheckpointError]] = []
+def newest_good(candidates: list[Path]) -> tuple[Path | None, dict[Path, CheckpointError]]:
+    """The last of these checkpoints (oldest first) that is good, and what is wrong with each newer one, newest first.
+    None if none is good."""
+    damaged: dict[Path, CheckpointError] = {}
     for path in reversed(candidates):
         try:
             verify(path)
         except CheckpointError as error:
-            damaged.append((path, error))
-            continue
-        for bad, why in damaged:  # only now: if all are damaged, the folder stays as it is
+            damaged[path] = error
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def _to_resume_from(root: Path) -> Path | None:
+    candidates, origin = named(root), read_origin(root)
+    if origin and root / origin.checkpoint not in candidates:
+        # What is in the folder and not newer belongs to another history.
+        candidates = [root / origin.checkpoint, *(path for path in candidates if step_of(path) > origin.step)]
+    path, damaged = newest_good(candidates)
+    if path:
+        for bad, why in damaged.items():  # only now: if all are damaged, the folder stays as it is
             print(f"{why}; not used, set aside as {set_aside(bad)}", file=sys.stderr, flush=True)
         return path
     if damaged:
         raise CheckpointError(
-            f"every checkpoint in {root} is damaged, the newest so: {damaged[0][1]}. Nothing was changed; restore one, "
-            "or start again with another run_dir"
+            f"every checkpoint in {root} is damaged, the newest so: {next(iter(damaged.values()))}. Nothing was "
+            "changed; restore one, or start again with another run_dir"
         )
     if aside := sorted(path.name for path in root.glob("aside_step_*")):
         raise CheckpointError(
@@ -106,7 +115,7 @@ def _branch(root: Path, resume: str) -> Path | None:
     stored = path.name if path.parent == root.resolve() else str(path)
     again = origin is not None and (given == origin.given or stored == origin.checkpoint)
     if origin and again and any(step_of(own) > origin.step for own in named(root)):
-        chosen = _newest_good(root)
+        chosen = _to_resume_from(root)
         print(
             f"{root.parent} has branched from {resume} already and resumes from {chosen}; to branch again, use "
             f"another run_dir or remove {root / ORIGIN}",

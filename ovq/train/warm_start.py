@@ -21,6 +21,7 @@ from ovq.config import InitConfig
 from ovq.errors import ConfigError, one_line
 from ovq.export.stored import TOKENIZER, Folder, is_export
 from ovq.train.checkpoint import FAILED, CheckpointError
+from ovq.train.checkpoint_choice import newest_good
 from ovq.train.checkpoint_files import MANIFEST, SafePlanner, SafeReader, reading, verify
 from ovq.train.checkpoint_files import find as checkpoints_of
 
@@ -111,17 +112,13 @@ def find(path: Path) -> Path:
         return path
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"init_from={path} is neither a run folder nor a checkpoint, nor an exported model")
-    damaged: list[str] = []
-    for candidate in reversed(checkpoints_of(path)):
-        try:
-            verify(candidate)
-        except CheckpointError as error:
-            damaged.append(one_line(error))
-        else:
-            for problem in damaged:
-                print(f"{problem}; not used", file=sys.stderr, flush=True)
-            return candidate
-    raise CheckpointError(f"init_from={path} holds no good checkpoint{f' ({damaged[0]})' if damaged else ''}")
+    good, damaged = newest_good(checkpoints_of(path))
+    if good is None:
+        why = f" ({next(iter(damaged.values()))})" if damaged else ""
+        raise CheckpointError(f"init_from={path} holds no good checkpoint{why}")
+    for problem in damaged.values():
+        print(f"{problem}; not used", file=sys.stderr, flush=True)
+    return good
 
 
 def stored_fingerprint(path: Path, folder: Folder | None) -> str | None:
