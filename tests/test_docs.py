@@ -17,9 +17,11 @@ import pytest
 import torch
 import yaml
 
+from eval import loss_table
 from ovq import cli, compose
 from ovq.mixers.base import SequenceMixer
 from ovq.model import build_mixer
+from ovq.train.batches import COUNTED
 from ovq.train.metrics import read_rows
 from tests import test_mixers as contract
 from tests.helpers import TINY
@@ -167,3 +169,32 @@ def test_every_promise_names_tests_that_exist() -> None:
         name for file in (ROOT / "tests").glob("*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
     }
     assert len(named) > 20 and not named - written, named - written
+
+
+def documented(heading: str, text: str) -> list[str]:
+    """The names in the first columns of the tables of a section, in the order of the document."""
+    section = re.split(r"^## ", text.split(f"\n## {heading}\n")[1], flags=re.M)[0]
+    return [
+        name for row in re.findall(r"^\| (`[^|]*) \|", section, flags=re.M) for name in re.findall(r"`([^`]+)`", row)
+    ]
+
+
+def test_every_field_of_a_run_folder_is_documented(folder: Path) -> None:
+    """metrics.jsonl of a run with everything on has the documented keys and no others; so have the tables."""
+    text = (ROOT / "docs" / "run-folder.md").read_text()
+    books = "a: {data: jsonl, train: [books/train-0.jsonl], validation: [books/held-out.jsonl], weight: 0.5}"
+    run(
+        f"python train.py data=mixture 'data.mixture={{{books}, b: {{data: builtin, weight: 0.5}}}}' "
+        "data.num_workers=0 +model/mixer@model.mixers.vq=vq model.pattern=[ovq,vq] trainer.z_loss=1e-4 "
+        "'trainer.lengths={0: 16, 6: 32}' trainer.health_every=1",
+        folder,
+    )
+    rows = read_rows(folder / "run" / "metrics.jsonl")
+    seen = {key for row in rows for key in row}
+    keys = documented("metrics.jsonl", text)
+    patterns = [re.escape(key).replace("NAME", "[ab]").replace("layer_01", r"layer_\d\d") for key in keys]
+    assert not [key for key in seen if not any(re.fullmatch(pattern, key) for pattern in patterns)]
+    unseen = {key for key, pattern in zip(keys, patterns) if not any(re.fullmatch(pattern, name) for name in seen)}
+    flaws = {f"data/{name}" for name in COUNTED if name not in ("bytes", "documents", "words")}
+    assert unseen <= flaws | {"skipped", "mfu"} and flaws - seen == unseen - {"skipped", "mfu"}
+    assert set(documented("Tables of evaluations", text)) == set(loss_table.SCHEMA.names)
