@@ -1,4 +1,4 @@
-"""Shared by the operators: packed documents, the dtype of sums, and the error for a backend that cannot run."""
+"""Helpers shared by the operators: packed documents, the dtype of sums, the error for a backend that cannot run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-GRAIN = 32  # elements that CPU code handles at once: a few vector registers of float32
+GRAIN = 32  # elements that CPU code processes at a time: a few vector registers of float32
 
 
 class BackendError(ValueError):
@@ -38,10 +38,10 @@ def work_dtype(x: Tensor) -> torch.dtype:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Within the `with` block, oneDNN does not round the factors of float32 products to bfloat16 (see `ovq.cpu`).
+    """Keep oneDNN from rounding the operands of float32 matmuls to bfloat16 in the `with` block (see `ovq.cpu`).
 
-    For many small products of overlapping views, which it would copy first: that takes longer than it saves. The
-    setting is one of the process, so that no other thread may be computing.
+    Meant for many small matmuls on overlapping views: oneDNN would copy the views first, which costs more time than
+    bfloat16 saves. The setting is process-wide, so no other thread may be computing in the meantime.
     """
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
@@ -53,12 +53,12 @@ def exact_products() -> Iterator[None]:
 
 
 def first_max(x: Tensor, grain_size: int = GRAIN) -> tuple[Tensor, Tensor]:
-    """The maximum over the last dimension, and the index of the first element that has it, as `x.max(-1)` returns.
+    """The maximum over the last dimension and the index of the first element that attains it, as `x.max(-1)` returns.
 
     Written in TorchScript's subset of Python (see `unlocked` in `ovq.ops.parallel`).
 
     `Tensor.max` is slow on a CPU because it is not vectorised. Here the maximum of each grain is, and only the first
-    grain that has the largest is searched for its index.
+    grain that attains the overall maximum is searched for its index.
     """
     n = x.shape[-1]
     if x.device.type != "cpu" or n < 2 * grain_size or not x.is_contiguous():

@@ -1,4 +1,4 @@
-"""Whether an operator uses flash-linear-attention's kernels (the optional extra `fla`) or its torch form."""
+"""The choice between flash-linear-attention's kernels (the optional extra `fla`) and an operator's own torch form."""
 
 from __future__ import annotations
 

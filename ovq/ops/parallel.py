@@ -23,11 +23,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def unlocked(function: Function) -> Function:
-    """Have TorchScript compile `function` at its first call, so that it runs outside Python's lock.
+    """Have TorchScript compile `function` at its first call, so that it runs without Python's global lock (the GIL).
 
-    The walks of two cores wait for each other's turn at the lock for a quarter of their time otherwise. TorchScript is
-    deprecated without a successor that needs no compiler at run time; where it is missing (Python 3.14), or with
-    PYTORCH_JIT=0, to debug, the function runs as Python, with the same results.
+    Otherwise, the loops on two cores spend a quarter of their time waiting for the lock. TorchScript is deprecated, but
+    every successor needs a compiler at run time. Where it is unavailable (Python 3.14), or with PYTORCH_JIT=0 for
+    debugging, the function runs as plain Python, with the same results.
     """
     if sys.version_info >= (3, 14):
         return function
@@ -78,7 +78,7 @@ def _pool(workers: int, cores: int, process: int) -> ThreadPoolExecutor:
     before, everyone = torch.get_num_threads(), threading.Barrier(workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ovq", initializer=_use_cores, initargs=(cores,))
     list(pool.map(lambda _: everyone.wait(), range(workers)))
-    torch.set_num_threads(before)  # a thread's setting also becomes the default of threads new to torch
+    torch.set_num_threads(before)  # a worker's setting also becomes the default for threads new to torch
     return pool
 
 

@@ -1,9 +1,9 @@
-"""Causal attention by torch's scaled_dot_product_attention, on any device; the CPU never materialises a T x S matrix.
+"""Causal attention with torch's scaled_dot_product_attention on any device; no T x S matrix is stored on the CPU.
 
 torch aligns `is_causal` with the first key, so carried keys need care. The CUDA kernels can align it with the last key
-instead. On the CPU that takes a materialised mask, at three times the cost, so two calls without a mask run there: one
-over the carried keys and a causal one over the new keys, merged by their log-sum-exp. Their backward kernels, given the
-merged output and log-sum-exp, return exactly the gradients of the whole.
+instead. On the CPU that would need a materialised mask, at three times the cost, so two calls without a mask replace it
+there: one over the carried keys and a causal one over the new keys, merged by their log-sum-exps. Given the merged
+output and log-sum-exp, their backward kernels return exactly the gradients of the full attention.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K key, V value width.
 """

@@ -106,7 +106,7 @@ _document_masks: dict[tuple, tuple[weakref.ref, int, BlockMask]] = {}
 
 
 def block_mask(T: int, S: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device) -> BlockMask:
-    """The mask for a shape, cached; for packed documents, built once for the bounds that all layers share."""
+    """The mask for a shape, cached; for packed documents, built once per `cu_seqlens`, which all layers share."""
     if torch.compiler.is_compiling():
         return _make(T, S, window, cu_seqlens, device)
     if cu_seqlens is None:
@@ -145,8 +145,8 @@ def visible_blocks(
     """(first key of each query [T]; for each query block the count [1, 1, Q] and the indices [1, 1, Q, M] of the key
     blocks that it sees partially, then of those that it sees fully).
 
-    A custom operator, so that a compiled model treats its results as given: if it were traced into the graph, flex
-    would find no kernel for a mask that is not yet in memory.
+    A custom operator, so that to a compiled model its results are opaque tensors: if it were traced into the graph,
+    flex would find no kernel for a mask that is not yet in memory.
     """
     offset = S - T
     first_T = _first_key(T, offset, window, cu_seqlens, device)

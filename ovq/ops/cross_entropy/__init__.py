@@ -29,13 +29,13 @@ def chunked_cross_entropy(
         targets_N: int64 [N]; tokens with target -100 have no label and contribute no loss.
         chunk: number of tokens whose logits [chunk, V] are in memory at once.
         z_loss: weight of the second term.
-        reduction: "sum" over labelled tokens, or "none" for the loss of each token [N], 0 without a label.
-        softcap: c > 0 stands for c tanh(logits / c) in the place of the logits (Gemma 2, arXiv 2408.00118, sec. 2);
-            0: the logits as they are.
+        reduction: "sum" over labelled tokens, or "none" for the loss of each token [N], 0 for those without a label.
+        softcap: c > 0 replaces the logits by c tanh(logits / c) (Gemma 2, arXiv 2408.00118, sec. 2); 0 leaves them
+            unchanged.
         backend: auto | reference | torch.
 
     Returns:
-        (loss, the z term summed over labelled tokens; None with z_loss = 0), in float32, float64 for float64 inputs.
+        (loss, z term summed over labelled tokens or None if z_loss = 0), in float32 (float64 for float64 inputs).
         Both are differentiable in x and weight.
 
     Raises:

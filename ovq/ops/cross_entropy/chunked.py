@@ -1,10 +1,10 @@
 """Cross-entropy in chunks of tokens: a chunk's logits are computed, used and freed.
 
-For the plain sum, the gradients of x and the weight are computed in the forward pass, while the logits are at hand (as
-in Liger, arXiv 2410.10989): backward only multiplies them by its one incoming scalar. With a z term, or a loss per
+For the plain sum, the gradients of x and the weight are computed in the forward pass, while the logits are in memory
+(as in Liger, arXiv 2410.10989): backward only multiplies them by the incoming scalar. With a z term, or a loss per
 token, the incoming gradient is more than one scalar, so backward recomputes the logits.
 
-Shapes: N tokens, C tokens of a chunk, D width, V vocabulary.
+Shapes: N tokens, C tokens per chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.forward`."""
     if reduction == "sum" and x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
-        # On the CPU, selecting the labelled tokens forces no synchronisation, and the others cost nothing.
+        # On the CPU, selecting the labelled tokens forces no synchronisation, and the others then cost nothing.
         labelled = (targets_N != IGNORE).nonzero()[:, 0]
         if len(labelled) < len(targets_N):
             x_ND, targets_N = x_ND[labelled], targets_N[labelled]
@@ -66,7 +66,7 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        # In float32: rounded to bf16 first, dloss (1 / tokens) would scale every gradient wrongly by up to 0.4%.
+        # In float32: rounding dloss (1 / tokens) to bf16 first would scale every gradient wrongly by up to 0.4%.
         dx, dweight = (None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in (dx, dweight))
         return dx, dweight, None, None, None
 
@@ -134,7 +134,7 @@ def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
 
 
 def _uncapped(dlogits_CV: Tensor, logits_CV: Tensor, softcap: float) -> Tensor:
-    """The gradient of the logits before the cap from that of the capped ones, y = c tanh(x / c): dy/dx = 1 - (y/c)^2.
+    """Turn the gradient of the capped logits y = c tanh(x / c) into that of the logits x: dy/dx = 1 - (y/c)^2.
 
     Both tensors are overwritten.
     """

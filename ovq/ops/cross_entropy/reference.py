@@ -15,7 +15,7 @@ IGNORE = -100
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """cap tanh(logits / cap), in at least float32; the logits as they are with cap = 0."""
+    """cap tanh(logits / cap), in at least float32; with cap = 0, the logits unchanged."""
     return cap * torch.tanh(logits.to(work_dtype(logits)) / cap) if cap else logits
 
 

@@ -1,8 +1,8 @@
-"""The gated delta rule in chunks, by the WY form of its products of rank-one updates (arXiv 2412.06464, sec. 3.3).
+"""The gated delta rule in chunks, using the WY form of products of rank-one updates (arXiv 2412.06464, sec. 3.3).
 
 The corrections u of a chunk's tokens depend on each other linearly: (I + A) u = beta (v - exp(a) S^T k), with
 A_ij = beta_i exp(a_i - a_j) k_i.k_j for j < i and a the running sum of g. After one batched triangular solve over all
-chunks, for v and for the factor of the state S, everything else is matrix products.
+chunks, for the v term and for the factor that multiplies the state S, only matrix products remain.
 
 Shapes: B batch, T tokens, H heads, K key width, V value width, C chunks, L tokens per chunk.
 """

@@ -25,7 +25,7 @@ def memory_attention(
 
     Args:
         q_BTHK: [B, T, H, K]; query t is at position S - T + t of the own keys.
-        key_BMGK, value_BMGV: [B, M, G, K or V], M memory entries, each weighted as exp(log weight) tokens; M may be 0.
+        key_BMGK, value_BMGV: [B, M, G, K or V], M memory entries, each counting as exp(log weight) tokens; M may be 0.
         log_weight_BGM: [B, G, M], -inf to mask out an entry.
         own_key_BSGK, own_value_BSGV: [B, S, G, K or V], S >= T current tokens.
         beta_H: [H], inverse temperature.

@@ -63,7 +63,7 @@ def solve(q_BHCLK: Tensor, kk: Memory, ridge: Tensor, iterations: int) -> Tensor
 
 
 class _Inverse(torch.autograd.Function):
-    """Forward 0 (the residual of a solved system), backward A^-1."""
+    """The forward pass returns 0 (the residual of a solved system), the backward pass applies A^-1."""
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, product: Product, iterations: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""OVQ-attention (arXiv 2602.03922): attention to a dictionary learned online, and exactly to the current chunk.
+"""OVQ-attention (arXiv 2602.03922): attention to a dictionary learned online, and exact attention to the current chunk.
 
 `interface` holds the entry points, `spec` the settings and the state; the backends are `reference` (the definition),
 `chunked` ("torch", fast on any device) and `kernels` ("triton", GPU).

@@ -30,7 +30,7 @@ def assign(
         own: [P, L, V + K], the chunk's tokens.
         n, after: centroids before and after it.
         order: [L], the indices of the tokens in the order of random seeding; None: spread.
-        key_value: a token goes to the nearest [value | key], not to the most similar key.
+        key_value: a token goes to the nearest [value | key], instead of the most similar key.
         nearest_first: the tokens of the first chunk go to the most similar of its founders.
         memory: scratch for P L similarities to all centroids.
     """
@@ -56,7 +56,7 @@ def assign(
 
 
 def _nearest(rows: Rows, mine: Tensor, n: int, key_value: bool, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest similarity of each token to one of n centroids, and which one has it, [P, L] each."""
+    """Each token's highest similarity to any of the n centroids, and the index of that centroid, [P, L] each."""
     P, L, w = mine.size(0), mine.size(1), whole_grains(n)
     similarity = memory[: P * L * w].view(P, L, w)
     held = rows.means[:, rows.L : rows.L + w]

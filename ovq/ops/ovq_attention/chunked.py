@@ -9,11 +9,11 @@ What makes it fast:
   cannot be undone by division, so the rows that it overwrites, at most one per token, are saved instead.
 - The gradient of a centroid's mean is accumulated by the matmul itself (`baddbmm_`) as long as its count does not
   change, and divided by the count only when the walk reaches a chunk that touched it.
-- Each core walks some of the heads and rows of the batch on its own, and the loops over chunks (`loops.py`) run outside
-  Python's lock (see `ovq.ops.parallel` for why). Inputs and outputs are rearranged for a block of chunks at once.
+- Each core handles some of the heads and rows of the batch on its own, and the loops over chunks (`loops.py`) run
+  without the GIL (see `ovq.ops.parallel` for why). Inputs and outputs are rearranged for a block of chunks at once.
 - Probabilities are powers of 2 (the logits are scaled by log2 e), which torch computes faster than powers of e. The
-  backward pass takes them from the saved maximum and sums them again: divided by a saved sum, or by a log-sum-exp, they
-  would not add up to 1 to the last bit, and the gradients of q and beta would be several times less exact.
+  backward pass recomputes them from the saved maximum and sums them again: divided by a saved sum, or taken from a
+  log-sum-exp, they would not add up to exactly 1, and the gradients of q and beta would be several times less accurate.
 
 Shapes: B batch, T queries, S tokens, L chunk, l tokens and t queries of one chunk, m chunks of a block, H query heads,
 G key/value heads, R = H / G, P = B G, N capacity, n centroids in use, K key width, V value width, W = V + K.
@@ -38,9 +38,9 @@ from ovq.ops.ovq_attention.table import Block, Chunk, Scratch, Table, blocks_of,
 from ovq.ops.parallel import run_pieces
 
 BLOCK = 2**18  # elements of the tokens [m, P, l, W] of a block: they should stay in a core's caches as well
-DECODED = 8  # queries up to which their products with the sums are faster than copying the dictionary
+DECODED = 8  # queries up to which multiplying them by the sums is faster than copying the dictionary
 LOG2_E = math.log2(math.e)
-STATE_GRADIENT = True  # sums before and after carry gradients
+STATE_GRADIENT = True  # the sums passed in and those returned carry gradients
 
 
 @torch.compiler.disable
@@ -210,11 +210,11 @@ def _walk_backward(
 ) -> None:
     """Write the gradients of q, k, v and beta (a sum per row of the batch) into `grads`, last chunk first.
 
-    `of_sums` holds the gradients of the sums after the last chunk, and afterwards those of the sums before the first;
-    None: there are none.
+    `of_sums` holds the gradients of the sums after the last chunk and is overwritten with those of the sums before the
+    first; None if there are none.
 
-    `saved` is what the forward pass wrote, but with the output's gradient for the output and the dictionary before the
-    first chunk; `last` is the dictionary after the last one, for a constant step.
+    `saved` is what the forward pass wrote, except that it has the gradient of the output in place of the output, and
+    the dictionary before the first chunk; `last` is the one after the last chunk, needed for a constant step.
     """
     G, V, W, work = k.shape[2], v.shape[3], v.shape[3] + k.shape[3], work_dtype(q)
     assert saved.top is not None and saved.count_BGS is not None
@@ -301,7 +301,7 @@ def _longest(chunks: list[Chunk]) -> int:
 
 
 def _largest(chunks: list[Chunk], table: Table, R: int) -> int:
-    """Elements of the largest matrix of a chunk: queries, or tokens, by what they see."""
+    """Elements of a chunk's largest matrix: queries, or tokens, times the tokens and centroids that they see."""
     rows = max(max(R * c.num_queries, c.length) * (c.length + whole_grains(c.before)) for c in chunks)
     return table.P * rows
 

@@ -1,7 +1,7 @@
-"""The torch backend for a few tokens that complete no chunk, without gradients: decoding.
+"""The torch backend's path for decoding: a few tokens that do not complete a chunk, without gradients.
 
-The dictionary does not change, so it is used where it lies: dividing the products by the counts, and not the sums,
-spares a copy of the dictionary for every token.
+The dictionary does not change, so it is used in place: dividing the products by the counts, rather than the sums,
+avoids a copy of the dictionary for every token.
 
 Shapes: B batch, T queries, S tokens of the unfinished chunk, H query heads, G key/value heads, R = H / G, n centroids
 in use, K key width, V value width.

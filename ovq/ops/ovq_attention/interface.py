@@ -51,21 +51,21 @@ def ovq_attention(
     return_state: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, OVQState | None]:
-    """softmax(beta q.[mu^k, k_chunk] + [log count, 0]) [mu^v, v_chunk], with mu the dictionary before the chunk.
+    """softmax(beta q.[mu^k, k_chunk] + [log count, 0]) [mu^v, v_chunk], where mu is the dictionary before the chunk.
 
-    Differentiable in q, k, v and beta and, with the torch backend, in the sums and pending tokens of a carried state.
-    The triton backend returns a state without a gradient, as `ovq.mixers.base.detach_state` does: a piece then learns
-    only from its own tokens (truncated backpropagation). Assignments and counts carry no gradient.
+    Differentiable in q, k, v and beta and, except with the triton backend, in the sums and pending tokens of a carried
+    state. The triton backend returns a state without gradients, as `ovq.mixers.base.detach_state` does: a piece then
+    learns only from its own tokens (truncated backpropagation). Assignments and counts carry no gradient.
 
     Args:
-        q: [B, T, H, K], used as given: it is the layer that normalises queries and keys.
+        q: [B, T, H, K], used as given: normalising queries and keys is left to the layer.
         k, v: [B, T, G, K] and [B, T, G, V]; H is a multiple of G, and the query heads of a group share one dictionary.
         beta: [H], multiplies q.k; there is no other scaling.
         num_centroids ... assign_on: see `OVQSpec`; `step` is its step_size.
         cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state. The
             dictionary and the chunking restart at each document.
         state: returned by an earlier call with the same settings; None at the start. Not modified. One that requires a
-            gradient needs the torch backend, which auto then is.
+            gradient needs the torch or reference backend; auto then means torch.
         return_state: also return the state after the last token.
         backend: reference (the definition, slow) | torch (any device) | triton (GPU) | auto (triton where it can run).
 
@@ -146,7 +146,7 @@ def _empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
 
 
 def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec, carried: bool = False) -> Any:
-    """The backend module to use; `carried`: it must pass gradients to a carried state."""
+    """The backend module to use; with `carried`, it must pass gradients to a carried state."""
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend} of ovq_attention is not a legal value; legal: {', '.join(BACKENDS)}")
     if backend == "auto":
@@ -170,10 +170,10 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec, carrie
 
 
 def backend_of(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str:
-    """The name of the backend that `attend` uses for such tensors (whatever their length), given its `backend`.
+    """The name of the backend that `attend` picks for such tensors, of any length, given its argument `backend`.
 
     Raises:
-        BackendError: `backend` names one that cannot run here, or not on these tensors.
+        BackendError: the backend asked for cannot run here, or not on these tensors.
     """
     chosen = _choose(backend, q, k, v, spec)
     return next(name for name, module in _MODULES.items() if module is chosen)

@@ -1,4 +1,4 @@
-"""The torch backend's loops over the chunks of a block, forwards and backwards.
+"""The torch backend's loops over the chunks of a block, forward and backward.
 
 They are written in the subset of Python that TorchScript compiles (see `unlocked` in `ovq.ops.parallel`).
 
@@ -39,16 +39,16 @@ def forward_chunks(
     """Predict, and then update the dictionary if the chunks are whole.
 
     Args:
-        rate: the constant step; 0: steps of 1 / count.
+        rate: the constant step size; 0 stands for steps of 1 / count.
         key_value, nearest_first: see `assign`.
         before, after: numbers of centroids in use before and after each chunk.
-        tokens: [m, P, l, W + 1], rows [value | key | 1]. A constant step scales them.
+        tokens: [m, P, l, W + 1], rows [value | key | 1]; a constant step scales them in place.
         x: [m, P, r, K], the queries times beta log2 e.
-        o, top, total: outputs [m, P, r, V], not yet divided by the sums, and [m, P, r, 1]: highest logits, sums.
-        a, count: outputs [m, P, l] and [m, P l, 1], centroids and their counts after the chunk. m = 0: not whole.
-        memory: scratch for P r (l + w) probabilities, or as many similarities of tokens.
+        o, top, total: outputs: o [m, P, r, V], not yet divided by the sums; highest logits and sums, [m, P, r, 1] each.
+        a, count: outputs [m, P, l] and [m, P l, 1], centroids and their counts after the chunk; m = 0 if not whole.
+        memory: scratch that holds P r (l + w) probabilities or, later, P l w similarities.
         order: [m, l], the indices of the tokens in the order of random seeding; None: spread.
-        forced: [m, P, l], assignments to use instead.
+        forced: [m, P, l], given assignments to use instead of choosing any.
         overwritten: output [B, m, G, l, W + 1], the sums before the chunk, in the order of its tokens.
     """
     l = tokens.size(2)
@@ -102,12 +102,12 @@ def backward_chunks(
     changed. The tokens of a chunk receive dS + A / c.
 
     Args:
-        tokens: [m, P, l, W + 1], rows [value | key | 1]; afterwards their gradients, but for the last column.
-        x, x2: [m, P, r, K], the queries times beta, and times log2 e as well; afterwards x2 is the gradient of x.
+        tokens: [m, P, l, W + 1], rows [value | key | 1]; replaced by their gradients, except for the last column.
+        x, x2: [m, P, r, K], the queries times beta, and times log2 e as well; x2 is replaced by the gradient of x.
         do, top: [m, P, r, V] and [m, P, r, 1], the gradients of the outputs, and the highest logits.
         index, count: [m, P l] and [m, P l, 1], rows of the tokens' centroids, and their counts after the chunk.
-            m = 0: not whole.
-        gradient: [P, L + N, 2 W], rows [A | dS]; those of tokens hold their own.
+            m = 0 if not whole.
+        gradient: [P, L + N, 2 W], rows [A | dS]; the tokens' rows hold the tokens' own gradients.
         picked, earlier: scratch [P l, 2 W], the left half of `earlier` is 0.
         memory, memory_ds: scratch for P r (l + w) probabilities, and for their gradients.
         overwritten: [B, m, G, l, W + 1], the sums before the chunk, for a constant step.
@@ -136,10 +136,10 @@ def backward_chunks(
             p.div_(p.sum(-1, keepdim=True))
             product(do[i], seen[..., :V].mT, ds)
             torch._softmax_backward_data(ds, p, -1, ds.dtype, grad_input=ds)
-            product(ds, seen[..., V:], x2[i])  # from here on the gradient of x
+            product(ds, seen[..., V:], x2[i])  # x2 is the gradient of x from here on
             product(p.mT, do[i], gradient[:, first:last, :V], add=True)
             product(ds.mT, x[i], gradient[:, first:last, V:W], add=True)
-        # From here on the gradients of the chunk's tokens.
+        # From here on, `tokens` becomes the gradients of the chunk's tokens.
         if len(index) > 0:
             torch.add(down, of_tokens.view(down.shape), out=tokens[i, :, :, :-1])
         else:
@@ -152,7 +152,7 @@ def _matrix(memory: Tensor, x: Tensor, columns: int) -> Tensor:
 
 
 def _commit(rows: Rows, index: Tensor, tokens: Tensor, rate: float, keep: Tensor | None) -> None:
-    """Add a whole chunk to the sums and update its centroids' means; `keep` first gets the old sums."""
+    """Add a whole chunk to the sums and update its centroids' means; the old sums are first copied to `keep`."""
     if rate > 0:
         sums = rows.sums.index_select(0, index)
         if keep is not None:
@@ -202,7 +202,7 @@ def _add(rows: Rows, index: Tensor, tokens: Tensor, sign: int) -> None:
 
 
 def _refresh(rows: Rows, index: Tensor) -> None:
-    """Compute the means and log counts of a chunk's centroids anew; `rows.picked` [P l, W + 1] is then their sums.
+    """Recompute the means and log counts of a chunk's centroids; `rows.picked` [P l, W + 1] then holds their sums.
 
     A centroid whose count is 0, because the chunk that founded it was undone, gets a mean of 0.
     """

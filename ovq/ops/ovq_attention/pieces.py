@@ -1,4 +1,4 @@
-"""How the torch backend shares a call among the cores: each walks some heads and rows of the batch on its own.
+"""How the torch backend divides a call among the cores: each processes some heads and rows of the batch on its own.
 
 Shapes: B batch, T queries, S tokens, L chunk, H query heads, G key/value heads, R = H / G, K key width, V value width.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from ovq.ops.ovq_attention.spec import Dictionary
 from ovq.ops.ovq_attention.table import Chunk
 
-# Thresholds on a CPU, counted in attention probabilities: the size of a call up to which one core alone is faster, and
+# Thresholds on a CPU, counted in attention probabilities: the size of a call up to which a single core is faster, and
 # the size of a chunk of one piece, which should stay in a core's caches from matmul to softmax to matmul.
 SMALL_CALL = 2**18
 PIECE = 2**19
@@ -24,8 +24,8 @@ PIECE = 2**19
 class Outputs:
     """What a forward pass writes; the optional fields are for the backward pass.
 
-    top: [B, T, H, 1], the highest logit, to base 2. count_BGS: of each token's centroid, after its chunk.
-    overwritten: [B, whole chunks, G, L, V + K + 1], sums before each chunk, which a constant step cannot undo.
+    top: [B, T, H, 1], the highest logit, in base 2. count_BGS: the count of each token's centroid after its chunk.
+    overwritten: [B, whole chunks, G, L, V + K + 1], the sums before each chunk, since constant steps cannot be undone.
     """
 
     o_BTHV: Tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 from ovq.ops.common import work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
-STATE_GRADIENT = True  # sums before and after carry gradients
+STATE_GRADIENT = True  # the sums passed in and those returned carry gradients
 
 
 def forward(
@@ -75,7 +75,7 @@ def predict(q_BHTK: Tensor, mu_k: Tensor, mu_v: Tensor, c_BGn: Tensor, k_BGLK: T
 def assign(
     k: Tensor, v: Tensor, mu_k: Tensor, mu_v: Tensor, after: int, start: int, spec: OVQSpec, dtype: torch.dtype
 ) -> Tensor:
-    """int64 [B, G, L]: the centroid of each key of the chunk at token `start`, after which `after` are in use."""
+    """int64 [B, G, L]: the centroid of each key of the chunk that starts at token `start` and leaves `after` in use."""
     n = mu_k.shape[2]
     if n == 0:
         mu_k, mu_v = k[:, :, :1], v[:, :, :1]  # the first key is centroid 0
@@ -96,7 +96,7 @@ def assign(
 
 
 def similarities(k: Tensor, v: Tensor, mu_k: Tensor, mu_v: Tensor, spec: OVQSpec, dtype: torch.dtype) -> Tensor:
-    """[B, G, L, n], with means rounded to `dtype`, that of the inputs, as in every backend."""
+    """[B, G, L, n], with means rounded to the inputs' dtype, which is `dtype`, as in every backend."""
     mu_k, mu_v = mu_k.to(dtype).to(k.dtype), mu_v.to(dtype).to(v.dtype)
     similarity = torch.einsum("bglk,bgnk->bgln", k, mu_k)
     if spec.assign_on == "key_value":

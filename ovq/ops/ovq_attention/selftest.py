@@ -4,9 +4,9 @@
     python -m ovq.ops.ovq_attention.selftest width=128 num_centroids=4096 packed=true
 
 A training run does this before its first step, at its own shape (`ovq.train.selftest`). The kernels run in a process of
-their own, so that neither an illegal access nor a hang harms the caller. A pass is remembered in a file per card,
-driver, version of Triton, code of the kernels and shape, in $XDG_CACHE_HOME/ovq or ~/.cache/ovq; a failure is not,
-since a busy card may be its cause. The tool itself always tests.
+their own, so that neither an illegal memory access nor a hang can harm the caller. A pass is remembered in a file per
+GPU, driver, Triton version, kernel source and shape, in $XDG_CACHE_HOME/ovq or ~/.cache/ovq; a failure is not, since a
+busy GPU may have caused it. The tool itself always runs the test.
 
 Exit status: 0 the kernels are right, 1 they are wrong, fail or hang, 2 a setting is wrong or there is no GPU.
 """
@@ -36,13 +36,13 @@ from ovq.ops.ovq_attention.spec import OVQSpec
 from ovq.ops.ovq_attention.verify import KERNELS, Problem
 from ovq.schema import one_of, setting
 
-SECONDS = 240  # most of them to import torch and to compile, once per machine: Triton keeps what it compiles
+SECONDS = 240  # mostly to import torch and, once per machine, to compile: Triton caches what it compiles
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the kernels are right; `what`: how far they are off, or what failed; `remembered`: from a file."""
+    """Whether the kernels are right; `what`: how far they are off, or what failed; `remembered`: read from a file."""
 
     passed: bool
     what: str
@@ -52,15 +52,15 @@ class Verdict:
 def check(
     problem: Problem, device: torch.device, *, seconds: float = SECONDS, kernels: str = KERNELS, again: bool = False
 ) -> Verdict:
-    """The verdict on the kernels in a module, remembered or, with `again` or without one, found out now."""
+    """The verdict on the kernels in a module: the remembered one, or a new one if there is none or `again` is set."""
     known = folder() / f"{digest(identity(problem, device, kernels))}.json"
     if not again:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: as good as none
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file counts as none
             return Verdict(True, str(json.loads(known.read_text())["passed"]), remembered=True)
     verdict = _test(problem, device, seconds, kernels)
     if verdict.passed:
         content = json.dumps({"passed": verdict.what, **identity(problem, device, kernels)}, indent=1)
-        with contextlib.suppress(OSError):  # a disk that takes nothing costs a test at the next start
+        with contextlib.suppress(OSError):  # if it cannot be written, the next start tests again
             write_whole(known, content + "\n")
     return verdict
 
@@ -73,7 +73,7 @@ def _test(problem: Problem, device: torch.device, seconds: float, kernels: str) 
     lines = ended.out.splitlines()
     at = next((line.removeprefix("at ") for line in reversed(lines) if line.startswith("at ")), "the start")
     last = lines[-1] if lines else ""
-    # The child's own alarm, for the case that its parent is gone, may be first.
+    # The child's own alarm, meant for when its parent is gone, may go off first.
     if ended.status is None or ended.status == -signal.SIGALRM:
         return Verdict(False, f"{at}: no answer within {seconds:g} s")
     for word, passed in (("passed: ", True), ("failed: ", False)):
@@ -87,7 +87,7 @@ def _test(problem: Problem, device: torch.device, seconds: float, kernels: str) 
 
 
 def folder() -> Path:
-    """Where passes are remembered: a place that takes no file, where there is no home."""
+    """Where passes are remembered; without a home directory, a path where no file can be written."""
     cache = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(cache) if cache else Path.home() / ".cache") / "ovq" / "selftest"
@@ -107,7 +107,7 @@ def digest(values: dict[str, Any]) -> str:
 
 
 def card_of(device: torch.device) -> str:
-    """Name, processors (a slice of a card has fewer) and capability of a GPU."""
+    """Name, multiprocessors (a slice of a GPU has fewer) and compute capability of a GPU."""
     if device.type != "cuda":
         return device.type
     found = torch.cuda.get_device_properties(device)
@@ -115,7 +115,7 @@ def card_of(device: torch.device) -> str:
 
 
 def driver() -> str:
-    """The GPU driver's version, as its kernel module states it, and the toolkit of torch."""
+    """The GPU driver's version, as its kernel module reports it, and the toolkit that torch is built with."""
     stated = []
     for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):
@@ -132,7 +132,7 @@ def triton_version() -> str | None:
 
 @functools.cache
 def code_hash(kernels: str = KERNELS) -> str:
-    """A hash of the source of the operator, which the kernels are compared with, and of the module to test."""
+    """A hash of the source of the operator, with which the kernels are compared, and of the module to test."""
     here = Path(__file__).parent
     files = [*sorted(here.rglob("*.py")), here.parent / "common.py"]
     spec = importlib.util.find_spec(kernels)

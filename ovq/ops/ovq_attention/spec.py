@@ -39,7 +39,7 @@ class OVQSpec:
         seed: seed of random seeding.
         step_size: step of a centroid towards a key. "count": 1/count, so that centroids are running means; a constant
             eta in (0, 1]: the m keys of a chunk that are assigned to one centroid move it to
-            (1-eta)^m mu + (1 - (1-eta)^m) mean(keys). Counts are kept either way.
+            (1-eta)^m mu + (1 - (1-eta)^m) mean(keys). Counts are maintained either way.
         first_chunk: how an empty dictionary starts. The first key becomes centroid 0, and similarities are taken to it.
             The keys of this chunk that do not found a centroid are assigned to centroid 0 ("merge") or to the founding
             key with the largest dot product ("nearest").
@@ -59,7 +59,7 @@ class OVQSpec:
     step_size: str | float = "count"
     first_chunk: str = "merge"
     assign_on: str = "key"
-    # The settings as one literal, for custom operators, which take no objects; `parse_spec` reads it.
+    # The settings as one literal, since custom operators accept no Python objects; `parse_spec` reads it.
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class OVQSpec:
         return self.hash_order_at(torch.arange(start, start + self.chunk_size, device=device))
 
     def hash_order_at(self, position: Tensor) -> Tensor:
-        """The same for several chunks, int64 [..., L]; `position` is that of each token in its document."""
+        """The same for several chunks, int64 [..., L], from the `position` of each token in its document."""
         return position_hash(self.seed, position).argsort(dim=-1, stable=True)
 
 
@@ -115,7 +115,7 @@ SETTINGS = tuple(item.name for item in fields(OVQSpec) if item.init)
 
 @functools.lru_cache(maxsize=256)
 def parse_spec(text: str) -> OVQSpec:
-    """The spec whose `text` this is."""
+    """The spec with this `text`."""
     return OVQSpec(*ast.literal_eval(text))
 
 
@@ -181,7 +181,7 @@ _last_bounds: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
 
 
 def document_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
-    """The bounds of packed documents as Python integers. All layers of a model share one tensor: it is read back once.
+    """The bounds of packed documents as Python integers, copied to the host once for all layers, which share a tensor.
 
     Raises:
         ValueError: the bounds do not rise from 0 to the number of tokens.

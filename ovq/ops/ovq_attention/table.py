@@ -15,13 +15,13 @@ from torch import Tensor
 from ovq.ops.common import GRAIN
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 
-# Multiplications from which a product is computed alone: below it, calls take longer than copies.
+# Multiplications in a product from which it is computed on its own: below, extra calls cost more than copies.
 LARGE = 2**20
 
 
 def whole_grains(centroids: int, grain: int = GRAIN) -> int:
-    """How many centroids the matmuls run over: whole vector registers, and few shapes for libraries that generate code
-    for each one. Those that are not in use have a log count of -inf, and so a probability of 0."""
+    """How many centroids the matmuls run over: rounded up to whole vector registers, and so to few shapes, as libraries
+    may generate code for each. Those not in use have a log count of -inf, and hence a probability of 0."""
     return -(-centroids // grain) * grain
 
 
@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(S: int, T: int, spec: OVQSpec, dictionary: Dictionary) -> list[Chunk]:
-    """The chunks of S tokens that start at the dictionary's position, of which the last T have queries."""
+    """The chunks of S tokens that start at the dictionary's position, the last T of which have queries."""
     L, first, n, chunks = spec.chunk_size, S - T, dictionary.size, []
     for start in range(0, S, L):
         stop = min(start + L, S)
@@ -92,7 +92,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(chunks: list[Chunk], G: int, most: int) -> Iterator[Block]:
-    """The chunks in blocks of at most `most`."""
+    """The chunks, grouped into blocks of at most `most`."""
     block: list[Chunk] = []
     for chunk in chunks:
         fits = block and (chunk.length, chunk.num_queries) == (block[0].length, block[0].num_queries)
@@ -104,13 +104,13 @@ def blocks_of(chunks: list[Chunk], G: int, most: int) -> Iterator[Block]:
 
 
 class Scratch:
-    """Named pieces of memory that are reused from chunk to chunk: allocating them anew would double a chunk's time."""
+    """Named buffers that are reused from chunk to chunk: allocating them anew would double the time of a chunk."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.like, self.dtype, self.held = like, dtype, dict[str, Tensor]()
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor, in the memory of this name; ask for the largest first."""
+        """An uninitialised tensor in the buffer of this name; ask for the largest one first."""
         size = torch.Size(shape).numel()
         held = self.held.get(name)
         if held is None or held.numel() < size:
@@ -119,7 +119,7 @@ class Scratch:
 
 
 class Rows(NamedTuple):
-    """The tensors of a `Table`, as the loops take them.
+    """The tensors of a `Table`, in the form that the loops take.
 
     Row L - l + s is token s of a chunk of l, and row L + j is centroid j, so that the tokens and the centroids in use
     always form one slice. Index tensors address the flattened rows of all batch entries and heads.
@@ -127,7 +127,7 @@ class Rows(NamedTuple):
     Attributes:
         L, V: tokens before the centroids, and the width of values.
         means: [P, L + N, W], rows [value | key]; N is rounded up to whole grains.
-        log_count: [P, 1, L + N], to base 2: 0 for tokens, -inf for centroids that are not in use.
+        log_count: [P, 1, L + N], in base 2: 0 for tokens, -inf for centroids that are not in use.
         flat_means, flat_log_count: the same memory, [P (L + N), W] and [P (L + N)].
         future: [L, L], -inf where a token comes after the query.
         base: [P, 1], the index of centroid 0.
@@ -154,7 +154,7 @@ class Rows(NamedTuple):
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, large: int = LARGE) -> None:
     """out = a @ b of [P, ., .], or out += a @ b, in TorchScript's subset of Python.
 
-    Large products are computed one by one, as views: libraries copy batches of them to make them contiguous.
+    Large products are computed one by one, on views: given a batch, libraries copy it to make it contiguous.
     """
     if a.size(1) * a.size(2) * b.size(2) < large:
         if add:
@@ -174,7 +174,7 @@ class Table:
 
     Args:
         capacity: centroids in use at the end.
-        dtype, work: of the inputs, to which means are rounded, and of the computation.
+        dtype, work: the dtype of the inputs, to which means are rounded, and that of the computation.
     """
 
     def __init__(self, dictionary: Dictionary, L: int, capacity: int, dtype: torch.dtype, work: torch.dtype) -> None:

@@ -4,9 +4,9 @@
 
 Outputs and gradients are compared with the torch backend in float64, which is given the same assignment. Assignments
 cannot be compared that way, because after one near-tie they diverge for good; they are judged step by step: was each
-key's centroid the best one, and did the right keys found new ones, given the assignments before it?
+key's centroid the best one, and did the right keys found new ones, given all earlier assignments?
 
-Exit status: 0 the kernels are right, 1 they are not. Lines "at ..." say what is running; the last one is the verdict.
+Exit status: 0 the kernels are right, 1 they are not. Lines "at ..." say what is running; the last line is the verdict.
 
 Shapes: B batch, S tokens, L chunk, H query heads, G key/value heads, N centroids, n in use, K and V widths.
 """
@@ -33,13 +33,13 @@ from ovq.ops.ovq_attention import chunked, reference
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, parse_spec
 
 KERNELS = "ovq.ops.ovq_attention.kernels"
-# ||got - want|| / ||want|| of outputs, and of gradients.
+# Bounds on ||got - want|| / ||want||, of outputs and of gradients.
 BARS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (1e-2, 2e-2)}
-SUMS = 1e-5  # the same for sums of keys and values, which are float32 in every dtype
-SAME = 1e-6  # and for packed documents against documents alone: the same kernels on the same chunks
+SUMS = 1e-5  # the same for sums of keys and values, which are float32 whatever the dtype
+SAME = 1e-6  # and for packed documents against each alone: the same kernels on the same chunks
 # How far a chosen centroid's similarity may be below the best one: the error of rounding a mean to the dtype.
 NEAR_TIE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-CHUNKS = 4  # whole chunks of a case, before an unfinished one
+CHUNKS = 4  # whole chunks per case, followed by an unfinished one
 NAMES = ("o", "dq", "dk", "dv", "dbeta")
 
 
@@ -49,7 +49,7 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a run asks of the kernels: the shapes of q, k and v, their dtype, the dictionary, and its longest text.
+    """What a run asks of the kernels: the shapes of q, k and v, their dtype, the dictionary, and the longest text.
 
     `packed`: rows are packed documents that see nothing of each other. `settings`: an `OVQSpec.text`.
     """
@@ -74,10 +74,10 @@ class Problem:
 
 
 def verify(problem: Problem, device: torch.device, kernels: Any, say: Callable[[str], None]) -> str:
-    """One line on how far the kernels are off in every case; `say` is told of each before it starts.
+    """One line on how far off the kernels are in every case; `say` is called with the name of each before it starts.
 
     Raises:
-        Wrong: by more than their bars, or a repeat differs.
+        Wrong: an error exceeds its bar, or a repeat differs.
     """
     torch.manual_seed(0)
     L, found = problem.spec.chunk_size, []
@@ -85,7 +85,7 @@ def verify(problem: Problem, device: torch.device, kernels: Any, say: Callable[[
     say("the first chunks")
     found.append(f"first chunks: {_case(problem, device, kernels, 0, most)}")
     late = (problem.context // L - CHUNKS) * L
-    if late >= CHUNKS * L:  # a dictionary of the size that it has at the end of a text
+    if late >= CHUNKS * L:  # with a dictionary as large as at the end of a text
         say("the last chunks")
         found.append(f"last chunks: {_case(problem, device, kernels, late, most)}")
     if problem.packed:
@@ -98,7 +98,7 @@ def verify(problem: Problem, device: torch.device, kernels: Any, say: Callable[[
 
 
 def _case(problem: Problem, device: torch.device, kernels: Any, position: int, tokens: int) -> str:
-    """Assignments, sums, outputs, gradients, a repeat, and the first row alone, of a text that starts at `position`."""
+    """Check assignments, sums, outputs, gradients, a repeat and the first row alone, for a text from `position` on."""
     spec, dtype = problem.spec, problem.torch_dtype
     tensors, do = _inputs(problem, device, 1 if problem.packed else problem.batch, tokens)
     start = _dictionary(tensors, spec, position)
@@ -113,7 +113,7 @@ def _case(problem: Problem, device: torch.device, kernels: Any, position: int, t
     again, new_again, placed_again = run()
     _same_bits(("assignment", *NAMES), [placed_again, *again], [placed, *got])
     _same_bits(("sums of keys", "sums of values"), _sums(new_again)[:2], _sums(new)[:2])
-    if len(do) > 1:  # as evaluation has it: more programs share a head then, in another build
+    if len(do) > 1:  # as in evaluation: then more programs share a head, in another build
         first = [x if x.dim() == 1 else x[:1].detach().requires_grad_() for x in tensors]
         o, _, placed_alone = kernels.forward(*first, spec, start.map(lambda x: x[:1]))
         alone = [placed_alone, o, *torch.autograd.grad(o, first[:3], do[:1])]
@@ -146,7 +146,7 @@ def _case(problem: Problem, device: torch.device, kernels: Any, position: int, t
 
 
 def _packed(problem: Problem, device: torch.device, kernels: Any, tokens: int) -> str:
-    """Packed documents against each document alone: outputs and gradients; and a repeat."""
+    """Check outputs and gradients of packed documents against each document alone, and a repeat."""
     spec, L = problem.spec, problem.spec.chunk_size
     lengths = [n for n in (5, L, L + 7) if n < tokens // 3]
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist(), tokens]
@@ -183,7 +183,7 @@ def _inputs(problem: Problem, device: torch.device, batch: int, tokens: int) -> 
 
 @torch.no_grad()
 def _dictionary(tensors: list[Tensor], spec: OVQSpec, position: int) -> Dictionary:
-    """The dictionary after `position` tokens: empty at 0, else of random means that stand for as many tokens."""
+    """The dictionary after `position` tokens: empty at 0, else random means whose counts add up to about as many."""
     (B, _, G, K), V, N, device = tensors[1].shape, tensors[2].shape[3], spec.num_centroids, tensors[1].device
     n = spec.size_at(position)
     zeros = [torch.zeros(shape, device=device) for shape in ((B, G, N, K), (B, G, N, V), (B, G, N))]
@@ -204,14 +204,14 @@ def judge(
 ) -> tuple[float, Dictionary]:
     """Whether an assignment [B, G, S] of keys and values in float64 is one that the settings allow.
 
-    Which keys founded cannot be told from the first chunk's assignment with first_chunk="nearest": there, only that all
-    its centroids have keys.
+    With first_chunk="nearest", the first chunk's assignment does not tell which keys founded centroids: there, the only
+    check is that all its centroids have keys.
 
     Returns:
         How far the worst choice is below the best one (0: none is), and the dictionary that follows from it.
 
     Raises:
-        Wrong: by more than a near-tie in `dtype`; or centroids are not founded in text order.
+        Wrong: it is off by more than a near-tie in `dtype`, or centroids are not founded in text order.
     """
     k, v = k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2)
     S_k, S_v, c, n = dictionary.key_sum, dictionary.value_sum, dictionary.count, dictionary.size
@@ -229,7 +229,7 @@ def judge(
             if not bool((F.one_hot(a, after).sum(2) > 0).all()):
                 raise Wrong(f"chunk {i} leaves a centroid without keys")
         else:
-            # In the first chunk, keys without a new centroid of their own join the first key's.
+            # In the first chunk, keys that found no centroid are assigned to the first key's.
             founds = a >= n if n else (a > 0) | (torch.arange(L, device=a.device) == 0)
             in_order = (founds.cumsum(-1) + n - 1 == a) | ~founds
             if not bool(in_order.all()) or not bool((founds.sum(-1) == after - n).all()):
@@ -248,7 +248,7 @@ def judge(
 
 
 def _regret(similarity: Tensor, a: Tensor, founds: Tensor, position: int, spec: OVQSpec, first: bool) -> float:
-    """How far the assignment of a chunk is from the best, in similarity; infinite for the wrong random founders."""
+    """How far the assignment of a chunk is from the best, in similarity; infinite if the random founders are wrong."""
     best = similarity.amax(-1)
     lost = best - similarity.gather(-1, a.clamp_max(similarity.shape[3] - 1)[..., None])[..., 0]
     off = float(lost.masked_fill(founds, 0).max())
@@ -314,7 +314,7 @@ def main(argv: list[str]) -> int:
         print(f"at {at}", flush=True)
 
     end_with_parent()
-    if "seconds" in given:  # even if a hang holds Python's lock
+    if "seconds" in given:  # works even if a hang holds the GIL
         signal.alarm(int(given["seconds"]) + 5)
     try:
         kernels = importlib.import_module(given["kernels"])

@@ -1,4 +1,4 @@
-"""Simple GLA in chunks: quadratic within a chunk, through the state between chunks (arXiv 2405.21060, sec. 6).
+"""Simple GLA in chunks: quadratic within a chunk, a recurrent state between chunks (arXiv 2405.21060, sec. 6).
 
 Within a chunk, o_i = sum_{j<=i} exp(a_i - a_j) (q_i.k_j) v_j + exp(a_i) S^T q_i with a the running sum of g: two masked
 matrix products per chunk, batched over all chunks; only the T / L state updates are sequential.
@@ -73,7 +73,7 @@ def write(k_BGCLK: Tensor, v_BHCLV: Tensor, g_BHCL: Tensor | None, state_BHKV: T
         whole = a_BHCL[..., -1, None, None].exp()
     written_BHCKV = to_end.transpose(-1, -2) @ v_BHCLV
     S = v_BHCLV.new_zeros(B, H, k_BGCLK.shape[-1], V) if state_BHKV is None else state_BHKV.to(v_BHCLV.dtype)
-    # Unbound once: the gradient of x[:, :, c] would be a tensor of x's size for every chunk, and quadratic in all.
+    # Unbound once: the gradient of each x[:, :, c] would have the size of x: quadratic in the number of chunks.
     written, decays = written_BHCKV.unbind(2), [None] * C if whole is None else whole.unbind(2)
     before = []
     for written_BHKV, decay_BH11 in zip(written, decays):
@@ -89,5 +89,5 @@ def read(q_BGCLK: Tensor, memory: Memory) -> Tensor:
     if torch.is_grad_enabled() or weight.shape != memory.decay_BHCLL.shape:
         own = (weight * memory.decay_BHCLL) @ memory.value_BHCLV
         return own + (carried if memory.from_start_BHCL1 is None else carried * memory.from_start_BHCL1)
-    own = weight.mul_(memory.decay_BHCLL) @ memory.value_BHCLV  # in place: Mesa reads once for every iteration
+    own = weight.mul_(memory.decay_BHCLL) @ memory.value_BHCLV  # in place, because Mesa reads in every iteration
     return own.add_(carried) if memory.from_start_BHCL1 is None else own.addcmul_(carried, memory.from_start_BHCL1)

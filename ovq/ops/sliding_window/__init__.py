@@ -27,8 +27,8 @@ def sliding_window_attention(
 
     Args:
         q_BTHK: [B, T, H, K].
-        k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried over, of which
-            window - 1 are enough.
+        k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried over, and
+            window - 1 of them are enough.
         window: number of keys attended to, at least 1.
         cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no carried keys.
         backend: auto | reference | torch | flex. auto is FlexAttention on CUDA where it can run, else torch.

@@ -103,12 +103,12 @@ class _Bands:
         return logits.softmax(-1, dtype=work_dtype(q)).to(q.dtype)
 
 
-# Custom operators, so that a compiled model has one node for each and not one for every block.
+# Custom operators, so that each is a single node in the graph of a compiled model, not one node per block.
 
 
 @torch.library.custom_op("ovq::banded_attention", mutates_args=())
 def banded_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int) -> Tensor:
-    """Attention [B, T, H, V] to the last `window` of S keys, of which at most `window` - 1 are carried."""
+    """Attention [B, T, H, V] to the last `window` of S keys, at most `window` - 1 of which are carried over."""
     bands = _Bands(q_BTHK, k_BSGK, window)
     q = bands.blocks(q_BTHK) * bands.scale
     keys, values = (bands.strips(bands.padded(x)) for x in (k_BSGK, v_BSGV))
@@ -170,7 +170,7 @@ banded_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _overlap_add(rows: Tensor, strips_MPK: Tensor, at: tuple[slice, slice], C: int) -> None:
-    """Add each strip to the rows it came from; the j-th blocks of all strips are disjoint, so add them together."""
+    """Add each strip to the rows it came from, the j-th blocks of all strips at once, since these are disjoint."""
     heads, blocks = at
     num_blocks = blocks.stop - blocks.start
     strips = strips_MPK.unflatten(0, (-1, num_blocks)).unflatten(2, (-1, C))

@@ -32,7 +32,7 @@ def vq_attention(
         o      = softmax(logits) @ [ mean value of the tokens with code n ; v_s ]
 
     which is attention to all tokens with the keys of older blocks replaced by their nearest codes. The codebook gets no
-    gradient (its owner learns it by moving averages); by the straight-through estimator, each older key gets the
+    gradient (its owner updates it by moving averages); by the straight-through estimator, each older key gets the
     gradient of its code, divided by the code's count.
 
     Args:

@@ -77,7 +77,7 @@ def forward(
 
 
 def scatter_rows(sums_BGNK: Tensor, index_BGS: Tensor, rows_BSGK: Tensor) -> Tensor:
-    """The sums with each row added to that of its code."""
+    """The sums after each row has been added to that of its code."""
     rows = rows_BSGK.transpose(1, 2).to(sums_BGNK.dtype)
     return sums_BGNK.scatter_add(2, index_BGS[..., None].expand_as(rows), rows)
 

@@ -35,7 +35,7 @@ pytree.register_pytree_node(
 
 
 def recent_start(position: int, block_size: int) -> int:
-    """The first token still held exactly when the next token has this position: the start of the previous block."""
+    """The first token still kept unquantised when the next one is at `position`: the start of the previous block."""
     return max(0, position // block_size - 1) * block_size
 
 

@@ -5,7 +5,7 @@ rows; a table of each centroid's current row (tabulate.py) follows from the assi
 backward pass (backward.py) read both and run in parallel over chunks. Decoding one token (decode.py) reads only the
 sums. All stages are deterministic.
 
-The stages are two custom operators, forward and backward, so that torch.compile keeps a model whole around them.
+The stages run in custom operators (forward, backward, decode), so that torch.compile need not split a model at them.
 
 Shapes: B batch, T queries, S tokens, L chunk, H query heads, G key/value heads, N centroids, K and V widths.
 """
@@ -38,8 +38,8 @@ from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds, par
 LATEST_NVIDIA = 9  # compute capability; query_grad in half precision does not build for sm_100 with Triton 3.6
 
 MAX_HEADS = 65535  # batch x heads: the limit on a grid's second axis
-# A first call copies its plan to the device, which a CUDA graph must not capture (kernels/copies.py): the compiler must
-# not choose to. Whoever captures by hand calls once before.
+# A first call copies its plan to the device, which a CUDA graph must not capture (kernels/copies.py), so the
+# compiler is kept from capturing it. Whoever captures by hand must make one call first.
 NO_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 _announced: set[tuple] = set()

@@ -15,7 +15,7 @@ A head is walked by `splits` programs. Program p owns the centroids of blocks p,
 them, and commits only to them. The only barrier lies between the two: after it, every program reads all proposals and
 makes the same assignment. (Proposals are double-buffered by chunk parity; the next barrier keeps them from being
 overwritten.) A chunk that fits one tile is assigned in registers; a longer one tile by tile, through memory. Sums stay
-in float32 in global memory, that is, in L2; a chunk is scattered by a product with a one-hot matrix.
+in float32 in global memory (in effect, in L2); a chunk is added to them by a product with a one-hot matrix.
 """
 
 # mypy: allow-incomplete-defs
@@ -106,7 +106,7 @@ def assign(
 
     longest = max(last - first for first, last, _ in plan.walks)
     if programs_each > 1 and not CONCURRENT:
-        # The first program would wait at the barrier forever: one launch before it and one after it instead.
+        # The first program would wait at the barrier forever, so each side of the barrier is a launch of its own.
         for chunk in range(longest):
             launch(chunk, chunk + 1, True, False)
             launch(chunk, chunk + 1, False, True)
@@ -118,10 +118,10 @@ def assign(
 def splits(walks: int, device: torch.device) -> int:
     """Programs per walk: no more than can run at the same time, since they wait for each other.
 
-    Where ranks communicate, a part of the processors is left to NCCL, whose kernels could not start otherwise until the
-    walk has ended, and other ranks would wait for them.
+    With several ranks, some multiprocessors are left to NCCL: otherwise its kernels could not start until the walk has
+    ended, and other ranks would wait for them.
     """
-    # (On AMD always 1: there Triton 3.6 does not wait for the stores of all of a program's waves before it releases.)
+    # (On AMD always 1: there, Triton 3.6 does not wait for the stores of all of a program's waves before a release.)
     if device.type != "cuda" or torch.version.hip:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -168,7 +168,7 @@ def assign_kernel(
     documents,
     skipped,  # chunks of each document to skip
     most,  # end of the chunks of each document to walk, counting the skipped ones
-    splits,  # programs a walk, at most MOST
+    splits,  # programs per walk, at most MOST
     log2_keep,  # log2(1 - eta)
     K: tl.constexpr,
     V: tl.constexpr,
@@ -371,7 +371,7 @@ def _barrier(arrived_ptr, awaited):
 @triton.jit
 def _choose(best_ptr, arg_ptr, l, size, L, splits, MOST: tl.constexpr):
     """The best of all programs' proposals for some keys; ties go to the lowest centroid."""
-    # All proposals in one load, for one trip to memory. (.cg: other SMs wrote them, so L1 may be stale.)
+    # All proposals in one load, for a single trip to memory. (.cg: other SMs wrote them, so L1 may be stale.)
     split = tl.arange(0, MOST)
     proposed = (split < splits)[:, None] & (l < L)[None, :]
     offset = split[:, None] * L + l[None, :]
@@ -413,7 +413,7 @@ def _place(
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, ONE: tl.constexpr,
     NEAREST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each key's centroid: the keys of lowest rank found new ones, numbered in text order, the others go to `arg`. In
+    """Each key's centroid: the keys of lowest rank found new ones, numbered in text order; the others go to `arg`. In
     the first chunk, if NEAREST, a negative place refers to the centroid of the chunk's key `-1 - place`."""
     if founded > 0:
         if NEAREST and size == 0:
@@ -461,7 +461,7 @@ def _settle(
     BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr, KEY_VALUE: tl.constexpr,
     RATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Commit some keys to their centroids; each centroid of this program is written by its last key in the chunk."""
+    """Commit some keys to their centroids; each centroid of this program is written for its last key in the chunk."""
     if split == 0:
         tl.store(assignment_ptr + l, place, mask=l < L)
     owned = (l < L) & ((place // BLOCK_N) % splits == split)
@@ -484,7 +484,7 @@ def _settle(
             L, G, log2_keep, K, V, BLOCK_K, BLOCK_V, BLOCK_C, BLOCK_W, ONE, KEY_VALUE, RATE, PRECISION,
         )  # fmt: skip
     else:
-        # Few of a chunk's keys are a centroid's last and this program's: only these are committed, BLOCK_W at a time.
+        # Few of a chunk's keys are the last ones of a centroid of this program: only these write, BLOCK_W at a time.
         order = tl.where(writes, tl.cumsum(writes.to(tl.int32), 0) - 1, -1)
         writers = tl.sum(writes.to(tl.int32), 0)
         for w0 in tl.range(0, writers, BLOCK_W, num_stages=1):
@@ -508,7 +508,7 @@ def _write(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr, ONE: tl.constexpr, KEY_VALUE: tl.constexpr, RATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All that changes with the centroids `own`, from counts `old` to `new`; `place` is that of all keys, if ONE."""
+    """Update all that is stored of the centroids `own`, from counts `old` to `new`; if ONE, `place` is of all keys."""
     _commit(
         k_ptr, key_sum_ptr, mean_key_ptr, row_key_ptr, own, row, writes, old, new, place, place_ptr,
         L, G, log2_keep, K, BLOCK_K, BLOCK_C, BLOCK_W, ONE, RATE, True, PRECISION,
@@ -517,7 +517,7 @@ def _write(
         v_ptr, value_sum_ptr, mean_value_ptr, row_value_ptr, own, row, writes, old, new, place, place_ptr,
         L, G, log2_keep, V, BLOCK_V, BLOCK_C, BLOCK_W, ONE, RATE, KEY_VALUE, PRECISION,
     )  # fmt: skip
-    tl.debug_barrier()  # a token may be held by several threads: all must have read its old count
+    tl.debug_barrier()  # several threads may hold the same token: all must have read its old count
     tl.store(count_ptr + own, new, mask=writes)
     tl.store(row_log_ptr + row, tl.log2(new), mask=writes)
     if RATE:
@@ -533,7 +533,7 @@ def _commit(
     """Update the sums, means and version rows of the centroids `own`.
 
     With a constant rate eta, m keys move the mean to (1-eta)^m mu + (1 - (1-eta)^m) mean(keys), and the stored sum is
-    count x mean. A mean is the sum times the rounded 1 / count, as in every backend: one division a centroid.
+    count x mean. A mean is the sum times the rounded 1 / count, as in every backend: one division per centroid.
     """
     total = load_rows(sum_ptr, own, writes, WIDTH, BLOCK)
     more = tl.zeros([BLOCK_W, BLOCK], tl.float32)

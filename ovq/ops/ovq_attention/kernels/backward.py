@@ -155,7 +155,7 @@ def query_grad_kernel(
     end = tl.load(ends_ptr + chunk)
     first = start + (tile % tiles) * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
-    live = (position < end) & (position >= S - T)  # queries are of the last T tokens
+    live = (position < end) & (position >= S - T)  # only the last T tokens have queries
     query = tl.cast(b, tl.int64) * T + first - (S - T)
     m = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -207,7 +207,7 @@ def query_grad_kernel(
         ds = (p * (dp - delta[:, None])).to(key.dtype)
         acc = tl.dot(ds, key, acc, input_precision=PRECISION)
 
-    # (Down to a number, Triton 3.6 fails for sm_100.)
+    # (A sum over both axes, to a single number, makes Triton 3.6 fail for sm_100.)
     part = tl.cast(tl.program_id(1), tl.int64) * all_tiles + first_chunk * tiles + tile
     d = tl.arange(0, BLOCK_K)
     tl.store(dbeta_ptr + part * K + d, tl.sum(acc * q.to(tl.float32), 0), mask=d < K)
@@ -223,7 +223,7 @@ def dictionary_grad_kernel(
     row_log_ptr,  # [B, G, rows] float32: log2 of the counts
     row_count_ptr,  # [B, G, rows] float32, if RATE
     table_ptr,  # [B, G, table_size] int32
-    blocks_ptr,  # [blocks, 5] int32: first centroid, chunk that founds it, its document's last chunk, that one's bounds
+    blocks_ptr,  # [blocks, 5] int32: first centroid, chunk founding it, its document's last chunk and that one's bounds
     sizes_ptr,  # [chunks] int32
     offsets_ptr,  # [chunks] int32
     do_ptr,  # [B, T, H, V]
@@ -279,7 +279,7 @@ def dictionary_grad_kernel(
         count = tl.load(row_count_ptr + row, mask=row >= 0, other=1.0)
     dkey = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    # A step's row indices are read one step before its rows, and where to find them two steps before.
+    # A step's row indices are read one step before its rows, and the indices' offset in the table two steps before.
     before = row
     ahead = last - tl.minimum(1, total - 1) // steps
     offset, size = tl.load(offsets_ptr + ahead), tl.load(sizes_ptr + ahead)
@@ -313,8 +313,8 @@ def dictionary_grad_kernel(
             else:
                 store_tokens(dk, token, G, made, dkey, K, BLOCK_K)
                 store_tokens(dv, token, G, made, dvalue, V, BLOCK_V)
-                # (This also keeps the block in place: Triton moves a block without effect on the accumulators to the
-                # end of the loop, and then needs a copy of both.)
+                # (This also keeps the block in place: Triton moves a block that does not affect the accumulators to
+                # the end of the loop, and then needs a copy of both.)
                 dkey = tl.where(held[:, None], dkey, 0.0)
                 dvalue = tl.where(held[:, None], dvalue, 0.0)
         row = before
@@ -369,7 +369,7 @@ def chunk_grad_kernel(
 ):
     """dk and dv of the chunk's own keys and values.
 
-    The dictionary's gradient for a token lies in dk and dv at the chunk's last token with the same centroid. Tiles of
+    The dictionary's gradient for a token is in dk and dv at the chunk's last token with the same centroid. Tiles of
     keys are processed in text order, and each is read before it is written, so nothing is overwritten too early.
     """
     chunk = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""Shared by the kernels: loads and stores of tiles of tokens and of version rows.
+"""Helpers shared by the kernels: loads and stores of tiles of tokens and of version rows.
 
 Every tensor is contiguous; widths that are not a power of two are padded by masks (WIDTH is the real width, BLOCK the
 padded one). Offsets that grow with tokens x heads are 64-bit, offsets within one head's rows 32-bit.
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of the version rows: keys, values, log2 of the counts and, for a constant rate, the counts.
+# The version rows: keys, values, log2 of the counts and, for a constant rate, the counts.
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -57,7 +57,7 @@ def load_numbers(ptr, index, valid, other):
     """ptr[index], float32, for a tile that is multiplied as rows or columns of a matrix; `other` where not valid.
 
     A one-dimensional load would be repeated by every thread whose part of the product needs the number. The sum over a
-    second, masked column gives the load a layout of its own: one thread reads each number and hands it on.
+    second, masked column gives the load a layout of its own: one thread reads each number and passes it on.
     """
     first = (tl.arange(0, 2) == 0)[None, :]
     pair = tl.load(

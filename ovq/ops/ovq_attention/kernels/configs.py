@@ -1,7 +1,7 @@
 """The tile sizes of every kernel: one small table, no autotuning.
 
-Tiles depend on the stage, the chip, the width and the dtype, never on the number of tokens, centroids or heads: a new
-sequence length compiles and tunes nothing. (`assign` has three builds, by how many programs may share a walk.)
+Tiles depend on the stage, the chip, the width and the dtype, never on the number of tokens, centroids or heads, so a
+new sequence length needs no compilation or tuning. (`assign` has three builds, by how many programs may share a walk.)
 The figures behind these choices: `python -m eval.bench.aot`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 MAX_WIDTH = 128
-BUILDS = (1, 4, 16)  # of `assign`: the most programs a walk that each is for
+BUILDS = (1, 4, 16)  # of `assign`: the most programs per walk that each build is for
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -138,9 +138,9 @@ TILES = {
 }
 
 
-# Where one of these would spill. On sm_80, values wider than keys:
+# Replacements for tiles that would spill. On sm_80, with values wider than keys:
 WIDE_VALUES = {"query_grad": Tile(64, 32, 8, 3), "chunk_grad": Tile(32, 32, 8, 2)}
-# On sm_90, the counts that a constant rate needs; on sm_100, whose accumulators are elsewhere, always:
+# On sm_90, with the counts that a constant rate needs; on sm_100, which holds accumulators elsewhere, always:
 DICTIONARY_GRAD = {64: Tile(64, 128, 8, 3), 128: Tile(64, 64, 8, 2)}
 
 
@@ -175,7 +175,7 @@ def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rate: boo
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
-    """How float32 products are computed: to float32 accuracy, on the tensor cores if the chip can."""
+    """How float32 products are computed: to float32 accuracy, on tensor cores where the chip can do so."""
     if dtype != torch.float32 or arch == "interpreter":
         return "ieee"
     return "tf32x3" if arch.startswith("sm_") else "bf16x6"
@@ -202,7 +202,7 @@ def constants(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: i
     }
     if stage == "assign":
         commit = min(tile.commit, longest)
-        # Each of several programs owns a part of the centroids that a chunk changes, at most one a key.
+        # With several programs, each owns some of the centroids that a chunk changes, which are at most one per key.
         shared = settings.get("MOST", 1) > 1 and commit == longest
         writes = min(max(commit // settings["MOST"], 16), commit) if shared else commit
         return settings | {"BLOCK_L": rows, "BLOCK_C": commit, "BLOCK_W": writes, "ONE": commit == longest}

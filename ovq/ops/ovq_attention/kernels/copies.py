@@ -1,10 +1,10 @@
-"""Small host arrays on a device, copied once without synchronising, and safe for several streams and CUDA graphs.
+"""Device copies of small host arrays, made once without synchronising, safe for several streams and CUDA graphs.
 
 The copy is queued on the stream of the call that first needs it. A call on another stream waits for that copy, on the
-device, and marks the memory as in use there, so that it is not handed out again before its kernels have run, whenever
-the owner of the copies is dropped. Within a CUDA-graph capture nothing is copied: the copy would be done again at every
-replay, from host memory that is long gone. A call at the same shape before the capture makes the copies; a capture that
-uses them keeps them alive as long as the process.
+device, and marks the memory as in use there, so that the allocator cannot reuse it before the call's kernels have run,
+no matter when the owner of the copies is dropped. During a CUDA-graph capture nothing is copied: every replay would
+repeat the copy, from host memory that is long gone. A call at the same shape before the capture makes the copies; a
+capture that uses them keeps them alive for the rest of the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Streams:
-    """What `Copies` needs of CUDA; tests put a fake in its place."""
+    """What `Copies` needs from CUDA; tests replace it with a fake."""
 
     def current(self, device: torch.device) -> Any:
         return torch.cuda.current_stream(device)
@@ -33,7 +33,7 @@ class Streams:
         return host.pin_memory().to(device, non_blocking=True)
 
     def done(self, stream: Any) -> Any:
-        """An event after everything that was queued on the stream so far."""
+        """An event recorded after everything queued on the stream so far."""
         return stream.record_event()
 
     def wait(self, stream: Any, event: Any) -> None:
@@ -81,8 +81,8 @@ class Copies:
             tensors = {name: CUDA.copy(_int32(array), device) for name, array in make().items()}
             found = self._made[key, device] = _Copied(tensors, CUDA.done(stream), {stream})
         elif capturing:
-            # Whoever captures has synchronised before (torch.cuda.graph does), and a wait for an event from outside
-            # would break the capture.
+            # No wait: whoever captures has synchronised before (torch.cuda.graph does), and waiting for an event from
+            # outside would break the capture.
             _captured[id(found.tensors)] = found.tensors
         elif stream not in found.streams:
             CUDA.wait(stream, found.event)

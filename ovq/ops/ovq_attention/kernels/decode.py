@@ -124,7 +124,7 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Merge the parts of one query head. That of the pending keys is finite, since they include the token's own key."""
+    """Merge the parts of one query head; the pending keys' is finite, since they include the token's own key."""
     head = tl.cast(tl.program_id(0), tl.int64)
     part_ptr += head * (SPLITS + 1) * (V + 2)
     p = tl.arange(0, PADDED)

@@ -17,13 +17,13 @@ from ovq.ops.ovq_attention.kernels.copies import Copies
 from ovq.ops.ovq_attention.spec import OVQSpec
 
 ALIGNMENT = 16  # entries to which the start of a table row is aligned: 64 bytes
-MIN_CHUNKS = 16  # that a table always has room for
-TABLE_SHARE = 1 / 6  # of the bytes of q, k and v: the limit on a table (docs/kernels.md, "Memory")
+MIN_CHUNKS = 16  # chunks that a table always has room for
+TABLE_SHARE = 1 / 6  # the limit on a table's size, relative to the bytes of q, k and v (docs/kernels.md, "Memory")
 
 
 def most_entries(tokens: int, group: int, K: int, V: int, itemsize: int, num_centroids: int) -> int:
-    """The limit on a table's entries per key/value head, with `group` query heads: a share of the size of their q, k
-    and v or, in a short piece, whose sums are larger than its tokens, a few chunks' worth."""
+    """The limit on a table's entries per key/value head with `group` query heads: a share of the size of its q, k and v
+    or, in a short piece, whose sums are larger than its tokens, enough for a few chunks."""
     return max(int(TABLE_SHARE * tokens * (group * K + K + V) * itemsize / 4), MIN_CHUNKS * num_centroids)
 
 
@@ -31,14 +31,14 @@ def most_entries(tokens: int, group: int, K: int, V: int, itemsize: int, num_cen
 class Plan:
     """The chunks of all documents, in text order.
 
-    Every document ends with one chunk that is not committed, of 0 to L - 1 tokens: it sees the final dictionary. Only a
-    single document may start with a dictionary, of `initial` centroids.
+    Every document ends with one chunk that is not committed, of 0 to L - 1 tokens: it sees the final dictionary. Only
+    if there is a single document may it start with a dictionary, of `initial` centroids.
 
     Attributes:
         starts, ends: token bounds of chunk c in a row of the batch, which holds the packed documents.
         sizes: centroids before chunk c.
         documents: (first, last) chunk of each document; the last one is not committed.
-        walks: (first chunk, last chunk, offset in the sums) of each document that commits any chunk.
+        walks: (first chunk, last chunk, offset in the sums) of each document that commits at least one chunk.
         sums: total centroids of all documents.
     """
 
@@ -120,7 +120,7 @@ class Plan:
         return 0, int(self.sizes.max())
 
     def chunk_ranges(self, entries: int) -> list[tuple[int, int]]:
-        """All chunks, cut into ranges whose tables have at most `entries` entries per head (or one chunk)."""
+        """All chunks, cut into ranges whose tables have at most `entries` entries per head (or a single chunk)."""
         ends = np.cumsum(-(-self.sizes // ALIGNMENT) * ALIGNMENT)
         ranges, first, before = [], 0, 0
         while first < self.chunks:
@@ -130,7 +130,7 @@ class Plan:
         return ranges
 
     def centroid_ranges(self, entries: int, block: int) -> list[tuple[int, int]]:
-        """All centroids, cut likewise into ranges of whole blocks."""
+        """All centroids, cut by the same limit into ranges of whole blocks."""
         most = self.all_centroids[1]
         width = most
         while width > block and self.layout(self.all_chunks, (0, width))[1] > entries:

@@ -85,7 +85,7 @@ def predict_kernel(
     end = tl.load(ends_ptr + chunk)
     first = start + (tile % tiles) * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
-    live = (position < end) & (position >= S - T)  # queries are of the last T tokens
+    live = (position < end) & (position >= S - T)  # only the last T tokens have queries
     query = tl.cast(b, tl.int64) * T + first - (S - T)
     m = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)

@@ -46,8 +46,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "decode": {"SPLITS": SPLITS},
     "combine": {"SPLITS": SPLITS, "PADDED": padded(SPLITS + 1)},
 }
-# What else is launched, beside the default variant: other chunks, values wider or narrower than keys, other numbers of
-# programs a walk, a given assignment, and the settings that the kernels know at compile time.
+# What is launched besides the default variant: other chunks, values wider or narrower than keys, other numbers of
+# programs per walk, a given assignment, and the settings that the kernels know at compile time.
 OTHER_CHUNKS = (16, 64, 256, 512)
 MIXED_WIDTHS = ((32, 64), (64, 128), (128, 64))
 OTHER_FLAGS: dict[str, list[dict[str, Any]]] = {
@@ -98,7 +98,7 @@ def shipped_kernels(
 ) -> Iterator[ShippedKernel]:
     """Every kernel for an architecture ("sm_80", "sm_90", "sm_100", "gfx942"), with the default variant's flags.
 
-    On AMD chips one program walks a head (`assign.splits`): there MOST is 1.
+    On AMD chips one program walks a head (`assign.splits`), so MOST is 1 there.
 
     The kernels that build the table depend on neither dtype nor width: they are listed once, under the last dtype.
     """
@@ -111,7 +111,7 @@ def shipped_kernels(
 
 
 def variants(arch: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[ShippedKernel]:
-    """Stages A to C with other chunks, widths and flags than the default variant's, see `OTHER_CHUNKS` and below."""
+    """Stages A to C with chunks, widths and flags other than the default variant's; see `OTHER_CHUNKS` and below."""
     stages = ("assign", *ATTENTION)
     for stage in stages:
         for L in OTHER_CHUNKS:

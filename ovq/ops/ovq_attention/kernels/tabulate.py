@@ -1,8 +1,8 @@
 """The table of version rows: table[c, n] is the row of centroid n before chunk c, rebuilt from the assignment.
 
 A token changes one centroid, the one it is assigned to, and a version's row is that of the chunk's last token assigned
-to it (after the rows of the initial dictionary). So table[c, n] is the largest row that any earlier chunk of the
-document gave to n:
+to it (numbered after the rows of the initial dictionary). So table[c, n] is the largest row that any earlier chunk of
+the document gave to n:
 
     scatter   table[c + 1, a_t] = max of the rows of the tokens t of chunk c
     fill      a running maximum down the chunks of each document
