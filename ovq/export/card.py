@@ -1,4 +1,4 @@
-"""The model card of an exported folder: README.md with what the run's files say, and nothing that was not measured."""
+"""The model card (README.md) of an exported folder: what the run's files say, and nothing that was not measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from ovq.config import Config
 from ovq.model import Transformer, count_parameters, state_bytes
 
-LOSSES = "per_position_loss.parquet"  # of a run folder
-ROWS = 20  # most lines of the table of losses
+LOSSES = "per_position_loss.parquet"  # in a run folder
+ROWS = 20  # maximum number of rows in the table of losses
 
 
 def card(
@@ -26,7 +26,7 @@ def card(
     """The text of the card.
 
     Args:
-        licence: of the weights, an identifier of the Hub; None: the card says that none was given.
+        licence: licence of the weights, as an identifier of the Hub; None: the card says that none was given.
         tokenizer_note: how the exported tokenizer compares with the run's.
     """
     total, body = count_parameters(model)
@@ -100,12 +100,12 @@ def plain_task(cfg: Config) -> dict[str, Any]:
 
 
 def losses(run_dir: Path, step: int) -> list[str]:
-    """Lines with the table of loss by position that was measured last at this step; empty without one."""
+    """Lines with a table of loss by position as measured at this step, or a line that says that it was not."""
     import pyarrow.parquet as pq
 
     try:
         rows = pq.read_table(run_dir / LOSSES).to_pylist()
-    except Exception:  # not there, or damaged: the card is then without
+    except Exception:  # missing or damaged: the card then has no table
         return ["", "Loss by position was not measured at this step."]
     own = [row for row in rows if row["step"] == step and row["buckets"] == "log" and row["num_centroids"] is None]
     if not own:
@@ -113,7 +113,7 @@ def losses(run_dir: Path, step: int) -> list[str]:
     key = ("context", "split")
     longest = max(own, key=lambda row: row["context"])
     chosen = [row for row in own if all(row[name] == longest[name] for name in key)]
-    while len(chosen) > ROWS:  # halve the resolution, weighing buckets by their tokens
+    while len(chosen) > ROWS:  # halve the resolution, weighting buckets by their tokens
         chosen = [merged(chosen[at : at + 2]) for at in range(0, len(chosen), 2)]
     lines = [
         *("", f"Loss on held-out documents ({longest['split']}), by position in a context of {longest['context']:,}:"),
@@ -127,7 +127,7 @@ def losses(run_dir: Path, step: int) -> list[str]:
 
 
 def merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Neighbouring buckets as one; its standard error is not known."""
+    """Neighbouring buckets merged into one, whose standard error is unknown."""
     if len(rows) == 1:
         return rows[0]
     first, last = rows

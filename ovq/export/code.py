@@ -1,4 +1,4 @@
-"""The modelling file of an exported folder: what opens it in an environment without this package."""
+"""The modelling file of an exported folder, which lets it be opened in an environment without this package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def targets(mixers: dict[str, dict[str, Any]], pattern: list[str]) -> list[str]:
     """The class paths of the mixers that a pattern uses.
 
     Raises:
-        ConfigError: one is not part of this project, so its source cannot be given away.
+        ConfigError: one of them is not part of this project, so the export cannot include its source.
     """
     found = sorted({mixers[name]["_target_"] for name in pattern})
     for target in found:
@@ -41,7 +41,7 @@ def targets(mixers: dict[str, dict[str, Any]], pattern: list[str]) -> list[str]:
 
 
 def write_code(config: OVQConfig, folder: Path | str) -> Path:
-    """Write the modelling file of a model, and name it in the config.
+    """Write the modelling file of a model, and refer to it in the config.
 
     Raises:
         ConfigError: a mixer is not part of this project.

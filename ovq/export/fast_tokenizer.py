@@ -1,7 +1,8 @@
-"""A run's tokenizer as transformers' `PreTrainedTokenizerFast`: the same ids, up to what `differences` says.
+"""A run's tokenizer as transformers' `PreTrainedTokenizerFast`: the same ids, but for what the model card states.
 
-Bytes become a BPE model without merges, and SentencePiece's unigram and BPE models those of the `tokenizers` library.
-As in this project's own tools, a text begins with the separator (bos); `add_special_tokens=False` leaves it out.
+The byte tokenizer becomes a BPE model without merges; SentencePiece's unigram and BPE models become those of the
+`tokenizers` library. As in this project's own tools, a text begins with the separator (bos);
+`add_special_tokens=False` leaves it out.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ def sentencepiece_tokenizer(model: bytes) -> Any:
         vocab = {piece.piece: i for i, piece in enumerate(pieces)}
         ranks = {piece.piece: piece.score for piece in pieces if piece.type == kinds.NORMAL}
         unknown = pieces[spec.unk_id].piece
-        # A user-defined piece is split off before any merge, so none may lead to it.
+        # A user-defined piece is split off before any merge, so no merge may produce it.
         merges = [pair for pair in generate_merges(vocab, ranks) if "".join(pair) in ranks]
         tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True))
     else:
         raise ConfigError("only unigram and BPE models of SentencePiece can be exported")
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    # Text that looks like the name of a byte or of a special piece is text.
+    # Text that looks like the name of a byte or of a special piece stays ordinary text.
     names = "|".join(["0x[0-9A-F]{2}", *(piece.piece[1:-1] for piece in pieces if piece.type in (kinds.UNKNOWN,))])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"<(?=(?:{names})>)"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -70,7 +71,7 @@ def sentencepiece_tokenizer(model: bytes) -> Any:
 
 
 def wrapped(tokenizer: Any, separator: str, separator_id: int) -> Any:
-    """The tokenizer with its separator, as transformers' class."""
+    """The tokenizer, with its separator added, wrapped in transformers' class."""
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,11 +1,11 @@
-"""One file out of many modules: the source of some classes and of everything in this project that they use.
+"""Flattens many modules into one file: the source of some classes and of everything in this project that they use.
 
-The file is cut out of the package's own source: statements keep their text and their comments. Only names change, where
-two modules use the same one, and the branches that lead to a backend other than torch's are left out. So there is no
-second copy of a model to maintain, and what is not needed (other mixers, kernels, training) is not in it.
+The file is cut from the package's own source: statements keep their text and comments. Names change only where two
+modules use the same one, and branches that lead to a backend other than torch's are left out. So there is no second
+copy of a model to maintain, and the file has nothing that the model does not need (other mixers, kernels, training).
 
-What the source must keep to: a module of this project is imported at the top, as a name or as a module; what is
-imported is not changed from elsewhere. Anything else raises `FlattenError`, in a test of every mixer.
+The source must follow two rules: imports from this project, of names or of modules, are at the top of a file; and what
+is imported is never reassigned from another module. Anything else raises `FlattenError`; a test flattens every mixer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from ovq.export import source
 from ovq.export.source import Edit, FlattenError, Module, Name, Statement, arguments_of, bound_in
 
-# Conditions that are false where only torch's backends are: these calls, and `backend == "reference"`.
+# Conditions that are false where only torch's backends exist: these calls, and `backend == "reference"`.
 NEVER = {("ovq.ops.fla_backend", "uses_fla"), ("ovq.ops.attention.flex", "takes")}
 REFERENCE = ast.dump(ast.parse('backend == "reference"', mode="eval").body)
 # What stands in for names that only make sense in the package.
@@ -26,7 +26,7 @@ INSTEAD: dict[Name, Name] = {
     ("ovq.instantiate", "instantiate"): ("ovq.export.substitutes", "instantiate"),
     ("ovq.ops.ovq_attention.interface", "_choose"): ("ovq.export.substitutes", "choose"),
 }
-OPERATORS = ('"ovq::', '"ovq_exported::')  # another namespace: the package may be in the same process
+OPERATORS = ('"ovq::', '"ovq_exported::')  # another namespace: the package may be loaded in the same process
 
 
 # --- which names a statement uses ------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ class Scopes(ast.NodeVisitor):
 
     def __init__(self, flat: Flat, module: Module, statement: Statement) -> None:
         self.flat, self.module, self.statement = flat, module, statement
-        self.inner: list[set[str]] = []  # what enclosing functions bind
+        self.inner: list[set[str]] = []  # names bound by the enclosing functions
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         for outside in (*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)):
@@ -144,7 +144,7 @@ class Flat:
 
     def __init__(self, roots: Iterable[Name]) -> None:
         self.modules: dict[str, Module] = {}
-        self.elsewhere: set[Name] = set()  # used in another module, under another name than their own
+        self.elsewhere: set[Name] = set()  # used in another module under a different name
         self.fixed: set[Name] = set()  # assigned with `global`, so they must keep their names
         self.kept: dict[int, Statement] = {}
         self.roots = {self.resolve(*root) for root in roots}
@@ -160,7 +160,7 @@ class Flat:
         return self.modules[name]
 
     def resolve(self, module: str, name: str) -> Name:
-        """Where a name that a module offers is defined, or what stands in for it."""
+        """Where a name that can be imported from a module is defined, or its substitute (`INSTEAD`)."""
         if (module, name) in INSTEAD:
             module, name = INSTEAD[module, name]
         found = self.target(self.module(module), name)
@@ -174,7 +174,7 @@ class Flat:
         return self.resolve(*module.ours[name]) if name in module.ours else None
 
     def _keep(self, target: Name) -> list[Name]:
-        """Keep the statements that define a name, and registrations about it; returns what those use."""
+        """Keep the statements that define a name, and registrations of it; returns the names that these use."""
         module, name = self.module(target[0]), target[1]
         uses: list[Name] = []
         for statement in module.statements:
@@ -190,12 +190,12 @@ class Flat:
         return statement.uses
 
     def _about(self, module: Module, statement: Statement) -> str | None:
-        """What a registration is about: the first name of its own module in its text."""
+        """What a registration registers: the first name in its text that its own module defines."""
         named = [node for node in ast.walk(statement.node) if isinstance(node, ast.Name) and node.id in module.own]
         return min(named, key=lambda node: (node.lineno, node.col_offset)).id if named else None
 
     def _order(self) -> None:
-        """Modules in an order in which each comes after those that it imports."""
+        """Sort the modules so that each comes after those that it imports."""
         self.order: list[Module] = []
         done: set[str] = set()
 
@@ -234,12 +234,12 @@ class Flat:
                     raise FlattenError(f"{target[0]}.{name} is assigned with global, and another module has it too")
 
     def text(self, module: Module, statement: Statement) -> str:
-        """The source of a statement with the comments above it, under the names of the file."""
+        """The source of a statement with the comments above it, with names as they are in the flat file."""
         edits = [*statement.edits, *self._definitions(module, statement)]
         outer: list[Edit] = []
         for edit in sorted(edits, key=lambda edit: (edit.start, -edit.stop)):
             if not outer or edit.start >= outer[-1].stop:
-                outer.append(edit)  # what lies within an edit is replaced with it
+                outer.append(edit)  # an edit inside another one is covered by it
         out, at = [], statement.start
         for edit in outer:
             text = edit.text if isinstance(edit.text, str) else self.names[edit.text]
@@ -259,13 +259,13 @@ class Flat:
 
 
 def place(module: str) -> str:
-    """A word for a module, to tell names apart: simple_gla_chunked for ovq.ops.simple_gla.chunked."""
+    """A suffix for names of a module, to tell them apart: simple_gla_chunked for ovq.ops.simple_gla.chunked."""
     parts = module.split(".")
     return "_".join(parts[2:] if len(parts) > 2 else parts[1:])
 
 
 def flatten(roots: Iterable[Name], header: str) -> str:
-    """The source of one module that has `roots` and all that they use.
+    """The source of one module that defines `roots` and everything that they use.
 
     Args:
         roots: (module, name) of classes, functions and constants of this project.
@@ -285,7 +285,7 @@ def flatten(roots: Iterable[Name], header: str) -> str:
 
 
 def import_lines(imports: Iterable[str]) -> str:
-    """Import statements in order, those from one module together."""
+    """Sorted import statements, with those from one module combined."""
     whole, named = set(), dict[str, set[str]]()
     for text in imports:
         if text.startswith("import "):

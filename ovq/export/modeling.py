@@ -1,7 +1,7 @@
 """The model as transformers knows it: its config, its cache, and `AutoModelForCausalLM`'s class.
 
-`import ovq.hf` registers these classes. An exported folder also has them, and the mixers of its model, in one file of
-their own (`ovq.export.flatten`), so this module may import only what that file may hold.
+`import ovq.hf` registers these classes. An exported folder also has them, and the mixers of its model, in a single
+file (`ovq.export.flatten`), so this module may import only what can go into that file.
 
 Shapes: B batch, T new tokens, S tokens before them, V vocabulary.
 """
@@ -66,23 +66,23 @@ class OVQConfig(PreTrainedConfig):
 
 @dataclass
 class Rows:
-    """Rows of a batch whose first token is in the same column, and the state of every layer after the last token."""
+    """Rows of a batch whose first tokens are in the same column, and the state of every layer after the last token."""
 
     rows: list[int]
     state: list[Any] | None = None
 
 
 class OVQCache(Cache):
-    """What the layers carry from one call to the next: the states of the mixers, constant in size where theirs are.
+    """What the layers carry from one call to the next: the mixers' states, of constant size if a mixer's state is.
 
-    A state belongs to rows that began together. The rows of a batch that is padded on the left are therefore computed
-    in groups of equal padding, each with a state of its own that never sees a padding token.
+    A state belongs to rows that start in the same column. The rows of a left-padded batch are therefore computed in
+    groups of equal padding, each with its own state, which never sees a padding token.
     """
 
     is_compileable = False
     is_croppable = False  # a state cannot forget its last tokens
     is_sliding = [False]
-    is_linear = [False]  # `generate` then takes the tokens that were seen off the front of its input
+    is_linear = [False]  # `generate` then drops the tokens already seen from the front of its input
     is_dummy = [False]
     is_initialized = True
 
@@ -122,7 +122,7 @@ class OVQCache(Cache):
         self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Make row i of the batch what row indices[i] was; a row may be taken several times, or not at all."""
+        """Replace row i of the batch by the former row indices[i]; a row may be taken several times, or not at all."""
         wanted, groups = indices.tolist(), []
         for group in self.groups:
             at = {row: place for place, row in enumerate(group.rows)}
@@ -133,21 +133,21 @@ class OVQCache(Cache):
 
 
 def select(state: Any, places: Tensor) -> Any:
-    """The states of some rows. Tensors of one dimension hold positions, which all rows share."""
+    """The states of some rows. One-dimensional tensors hold positions, which all rows share."""
     return tree_map(
         lambda x: x.index_select(0, places.to(x.device)) if isinstance(x, Tensor) and x.dim() > 1 else x, state
     )
 
 
 class OVQForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model. Its weights are those of `Transformer`, below "model."."""
+    """The language model. Its weights are those of `Transformer`, with the prefix "model."."""
 
     config_class = OVQConfig
     base_model_prefix = "model"
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # if config.tie_word_embeddings
     _no_split_modules = ["Block"]
     _is_stateful = True
-    _supports_sdpa = True  # which attention a layer computes, and how, is its own business
+    _supports_sdpa = True  # each layer chooses its kind of attention and its implementation
 
     def __init__(self, config: OVQConfig) -> None:
         super().__init__(config)
@@ -169,7 +169,7 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialise, as before training, the weights and buffers that no checkpoint gave."""
+        """Initialise the weights and buffers that no checkpoint provided, as before training."""
         held = list(self.state_dict(keep_vars=True).values())
         given = [(x, x.clone()) for x in held if getattr(x, "_is_hf_initialized", False)]
         if len(given) == len(held):
@@ -206,14 +206,14 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, T], which follow the S tokens that the cache has seen.
             attention_mask: [B, S + T], 0 at padding. Padding on the left is never computed. Padding on the right comes
-                after all that counts, so it is allowed where no cache is asked for.
-            cache, past_key_values: one and the same, under its new and its old name. It is updated in place.
-            labels: int64 [B, T], -100 where there is none; shifted here. The loss is the mean, in nats.
+                after every real token, so it is allowed if no cache is requested.
+            cache, past_key_values: the same argument under its new and its old name. It is updated in place.
+            labels: int64 [B, T], -100 where there is none; shifted internally. The loss is the mean, in nats.
             use_cache: return a cache; None: as the config says, but not in training.
-            logits_to_keep: compute logits of this many last positions only, or of these positions; 0: all.
+            logits_to_keep: return logits of only this many last positions, or of these positions; 0: all.
 
         Raises:
-            ValueError: embeddings instead of ids, a cache of another kind or batch, or a mask that has holes.
+            ValueError: embeddings instead of ids, a cache of another type or batch size, or a mask that has holes.
         """
         if kwargs.get("inputs_embeds") is not None or input_ids is None:
             raise ValueError("this model takes input_ids; inputs_embeds are not supported")
@@ -244,7 +244,8 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
         return output if return_dict is None or return_dict else output.to_tuple()
 
     def _begins(self, input_ids: Tensor, mask: Tensor | None, cache: OVQCache | None) -> tuple[list[int], bool]:
-        """The first column of each row that counts, from the first column ever, and whether all after it count."""
+        """The column in which each row's tokens begin, counted from the first column seen, and whether no row is padded
+        on the right."""
         seen = cache.seen if cache is not None else 0
         all_begun = seen > 0 and cache is not None and all(group.state is not None for group in cache.groups)
         B, T = input_ids.shape
@@ -252,7 +253,7 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
             return [0] * B, True  # a mask on a GPU is read only where there may be padding
         if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] not in (T, seen + T):
             raise ValueError(f"attention_mask must be [batch, tokens] = [{B}, {seen + T}], got {list(mask.shape)}")
-        if mask.shape[1] == T:  # of the new tokens alone
+        if mask.shape[1] == T:  # it covers the new tokens only
             mask = torch.cat([mask.new_ones(B, seen), mask], dim=1)
         counts = mask != 0
         begun = counts.cumsum(1) > 0
@@ -267,7 +268,7 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
     def _logits(
         self, input_ids: Tensor, begins: list[int], cache: OVQCache | None, keep: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, T or keep, V], 0 at padding, and the weighted auxiliary loss, summed over tokens; None without."""
+        """Logits [B, T or keep, V], 0 at padding, and the weighted auxiliary loss, summed over tokens, or None."""
         (B, T), seen = input_ids.shape, cache.seen if cache is not None else 0
         groups = cache.groups if cache is not None and cache.groups else [Rows(list(range(B)))]
         if (rows := sum(len(group.rows) for group in groups)) != B:
@@ -299,7 +300,7 @@ class OVQForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def grouped(rows: Iterable[int], begins: list[int]) -> list[Rows]:
-    """Some rows of a batch by the column of their first token, begins[row]."""
+    """Group rows of a batch by the column of their first token, begins[row]."""
     found: dict[int, list[int]] = {}
     for row in rows:
         found.setdefault(begins[row], []).append(row)

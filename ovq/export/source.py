@@ -1,4 +1,4 @@
-"""A module of this project as text: its statements, what they define, and what its imports stand for."""
+"""A module of this project as text: its statements, what they define, and what its imports refer to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FlattenError(RuntimeError):
 
 @dataclass
 class Edit:
-    """Replace source[start:stop] of a module, in bytes, by a text or by the flat name of a target."""
+    """Replace source[start:stop] of a module, in bytes, by a text or by the name of a target in the flat file."""
 
     start: int
     stop: int
@@ -25,7 +25,7 @@ class Edit:
 
 @dataclass
 class Statement:
-    """A top-level statement: the names it defines, those of this project that it uses, and imports, by local name."""
+    """A top-level statement: the names it defines, those of this project it uses, and its imports by local name."""
 
     module: str
     node: ast.stmt
@@ -38,12 +38,12 @@ class Statement:
 
     @property
     def is_effect(self) -> bool:
-        """Whether it defines nothing that others name, as a registration does."""
+        """Whether it defines no name that others could use; a registration, for instance."""
         return not [name for name in self.defines if name != "_"]
 
 
 class Module:
-    """The source of one module, its top-level statements and what its imports stand for."""
+    """The source of one module, its top-level statements and what its imports refer to."""
 
     def __init__(self, name: str) -> None:
         base = ROOT.joinpath(*name.split("."))
@@ -58,7 +58,7 @@ class Module:
         self.external: dict[str, str] = {}  # local name -> import statement
         self.ours: dict[str, Name] = {}  # local name -> (module, name)
         self.modules: dict[str, str] = {}  # local name -> module
-        self.needs: list[str] = []  # modules of ours, in the order of the imports
+        self.needs: list[str] = []  # modules of this project, in import order
         self.statements: list[Statement] = []
         end = 0
         for node in tree.body:

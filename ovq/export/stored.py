@@ -1,6 +1,6 @@
 """Reading an exported folder as data: its settings and weights. No code in it is imported, and nothing is unpickled.
 
-A folder that transformers' `save_pretrained` wrote again, after fine-tuning, is one too.
+The folder may also have been rewritten by transformers' `save_pretrained`, for instance after fine-tuning.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ CONFIG, WEIGHTS, INDEX, TOKENIZER = (
     "model.safetensors.index.json",
     "tokenizer.model",
 )
-PREFIX = "model."  # of every weight's name: transformers' class holds ours as its `model`
-# transformers' names of settings of a model, and ours.
+PREFIX = "model."  # of every weight's name: transformers' class has our model as its attribute `model`
+# transformers' names of a model's settings, and ours.
 NAMES = {
     "hidden_size": "dim",
     "num_hidden_layers": "num_layers",
@@ -38,7 +38,7 @@ NAMES = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
-# What a stored config says of the run, and not of where it ran or for whom.
+# The parts of a config that describe the run itself, and not where or for whom it ran.
 TOLD = ("data", "tokenizer", "optim", "trainer", "eval", "name", "seed")
 
 
@@ -48,7 +48,7 @@ def is_export(path: Path | str) -> bool:
 
 
 def to_settings(cfg: Config) -> dict[str, Any]:
-    """A model's settings under transformers' names, of the mixers that it uses, and `training.config`: the run's."""
+    """A model's settings under transformers' names, with only the mixers it uses; `training.config` holds the run's."""
     values = config.to_dict(cfg)
     theirs = {ours: name for name, ours in NAMES.items()}
     model = {theirs.get(name, name): value for name, value in values["model"].items()}
@@ -65,7 +65,7 @@ class Folder:
     """An exported folder.
 
     Raises:
-        ConfigError: it is of another model, or cannot be read.
+        ConfigError: it holds a model of another type, or cannot be read.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -85,7 +85,7 @@ class Folder:
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the tokenizer."""
+        """The fingerprint of the tokenizer."""
         return self.training.get("tokenizer")
 
     @property
@@ -96,7 +96,7 @@ class Folder:
         """The config of the run that trained the model, with the tokenizer of this folder.
 
         Raises:
-            ConfigError: something in it is not legal, or it names a class from outside this project without trust.
+            ConfigError: it has an illegal setting, or names a class outside this project that is not trusted.
         """
         told = dict(self.training.get("config") or {})
         known = {NAMES.get(name, name): value for name, value in self.values.items()}
@@ -114,7 +114,7 @@ class Folder:
         return cfg
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight, by our name."""
+        """The shape of every weight, by its name in `Transformer`."""
         found: dict[str, tuple[int, ...]] = {}
         for file in self._files():
             with opened(file) as part:
@@ -122,7 +122,7 @@ class Folder:
         return self._tied(found)
 
     def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The weights of these names, on the CPU."""
+        """The weights with these names, on the CPU."""
         found: dict[str, Tensor] = {}
         for file in self._files():
             with opened(file) as part:
@@ -151,7 +151,7 @@ def ours(name: str) -> str:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A file of weights.
+    """Open a file of weights.
 
     Raises:
         ConfigError: safetensors is not installed, or the file is missing or damaged.

@@ -1,4 +1,4 @@
-"""What an exported modelling file has in the place of the package's look-ups by name (`ovq.export.flatten`)."""
+"""What replaces the package's look-ups by name in an exported modelling file (`ovq.export.flatten`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from ovq.mixers.base import SequenceMixer
 from ovq.ops.ovq_attention import chunked
 
-MIXERS: dict[str, type[SequenceMixer]] = {}  # by class path; an exported file fills it with those that it has
+MIXERS: dict[str, type[SequenceMixer]] = {}  # by class path; an exported file adds those that it contains
 
 
 def instantiate(config: dict[str, Any], kind: type, where: str, *args: Any) -> Any:
-    """The mixer that config["_target_"] names, made with `args` and the other entries as keywords.
+    """The mixer that config["_target_"] names, built from `args` and the other entries as keywords.
 
     Raises:
         ValueError: this file was exported for a model without that mixer.

@@ -1,1 +1,1 @@
-"""Using what was trained: opening run folders."""
+"""Using trained models: opening run folders, generating text, measuring losses and exporting."""

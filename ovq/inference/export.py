@@ -1,10 +1,10 @@
-"""Write a trained model as a folder that transformers opens.
+"""Export a trained model to a folder that transformers can open.
 
     python -m ovq.inference.export run=runs/cpu_demo out=exported
     python -m ovq.inference.export run=runs/a checkpoint=2000 out=exported license=apache-2.0 dtype=bf16
 
 The folder holds the weights (safetensors), the settings, the tokenizer, a model card with what the run's files say, and
-one file of source with the layers of this model, so it opens with ovq and without:
+one source file with the layers of this model, so it can be opened with or without ovq:
 
     import ovq.hf                                                  # with: classes of this package, its GPU kernels
     model = AutoModelForCausalLM.from_pretrained("exported")
@@ -160,7 +160,7 @@ def write_tokenizer(run: Run, folder: Path) -> str:
 
 
 def compared(fast: Any, own: Tokenizer) -> tuple[int, int]:
-    """(tokens that the exported tokenizer does not give, all tokens) of the text that comes with this package."""
+    """(tokens that the exported tokenizer does not reproduce, all tokens) of the text that comes with this package."""
     text = BuiltinCorpus("validation").read(0).text[:SAMPLE]
     different = total = 0
     for paragraph in text.split("\n\n"):

@@ -1,4 +1,4 @@
-"""Continue prompts with a trained run, in constant memory a token for models whose state is constant.
+"""Continue prompts with a trained model, in constant memory if the size of its state is constant.
 
     python -m ovq.inference.generate run=runs/cpu_demo prompt="It was a dark"
     python -m ovq.inference.generate run=runs/a 'prompt=[One,Two]' tokens=64 temperature=0.8 top_p=0.95 seed=1
@@ -6,13 +6,13 @@
     python -m ovq.inference.generate run=runs/a prompts=many.jsonl json=true > texts.jsonl    many prompts, for scripts
     python -m ovq.inference.generate run=runs/a interactive=true
 
-Text appears as it is made; several prompts are continued together and printed when they are done. A prompt is read in
-pieces, with the state carried along, so its length costs no memory beyond the state's. The same prompt, settings and
-seed give the same text, whatever the batch and the pieces (up to the rounding of sums).
+Text appears as it is generated; several prompts are continued together and printed when all are done. A prompt is read
+in pieces, with the state carried from one to the next, so its length costs no memory beyond the state's. The same
+prompts, settings and seed give the same texts, whatever `batch` and `piece` are (up to the rounding of sums).
 
-`prompts` is a text file with a prompt in each line, or JSON lines (*.jsonl): strings, or objects with a "prompt"; blank
-lines are passed over. With `json=true` each prompt gives one line {"prompt", "text", "tokens", "finish"}, where finish
-is "length" (`tokens` are made), "stop" (a stop string) or "end" (the model ended the document).
+`prompts` is a text file with one prompt per line, or JSON lines (*.jsonl): strings, or objects with a "prompt"; blank
+lines are skipped. With `json=true` each prompt gives one line {"prompt", "text", "tokens", "finish"}, where finish is
+"length" (`tokens` new tokens), "stop" (a stop string) or "end" (the model ended the document).
 
 Shapes: B rows in a batch, V vocabulary.
 """
@@ -56,15 +56,15 @@ def continue_prompts(
 ) -> None:
     """Continue prompts of any lengths together, until all are done.
 
-    Prompts are not padded: all are read up to the length of the shortest, and then each takes its own tokens as long as
-    it has some, one a step, and after them the chosen ones. So prompts of similar length belong together.
+    Prompts are not padded: all are read up to the length of the shortest. Then every row takes one token per step, from
+    its prompt as long as that lasts and then the chosen one. So batch prompts of similar length.
 
     Args:
-        prompts: the ids of each, at least one.
-        choose: from the logits [B, V] of the next token, and its position, to a token for each row. Under torchrun, the
-            main process's choice counts.
-        take: called with a row and its new token; returns whether the row is done, and gets no more tokens.
-        piece: tokens of a prompt in a forward pass.
+        prompts: the token ids of each prompt, at least one.
+        choose: maps the logits [B, V] of the next token, and its position, to a token for each row. Under torchrun, all
+            processes use the main process's choice.
+        take: called with a row and its new token; returns whether the row is done, so that it gets no more tokens.
+        piece: prompt tokens per forward pass.
     """
 
     def step(tokens: Sequence[Sequence[int]], state: Any) -> tuple[Tensor, Any]:
@@ -79,7 +79,7 @@ def continue_prompts(
     for start in range(0, at, piece):
         logits, state = step([prompt[start : min(start + piece, at)] for prompt in prompts], state)
     while True:
-        # Ranks must agree on when to stop, also where their devices round differently.
+        # Ranks must agree on when to stop, even if their devices round differently.
         chosen = processes.on_main(lambda: choose(logits, at))  # noqa: B023 (called at once)
         following = []
         for row, prompt in enumerate(prompts):
@@ -95,21 +95,21 @@ def continue_prompts(
 
 @dataclass
 class Growing:
-    """The text of tokens as they come, without what may still change.
+    """The text of a growing sequence of tokens, without what may still change.
 
-    Held back are a character whose bytes are not complete, and what may be the beginning of a stop string. `stopped` is
-    whether a stop string was found; it is not part of the text.
+    A character whose bytes are incomplete is held back, and so is what may be the beginning of a stop string. `stopped`
+    is whether a stop string was found; the stop string is not part of the text.
     """
 
     tokenizer: Tokenizer
     stop: Sequence[str] = ()
-    text: str = ""  # all of it that is certain
+    text: str = ""  # the part that is certain
     stopped: bool = False
-    _ids: list[int] = field(default_factory=list)  # those after the ids of `_done`
+    _ids: list[int] = field(default_factory=list)  # those whose text is not in `_done` yet
     _done: str = ""
 
     def add(self, token: int) -> str:
-        """Add a token; returns what became certain."""
+        """Add a token; returns the text that became certain."""
         self._ids.append(token)
         whole = self._done + self.tokenizer.decode(self._ids)
         certain = len(self.text)  # no stop string begins before here
@@ -122,7 +122,7 @@ class Growing:
         return self._to(whole[: len(whole) - self._uncertain(whole)])
 
     def end(self) -> str:
-        """What was held back, at the end."""
+        """End the text; returns what was held back."""
         return "" if self.stopped else self._to(self._done + self.tokenizer.decode(self._ids))
 
     def _to(self, text: str) -> str:
@@ -140,7 +140,7 @@ class Growing:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What follows a prompt: its text, the number of tokens made, and why it ends: length | stop | end."""
+    """What follows a prompt: its text, the number of tokens generated, and why it ends: length | stop | end."""
 
     text: str
     tokens: int
@@ -157,19 +157,20 @@ def generate(
     batch: int = 8,
     show: Callable[[str], None] | None = None,
 ) -> list[Continuation]:
-    """What a run makes of each prompt, without the prompt.
+    """Continue each prompt; returns the continuations, without the prompts.
 
     Args:
         prompts: texts, none of them empty.
-        tokens: new tokens, at most. A row also ends at the separator, which ends a document, and at a stop string.
+        tokens: maximum number of new tokens. A row also ends at the separator, which ends a document, and at a stop
+            string.
         sampling: None: `Sampling()`.
-        stop: strings that end a text, of which they are no part.
-        batch: rows that are continued together at most, those of similar length (see `batches_of`).
-        show: called with each bit of text as it becomes certain; takes a single prompt.
+        stop: strings that end a text; they are not part of it.
+        batch: maximum number of rows continued together; they have similar lengths (see `batches_of`).
+        show: called with each new bit of text as it becomes certain; only for a single prompt.
 
     Raises:
         ConfigError: the run was trained on a generated task, whose ids stand for no text; an empty prompt or stop
-            string; or the state of so long a prompt does not fit into memory.
+            string; or a prompt so long that its state does not fit into memory.
     """
     sampling, tokenizer, device = sampling or Sampling(), run.tokenizer, run.world.device
     if is_task(run.cfg):
@@ -202,7 +203,7 @@ def generate(
             return made[row] >= tokens
 
         def choose(logits_BV: Tensor, at: int, rows: list[int] = rows, seen_BV: Tensor | None = seen_BV) -> list[int]:
-            # Counted from the end of the row's own prompt, so that the others of the batch change nothing.
+            # Counted from the end of the row's own prompt, so that the batch's other rows make no difference.
             steps = [max(0, at - len(ids[row])) for row in rows]
             seen = [None] * len(rows) if seen_BV is None else seen_BV
             return [sampling.choose(*each) for each in zip(logits_BV, rows, steps, seen)]
@@ -232,8 +233,8 @@ def check_texts(prompts: Sequence[str], stop: Sequence[str]) -> None:
 def batches_of(lengths: Sequence[int], batch: int, tokens: int) -> Iterator[list[int]]:
     """Rows in batches of at most `batch`, the shortest prompts first.
 
-    What a prompt has beyond the shortest of its batch is read a token at a time, so within a batch prompts differ by at
-    most `tokens`, the number of steps that writing takes anyway.
+    What a prompt has beyond the length of the shortest in its batch is read one token at a time, so lengths in a batch
+    differ by at most `tokens`, the number of steps that generation takes anyway.
     """
     left = sorted(range(len(lengths)), key=lambda row: lengths[row])
     while left:
@@ -243,7 +244,7 @@ def batches_of(lengths: Sequence[int], batch: int, tokens: int) -> Iterator[list
 
 
 def check_memory(run: Run, context: int, rows: int) -> None:
-    """Refuse contexts whose state does not fit: that of full attention grows with every token.
+    """Refuse contexts whose state does not fit into memory: that of full attention grows with every token.
 
     Raises:
         ConfigError: the state of `rows` sequences of `context` tokens takes more memory than is free.
@@ -310,10 +311,10 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def prompts_of(options: Options) -> list[str]:
-    """The prompts of the command line, but not those of a terminal.
+    """The prompts that the options give, without those to be typed at a terminal.
 
     Raises:
-        ConfigError: not exactly one source of prompts, one without any, or a file that cannot be read.
+        ConfigError: not exactly one source of prompts, or a file that has none or cannot be read.
     """
     sources = (options.prompt is not None, options.file is not None, options.prompts is not None, options.interactive)
     if sum(sources) != 1:
@@ -351,13 +352,13 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def ask() -> str:
-    """A line from the terminal; empty at its end."""
+    """A line from the terminal; empty at the end of the input."""
     print("> ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().rstrip("\n")
 
 
 def respond(run: Run, prompts: list[str], options: Options, sampling: Sampling) -> None:
-    """Print what the run makes of the prompts."""
+    """Print the continuations of the prompts."""
     main = run.world.is_main
 
     def show(text: str) -> None:

@@ -46,7 +46,7 @@ class LoadedModel:
         """Loss in nats of each of the text's tokens, float64 [tokens]; the first is predicted from the separator.
 
         Args:
-            context: tokens measured; None: all of them. Read in pieces of `eval.piece` tokens with carried state.
+            context: number of tokens measured; None: all. They are read in pieces of `eval.piece`, with carried state.
 
         Raises:
             ConfigError: the text has no tokens.
@@ -82,12 +82,12 @@ class LoadedModel:
         """The text that follows a prompt, or each of several, without the prompt.
 
         Args:
-            tokens: new tokens, at most; a text also ends where a document would, and at a stop string.
+            tokens: maximum number of new tokens; a text also ends where a document would, and at a stop string.
             temperature, top_k, top_p, min_p, repetition_penalty, seed: see `ovq.inference.sampling.Sampling`;
                 temperature 0 is greedy.
-            stop: strings that end a text, of which they are no part.
-            batch: prompts continued together, at most.
-            show: called with each bit of text as it becomes certain, for a single prompt; for instance
+            stop: strings that end a text; they are not part of it.
+            batch: maximum number of prompts continued together.
+            show: called with each new bit of text as it becomes certain; only for a single prompt. For instance
                 `functools.partial(print, end="", flush=True)`.
 
         Raises:
@@ -115,11 +115,11 @@ def load(
 
     Args:
         path: a run folder, one of its checkpoints, or an exported folder (`ovq.inference.export`).
-        checkpoint: of a run folder, a checkpoint's folder, name or step; None: the newest good one.
+        checkpoint: in a run folder, the checkpoint's folder, name or step; None: the newest good one.
         device: auto | cpu | cuda.
         precision: fp32 | bf16 | auto; None: that of the run.
         weights: trained, or ema: the moving average of the weights that a run with optim.ema keeps.
-        num_centroids: capacity of the dictionaries, if not that of training.
+        num_centroids: capacity of the dictionaries, if not the one used in training.
         trust: what the config may use: classes outside this project, whose code then runs, and oc.env:NAME.
 
     Raises:

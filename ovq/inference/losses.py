@@ -1,4 +1,4 @@
-"""The loss of every token of documents, run through a model piece by piece.
+"""The loss of every token of some documents, which are run through a model piece by piece.
 
 The state is carried from one piece to the next, so memory grows with the context only by what the mixers themselves
 keep.
@@ -45,8 +45,8 @@ def losses_by_position(
         rows: the tokens of each document, at most positions + 1.
         piece: tokens per forward pass, over all ranks that share the rows.
         should_stop: called before every forward pass, the same number of times on every rank.
-        context: the ranks that share the rows, which must be those that the model's mixers share heads with. All pass
-            the same rows; each computes its part of every piece, and all return all losses.
+        context: the ranks that share the rows, which must be the `context_axis` of the model's mixers. All pass the
+            same rows; each computes its part of every piece, and all return all losses.
     """
     padded, piece = (-(-length // context.size) * context.size for length in (positions, piece))
     tokens_DT = torch.zeros(len(rows), padded + 1, dtype=torch.int64)
@@ -84,11 +84,11 @@ def losses_with_restarts(
     should_stop: Callable[[], bool],
     context: Axis = ALONE,
 ) -> np.ndarray | None:
-    """As `losses_by_position`, but a prediction sees only between `restart` and 2 x `restart` tokens before it.
+    """Like `losses_by_position`, but a prediction sees only between `restart` and 2 x `restart` tokens before it.
 
-    The document is cut into overlapping stretches of twice `restart` tokens, each run without a state, and the second
-    half of each counts (of the first stretch, both). What the losses differ by from those with all of the context is
-    what the model makes of the tokens further back.
+    The document is cut into overlapping stretches of 2 x `restart` tokens, each run without a carried state, and only
+    the second half of each counts (both halves of the first). The difference from the losses with the full context is
+    what the model gains from the tokens further back.
     """
     nats_DT = np.zeros((len(rows), positions))
     at_once = max(1, piece // (2 * restart))  # stretches

@@ -4,9 +4,9 @@
     run.model, run.tokenizer, run.cfg, run.world, run.step
 
 Nothing in the folder is changed, so a run can be evaluated while it trains: the checkpoint being read is locked against
-the trainer's removal of old ones. The folder is read as data, which may be anyone's: classes outside this project are
-imported only if the caller trusts them by name. Works alone and under torchrun, on the device of `trainer.device`; the
-model is sharded over all processes.
+the trainer's removal of old ones. The folder is read as untrusted data: classes outside this project are imported
+only if the caller trusts them by name. Works in a single process and under torchrun, on the device that
+`trainer.device` selects; the model is sharded over all processes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ovq.train import checkpoint
 from ovq.train.checkpoint_files import reading
 from ovq.train.parallelize import parallelize
 
-# How the run was computed does not matter here: any number of processes, and no backward pass.
+# How the run was computed does not matter here: there may be any number of processes, and there is no backward pass.
 COMPUTED = {
     "trainer.compile": False,
     "trainer.threads": None,
@@ -51,8 +51,8 @@ CHANGEABLE = ("eval", "data", "trainer", "logger", "model.mixers")
 
 @dataclass
 class RunOptions:
-    """Options of every tool that evaluates a run. A tool's option named like a setting below `eval` replaces that of
-    the run; one that is None keeps the run's own value."""
+    """Options of every tool that evaluates a run. An option that has the name of a setting below `eval` replaces the
+    run's value of it; None keeps that value."""
 
     run: str = setting(REQUIRED, "the run folder", paths=True)
     checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one", paths=True)
@@ -61,14 +61,14 @@ class RunOptions:
     )
 
     def open(self, overrides: Sequence[str] = (), *, writes: bool = True, shares: bool = False) -> Run:
-        """Open the run, with options that are settings and `overrides` (full names) replacing its own settings.
+        """Open the run; the options that are settings, and `overrides` (by full name), replace its own settings.
 
         Args:
-            writes: the tool writes its results to the run folder.
-            shares: the tool lets trainer.context_parallel ranks share every document.
+            writes: whether the tool writes its results to the run folder.
+            shares: whether the tool lets trainer.context_parallel ranks share every document.
 
         Raises:
-            ConfigError, CheckpointError: as `load_run`; the run folder, where results go, cannot be written to.
+            ConfigError, CheckpointError: as in `load_run`; or the results go to the run folder, which is not writable.
         """
         names = [item.name for item in fields(self)]
         for text in overrides:
@@ -78,10 +78,10 @@ class RunOptions:
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in settings}
         short = [f"eval.{name}={value}" for name, value in own.items() if value is not None]
         if not is_export(self.run):
-            config.load(self.run)  # a folder that is not a run is left alone
+            config.load(self.run)  # raises if this is not a run, before anything is written to it
         try:
             if writes:
-                check_writable(self.run)  # before an hour's work, not after it
+                check_writable(self.run)  # fail before an hour's work, not after it
         except OSError as error:
             raise ConfigError(
                 f"the results would go to {self.run}, which cannot be written to ({one_line(error)}); nothing was "
@@ -113,7 +113,7 @@ def load_run(
     trust: Collection[str] = (),
     shares: bool = False,
 ) -> Run:
-    """Open a run with the weights of its newest good checkpoint, or a folder of `ovq.inference.export`. Collective:
+    """Open a run with the weights of one of its checkpoints, or a folder written by `ovq.inference.export`. Collective:
     joins the other processes of torchrun.
 
     Args:
@@ -124,7 +124,7 @@ def load_run(
         shares: whether the caller lets trainer.context_parallel ranks share every document.
 
     Raises:
-        ConfigError: no such run or setting, a class that is not trusted, another tokenizer than the run's, or an
+        ConfigError: no such run or setting, a class that is not trusted, a tokenizer other than the run's, or an
             unusable device.
         CheckpointError: no checkpoint, a damaged one was named, or one that holds more than data.
     """
@@ -134,7 +134,7 @@ def load_run(
     stored = folder.config(trust) if folder else config.load(run_dir, trust)
     cfg = override(stored, [*(f"{key}={_typed(value)}" for key, value in COMPUTED.items()), *overrides])
     if not any(text.startswith("logger.") for text in overrides):
-        cfg.logger.mode = "offline"  # what a stored config names as its project need not be this user's
+        cfg.logger.mode = "offline"  # the project that a stored config names may not be this user's
     if cfg.trainer.context_parallel > 1 and not shares:
         raise ConfigError(
             f"trainer.context_parallel={cfg.trainer.context_parallel}: ranks share documents in eval.per_position and "
@@ -160,7 +160,7 @@ def load_run(
 
 
 def no_imports_from(folder: Path) -> None:
-    """Take a folder, and what is in it, off the import path: Python puts the current one there, which it may be."""
+    """Remove a folder, and all in it, from the import path: Python puts the current folder there, which may be it."""
     root = folder.resolve()
     sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(root)]
 
@@ -168,8 +168,8 @@ def no_imports_from(folder: Path) -> None:
 def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack | None = None) -> Path:
     """The checkpoint to evaluate, verified: the newest good one of the run folder, or the one named.
 
-    Unlike `checkpoint.choose` this leaves the run folder alone: a damaged one is named on stderr and passed over. Until
-    `lease` is closed, a trainer does not remove the checkpoint.
+    Unlike `checkpoint.choose`, this does not change the run folder: a damaged checkpoint is reported on stderr and
+    skipped. Until `lease` is closed, a trainer does not remove the chosen one.
 
     Raises:
         CheckpointError: the one named is missing or damaged, or there is no good one.
@@ -190,12 +190,12 @@ def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack | No
             if path.is_dir():
                 print(f"{error}; not used", file=sys.stderr, flush=True)
                 passed_over.add(path)
-            # Otherwise the trainer has removed it meanwhile, and made a newer one before it did.
+            # Otherwise the trainer has removed it in the meantime, after writing a newer one.
     raise checkpoint.CheckpointError(f"{run_dir} holds no good checkpoint; train it first, or name one: checkpoint=DIR")
 
 
 def _verify(path: Path, lease: contextlib.ExitStack | None) -> None:
-    """Verify a checkpoint, and keep it locked until the lease is closed if it is good."""
+    """Verify a checkpoint and, if it is good, keep it locked until the lease is closed."""
     with contextlib.ExitStack() as attempt:
         attempt.enter_context(reading(path))
         checkpoint.verify(path)
@@ -204,12 +204,12 @@ def _verify(path: Path, lease: contextlib.ExitStack | None) -> None:
 
 
 def _typed(value: Any) -> str:
-    """A value as one types it."""
+    """A value as typed on the command line."""
     return "null" if value is None else str(value)
 
 
 def override(cfg: Config, overrides: Sequence[str]) -> Config:
-    """The config with key=value settings replaced, which must lie below `CHANGEABLE`; checked as a whole.
+    """The config with key=value settings replaced, each of them below `CHANGEABLE`; the result is checked as a whole.
 
     Raises:
         ConfigError: an unknown key, one that defines what was trained, or an illegal value.

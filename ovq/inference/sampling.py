@@ -18,11 +18,11 @@ class Sampling:
     Args:
         temperature: divides the logits; 0 takes the most probable token.
         top_k: keep only the k most probable tokens; None: all.
-        top_p: keep the fewest tokens, most probable first, that have this probability together (arXiv 1904.09751).
-        min_p: keep tokens of at least this share of the largest probability (arXiv 2407.01082).
-        repetition_penalty: before all of this, divide the logits of tokens of the prompt and of the text so far by this
-            number, or multiply them by it if they are negative (arXiv 1909.05858, as transformers does it); 1: none.
-        seed: of the draws. A draw depends on the seed, the row and the number of tokens before it, on nothing else.
+        top_p: keep the fewest most probable tokens whose total probability reaches this (arXiv 1904.09751).
+        min_p: keep tokens with at least this fraction of the largest probability (arXiv 2407.01082).
+        repetition_penalty: applied first: divide the logits of tokens in the prompt or the text so far by this number,
+            or multiply them by it if they are negative (arXiv 1909.05858, as in transformers); 1: none.
+        seed: seed of the random draws. A draw depends only on the seed, the row and the number of tokens before it.
 
     Raises:
         ConfigError: a value out of range.
@@ -52,9 +52,9 @@ class Sampling:
         """The next token.
 
         Args:
-            row: the row's number.
-            step: the number of tokens chosen for it before.
-            seen_V: bool, which tokens are in the prompt or the text so far; read with a repetition penalty only.
+            row: index of the row.
+            step: the number of tokens already chosen for it.
+            seen_V: bool, which tokens are in the prompt or the text so far; used only with a repetition penalty.
         """
         if self.repetition_penalty != 1 and seen_V is not None:
             penalised = torch.where(
@@ -69,7 +69,7 @@ class Sampling:
         keep = (sorted_p >= self.min_p * sorted_p[0]) & (np.cumsum(sorted_p) - sorted_p < self.top_p)
         if self.top_k is not None:
             keep[self.top_k :] = False
-        # Cumulated in the order of ids: rounding that swaps two equally probable tokens then changes nothing.
+        # Accumulated in the order of ids, so that rounding that swaps two equally probable tokens changes nothing.
         kept = np.sort(order[keep])
         total = np.cumsum(p_V[kept])
         uniform = np.random.default_rng((self.seed, row, step)).random()

@@ -15,14 +15,14 @@ from torch.utils import _pytree as pytree
 from ovq.mixers.base import MixerShape, SequenceMixer
 from ovq.ops.common import work_dtype
 
-ROOM_FROM = 1024  # tokens from which a cache is continued in place: copying a shorter one costs nothing
-ROOM = 8  # it gets room for an eighth more
+ROOM_FROM = 1024  # length in tokens from which a cache is extended in place: copying a shorter one costs little
+ROOM = 8  # spare room is an eighth of the length
 
 
 class Room:
-    """Memory that begins with a cache's keys and values, of which the first `used` tokens are taken.
+    """A buffer that starts with a cache's keys and values and has room for more; its first `used` tokens are taken.
 
-    A cache that ends where its room is taken can be continued in place: no other cache sees what is written there.
+    A cache that ends at token `used` can be extended in place: no other cache sees what is written there.
     """
 
     def __init__(self, key: Tensor, value: Tensor, used: int) -> None:
@@ -33,7 +33,7 @@ class Room:
 class KVCache:
     """Keys and values [B, S, G, K] of the last S tokens (RoPE applied), and the number of tokens seen so far.
 
-    `room`: where full attention continues them without copying them (see `AttentionLayer.append`).
+    `room`: the buffer in which full attention extends them without a copy (see `AttentionLayer.append`).
     """
 
     key: Tensor
@@ -83,7 +83,7 @@ class AttentionLayer(SequenceMixer):
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k and v [B, T, G, K]; q and k have unit norm with `qk_norm`.
 
-        Of this process's heads, for the tokens of all processes, if sequences are divided (see `gather_tokens`).
+        If sequences are divided, these are the heads of this process for the tokens of all (see `gather_tokens`).
         """
         B, T, _ = x_BTD.shape
         K = self.shape.head_dim
@@ -102,7 +102,7 @@ class AttentionLayer(SequenceMixer):
         return q_BTHK * (self.own_heads(self.beta) * self.shape.head_dim).to(q_BTHK.dtype)[:, None]
 
     def inverse_temperature(self) -> Tensor:
-        """beta_h sqrt(K) of this process's heads [H] in float32 or float64, of a layer with `qk_norm`."""
+        """beta_h sqrt(K) of this process's heads, [H] in float32 or float64; requires `qk_norm`."""
         assert self.beta is not None
         return self.own_heads(self.beta).to(work_dtype(self.beta)) * self.shape.head_dim**0.5
 
@@ -112,7 +112,7 @@ class AttentionLayer(SequenceMixer):
         return self.beta.detach().float().mean()
 
     def project_out(self, o_BTHK: Tensor) -> Tensor:
-        """y [B, T, D] from what `project` and mixing give; T and H as `project` got them."""
+        """y [B, T, D], shaped like the input of `project`, from mixed values [B, T, H, K], shaped like its q."""
         return self.out_proj(self.gather_heads(o_BTHK).flatten(2))
 
     def extend(self, cache: KVCache | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,10 +122,10 @@ class AttentionLayer(SequenceMixer):
         return torch.cat([cache.key, k], dim=1), torch.cat([cache.value, v], dim=1)
 
     def append(self, cache: KVCache | None, k: Tensor, v: Tensor) -> KVCache:
-        """The cache with the new keys and values at its end, for a layer that keeps all of them.
+        """The cache with the new keys and values appended, for a layer that keeps all of them.
 
-        In decoding, they are written behind those of the cache, which stays as it is, and all are copied only when its
-        room is full: a token then costs no copy of all before it.
+        In decoding, they are written behind those of the cache, which itself does not change, and all are copied only
+        when its room is full, so that a token does not cost a copy of all tokens before it.
         """
         if cache is None:
             return KVCache(k, v, k.shape[1])
@@ -143,9 +143,9 @@ class AttentionLayer(SequenceMixer):
 
 
 def _continues(cache: KVCache, room: Room, end: int) -> bool:
-    """Whether a cache can be continued in its room up to token `end`: it must be a view of it, not a changed copy."""
+    """Whether a cache can be extended in its room up to token `end`: it must be a view of it, not a changed copy."""
     pairs = ((cache.key, room.key), (cache.value, room.value))
     same = all(x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.dtype == y.dtype for x, y in pairs)
     fits = room.used == cache.key.shape[1] and end <= room.key.shape[1] and len(cache.key) == len(room.key)
-    # Tensors of inference mode cannot be written to outside it.
+    # Tensors created in inference mode cannot be written to outside it.
     return same and fits and (torch.is_inference_mode_enabled() or not room.key.is_inference())

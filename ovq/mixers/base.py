@@ -44,15 +44,15 @@ class SequenceMixer(nn.Module):
 
     # Set by the training loop for one forward pass, in which a mixer that has something to report fills `health`.
     collect_health: bool = False
-    # The processes that see other tokens of the batch; set when the model is parallelised. Statistics over tokens that
-    # are not gradients (VQ's codebook) are summed over this axis.
+    # The processes that hold other rows of the batch; set when the model is parallelised. Statistics over tokens, other
+    # than gradients, are summed over this axis (VQ's codebook).
     data_axis: Axis = Axis("data")
-    # The processes that hold other tokens of the same rows, likewise: see `gather_tokens`.
+    # The processes that hold other tokens of the same rows, set likewise: see `gather_tokens`.
     context_axis: Axis = Axis("context")
-    # Whether pieces with a carried state have the gradients of one pass, unless it is detached. Processes whose number
-    # does not divide the heads then share sequences all the same: each hands its state on to the next.
+    # Whether passes over pieces, with a carried state that is not detached, have the gradients of one pass over all. If
+    # so, processes can share sequences even if their number does not divide the heads: each hands its state on.
     differentiable_state: bool = False
-    hands_over: bool = False  # set when the model is parallelised: they do so here
+    hands_over: bool = False  # set when the model is parallelised: whether this mixer does so
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class SequenceMixer(nn.Module):
 
     @property
     def head_ranks(self) -> int:
-        """R, the number of processes that share out the heads: the context axis; 1 where the state is handed over."""
+        """R, the number of processes that divide the heads: those on the context axis; 1 if state is handed over."""
         return 1 if self.hands_over else self.context_axis.size
 
     def gather_tokens(self, *tensors_BtHC: Tensor) -> tuple[Tensor, ...]:
@@ -100,7 +100,7 @@ class SequenceMixer(nn.Module):
             tensors_BtHC: [B, T/R, H, C] each, of one dtype; H, a multiple of R, and C may differ between them.
 
         Returns:
-            Contiguous tensors [B, T, H/R, C]; with R = 1 the arguments.
+            Contiguous tensors [B, T, H/R, C]; with R = 1, the arguments themselves.
         """
         R = self.head_ranks
         if R == 1:
@@ -120,8 +120,8 @@ class SequenceMixer(nn.Module):
         return received_RBthC.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def own_heads(self, parameter: Tensor, dim: int = 0) -> Tensor:
-        """The part of a parameter or buffer that belongs to this process's heads; `dim` is over heads, or channels of
-        them."""
+        """The part of a parameter or buffer that belongs to this process's heads; `dim` runs over heads, or over
+        their channels."""
         R = self.head_ranks
         return parameter if R == 1 else parameter.chunk(R, dim)[self.context_axis.rank]
 
@@ -196,7 +196,7 @@ def other_capacity(mixers: Sequence[SequenceMixer], capacity: int | None) -> Ite
 
 
 def with_dictionaries(mixers: Sequence[SequenceMixer]) -> dict[SequenceMixer, int]:
-    """The mixers whose capacity can be changed, each with its own.
+    """The mixers whose capacity can be changed, each with its capacity.
 
     Raises:
         ValueError: there is none.

@@ -19,12 +19,12 @@ class FullAttention(AttentionLayer):
     Args:
         position: "rope" or "none" (the paper's sw-nope alternates sliding windows with attention without positions).
         rope_base: base of the rotary frequencies.
-        rope_scaling: {rope_type: linear | ntk | yarn, factor: ..., ...} for a longer context than that of training, see
+        rope_scaling: {rope_type: linear | ntk | yarn, factor: ..., ...} for a longer context than in training, see
             `ovq.mixers.rope.RopeScaling`; None: none.
         qk_norm: unit-norm queries and keys with a learned inverse temperature per head.
 
     Raises:
-        ValueError: any other position, or an illegal `rope_scaling`.
+        ValueError: any other position, an illegal `rope_scaling`, or for rope an odd head width or a base of at most 1.
     """
 
     def __init__(

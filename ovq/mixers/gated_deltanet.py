@@ -111,7 +111,7 @@ class GatedDeltaNet(SequenceMixer):
         return y, RecurrentState(memory, tail) if return_state else None
 
     def _own_channels(self, filters: Tensor) -> Tensor:
-        """Those of this process's heads, out of the filters of all channels of q, k and v."""
+        """The filters of this process's heads, out of those of all channels of q, k and v."""
         if self.head_ranks == 1:
             return filters
         parts = filters.split([self.key_width, self.key_width, self.value_width])

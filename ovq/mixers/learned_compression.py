@@ -18,7 +18,7 @@ class LearnedCompression(MemoryLayer):
     """The last N slots, each a learned average of `tokens_per_slot` neighbouring pairs.
 
     The Compressive Transformer's memory (arXiv 1911.05507) with attentive pooling: within a group of neighbours,
-    weights = softmax(w_h . k + b_h,i) with i the place in the group; w and b start at 0, which gives a plain mean.
+    weights = softmax(w_h . k + b_h,i) where i is the place in the group; w and b start at 0, which gives a plain mean.
 
     Args:
         tokens_per_slot: the compression rate; must divide chunk_size.

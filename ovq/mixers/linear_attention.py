@@ -15,8 +15,8 @@ State = tuple[Tensor, Tensor]
 class LinearAttention(AttentionLayer):
     """Softmax attention's exp(q.k) replaced by phi(q).phi(k), phi = elu + 1 (eq. 7): a K x V state per head.
 
-    The projections are those of attention; grouped key/value heads are repeated. No positions, and no norm of the
-    output, which flash-linear-attention's layer has by default.
+    The projections are those of attention; grouped key/value heads are repeated. There are no positions, and no output
+    norm, which flash-linear-attention's layer has by default.
 
     Args:
         chunk_size: tokens per chunk of the torch form; affects speed only.

@@ -25,7 +25,7 @@ class Mamba2(SequenceMixer):
     of heads is chosen so that the layer has as many weights as attention.
 
     Args:
-        num_heads: heads of width model.head_dim; null for as many as match attention's number of weights.
+        num_heads: heads of width model.head_dim; null for the number that gives as many weights as attention.
         state_dim: N, the width of B and C; null for 128 as in the paper, or half the width in models narrower than 256.
         conv_size: number of taps of the short convolution.
         chunk_size: tokens per chunk of the torch form; affects speed only.
@@ -105,7 +105,7 @@ class Mamba2(SequenceMixer):
         return y, RecurrentState(memory, tail) if return_state else None
 
     def _own_channels(self, filters: Tensor) -> Tensor:
-        """Those of this process's heads and of B and C, out of the filters of all channels."""
+        """The filters of this process's heads and of B and C, out of those of all channels."""
         if self.head_ranks == 1:
             return filters
         x, BC = filters.split([self.inner, 2 * self.state_dim])

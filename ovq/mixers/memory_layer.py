@@ -1,7 +1,7 @@
-"""A layer whose memory of N key/value pairs is kept by a simpler rule than OVQ's, to show what capacity alone is worth.
+"""A layer whose memory of N key/value pairs follows a simpler rule than OVQ's, to show what capacity alone is worth.
 
-Same layer (unit-norm keys and queries, learned beta, no positions), same attention within a chunk, same softmax with a
-log weight per entry, same capacity; only the rule by which a finished chunk enters the memory differs.
+The layer (unit-norm keys and queries, learned beta, no positions), the attention within a chunk, the softmax with a log
+weight per entry and the capacity are the same; only the rule by which a finished chunk enters the memory differs.
 
 The chunks are processed sequentially, and autograd keeps the memory of every chunk: T / L x N x (K + V) elements per
 head in training. These baselines are for comparing quality, not speed.

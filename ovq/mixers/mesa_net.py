@@ -20,10 +20,10 @@ from ovq.ops.mesa import mesa
 
 class MesaNet(SequenceMixer):
     """Short convolutions on q and k, both with unit norm, decay and input gates computed from the token, the Mesa layer
-    with a learned ridge, a head-wise RMSNorm, and the output projection. Its weights are attention's and two gates.
+    with a learned ridge, a head-wise RMSNorm, and the output projection. It has attention's weights plus two gates.
 
-    The decay is Mamba's gate, exp(-A softplus(a)), which starts slow. The published code (flash-linear-attention) has
-    sigmoid(a), near 1/2 at the start, which is this gate with A = 1 and the opposite sign of a.
+    The decay is Mamba's gate, exp(-A softplus(a)), whose decay is slow at initialisation. The published code
+    (flash-linear-attention) has sigmoid(a), near 1/2 at the start: this gate with A = 1 and the opposite sign of a.
 
     Args:
         conv_size: number of taps of the short convolutions.
@@ -113,7 +113,7 @@ class MesaNet(SequenceMixer):
         return y, RecurrentState(memory, tail) if return_state else None
 
     def _own_channels(self, filters: Tensor) -> Tensor:
-        """Those of this process's heads, out of the filters of all channels of q and k."""
+        """The filters of this process's heads, out of those of all channels of q and k."""
         if self.head_ranks == 1:
             return filters
         return torch.cat([self.own_heads(part) for part in filters.chunk(2)])

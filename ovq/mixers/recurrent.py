@@ -35,7 +35,7 @@ pytree.register_pytree_node(
 class DecayGate(nn.Module):
     """log decay = -exp(A_log) softplus(raw + dt_bias), one per head and token (Mamba, arXiv 2312.00752, sec. 3.6)."""
 
-    # Initial step sizes are log-uniform in this range and A is in 1..16: memories from a fraction of a token to 1,000.
+    # Initial step sizes are log-uniform in this range and A is in 1..16: memory spans from below 1 to 1,000 tokens.
     STEP_RANGE = (1e-3, 0.1)
     A_RANGE = (1.0, 16.0)
 
@@ -59,7 +59,7 @@ class DecayGate(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(log decay, step), [B, T, H] each, in float32 or float64: bf16 would round a decay of 0.999 to 1.
 
-        `own` takes from the parameters those of the H heads at hand, if these are not all.
+        `own` selects the part of a parameter that belongs to the H heads given, if they are not all heads.
         """
         work = work_dtype(raw_BTH)
         step = F.softplus(raw_BTH.to(work) + own(self.dt_bias).to(work))
@@ -67,7 +67,7 @@ class DecayGate(nn.Module):
 
 
 def width(shape: MixerShape) -> int:
-    """The inner width of attention in this model, to which the recurrent mixers are sized."""
+    """The inner width of attention in this model, on which the sizes of the recurrent mixers are based."""
     return shape.num_heads * shape.head_dim
 
 

@@ -17,9 +17,9 @@ from ovq.ops.position_hash import position_hash
 class Reservoir(MemoryLayer):
     """A uniform sample of N of the pairs before the chunk, each standing for t / N tokens.
 
-    The sample consists of the positions with the N lowest hashes of (seed, position): at any time uniform without
-    replacement, and a pure function of the position, hence the same for all heads, batches, devices and streamed
-    pieces.
+    The sample consists of the positions with the N lowest hashes of (seed, position). It is at any time uniform without
+    replacement, and a pure function of the positions, hence the same for all heads, batches, devices and ways of
+    streaming in pieces.
     """
 
     def __init__(

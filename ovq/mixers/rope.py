@@ -1,5 +1,5 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), half-split layout as in Llama and GPT-NeoX, and the
-ways to stretch it over a longer context than a model was trained with.
+"""Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), half-split layout as in Llama and GPT-NeoX, and
+ways to extend it to a longer context than a model was trained with.
 
 Shapes: B batch, T tokens, H heads, K head width (even), F = K / 2 frequencies.
 """
@@ -20,15 +20,15 @@ TYPES = ("linear", "ntk", "yarn")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are changed for `factor` times the context; names and meanings are those of Hugging Face.
+    """How rotary frequencies change for `factor` times the context; names and meanings are those of Hugging Face.
 
     linear: every frequency is divided by factor (position interpolation, arXiv 2306.15595).
-    ntk: the base becomes base * factor^(K / (K - 2)), which divides the lowest frequency by factor and leaves the
+    ntk: the base becomes base * factor^(K / (K - 2)), which divides the lowest frequency by factor and keeps the
         highest (arXiv 2309.00071, section 3.1).
     yarn: frequencies that turn less than beta_slow times over the original context are divided by factor, those that
-        turn more than beta_fast times are left, with a linear ramp over the frequencies between (section 3.2; as in the
-        authors' code the ramp is in the index of a frequency, rounded outwards); and cos and sin are multiplied by
-        attention_factor, 0.1 ln(factor) + 1 unless given (section 3.3).
+        turn more than beta_fast times are kept, with a linear ramp over the frequencies between (section 3.2; as in the
+        authors' code, the ramp is over frequency indices, with its ends rounded outwards); and cos and sin are
+        multiplied by attention_factor, 0.1 ln(factor) + 1 unless given (section 3.3).
 
     Attributes:
         original_max_position_embeddings: tokens of the context that the model was trained with, for yarn.
@@ -60,7 +60,7 @@ class RopeScaling:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any] | None) -> RopeScaling | None:
-        """From a mixer's `rope_scaling`; None stays None.
+        """Build it from a mixer's `rope_scaling`; None stays None.
 
         Raises:
             ValueError: an unknown setting, one that is missing, or an illegal value.
@@ -76,7 +76,7 @@ class RopeScaling:
         return cls(**given)
 
     def amplitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """The factor that cos and sin are multiplied by."""
         if self.rope_type != "yarn":
             return 1.0
         return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
@@ -91,7 +91,7 @@ class RopeScaling:
         assert self.original_max_position_embeddings is not None
 
         def index_of(turns: float) -> float:
-            """Of the frequency that makes so many turns over the original context."""
+            """Index of the frequency that makes this many turns over the original context."""
             assert self.original_max_position_embeddings is not None
             return K * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
 

@@ -44,7 +44,7 @@ class ShortConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(y [B, T, D], the last W - 1 inputs [B, W - 1, D], to pass as the next call's `tail_BSD`).
 
-        `own` takes from the parameters those of the D channels at hand, if these are not all.
+        `own` selects the part of a parameter that belongs to the D channels given, if they are not all channels.
         """
         B, T, D = x_BTD.shape
         W = self.weight.shape[1]

@@ -19,7 +19,7 @@ class SlidingWindow(AttentionLayer):
     Args:
         window: number of tokens attended to, at least 1.
         rope_base: base of the rotary frequencies.
-        rope_scaling: {rope_type: linear | ntk | yarn, factor: ..., ...} for a longer context than that of training, see
+        rope_scaling: {rope_type: linear | ntk | yarn, factor: ..., ...} for a longer context than in training, see
             `ovq.mixers.rope.RopeScaling`; None: none.
         qk_norm: unit-norm queries and keys with a learned inverse temperature per head.
 

@@ -14,19 +14,19 @@ from ovq.mixers.base import MixerShape, check_backend
 from ovq.ops.common import work_dtype
 from ovq.ops.vq_attention import VQState, assign, vq_attention
 
-REVIVED = 0.1  # count of a code that replaces a dead one, as a multiple of the mean code's
+REVIVED = 0.1  # count given to a code that replaces a dead one, as a multiple of the mean count
 
 
 class VQ(AttentionLayer):
     """Exact attention to the current and the previous block, and to the codes of all earlier keys.
 
     As in OVQ, keys and queries have unit norm, logits are beta_h sqrt(K) cos(q, k), and there are no positions. The
-    difference is that the dictionary of keys is learned in training and not from the sequence (per sequence there are
-    only the codes' mean values and log-counts).
+    difference is that the dictionary of keys is learned in training and not from the sequence, which determines only
+    the codes' mean values and log-counts.
 
     The codebook is not trained by gradient descent: each code is a Laplace-smoothed moving average of the keys assigned
-    to it, over the tokens of all ranks. A dead code, one that too few keys are assigned to, is replaced by a key of the
-    batch. A commitment loss pulls keys towards their codes, and keys get the gradients of their codes (straight
+    to it, over the tokens of all ranks. A dead code, to which too few keys are assigned, is replaced by a key from
+    the batch. A commitment loss pulls keys towards their codes, and keys get the gradients of their codes (straight
     through). The averages are buffers, so they are saved and resumed with the weights. They are updated once per
     training forward pass, and take effect in the codebook at the start of the next one; a forward pass that activation
     checkpointing repeats during the backward pass therefore sees the same codebook, and updates nothing.
@@ -37,7 +37,7 @@ class VQ(AttentionLayer):
         quantize_recent: also quantise the keys of the two recent blocks, as Transformer-VQ does.
         ema_decay: decay of the moving averages per forward pass.
         laplace: smoothing of the moving counts.
-        dead_below: a code is dead if its moving count is at most this share of the mean code's.
+        dead_below: a code is dead if its moving count is at most this share of the mean count.
         commitment: weight of the commitment loss.
         beta_init: initial inverse temperature.
         backend: auto | reference | torch.
@@ -105,7 +105,7 @@ class VQ(AttentionLayer):
         learns, codebook = self.training and state is None, self.own_heads(self.codebook)
         if learns:
             self._update_codebook()
-            # Computed in a repeated pass too, whose graph must match the first one's.
+            # Computed in a recomputed pass too, because its graph must match the first one's.
             self._keep_commitment(self._distance(k))
         o, new_state = vq_attention(
             q,
@@ -209,5 +209,5 @@ class VQ(AttentionLayer):
 
 
 def in_backward() -> bool:
-    """Whether this forward pass is a repetition by activation checkpointing, inside a backward pass."""
+    """Whether this forward pass is a recomputation by activation checkpointing, inside a backward pass."""
     return torch._C._current_graph_task_id() != -1
