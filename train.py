@@ -1,4 +1,4 @@
-"""Pretrain a language model at long context: the whole of a run, top to bottom.
+"""Pretrain a language model at long context: the whole run, top to bottom.
 
     python train.py experiment=cpu_demo                          one process, GPU or CPU
     torchrun --nproc_per_node 8 train.py experiment=pg19_150m    one process per GPU, sharded with FSDP
@@ -18,14 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # imported within functions: a Ctrl-C during imports is one line, and a typo needs no torch
+if TYPE_CHECKING:  # imported inside functions: Ctrl-C during an import prints one line, a typo needs no torch
     from data.tokenizer import Tokenizer
     from ovq.config import Config
     from ovq.model import Transformer
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Errors that a user can act on are one line."""
+    """Run the command line and return the exit status. An error that the user can act on is printed as one line."""
     from ovq import peers
     from ovq.cli import guarded
 
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> None:
 
 
 def dry_run(cfg: Config, run_dir: Path) -> None:
-    """Print, once, what the run would be and cost, and what its start would refuse or say."""
+    """Print, on rank 0 only, what the run would be and cost, and what starting it would refuse or report."""
     from data.build import build_tokenizer
     from data.describe import describe
     from eval.preflight import look_ahead
@@ -64,7 +64,7 @@ def dry_run(cfg: Config, run_dir: Path) -> None:
 
 
 def train(cfg: Config, run_dir: Path) -> None:
-    """Train to the last step or until a signal, from the newest good checkpoint of the run folder if there is one."""
+    """Train until the last step or a signal, from the newest good checkpoint of the run folder if there is one."""
     from data.build import build_loader, build_tokenizer, is_task
     from data.loader import merge_states
     from eval.per_position import check_capacity, evaluate
@@ -147,7 +147,7 @@ def train(cfg: Config, run_dir: Path) -> None:
 
 
 def check_classes(cfg: Config) -> None:
-    """Refuse settings that the mixers or the task do not take, before the run folder is made."""
+    """Refuse settings that the mixers or the task do not accept, before the run folder is created."""
     from data.build import build_task, is_task
     from ovq.model import check_mixers
 
@@ -157,7 +157,7 @@ def check_classes(cfg: Config) -> None:
 
 
 def choose_threads(cfg: Config, run_dir: Path) -> None:
-    """Settle the number of CPU threads at a run's first start: another number would round sums differently."""
+    """Fix the number of CPU threads when a run first starts: a different number would round sums differently."""
     from ovq import config, cpu
     from ovq.errors import ConfigError
 

@@ -20,7 +20,7 @@ quiet_threads()  # before anything imports torch
 
 
 def __getattr__(name: str) -> Any:
-    """`ovq.load`, imported when it is first used: most of what imports ovq needs no torch."""
+    """`ovq.load`, imported on first use: most code that imports ovq does not need torch."""
     if name == "load":
         from ovq.inference.load import load
 

@@ -1,6 +1,6 @@
-"""Run a program for at most so many seconds, with everything it starts; only the standard library is imported.
+"""Run a program, and everything it starts, under a time limit; only the standard library is imported.
 
-For what may hang where nothing can interrupt it, such as a kernel on a GPU: it hangs in a process of its own.
+For work that may hang where nothing can interrupt it, such as a GPU kernel: it then hangs in a separate process.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-PATIENCE_S = 5.0  # for a killed process to be gone; one that waits for a driver may never be
-# A lone process is to run, whichever rank of a job starts it.
+PATIENCE_S = 5.0  # to wait for a killed process to exit; one that is blocked in a driver may never do so
+# Removed from the environment: the program runs as a single process, whichever rank of a job starts it.
 JOB = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Ended:
-    """`status`: as of `subprocess`; None: killed, because its time was over. `out` and `err`: what it wrote so far."""
+    """`status`: the return code, as in `subprocess`; None: killed at the time limit. `out`, `err`: output so far."""
 
     status: int | None
     out: str = ""
@@ -32,7 +32,7 @@ class Ended:
 def run_bounded(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> Ended:
     """Run a command; after `seconds`, or if this process is interrupted, kill its whole process group.
 
-    The command has `env`, or this process's environment, without the variables of a distributed job.
+    The command gets `env`, or else this process's environment, without the variables of a distributed job.
     """
     process = _start(command, env, stderr=subprocess.PIPE)
     try:
@@ -75,7 +75,7 @@ def _text(written: bytes | str | None) -> str:
 
 
 def end_with_parent() -> None:
-    """In a program that was started this way: end within a second or two of the process that waits for it."""
+    """For a program started this way: exit within a second or two of the end of the process that waits for it."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -87,7 +87,7 @@ def end_with_parent() -> None:
 
 
 def how(status: int) -> str:
-    """'exit status 3', or 'signal SIGSEGV' for a process that a signal ended."""
+    """'exit status 3', or 'signal SIGSEGV' for a process that was killed by a signal."""
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -99,9 +99,9 @@ def how(status: int) -> str:
 def stream_bounded(
     command: Sequence[str], seconds: float, line: Callable[[str], None], env: Mapping[str, str] | None = None
 ) -> int | None:
-    """As `run_bounded`, but call `line` with each line of its stdout as it comes; returns the status.
+    """Like `run_bounded`, but call `line` with each line of the command's stdout as it arrives; returns the status.
 
-    What it writes to stderr goes to this process's. A line that it has not finished is lost.
+    Its stderr goes to this process's stderr. An unfinished last line is lost.
     """
     process = _start(command, env)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -134,7 +134,7 @@ def stream_bounded(
 
 
 def _next(lines: queue.SimpleQueue[str | None], seconds: float) -> str | None:
-    """The next line; None at the end, or when the time is over."""
+    """The next line; None at the end of the output, or when the time is up."""
     try:
         return lines.get(timeout=max(seconds, 0))
     except queue.Empty:

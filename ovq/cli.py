@@ -10,7 +10,7 @@
 
 `main` then takes a list of arguments (by default the process's own) and returns the exit status: 0 for success, 1 if
 the work failed, 2 if a setting is wrong, 130 if interrupted. String options are taken literally, so a path may contain
-`=`, commas and spaces; other values use Hydra's syntax.
+`=`, commas and spaces; other values are parsed by their type (`ovq.values`).
 
     ovq train experiment=cpu_demo            python train.py, from any folder
     ovq eval per_position run=runs/x         python -m eval.per_position, from any folder
@@ -53,7 +53,7 @@ def command(
     Args:
         options: dataclass whose fields are `ovq.schema.setting`s; an instance is the function's first argument.
         overrides: also pass a list of the `key=value` arguments that are not options: overrides of the config.
-        words: also pass, last, a list of the arguments without `=`.
+        words: also pass, as the last argument, a list of the arguments without `=`.
         leave: as for `guarded`.
     """
 
@@ -76,18 +76,18 @@ def command(
 
 
 def stay(status: int | None, error: BaseException) -> None:
-    """What `guarded` does after a failure unless it is told otherwise: nothing."""
+    """The default `leave` of `guarded`: do nothing after a failure."""
 
 
 def guarded(body: Callable[[], int | None], leave: Leave = stay) -> int:
-    """Run `body`; an error that a user can act on is one line on stderr, any other a traceback.
+    """Run `body`; an error that the user can act on is printed to stderr as one line, any other as a traceback.
 
-    Nothing that is printed meanwhile can fail (see `ovq.report`).
+    Printing cannot fail meanwhile (see `ovq.report`).
 
     Args:
         body: returns the exit status; None: 0.
-        leave: called as leave(status, error) after a failure was printed, and as leave(None, error) before a fault of
-            the program is raised; it may end the process.
+        leave: called as leave(status, error) after a failure has been printed, and as leave(None, error) before the
+            exception of a bug is raised again; it may end the process.
 
     Returns:
         The exit status.
@@ -106,7 +106,7 @@ def guarded(body: Callable[[], int | None], leave: Leave = stay) -> int:
 
 
 def failure_of(error: BaseException) -> tuple[int | None, str]:
-    """(exit status of an error, the line to print); (None, "") for a fault of the program."""
+    """(exit status of an error, the line to print); (None, "") for a bug."""
     if interrupted(error):
         return 130, "interrupted"
     assert isinstance(error, Exception)
@@ -119,14 +119,14 @@ def failure_of(error: BaseException) -> tuple[int | None, str]:
     named = f"error: {one_line(error)}" if alone else f"error: rank {rank}: {one_line(error)}"
     if status != ConfigError.status:
         return status, named
-    # A wrong setting is the same on every rank; what a machine lacks (a GPU, a compiler) is the same on all of its own.
+    # A wrong setting is the same on every rank; what a machine lacks (a GPU, a compiler), all of its own ranks lack.
     if rank == "0":
         return status, f"error: {one_line(error)}"
     return status, named if os.environ.get("LOCAL_RANK") == "0" else ""
 
 
 def interrupted(error: BaseException | None) -> bool:
-    """Whether an error is a KeyboardInterrupt, or what native code that was being imported made of one."""
+    """Whether an error is a KeyboardInterrupt, or what native code turned one into while it was being imported."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -140,7 +140,7 @@ def status_of(error: Exception) -> int | None:
     """The exit status of an error that a user can act on; None for a bug."""
     if isinstance(error, Failure):
         return error.status
-    # Operators know nothing of commands, and this module must not import torch: look for theirs only if it is loaded.
+    # Operators know nothing of commands, and this module must not import torch: look up their error only if loaded.
     operators = sys.modules.get("ovq.ops.common")
     if operators is not None and isinstance(error, operators.BackendError):
         return ConfigError.status
@@ -172,7 +172,7 @@ def _arguments(options: type, argv: list[str], overrides: bool, words: bool) -> 
 
 
 def _misspelt(key: str, names: list[str]) -> bool:
-    """Whether a key is close to an option's name and no setting or group of the config."""
+    """Whether a key resembles an option's name and is not a setting or group of the config."""
     if not key.isidentifier() or not difflib.get_close_matches(key, names, n=1, cutoff=0.8):
         return False
     from ovq.config import Config

@@ -31,8 +31,8 @@ from ovq.schema import columns, describe
 
 # Overrides left out of a run folder's name: they say where and how the run executes, not what it computes.
 NAMELESS = tuple(key for key in FREE_AT_RESUME if key not in ("trainer.steps", "name")) + ("experiment",)
-FIRST = ("model", "size", "seed")  # in a run folder's name; the others follow in alphabetical order
-LONG_NAME, SHORT_VALUE, LONGEST_NAME = 100, 20, 200  # characters; the last in bytes, of 255
+FIRST = ("model", "size", "seed")  # come first in a run folder's name; the others follow in alphabetical order
+LONG_NAME, SHORT_VALUE, LONGEST_NAME = 100, 20, 200  # in characters; the last in bytes, of the usual limit of 255
 
 
 def compose(overrides: list[str]) -> Config:
@@ -68,8 +68,8 @@ def _hydra(overrides: list[str], dirs: Dirs) -> Any:
 
 
 def _source(name: str, given: Any, dirs: Dirs) -> dict[str, Any]:
-    """All settings of a data set of a mixture: those of the option of configs/data that it names, by its own name or as
-    `data`, then those given; a number is its weight."""
+    """All settings of one data set of a mixture: those of an option of configs/data (the one that `data` names, or else
+    the one with its own name), overridden by those given; a plain number is its weight."""
     where = f"data.mixture.{name}"
     values = dict(given) if isinstance(given, dict) else {"weight": given}
     option = str(values.pop("data", name))
@@ -104,7 +104,7 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
     """The run folder of a command line: `run_dir` if set, else runs_root/<experiment>[,key=value...].
 
     A pure function of the command line, with no clock and no counter, so every rank and a requeued job find the same
-    folder. A digest of the whole line tells names apart that had to be shortened.
+    folder. A name that had to be shortened or altered ends with a digest of the full name, which keeps it unique.
     """
     if cfg.run_dir:
         return Path(cfg.run_dir).expanduser()
@@ -117,7 +117,7 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
     parts.sort(key=lambda part: (FIRST.index(part[0]) if part[0] in FIRST else len(FIRST), part))
     full = ",".join([cfg.name, *(f"{key}={value}" for key, value in parts)])
     name = file_name(full)
-    if len(name) > LONG_NAME:  # every setting stays; of a long value, its end, which tells paths apart
+    if len(name) > LONG_NAME:  # keep every setting, but only the end of a long value, which tells paths apart
         name = ",".join(
             [file_name(cfg.name), *(f"{key}={file_name(value).strip('_')[-SHORT_VALUE:]}" for key, value in parts)]
         )
@@ -128,7 +128,7 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
 
 
 def file_name(text: str) -> str:
-    """The text with `_` for every character that a shell or a file system could take amiss."""
+    """The text with `_` for every character that a shell or a file system might misinterpret."""
     return "".join(c if c.isalnum() or c in "=,._-" else "_" for c in text)
 
 
@@ -184,6 +184,6 @@ def help_text(dirs: Dirs = ()) -> str:
 
 
 def own_settings(file: Path, prefix: str) -> list[tuple[str, str]]:
-    """('prefix.name=default', help) for each setting of a class, from its config file, where help is a comment."""
+    """('prefix.name=default', help) for each setting of a class, from its config file, whose comments are the help."""
     lines = [re.fullmatch(r"(\w+): (.*?)(?:\s+# (.*))?", line) for line in file.read_text().splitlines()]
     return [(f"{prefix}{m[1]}={m[2]}", m[3] or "") for m in lines if m and m[1] != "_target_"]

@@ -198,7 +198,7 @@ def check(cfg: Config) -> None:
 
 
 def to_dict(cfg: Config | dict[str, Any]) -> dict[str, Any]:
-    """The config as plain dictionaries, lists and scalars, fit to be stored and shown: see `ovq.environment.plain`."""
+    """The config as plain dictionaries, lists and scalars, safe to store and to show: see `ovq.environment.plain`."""
     return plain(cfg)
 
 
@@ -215,8 +215,8 @@ def flatten(cfg: Config | dict[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], *, stored: bool = False, trust: Collection[str] = ()) -> Config:
-    """The inverse of `to_dict`, checked against the schema. A `stored` config reads of the environment only the
-    variables NAME for which `trust` has "oc.env:NAME" (`ovq.environment.freeze`)."""
+    """The inverse of `to_dict`, checked against the schema. A `stored` config may read only those environment variables
+    NAME for which `trust` contains "oc.env:NAME" (`ovq.environment.freeze`)."""
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(Config), values)
         if stored:
@@ -239,9 +239,8 @@ def load(run_dir: Path | str, trust: Collection[str] | None = None) -> Config:
     """The config that a run folder was made with.
 
     Args:
-        trust: class paths outside this project that the config may name, if something is to be built from it, and
-            environment variables, as oc.env:NAME, that it may read; None: the config is only read, and may name any
-            class.
+        trust: for building objects from the config: class paths outside this project that it may name, and environment
+            variables that it may read, written oc.env:NAME; None: the config is only read, and may name any class.
 
     Raises:
         ConfigError: no run folder, a config.yaml that cannot be read, or a class that is not trusted.

@@ -78,7 +78,7 @@ class TokenizerConfig:
 
 
 def check_data(data: DataConfig) -> None:
-    """Raise ConfigError unless the settings of the data go together."""
+    """Raise ConfigError unless the settings of the data are compatible."""
     if data.kind == "task" and not data.task.get("_target_"):
         raise ConfigError("data.task has no _target_; choose a task with data/task=NAME")
     _check_source(data, "data")
@@ -107,7 +107,7 @@ def _check_source(source: SourceConfig, where: str) -> None:
 
 
 def check_tokenizer(cfg: TokenizerConfig) -> None:
-    """Raise ConfigError unless the settings of the tokenizer go together."""
+    """Raise ConfigError unless the settings of the tokenizer are compatible."""
     if cfg.kind == "sentencepiece" and not cfg.model_path:
         raise ConfigError(
             "tokenizer.model_path is required with tokenizer.kind=sentencepiece; "
@@ -120,7 +120,7 @@ def check_tokenizer(cfg: TokenizerConfig) -> None:
 
 
 def mixture_sources(data: DataConfig) -> dict[str, MixtureSource]:
-    """The data sets of a mixture by name; none for other data.
+    """The data sets of a mixture, by name; empty for other data.
 
     Raises:
         ConfigError: an unknown setting, or a value of another type.

@@ -1,6 +1,6 @@
-"""How a process uses a CPU: its number of threads, which wait without spinning, kept memory, products in bfloat16.
+"""How a process uses a CPU: number of threads, waiting without spinning, keeping freed memory, bfloat16 products.
 
-`quiet_threads` must run before torch is imported, so this module imports torch within its functions only.
+`quiet_threads` must run before torch is imported, so this module imports torch only inside its functions.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ FASTER = 3.0  # how many times faster bfloat16 products must be for a whole step
 
 
 def quiet_threads() -> None:
-    """Let idle OpenMP threads sleep at once, unless the user has set otherwise, where they would spin for milliseconds.
+    """Make idle OpenMP threads sleep at once, not after spinning for milliseconds, unless the user has set otherwise.
 
-    A thread that spins on a core takes it from the very thread it waits for if the machine is busy with other work.
+    On a machine that is busy with other work, a spinning thread may keep its core from the very thread it waits for.
     Has an effect only before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -29,11 +29,11 @@ def choose_threads(wanted: int | None) -> int | None:
     """Set the number of threads that torch computes with, and return it; None: left as it is.
 
     Threads synchronise after every operation. One that shares its core with another program holds up all others, so
-    that more threads than there are free cores make a run slower, not faster. A choice of the user's, by
-    OMP_NUM_THREADS (as torchrun sets it), stands.
+    more threads than free cores make a run slower, not faster. A number that the user (or torchrun) has set with
+    OMP_NUM_THREADS is left alone.
 
     Args:
-        wanted: the number; None: that of the free cores.
+        wanted: the number; None: the number of free cores.
     """
     import torch
 
@@ -58,7 +58,7 @@ def cores() -> int:
 
 
 def free_cores(seconds: float = 0.4) -> int:
-    """Cores of this machine that were idle during the next `seconds`."""
+    """Number of cores of this machine that are idle, measured over the next `seconds`."""
     import psutil
 
     return round((os.cpu_count() or 1) * (1 - psutil.cpu_percent(seconds) / 100))
@@ -67,7 +67,7 @@ def free_cores(seconds: float = 0.4) -> int:
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep freed memory instead of returning it to the system; no effect with another malloc.
 
-    Every training step allocates the same large tensors, and the system hands memory out page by page, zeroed.
+    Every training step allocates the same large tensors, and the system zeroes memory and hands it out page by page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -78,9 +78,9 @@ def keep_freed_memory() -> None:
 def choose_precision(wanted: str) -> str:
     """Set how this process computes on a CPU, and return it: "fp32" or "bf16".
 
-    "auto" is bf16 where a measurement of milliseconds shows its products to be several times faster than float32's, as
-    on processors with matrix units for it (AMX). There bf16 also applies to the operators that work in float32: oneDNN
-    rounds the factors of their products to bfloat16 and adds up in float32.
+    "auto" is bf16 if a measurement of a few milliseconds shows bf16 products to be several times faster than float32
+    ones, as on processors with matrix units for bf16 (AMX). It then also affects the operators that work in float32:
+    oneDNN rounds the inputs of their products to bfloat16 and accumulates in float32.
     """
     import torch
 

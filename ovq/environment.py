@@ -1,4 +1,4 @@
-"""Config values that come from the environment, which may hold secrets: text of it is stored as written, unresolved."""
+"""Config values from environment variables, which may hold secrets: such text is stored as written, unresolved."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _plain_item(node: Any, key: Any, raw: Any) -> Any:
 
 
 def freeze(node: Any, allowed: Collection[str] = ()) -> None:
-    """Turn what a stored config would read from the environment into plain text: "${oc.env:NAME}" stays as it stands.
+    """Make what a stored config would read from the environment plain text: "${oc.env:NAME}" stays as it is written.
 
     Whoever wrote the config must not learn what this machine's variables hold, and a variable that was set only where
     the run was trained must not prevent its evaluation elsewhere.
 
     Args:
         node: a config node, changed in place.
-        allowed: variables that may be read all the same.
+        allowed: variables that may still be read.
 
     Raises:
         ConfigError: a value that cannot be made plain text.
@@ -58,7 +58,7 @@ def freeze(node: Any, allowed: Collection[str] = ()) -> None:
 
 
 def _make_plain(node: Any, key: Any, text: str) -> None:
-    """Set a value to `text`, escaped so that OmegaConf reads back just that."""
+    """Set a value to `text`, escaped so that OmegaConf reads back exactly that text."""
     node[key] = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", text)
     with _reads(show=False) as read:
         try:
@@ -74,7 +74,7 @@ def _reads(*, show: bool = True) -> Iterator[list[str]]:
     """The environment variables that interpolations read within the `with` block, however they are nested.
 
     Args:
-        show: whether interpolations get the values; False: a stand-in, whatever is set.
+        show: whether interpolations get the real values; False: a placeholder, whether or not the variable is set.
     """
     read: list[str] = []
 

@@ -50,7 +50,7 @@ LONGEST = 800  # characters of a message
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of any exception on one line; its type where it has no message. A long one is cut in its middle."""
+    """The message of any exception on one line, or its type if it has none. A long message is cut in the middle."""
     text = str(error)
     if len(text) > 4 * LONGEST:  # what a parser quotes may be megabytes
         text = f"{text[: 2 * LONGEST]} {text[-2 * LONGEST :]}"

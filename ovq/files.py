@@ -57,8 +57,8 @@ _SCRATCH = re.compile(r".+?\.(?:(?P<machine>[0-9a-f]{8})\.(?P<pid>\d+)\.)?[0-9a-
 def remove_leftovers(folder: Path | str) -> list[Path]:
     """Remove the temporary files of `replacing` whose writers were killed, in a folder and its direct subfolders.
 
-    A file stays while the process that its name holds is alive. One of another machine stays for `ABANDONED_S` after
-    its last write. Returns what was removed.
+    A file stays while the process whose id is in its name is alive. One from another machine stays for `ABANDONED_S`
+    after its last write. Returns what was removed.
     """
     removed = []
     for path in [*Path(folder).glob("*.tmp"), *Path(folder).glob("*/*.tmp")]:
@@ -83,12 +83,12 @@ def _in_use(path: Path, machine: str | None, pid: str | None) -> bool:
 
 
 def _machine() -> str:
-    """A file name's word for this machine."""
+    """A hash that identifies this machine in file names."""
     return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
 
 
 def check_writable(folder: Path | str) -> None:
-    """Raise OSError, with its reason, unless a file can be written in an existing folder now."""
+    """Raise OSError, with the reason, unless a file can be written to this existing folder now."""
     with replacing(Path(folder) / ".writable") as scratch:
         scratch.write_bytes(b"\n")
     (Path(folder) / ".writable").unlink(missing_ok=True)

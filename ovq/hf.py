@@ -5,7 +5,7 @@
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained("exported"), AutoTokenizer.from_pretrained("exported")
 
-No code of the folder runs, and a GPU uses this package's kernels. Needs the extra `export`.
+No code from the folder is run, and on a GPU this package's kernels are used. Needs the extra `export`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["OVQCache", "OVQConfig", "OVQForCausalLM"]
 
 
 class OVQForCausalLM(modeling.OVQForCausalLM):
-    """The model, which is saved with the code that opens it where this package is not installed."""
+    """The model; it is saved together with the code that opens it where this package is not installed."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any

@@ -1,7 +1,7 @@
-"""Which run this is: what it is learned from, not how that is spelled; and what may change when it is resumed.
+"""The identity of a run: what it is trained from, however that is spelled, and what may change when it is resumed.
 
-`RULES` is the one table of that. Every setting of the schema has a place in it, docs/promises.md shows it (`table`),
-and run folders, sweeps, figures and plots all compare runs by it.
+`RULES` is the only table of this. It covers every setting of the schema, docs/promises.md shows it (`table`), and run
+folders, sweeps, figures and plots all compare runs by it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ TASKS = Path(__file__).resolve().parent.parent / "configs" / "data" / "task"
 
 @dataclass(frozen=True)
 class Rule:
-    """What settings, or groups of them, have to do with who a run is, and what happens if they change at a resume.
+    """How settings, or groups of them, bear on a run's identity, and what happens if they change at a resume.
 
-    `part`: "yes": their values are part of it; "by content": what they lead to is; "no": they may change.
+    `part`: "yes": their values are part of the identity; "by content": what they refer to is; "no": they may change.
     """
 
     settings: tuple[str, ...]
@@ -131,14 +131,14 @@ def changed(old: Config, new: Config, *, contents: bool = True) -> list[str]:
     """Settings that differ between two configs although a resumed run may not change them, as 'key: old -> new'.
 
     Args:
-        contents: also compare, by their paths, the settings that count by content. False where the content itself is
+        contents: also compare the settings that count by content, by their paths. False if the content itself is
             compared: a checkpoint holds the fingerprint of its data.
     """
     return differences(flatten(old), flatten(new), contents=contents)
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], *, contents: bool = True) -> list[str]:
-    """`changed`, of flattened configs. A setting that one of them lacks, as it came later, counts as its default."""
+    """`changed` for flattened configs. A setting that one lacks, because it was added later, counts as its default."""
     skipped = (FREE,) if contents else (FREE, CONTENT)
     found = []
     for key in sorted(before.keys() | after.keys()):
@@ -151,7 +151,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], *, contents: bool
 
 
 def meant(key: str, value: Any) -> Any:
-    """A value without what is only its spelling: local paths become absolute."""
+    """A value without mere differences of spelling: local paths become absolute."""
     if key not in PATHS or value is None:
         return value
     return [meant(key, each) for each in value] if isinstance(value, list) else absolute(str(value))
@@ -165,7 +165,7 @@ def default_of(key: str, values: dict[str, Any]) -> Any:
     """The default of a setting by its dotted name; None if it has none.
 
     Args:
-        values: a flattened config, whose task a setting of data.task belongs to.
+        values: a flattened config, which names the class that a setting of a mixer or of data.task belongs to.
     """
     parts = key.split(".")
     if parts[:2] == ["model", "mixers"] and len(parts) == 4:
@@ -182,20 +182,20 @@ def _schema() -> dict[str, Any]:
 
 @functools.cache
 def _settings(folder: Path, target: str | None) -> dict[str, Any]:
-    """The defaults of a class of this project: those of the config that names it."""
+    """The defaults of one of this project's classes, from the config file that names it."""
     configs = [yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yaml"))] if target else []
     return next((found for found in configs if found.get("_target_") == target), {})
 
 
 # --- the same run in another folder ----------------------------------------------------------------------------------
 
-LOOKED_AT = 300  # run folders, newest first: a start must not wait for thousands
+LOOKED_AT = 300  # run folders that are read at most, newest first: a start must not wait for thousands
 
 
 def twins(cfg: Config, run_dir: Path) -> list[tuple[Path, int]]:
     """Other run folders beside this one with checkpoints of the same run, and the step of the newest; most steps first.
 
-    They have other numbers of steps, or spell what is the same in another way.
+    Their settings differ only where they may, as in the number of steps, or in spelling.
     """
     wanted, found = flatten(cfg), []
     folders = [path.parent.parent for path in run_dir.parent.glob("*/checkpoints/latest")]

@@ -21,9 +21,9 @@ OURS = ("ovq", "data")  # packages whose classes any config may name
 
 
 def is_ours(path: str, run_dir: Path) -> bool:
-    """Whether a class path leads to a source file of this project, by name alone: nothing is imported.
+    """Whether a class path refers to a source file of this project, judged by name alone: nothing is imported.
 
-    Run folders may lie among the packages; what they hold is not ours.
+    Run folders may lie inside the packages; what they hold is not ours.
     """
     parts = path.split(".")
     if len(parts) < 2 or parts[0] not in OURS or not all(part.isidentifier() for part in parts):
@@ -53,9 +53,9 @@ def refuse_untrusted(
 
 
 def get_class(path: str, kind: type[T], where: str) -> type[T]:
-    """The class at a dotted path. Imports its module; nothing of it is used before its kind is checked.
+    """The class at a dotted path. Imports its module, but uses nothing from it before checking the class's kind.
 
-    A path that a stored config gives must have passed `ovq.config.load(..., trust=...)`.
+    A path from a stored config must have passed `ovq.config.load(..., trust=...)`.
 
     Raises:
         ConfigError: it cannot be imported, or is not a subclass of `kind`.
@@ -102,7 +102,7 @@ def settings_of(cls: type, given: dict[str, Any], where: str, after: int = 0) ->
 
 
 def _of_type(value: Any, hint: Any, name: str) -> Any:
-    """A value as the type of its parameter; types other than int, float, bool, str and their unions are not checked.
+    """A value converted to its parameter's type; only int, float, bool, str and unions of these are checked.
 
     Raises:
         ConfigError: it is of another type.
@@ -126,8 +126,8 @@ def _of_type(value: Any, hint: Any, name: str) -> Any:
 
 
 def instantiate(config: dict[str, Any], kind: type[T], where: str, *args: Any) -> T:
-    """An object of the subclass of `kind` that config["_target_"] names, made with `args` and the other entries as
-    keywords.
+    """An instance of the subclass of `kind` that config["_target_"] names, made with `args` and the other entries as
+    keyword arguments.
 
     Raises:
         ConfigError: the class cannot be used, or a setting is unknown or has an illegal value.

@@ -1,7 +1,7 @@
-"""The length of sequences by step: `trainer.lengths`, a curriculum over rows of `trainer.context` tokens.
+"""Sequence length by step: `trainer.lengths`, a curriculum over rows of `trainer.context` tokens.
 
-A row is read as always and cut into shorter sequences: a step keeps its tokens, whatever their length, and which tokens
-stand in step n remains a function of the data, the seed, the global batch and n.
+Rows are read as usual and then cut into shorter sequences: a step has the same tokens at any sequence length, and which
+tokens are in step n remains a function of the data, the seed, the global batch and n.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Settings(Protocol):
-    """What is used here of `ovq.config.TrainerConfig`."""
+    """The part of `ovq.config.TrainerConfig` that is used here."""
 
     steps: int
     context: int
@@ -19,12 +19,12 @@ class Settings(Protocol):
 
 
 def length_at(step: int, trainer: Settings) -> int:
-    """Tokens of the sequences of step `step` (the first step is 1): those of the last entry whose steps are done."""
+    """Tokens per sequence in step `step` (the first step is 1), from the last entry whose key is below `step`."""
     return [trainer.context, *(trainer.lengths[done] for done in sorted(trainer.lengths) if done < step)][-1]
 
 
 def phases(trainer: Settings) -> list[tuple[int, int]]:
-    """(number of steps, length) of each part of the run."""
+    """(number of steps, length) of each phase of the run."""
     bounds = (
         [*(done for done in sorted(trainer.lengths) if done < trainer.steps), trainer.steps] if trainer.lengths else []
     )

@@ -54,7 +54,7 @@ def command_line() -> str:
 
 @functools.cache
 def code_commit() -> str:
-    """The git commit of this code, "+ changes" if files differ from it (docs/ apart); "unknown" outside a checkout."""
+    """The git commit of this code, "+ changes" if files outside docs/ differ from it; "unknown" outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     try:
         commit, changed = (
@@ -127,10 +127,10 @@ def peak_flops(device: torch.device, precision: str, override_tflops: float | No
 def share_of_peak(
     achieved: float, peak: tuple[float, str], device: torch.device, precision: str
 ) -> tuple[float | None, tuple[float, str]]:
-    """What share of a peak (of `peak_flops`) is achieved, in FLOP/s of one device, and the peak to go on with.
+    """(share of the peak that is achieved, peak to use from now on); FLOP/s of one device, a peak as in `peak_flops`.
 
-    More than all of a measured peak means that the cores were busy when it was measured: it is measured again. A share
-    above 1 is never given: it is None, and a line on stderr says so once.
+    Exceeding a measured peak means that the cores were busy when it was measured, so it is measured again. The share is
+    never above 1: it is None instead, and a line on stderr says so once.
     """
     limit, source = peak
     if achieved > limit and source == MEASURED:

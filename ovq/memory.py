@@ -1,11 +1,11 @@
-"""How much memory training takes on a device, without one: blocks are run on torch's meta device, where tensors have a
-size but no values, and the bytes that they keep for the backward pass are counted.
+"""Estimate the memory that training takes on a device, without one: blocks run on torch's meta device, where tensors
+have a size but no values, and the bytes that they keep for the backward pass are counted.
 
     plan = memory_of(cfg, build_model(cfg.model, vocab_size), world_size=64)
     plan.total, plan.activations
 
-What is linear in the number of tokens is measured at two lengths and continued. Two operators have no meta
-implementation, or another one than a GPU: softmax attention counts as FlashAttention, which keeps its inputs, outputs
+What is linear in the number of tokens is measured at two lengths and extrapolated. Two operators have no meta
+implementation, or one unlike that on a GPU: softmax attention counts as FlashAttention, which keeps its inputs, outputs
 and the log-sum-exp, and OVQ-attention as this project's Triton kernels.
 """
 
@@ -30,14 +30,14 @@ from ovq.model import Block, Transformer, build_mixer
 from ovq.ops.ovq_attention.spec import OVQSpec
 from ovq.train.parallelize import recomputed
 
-LONGEST = 8192  # tokens of a run on the meta device: enough for every memory of the configs to fill
+LONGEST = 8192  # most tokens of a run on the meta device: enough to fill every mixer's memory in the configs
 
 
 class Meter(TorchDispatchMode):
     """Counts the bytes of all tensors that operators made within the `with` block and that are still alive.
 
     Attributes:
-        live, peak: bytes now, and at most so far.
+        live, peak: bytes alive now, and the most so far.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class _Flash(torch.autograd.Function):
 
 
 class _OVQ(torch.autograd.Function):
-    """What the Triton kernels allocate: see `ovq.ops.ovq_attention.kernels`, whose shapes a test compares."""
+    """What the Triton kernels allocate: see `ovq.ops.ovq_attention.kernels`; a test compares the shapes."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, spec: OVQSpec) -> Tensor:
@@ -112,7 +112,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, spec: OVQSpec, **_: A
 
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Within the `with` block, attention allocates what it does on a GPU, and computes nothing."""
+    """Within the `with` block, attention allocates what it would on a GPU, and computes nothing."""
     flash = mock.patch.object(F, "scaled_dot_product_attention", _flash)
     with flash, mock.patch.object(ovq_mixer, "attend", _attend):
         yield
@@ -123,9 +123,9 @@ def as_on_gpu() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """Bytes of one block: kept for the backward pass, by token and by sequence (below 0 where a memory fills first); on
-    top of that at the worst moment of the backward pass, by token; and of its parameters' gradients in the compute
-    precision."""
+    """Bytes of one block. `token`, `sequence`: kept for the backward pass, per token and per sequence (below 0 if a
+    memory has to fill up first). `transient`: on top of that at the peak of the backward pass, per token. `gradients`:
+    of its parameters, in the compute precision."""
 
     token: float
     sequence: float
@@ -140,8 +140,8 @@ class BlockMemory:
 
 
 def block_memory(cfg: ModelConfig, index: int, dtype: torch.dtype, checkpointing: str, context: int) -> BlockMemory:
-    """Measure layer `index` of a model that computes in `dtype`, under `trainer.activation_checkpointing`, at `context`
-    tokens and at half as many (of longer contexts, at `LONGEST`)."""
+    """Measure layer `index` of a model that computes in `dtype`, with `trainer.activation_checkpointing` as in
+    `checkpointing`, at `context` tokens (or `LONGEST`, if that is less) and at half as many."""
     longer = max(2, min(context, LONGEST))
     lengths = (longer // 2, longer)
     with torch.device("meta"):
@@ -172,9 +172,9 @@ def block_memory(cfg: ModelConfig, index: int, dtype: torch.dtype, checkpointing
 class MemoryPlan:
     """Bytes on one device at the worst moment of a training step.
 
-    `gathered` are parameters of the blocks at work and their gradients before they are reduced, in the compute
-    precision (FSDP). `optimizer` holds its moments and the average of `optim.ema`. `working` is what backward needs
-    beside what forward kept, or the loss with a chunk of logits.
+    `gathered`: parameters of the blocks being computed and their gradients before reduction, in the compute precision
+    (FSDP). `optimizer`: moments, and the average of `optim.ema`. `working`: what the backward pass needs beyond what
+    the forward pass kept, or what the loss needs with a chunk of logits, whichever is larger.
     """
 
     weights: float
@@ -212,7 +212,7 @@ def memory_of(
 
     Args:
         network: the model, perhaps on the meta device.
-        world_size: number of processes, one a device.
+        world_size: number of processes, one per device.
         rows, context: sequences of a micro-batch and their tokens, if not those of `trainer`.
         blocks: what `measure_blocks` found; None: it is called.
     """
@@ -222,16 +222,16 @@ def memory_of(
     layers = [kinds[model.pattern[index % len(model.pattern)]] for index in range(model.num_layers)]
     total = sum(p.numel() for p in network.parameters())
     outside = total - sum(p.numel() for block in network.blocks() for p in block.parameters())
-    # Two of each parameter; Muon has one of a matrix. A custom optimizer is taken to be like AdamW.
+    # Two per parameter, but one per matrix with Muon. A custom optimizer is assumed to be like AdamW.
     matrices = [m.weight.numel() for m in network.layers.modules() if isinstance(m, nn.Linear)]
     moments = 2 * total - (sum(matrices) if cfg.optim.name == "muon" else 0) + (total if cfg.optim.ema else 0)
     shards = {"full": world_size, "hybrid": max(1, world_size // trainer.replicas), "none": 1}[trainer.shard]
-    ranks = trainer.context_parallel  # a process holds 1/ranks of the tokens, and while they are mixed of the heads
+    ranks = trainer.context_parallel  # a process holds 1/ranks of the tokens or, within a mixer, of the heads
     tokens, size = rows * context // ranks, dtype.itemsize
     stream, chunk = tokens * model.dim * size, min(trainer.loss_chunk_tokens, tokens)
     table = network.head.weight.numel()
-    # The loss holds its input, the gradients of that and of the head, and of a chunk the logits, probabilities in
-    # float32 and, where the precision is another, their gradients and the chunk's share of the head's.
+    # The loss holds its input, the gradients of its input and of the head, and for one chunk the logits, probabilities
+    # in float32 and, in a lower precision, the logits' gradients and the chunk's share of the head's gradient.
     cast = size if size < 4 else 0
     loss = 2 * stream + 4 * table + chunk * network.vocab_size * (size + 4 + cast) + table * cast
     backward = max(layer.worst(rows, context) for layer in layers) / ranks
@@ -241,7 +241,7 @@ def memory_of(
         weights=4 * total / shards,
         optimizer=4 * moments / shards,
         gradients=4 * total / shards,
-        # Two blocks (one is fetched ahead), what lies outside of blocks, and a block's gradients in float32.
+        # Two blocks (one is prefetched), what is outside the blocks, and one block's gradients in float32.
         gathered=2 * largest + outside * size + largest * 4 / size if sharded else 0,
         activations=sum(layer.kept(rows, context) for layer in layers) / ranks + stream,
         working=max(backward, loss),

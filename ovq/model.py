@@ -203,7 +203,7 @@ def build_mixer(cfg: ModelConfig, index: int) -> SequenceMixer:
 
 
 def check_mixers(cfg: ModelConfig) -> None:
-    """Make each mixer of the pattern once, without memory for its weights.
+    """Build each mixer of the pattern once, without allocating memory for its weights.
 
     Raises:
         ConfigError: as `build_mixer`.

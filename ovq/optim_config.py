@@ -74,7 +74,7 @@ OWN = {
         "custom": ("custom_schedule",),
     },
 }
-# Left alone where they have no effect: experiments set them, and a command line then chooses another schedule.
+# Accepted even where they have no effect: an experiment may set them, and a command line then choose another schedule.
 HARMLESS = ("min_lr_ratio", "decay_share")
 
 

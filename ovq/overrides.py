@@ -1,9 +1,9 @@
-"""Overrides as they are typed, key=value, checked by name and by type and put into words that Hydra reads.
+"""Overrides as the user types them, key=value: checked by name and by type, and rewritten so that Hydra can parse them.
 
-Hydra has a grammar of its own, in which a path with a comma, a bracket, `~` or a letter outside ASCII cannot be read.
-Here the value of a setting is read by its type in the schema (`ovq.values`), and quoted for Hydra where that is needed.
+Hydra's own grammar cannot parse a path with a comma, a bracket, `~` or a non-ASCII letter. Here the value of a setting
+is parsed according to its type in the schema (`ovq.values`), and quoted for Hydra where necessary.
 
-A config directory of one's own, `--config-dir=DIR`, has the layout of `configs/` and adds options to its groups.
+A config directory of the user's, `--config-dir=DIR`, has the layout of `configs/` and adds options to its groups.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ovq.values import KINDS, kind_of, read
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DIRECTORY = "--config-dir"
-# Settings that are dictionaries of names this project does not know: entries are added without Hydra's "+".
+# Settings that are dictionaries whose keys the schema does not know: entries are added without Hydra's "+".
 DICTIONARIES = (
     *("optim.custom", "optim.custom_schedule", "optim.groups"),
     *("trainer.lengths", "data.mixture", "data.data_files", "data.words"),
@@ -43,7 +43,7 @@ Dirs = Sequence[Path]
 
 
 def joined(argv: Sequence[str]) -> list[str]:
-    """Arguments with `--config-dir DIR` as one word, --config-dir=DIR."""
+    """The arguments, with `--config-dir DIR` joined into one word, --config-dir=DIR."""
     words = list(argv)
     for place in [i for i, word in enumerate(words) if word == DIRECTORY][::-1]:
         if place + 1 == len(words):
@@ -93,7 +93,7 @@ def parse(override: str) -> Override | None:
 
 
 def sweep_values(override: str) -> list[str]:
-    """The overrides that `key=a,b` stands for in a sweep; itself if it gives one value."""
+    """The overrides that `key=a,b` stands for in a sweep; only the override itself if it gives a single value."""
     parsed = parse(override)
     if parsed is None or not parsed.is_sweep_override():
         return [override]
@@ -104,7 +104,7 @@ def canonical(overrides: Iterable[str], dirs: Dirs = ()) -> list[str]:
     """Overrides that Hydra can read and that name settings, groups and options that exist.
 
     Raises:
-        ConfigError: one does not, or its value is not of the setting's type; the line lists what is legal.
+        ConfigError: a name does not exist, or a value is not of the setting's type; the line lists what is legal.
     """
     checked, known = [], groups(dirs)
     for override in overrides:
@@ -114,7 +114,7 @@ def canonical(overrides: Iterable[str], dirs: Dirs = ()) -> list[str]:
         group = key.partition("@")[0]
         if group in known:
             if prefix != "~" and text == "null" and group in _OPTIONAL:
-                continue  # as without it
+                continue  # the same as leaving it out
             _check_group(override, prefix, key, text, dirs)
         else:
             _check_key(key, text, dirs, known)
@@ -122,7 +122,7 @@ def canonical(overrides: Iterable[str], dirs: Dirs = ()) -> list[str]:
     return [re.sub(r"^(\+*)init_from=", r"\1init_from.path=", override) for override in checked]
 
 
-_OPTIONAL = ("experiment", "scale", "data/task")  # groups of which none need be chosen
+_OPTIONAL = ("experiment", "scale", "data/task")  # groups from which nothing need be chosen
 
 
 def parts_of(override: str) -> tuple[str, str, str, str]:
@@ -133,10 +133,10 @@ def parts_of(override: str) -> tuple[str, str, str, str]:
 
 
 def literal(override: str) -> str:
-    """The same override, quoted where Hydra could not read it, or would read something else than the setting's type.
+    """The same override, quoted where Hydra could not parse it or would parse it as a type other than the setting's.
 
     Raises:
-        ConfigError: the value is not of the setting's type, or several values are given, as only a sweep takes.
+        ConfigError: the value is not of the setting's type, or several values are given, which only a sweep accepts.
     """
     prefix, key, equals, text = parts_of(override)
     item = field_of("init_from.path" if key == "init_from" else key)
@@ -187,7 +187,7 @@ def _for_hydra(value: Any) -> str:
 
 
 def field_of(key: str) -> dataclasses.Field[Any] | None:
-    """The schema's field of a setting; None if the key is not one, lies within a dictionary, or holds settings."""
+    """The schema's field of a setting; None if the key is no setting, is inside a dictionary, or holds settings."""
     schema: Any = Config
     item = None
     for part in key.split("."):

@@ -1,9 +1,9 @@
 """How a rank of a job ends after a failure: in bounded time, and naming the ranks that failed or do not answer.
 
 A rank that is frozen or lost shows up on the others as an error of some collective, which names at best a neighbour.
-So every rank that meets such an error reports to the store that the ranks met through, and the ones that have not
-reported after a few seconds are the ones to look at. torchrun's own summary calls the first rank to exit the root
-cause; the error file it provides makes it quote this explanation.
+So every rank that sees such an error reports to the store of the process group, and the ranks that have not reported
+after a few seconds are the suspects. torchrun's own summary calls the first rank to exit the root cause, but it quotes
+this explanation if it finds it in the error file that torchrun provides.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ovq import stacks
 from ovq.errors import Failure, one_line
 from ovq.files import write_whole
 
-ROLL_CALL_S = 5.0  # ranks meet the same failure within moments of each other
+ROLL_CALL_S = 5.0  # ranks see the same failure within moments of each other
 GRACE_S = 20.0  # for a checkpoint that is being written; torchrun kills after 30 s
 LAST_STAGE_S = 5.0
 
@@ -40,7 +40,7 @@ def in_job() -> bool:
 
 
 def is_communication_error(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is of the communication between ranks."""
+    """Whether an error, or one that caused it, comes from the communication between ranks."""
     import torch.distributed as dist
 
     while error is not None:
@@ -148,7 +148,7 @@ def explanation(
 
     Args:
         seen: the error of this rank.
-        folder: of the stacks, if there is one.
+        folder: the folder of stacks, if there is one.
         states: rank -> what its process is doing, where that is known.
     """
     from ovq.train.checkpoint_files import complete
@@ -168,13 +168,13 @@ def explanation(
 
 
 def leave(status: int | None, error: BaseException) -> None:
-    """End this rank of a job after a failure, within GRACE_S; in a lone process, return.
+    """End this rank of a job after a failure, within GRACE_S; in a single process, return.
 
-    A checkpoint that is being written is completed if that takes no longer. An orderly exit would wait for it, and for
-    the process group, without such a limit: hours, where a peer is frozen.
+    A checkpoint that is being written is completed if that takes no longer. A normal exit would wait for it, and for
+    the process group, without such a limit: for hours, if a peer is frozen.
 
     Args:
-        status: exit status of an error that has been printed; None for one whose traceback has not, with status 1.
+        status: exit status for an error that has been printed; None: print its traceback and exit with status 1.
     """
     if not in_job():
         tell_launcher(error, status)
@@ -185,7 +185,7 @@ def leave(status: int | None, error: BaseException) -> None:
     tell_launcher(error, status)
     from ovq import processes
 
-    # Without a peer, all that a checkpoint can still complete is its last stage on rank 0.
+    # Without a peer, the only part of a checkpoint that can still complete is its last stage, on rank 0.
     processes.join_background(LAST_STAGE_S if isinstance(error, PeerLost) else GRACE_S)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # lasting streams: it cannot fail
@@ -193,14 +193,14 @@ def leave(status: int | None, error: BaseException) -> None:
 
 
 def tell_launcher(error: BaseException, status: int | None) -> None:
-    """Give torchrun the error for its summary, in the format of torch.distributed.elastic; alone, do nothing.
+    """Give torchrun the error for its summary, in the format of torch.distributed.elastic; no-op without torchrun.
 
-    Its "py_callstack" is the traceback of an error that is none of the user's (status None), else the message.
+    "py_callstack" is the traceback if the error is a bug (status None), else the message.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = one_line(error)
         stack = "".join(traceback.format_exception(error)).rstrip() if status is None else message
         extra = {"py_callstack": stack, "timestamp": str(int(time.time())), "error": type(error).__name__}
         with contextlib.suppress(OSError):
-            # Whole or not at all: torchrun ends in a traceback of its own over half a file.
+            # Atomically: a half-written file would make torchrun itself end in a traceback.
             write_whole(path, json.dumps({"message": {"message": message, "extraInfo": extra}}))

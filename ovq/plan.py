@@ -76,7 +76,7 @@ def _processes(cfg: Config, world_size: int, problem: str) -> str:
 
 
 def indivisible(cfg: Config, world_size: int) -> str:
-    """Why the batch or the copies of the model cannot be divided among so many processes; empty if they can."""
+    """Why the batch or the copies of the model cannot be divided among `world_size` processes; empty if they can."""
     trainer, ranks = cfg.trainer, cfg.trainer.context_parallel
     if world_size % ranks:
         return f"trainer.context_parallel={ranks} does not divide {world_size}"
@@ -133,7 +133,7 @@ def checkpoint_bytes(cfg: Config, total: int) -> tuple[float, float]:
 
 
 def lacking_room(cfg: Config, total: int, run_dir: Path) -> str:
-    """A line if the disk has too little room for the run's checkpoints; else empty. Those that are there count."""
+    """A line if the disk has too little room for the run's checkpoints, less those already there; else empty."""
     each, all_of_them = checkpoint_bytes(cfg, total)
     held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step_*/*") if file.is_file())
     place = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.is_dir())

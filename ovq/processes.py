@@ -56,7 +56,7 @@ class Axis:
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all ranks, of equal shapes, one after the other along dimension 0. Not differentiable."""
+        """The tensors of all ranks, which have equal shapes, concatenated along dimension 0. Not differentiable."""
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return torch.cat(parts)
@@ -64,7 +64,7 @@ class Axis:
     def exchange(self, tensor: Tensor) -> Tensor:
         """All-to-all of `tensor` [size, ...]: row i goes to rank i, and row i of the result comes from it.
 
-        Differentiable: the gradient makes the same exchange, as part of every rank's backward pass.
+        Differentiable: the gradient is exchanged in the same way, as part of every rank's backward pass.
         """
         group = dist.group.WORLD if self.group is None else self.group
         assert group is not None
@@ -76,8 +76,8 @@ class Axis:
 class World:
     """This process's rank, device and compute precision ("fp32" or "bf16"), and the number of processes, `size`.
 
-    `data` and `context` are the axes of the process mesh; the product of their sizes is `size`. Neighbouring ranks,
-    probably on one machine, share a context axis: it exchanges most.
+    `data` and `context` are the axes of the process mesh; the product of their sizes is `size`. A context axis
+    consists of neighbouring ranks, usually on one machine, because it communicates most.
     """
 
     rank: int = 0
@@ -98,7 +98,7 @@ class World:
 
 
 def init(trainer: TrainerConfig) -> World:
-    """Join the other processes (by torchrun's environment) or run alone, and choose the device.
+    """Join the other processes (found through torchrun's environment variables) or run alone, and choose the device.
 
     Raises:
         ConfigError: the device does not exist, there are more processes on this machine than GPUs, or
@@ -151,10 +151,10 @@ def axes(rank: int, size: int, context: int, timeout: datetime.timedelta | None 
 def shutdown() -> None:
     """Leave the process group, if there is one; its threads are joined when the process exits.
 
-    The last collective's tensors are released by a thread of gloo, which needs the interpreter's lock for it. Once the
-    interpreter is finalizing, Python ends such a thread and C++ the process: "terminate called without an active
-    exception", status 134. Only the destructor of a group joins its threads, and references outlive the call: in our
-    caller's model and checkpointer, and in the meshes that DTensor's caches keep.
+    The last collective's tensors are released by a gloo thread, which needs the GIL to do so. Once the interpreter is
+    finalizing, Python ends such a thread, and C++ then ends the process: "terminate called without an active
+    exception", status 134. Only the destructor of a group joins its threads, and references to groups outlive this
+    call: in the caller's model and checkpointer, and in the meshes that DTensor's caches keep.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -164,7 +164,7 @@ def shutdown() -> None:
 
 
 def _release_groups() -> None:
-    """Drop what still refers to process groups, while the interpreter is whole and the caller's frames are gone."""
+    """Drop all references to process groups, while the interpreter still works and the caller's frames are gone."""
     for item in gc.get_objects():
         if type(item) is DeviceMesh:
             item._pg_registry.clear()
@@ -172,7 +172,7 @@ def _release_groups() -> None:
 
 
 def lower_timeout(seconds: int) -> None:
-    """From now on, a collective that waits longer than this fails: a process is assumed lost.
+    """From now on, make a collective that waits longer than this fail: a process is assumed lost.
 
     Called after this process's first step, when nothing slow (compiling, resolving data) is left.
     """
@@ -184,7 +184,7 @@ def lower_timeout(seconds: int) -> None:
 
 
 def background_group() -> dist.ProcessGroup | None:
-    """A gloo group of all processes for a background thread, with a timeout for slow disks; None for a lone process."""
+    """A gloo group of all processes for a background thread, with a timeout for slow disks; None if run alone."""
     if not distributed():
         return None
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=BACKGROUND_TIMEOUT_S))
@@ -196,7 +196,7 @@ _BACKGROUND: list[dist.ProcessGroup] = []
 
 
 def in_background(work: Callable[..., T], *args: Any) -> Future[T]:
-    """Run `work(*args)` in a thread that an orderly exit of the process waits for."""
+    """Run `work(*args)` in a thread that a normal exit of the process waits for."""
     future: Future[T] = Future()
 
     def run() -> None:

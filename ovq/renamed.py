@@ -22,7 +22,7 @@ RECALL = "data.tasks.recall.RecallTask"
 
 
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-    """A stored config under today's names, so that a run started before a renaming can be resumed after it."""
+    """A stored config with current names, so that a run started before something was renamed can still be resumed."""
     for settings in values.get("model", {}).get("mixers", {}).values():
         target = settings.get("_target_")
         if target in MOVED:

@@ -1,8 +1,8 @@
 """Output that cannot stop the work: a closed pipe, a full disk under a log or a missing glyph costs text, not a run.
 
 `lasting_streams` is installed once, by `ovq.cli.guarded`, and covers whatever writes to sys.stdout and sys.stderr:
-print, warnings, logging, progress bars, libraries. `reporting` is for what else only shows the work: a picture, a
-table, a summary on the screen, a service that is sent the numbers.
+print, warnings, logging, progress bars, libraries. `reporting` is for everything else that only presents results: a
+picture, a table, a summary on the screen, metrics sent to a service.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOST = (OSError, ValueError)  # a broken pipe, a full disk, a terminal that was 
 
 
 class LastingStream:
-    """A text stream whose `write` and `flush` never raise; everything else is the stream's own.
+    """A text stream whose `write` and `flush` never raise; everything else is delegated to the stream.
 
     Text that the stream cannot encode is written with backslash escapes; text that it cannot take is dropped.
     """
@@ -64,7 +64,7 @@ def lasting_streams() -> Iterator[None]:
     _open_missing()
     with open(os.devnull, "w") as nowhere:
         before = sys.stdout, sys.stderr
-        streams = [stream or nowhere for stream in before]  # None where the process began without one
+        streams = [stream or nowhere for stream in before]  # None if the process was started without one
         sys.stdout, sys.stderr = (LastingStream(stream) for stream in streams)  # type: ignore[assignment]
         try:
             yield
@@ -76,13 +76,13 @@ def lasting_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reporting(what: str, again: str = "") -> Iterator[None]:
-    """Within the `with` block nothing ends the work: an error costs `what`, and is told in one line on stderr, once.
+    """Let no error within the `with` block end the work: it costs only `what`, and one line on stderr says so, once.
 
-    A library's SystemExit counts as an error (some end the process where they lack a key); an interruption does not.
+    A library's SystemExit counts as an error (some exit if they lack an API key); a KeyboardInterrupt does not.
 
     Args:
-        what: what is made within, "the plot of the evaluation", for the message.
-        again: a command that makes it later.
+        what: what the block produces, for the message, as in "the plot of the evaluation".
+        again: a command that produces it later.
     """
     try:
         yield
@@ -99,13 +99,13 @@ def tell_once(line: str) -> None:
 
 
 def figures(values: Mapping[str, float | None]) -> str:
-    """Results in a line for people: 'loss 2.9957  perplexity 20'. The files have them with all digits."""
+    """Results as one line for people to read: 'loss 2.9957  perplexity 20'. The files have all digits."""
     return "  ".join(f"{name} {readable(value)}" for name, value in values.items() if value is not None)
 
 
 def readable(value: Any) -> str:
-    """A result as a person reads it: five digits, no powers of ten. A perplexity beyond a million, as that of words
-    under a model of bytes, says no more than that."""
+    """A result formatted for people: five digits, no powers of ten. Of a perplexity over a million, such as the word
+    perplexity of a byte-level model, the exact value says nothing more."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return str(value)
     if value != value or abs(value) >= MOST_READ:
@@ -124,8 +124,8 @@ def typed(key: str, value: object) -> str:
     return shlex.quote(f"{key}='{text}'") if any(c in text for c in "'\"$`\\!") else f"{key}=\"'{text}'\""
 
 
-MOST_QUOTED = 200  # characters of an error in a line about a report
-_told: set[str] = set()  # by this process
+MOST_QUOTED = 200  # characters of an error that `reporting` quotes
+_told: set[str] = set()  # lines that this process has printed
 
 
 def write_error(text: str) -> None:

@@ -47,7 +47,7 @@ def setting(
         length: the number of entries of a list.
         endings: the legal endings of a file's name, as in (".png", ".pdf").
         empty: whether a list may be empty; one that is empty by default always may.
-        writes: "file" or "folder", if that is what the path leads to: one of the other kind is refused.
+        writes: "file" or "folder", if one is written at the path: an existing path of the other kind is refused.
         paths: the value is a path, or a list of paths, which on a command line may contain commas; `~` is expanded.
     """
     limits: dict[str, Any] = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
@@ -80,7 +80,7 @@ def problems(schema: Any, values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def fault_of(item: Any, value: Any) -> str | None:
-    """What is illegal about the value of one setting, as in 'must be at least 1'; None: nothing."""
+    """What is illegal about the value of one setting, as in 'must be at least 1'; None if it is legal."""
     if value is None or value == REQUIRED:
         return None
     if not _is_list(value):

@@ -1,11 +1,11 @@
-"""Where each rank of a job stands when one of them no longer answers: its stacks, in the run folder.
+"""What each rank of a job is doing when one of them no longer answers: stack traces, in the run folder.
 
     run_dir/stacks/rank_00003.txt    written when rank 3 gets SIGQUIT, when it or a rank it waits for is lost, and
-                                     when one of the job is slow
+                                     when any rank of the job is slow
 
 SIGQUIT to a rank of a job appends the stacks of all its threads and does nothing else, whatever the rank is doing: the
-handler does not need the interpreter. A rank that has lost another writes its own and asks for those of the lost ranks
-of its machine. A process that is stopped cannot answer; then the file says that it is stopped.
+handler does not need the interpreter. A rank that has lost another writes its own stacks and requests those of the lost
+ranks on its machine. A stopped process cannot answer; its file then says that it is stopped.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _register: Register | None = None  # the handler needs the file for as long as t
 
 
 def register(run_dir: Path) -> None:
-    """From now on, write this rank's stacks into the run folder when it gets SIGQUIT. A collective; alone: nothing."""
+    """On SIGQUIT from now on, write this rank's stacks to the run folder. A collective; no-op in a single process."""
     global _register
     from ovq import processes
 
@@ -59,7 +59,7 @@ def register(run_dir: Path) -> None:
         return
     folder, rank = run_dir / "stacks", processes.rank()
     if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start
+        shutil.rmtree(folder, ignore_errors=True)  # left by an earlier start
     own = Member(os.uname().nodename, os.getpid(), psutil.Process().create_time())
     members = processes.gather_objects(own)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def register(run_dir: Path) -> None:
 
 
 def write_after(seconds: float) -> Path | None:
-    """Have this rank append the stacks of all its threads to its file after a while, without being interrupted.
+    """Make this rank append the stacks of all its threads to its file after `seconds`, without interrupting it.
 
     Returns:
         The folder of stacks; None, and nothing is written, if there is none.
@@ -93,7 +93,7 @@ def _remove_if_empty(path: Path) -> None:
 
 
 def collect(absent: Collection[int], error: BaseException) -> tuple[Path | None, dict[int, str]]:
-    """Write this rank's stacks, and have the lost ranks of its machine write theirs; takes at most ANSWER_S.
+    """Write this rank's stacks, and make the lost ranks on its machine write theirs; takes at most ANSWER_S.
 
     Args:
         absent: the ranks that do not answer.
@@ -133,7 +133,7 @@ def state_of(member: Member) -> str:
 
 
 def _ask(member: Member, state: str, path: Path) -> None:
-    """Have a process append its stacks to `path`; note there what it is doing."""
+    """Make a process append its stacks to `path`, after a line that says what it is doing."""
     with path.open("a") as file:
         file.write(f"{state}\n")
     if state.endswith((" gone", f" {psutil.STATUS_STOPPED}")):

@@ -1,4 +1,4 @@
-"""What a person types for a setting, read by the setting's type: the same on every command line.
+"""Parse the text that a user types for a setting, by the setting's type: the same on every command line.
 
     read(field, "trainer.steps", "1e3")            1000
     read(field, "run_dir", "runs/x,model=sw")      "runs/x,model=sw": text is taken as it is typed
@@ -35,7 +35,7 @@ def kind_of(item: dataclasses.Field[Any]) -> str:
 
 
 def read(item: dataclasses.Field[Any], name: str, text: str) -> Any:
-    """The value that `text` gives to a setting. An integral number such as 1e3 is a whole number.
+    """The value that `text` gives to a setting. An integral number such as 1e3 is accepted as an int.
 
     Raises:
         ConfigError: it is not of the setting's type.
@@ -70,7 +70,7 @@ def scalar(kind: str, text: str) -> Any:
 
 
 def whole(text: str) -> int:
-    """An integer, also as 1e6 or 4.0. Raises ValueError or OverflowError if it is none."""
+    """An integer, possibly written as 1e6 or 4.0. Raises ValueError or OverflowError if it is not one."""
     try:
         return int(text)
     except ValueError:
@@ -92,13 +92,13 @@ def _list(item: dataclasses.Field[Any], name: str, text: str) -> list[Any] | Non
     if item.metadata.get("paths"):
         return split_paths(text)
     if kind_of(item) == "list[str]" and not text.strip().startswith("["):
-        return [unquoted(text)]  # one text, whose commas are its own
+        return [unquoted(text)]  # one string, whose commas are part of it
     entries = [scalar(kind_of(item)[5:-1], entry) for entry in split(text)]
     return None if None in entries else entries
 
 
 def split(text: str) -> list[str]:
-    """The entries of '[a,b]' or 'a', as they are typed; commas within quotes or brackets divide nothing."""
+    """The entries of '[a,b]' or 'a', as they are typed; commas within quotes or brackets do not separate."""
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
@@ -107,7 +107,7 @@ def split(text: str) -> list[str]:
         if quote:
             quote = "" if char == quote else quote
         elif char in QUOTES and not entries[-1].strip() and char in text[place + 1 :]:
-            quote = char  # an apostrophe within a name opens nothing
+            quote = char  # an apostrophe within a name opens no quotation
         depth += (char in "[{(") - (char in ")}]")
         if char == "," and not quote and depth <= 0:
             entries.append("")
@@ -133,7 +133,7 @@ def split_paths(text: str) -> list[str]:
 def expand(paths: list[str], *, holding: str) -> list[str]:
     """Paths of folders with wildcards expanded, sorted within each pattern.
 
-    A path that exists as it is typed is no pattern, and a pattern that matches nothing stays.
+    A path that exists exactly as typed is not treated as a pattern, and a pattern that matches nothing is kept.
 
     Args:
         holding: a file that a folder must hold for a pattern to match it.

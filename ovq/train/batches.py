@@ -1,4 +1,4 @@
-"""What the training loop asks of its data, so that it depends on no loader in particular."""
+"""The interface that the training loop expects of its data, so that it does not depend on a particular loader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MicroBatch(Protocol):
     cu_seqlens: Tensor | None
     documents: list[str]
     counts: dict[str, int]
-    sources: list[str]  # of each row, if the data are a mixture
+    sources: list[str]  # data set of each row, if the data are a mixture
 
     def token_hash(self) -> int: ...
 
@@ -59,12 +59,12 @@ def loss_by_source(loss: Tensor, sources: list[str], names: list[str]) -> list[T
     """The loss of the rows of each data set of a mixture.
 
     Args:
-        loss: of each token [B, T]; anything if there are no names.
-        sources: the data set of each row, or of each of equal stretches of the rows end to end.
+        loss: per token [B, T]; its values are ignored if there are no names.
+        sources: the data set of each row, or of each of several equal parts of the concatenated rows.
         names: the data sets of the mixture.
 
     Returns:
-        A scalar for each name, float32, detached. No step of this waits for the device.
+        A scalar for each name, float32, detached. The host does not wait for the device.
     """
     rows = [row.sum().float() for row in loss.detach().view(len(sources), -1)] if names else []
     zero = torch.zeros((), device=loss.device)

@@ -8,14 +8,14 @@
     run_dir/checkpoints/aside_...         damaged, or newer than the checkpoint that resume= named; yours to remove
 
 - A checkpoint is written to `saving_`, flushed to the disk, hashed, and only then renamed. `latest` moves after that
-  and older checkpoints are removed last, so at no moment is the newest good one missing or half written. What a kill
-  between these leaves undone is done at the next start.
-- `save` copies tensors to CPU memory and returns; a thread writes, over a process group of its own, so that no rank
-  waits in the training step while another writes. An error there is raised on every rank by the next `save` or `wait`.
+  and older checkpoints are removed last, so the newest good one is never missing or half written. What a kill in
+  between leaves undone is done at the next start.
+- `save` copies tensors to CPU memory and returns; a background thread writes, with its own process group, so that no
+  rank waits in the training step while another writes. The next `save` or `wait` raises its errors on every rank.
 - Weights or moments that are not finite are never saved.
-- Parameters, moments and averaged weights (`optim.ema`) are stored by name and global position: another number of
-  processes, or another way of sharding, loads them.
-- Loading runs nothing that a file names (`checkpoint_files`).
+- Parameters, moments and averaged weights (`optim.ema`) are stored by name and global position: any number of
+  processes, sharded in any way, can load them.
+- Loading never runs code that a file names (`checkpoint_files`).
 
     python -m ovq.train.checkpoint verify DIR    a checkpoint, or all of a run folder; exit status 1 if one is damaged
     python -m ovq.train.checkpoint list RUN      the checkpoints of a run folder
@@ -70,9 +70,9 @@ from ovq.train.checkpoint_files import hold as hold
 from ovq.train.checkpoint_files import step_of as step_of
 from ovq.train.ema import WeightAverage
 
-FAILED = (Exception, dcp.CheckpointException)  # the latter is no Exception
+FAILED = (Exception, dcp.CheckpointException)  # the latter is not a subclass of Exception
 
-# A lone process has no process group, and needs none.
+# A single process has no process group, and needs none.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -81,7 +81,7 @@ class Checkpointer:
 
     Args:
         run_dir: the run folder, on a file system that all ranks share.
-        keep_last: complete checkpoints left on the disk.
+        keep_last: number of complete checkpoints to keep on disk.
         asynchronous: write in a thread; False: `save` returns when the checkpoint is complete.
     """
 
@@ -91,7 +91,7 @@ class Checkpointer:
         self.last: Path | None = None  # the newest complete one that this process has saved or resumed from
         self._group = processes.background_group()
         self._writing: concurrent.futures.Future[Path] | None = None
-        self._began = 0.0  # of the save that is being written
+        self._began = 0.0  # when the save that is being written began
 
     def save(
         self,
@@ -104,7 +104,7 @@ class Checkpointer:
         """Save the state after `step`, with `extra` (plain values) and every rank's random-number generators.
 
         Raises:
-            CheckpointError: this one, or the one before it in the background, could not be written.
+            CheckpointError: this checkpoint, or the previous one in the background, could not be written.
             TrainingError: a weight or a moment is not finite; nothing was written.
         """
         self.wait()
@@ -118,7 +118,7 @@ class Checkpointer:
                 scratch.mkdir(parents=True)
             except OSError as error:
                 trouble = reason(error)
-        # Also the point before which no rank writes into the folder.
+        # Also a barrier: before it, no rank writes into the folder.
         ranks = processes.gather_objects((trouble, processes.rng_state()))
         if ranks[0][0]:
             raise self._failure(step, ranks[0][0])
@@ -134,7 +134,7 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written on any rank. Raises what went wrong with it, once. A collective."""
+        """Wait until no rank is writing any more. Raises the error of the last save, if any, once. A collective."""
         writing, self._writing = self._writing, None
         if writing is not None:
             while not processes.done_everywhere(writing):
@@ -179,7 +179,7 @@ class Checkpointer:
         return self.root / name_of(step)
 
     def _complete(self, step: int, extra: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-        """Rank 0: what belongs to all ranks, the manifest, the rename, `latest`, and last the removal of old ones."""
+        """On rank 0: write what all ranks share and the manifest, rename, move `latest`, and last remove old ones."""
         scratch, final = self.root / f"saving_{name_of(step)}", self.root / name_of(step)
         torch.save(extra, scratch / EXTRA)
         files |= fingerprints(scratch, EXTRA) | fingerprints(scratch, METADATA)
@@ -207,7 +207,7 @@ class Checkpointer:
 
 
 def rename(scratch: Path, final: Path) -> None:
-    """Give a finished checkpoint its name, on the disk too."""
+    """Give a finished checkpoint its final name, and sync the rename to disk."""
     os.replace(scratch, final)
     sync(final.parent)
 
@@ -223,7 +223,7 @@ def nonfinite(model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> l
             local = value.to_local() if hasattr(value, "to_local") else value
             if local.numel():
                 names.append(name)
-                # Both extremes are NaN if any element is. No temporary of the tensor's size, unlike isfinite of it.
+                # Both extremes are NaN if any element is. Unlike isfinite, this needs no temporary of the full size.
                 finite.append(torch.isfinite(torch.stack(local.detach().aminmax())).all())
     if not names:
         return []
@@ -232,7 +232,7 @@ def nonfinite(model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> l
 
 
 def ways_on(last: Path | None) -> str:
-    """What to do once training has diverged, for messages. A run folder keeps its settings; others need a new one."""
+    """What to do after training diverged, for messages. A run folder keeps its settings; new ones need a new folder."""
     change = "with a lower optim.lr or another trainer.grad_clip"
     if last is None:
         return f"there is no checkpoint yet. Start again {change} and another run_dir"
@@ -253,11 +253,11 @@ def load(
     *,
     weights: str = "trained",
 ) -> dict[str, Any]:
-    """Load a verified checkpoint into the model, the optimizer and the averaged weights, however sharded; returns
-    `extra` of its save.
+    """Load a verified checkpoint into the model, the optimizer and the averaged weights, however sharded; returns the
+    `extra` that was saved with it.
 
-    Without an optimizer (evaluation), only the weights are read. Settings of the optimizer stay those it was built
-    with. `extra` has two more entries: "rng", the states of the random-number generators of each rank that saved, and
+    Without an optimizer (evaluation), only the weights are read. The optimizer keeps the settings that it was built
+    with. `extra` has two more entries: "rng", the random-number generator states of each rank that saved, and
     "checkpoint", the path.
 
     Args:
@@ -265,7 +265,7 @@ def load(
         weights: "trained", or "ema": the model gets the averaged weights.
 
     Raises:
-        CheckpointError: it belongs to another model or optimizer, has no averaged weights, or holds something other
+        CheckpointError: it belongs to a different model or optimizer, has no averaged weights, or holds something other
             than data.
     """
     path = Path(path)
@@ -306,10 +306,10 @@ def load(
 
 
 def _asked_of(optimizer: torch.optim.Optimizer | None, own: dict[str, Any], stored: set[str]) -> dict[str, Any]:
-    """The part of an optimizer's state that a checkpoint is asked for: all but the settings that the config gives.
+    """The part of an optimizer's state to read from a checkpoint: all but the settings that the config determines.
 
-    Those are all entries of its groups, unless the optimizer names them in `configured`: one of the user's own may keep
-    state in its groups, too.
+    Those are all entries of its groups, unless the optimizer lists them in `configured`: a user's own optimizer may
+    keep state in its groups, too.
     """
     if optimizer is None:
         return {}

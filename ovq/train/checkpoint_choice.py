@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and the repair of what a killed process left in the folder."""
+"""Choose the checkpoint that a run resumes from, and clean up what a killed process left in the folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ORIGIN = "origin.json"
 class Origin:
     """The checkpoint that a run branched from: the path that resume= gave, the folder it led to, and its step.
 
-    Paths are absolute, but a folder beside the record is a name, so that a run folder can be moved.
+    Paths are absolute, but a checkpoint next to the record is stored by name, so that a run folder can be moved.
     """
 
     given: str
@@ -43,17 +43,17 @@ def choose(run_dir: Path | str, resume: str = "auto", keep_last: int | None = No
 
     - "auto": the newest one in the run folder whose files match its manifest. Damaged newer ones are named in a warning
       and set aside. A run that branched from a checkpoint elsewhere and has none of its own yet starts from that.
-    - a checkpoint's folder, or a run's, whose newest is taken: the run branches from it. Checkpoints of the run folder
-      that are not older are set aside.
+    - a checkpoint's folder, or a run's, whose newest is used: the run branches from it. Other checkpoints of this run
+      folder are set aside, unless the one named is among them and they are older.
       The branch is recorded: the same command started again resumes from the newest checkpoint made since.
     - "never": none.
 
-    Also locks the run folder for this process, and repairs what a kill has left: partial saves, temporary files, a
+    Also locks the run folder for this process, and cleans up what a kill has left: partial saves, temporary files, a
     stale `latest`, and checkpoints beyond the newest `keep_last` (None: all stay).
 
     Raises:
-        CheckpointError: the named one is damaged; all of the folder's are, or were set aside; or another process
-            trains in this run folder.
+        CheckpointError: the named checkpoint is damaged; all in the folder are damaged, or were set aside; or another
+            process trains in this run folder.
     """
     return processes.on_main(lambda: _choose(Path(run_dir) / "checkpoints", resume, keep_last))
 
@@ -90,7 +90,7 @@ def newest_good(candidates: list[Path]) -> tuple[Path | None, dict[Path, Checkpo
 def _to_resume_from(root: Path) -> Path | None:
     candidates, origin = named(root), read_origin(root)
     if origin and root / origin.checkpoint not in candidates:
-        # What is in the folder and not newer belongs to another history.
+        # Checkpoints in the folder that are not newer than the origin belong to another history.
         candidates = [root / origin.checkpoint, *(path for path in candidates if step_of(path) > origin.step)]
     path, damaged = newest_good(candidates)
     if path:
@@ -130,13 +130,13 @@ def _branch(root: Path, resume: str) -> Path | None:
     for own in named(root):  # what is not part of the branch's history must not be counted, or called intact
         if own.resolve() != path and (elsewhere or step_of(own) >= step):
             print(f"resuming from step {step}: {own} is set aside as {set_aside(own)}", file=sys.stderr, flush=True)
-    # Last, so that a kill before this line makes the same branch again.
+    # Last, so that after a kill before this line, the same command branches again.
     write_whole(root / ORIGIN, json.dumps(asdict(Origin(given, stored, step)), indent=1) + "\n")
     return path
 
 
 def _checkpoint_at(path: Path) -> Path:
-    """A checkpoint's folder, or the newest one of the run folder that `path` is."""
+    """`path` itself or, if it is a run folder, its newest complete checkpoint."""
     own = complete(path / "checkpoints") if (path / "config.yaml").is_file() else []
     return own[-1] if own else path
 
@@ -160,7 +160,7 @@ def read_origin(root: Path) -> Origin | None:
 
 
 def point_latest(root: Path) -> None:
-    """Make `latest` the newest complete checkpoint, atomically; remove it where there is none."""
+    """Make `latest` a link to the newest complete checkpoint, atomically; remove it if there is none."""
     kept, latest, link = complete(root), root / LATEST, root / f"saving_{LATEST}"
     link.unlink(missing_ok=True)
     if not kept:

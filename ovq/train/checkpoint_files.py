@@ -1,7 +1,7 @@
-"""Checkpoints as files: names, manifests and verification, locks, and reading without running anything.
+"""Checkpoints as files: names, manifests and verification, locks, and reading without running code.
 
 Everything here treats a checkpoint as data that may come from anyone. The SHA-256 sums in a manifest detect damage;
-they do not authenticate, so pickled parts are read by unpicklers that construct a fixed set of types only.
+they do not authenticate, so pickled parts are read by unpicklers that construct only a fixed set of types.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def complete(root: Path) -> list[Path]:
 
 
 def find(folder: Path) -> list[Path]:
-    """The checkpoint that `folder` is, or those of the run folder or checkpoints folder that it is, oldest first."""
+    """`folder` itself if it is a checkpoint, else the checkpoints in this run or checkpoints folder, oldest first."""
     if folder.name.startswith(("step_", "aside_")) or (folder / MANIFEST).exists():
         return [folder]
     return complete(folder / "checkpoints") or complete(folder)
@@ -129,7 +129,7 @@ def hold(root: Path) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Keep `prune`, in whatever process, from removing a checkpoint while it is read. Needs read permission only."""
+    """Keep `prune`, in any process, from removing a checkpoint while it is being read. Needs only read permission."""
     with _locked(path, fcntl.LOCK_SH):
         yield
 
@@ -187,7 +187,7 @@ def write_manifest(folder: Path, step: int, files: dict[str, dict[str, Any]], se
 
 
 def manifest_text(content: dict[str, Any]) -> str:
-    """The canonical text of a manifest, which ends with a hash of the rest: any other byte in the file is damage."""
+    """The canonical text of a manifest, which ends with a hash of the rest: any byte that differs is damage."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest).encode()).hexdigest()
     return json.dumps({**rest, "sha256": digest}, indent=1) + "\n"
@@ -236,7 +236,7 @@ def _verified(path: Path) -> dict[str, Any]:
 
 # --- reading pickled parts as data -----------------------------------------------------------------------------------
 
-# What torch.distributed.checkpoint puts into `.metadata`. Nothing on this list has effects when it is called.
+# What torch.distributed.checkpoint puts into `.metadata`. Nothing on this list has side effects when called.
 _METADATA_GLOBALS = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -272,7 +272,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reads tensors and metadata of torch.distributed.checkpoint, without the arbitrary pickle of its own reader."""
+    """Reads tensors and metadata like torch.distributed.checkpoint's own reader, but unpickles no arbitrary types."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The content of `.metadata`.
@@ -342,7 +342,7 @@ def _refused(path: Path, name: str) -> CheckpointError:
 
 
 class Writer(dcp.FileSystemWriter):
-    """Reports what failed on this rank by its root cause.
+    """Reports a failure on this rank by its root cause.
 
     Exceptions lose their causes on the way to rank 0, and a full disk would arrive there as PyTorch's complaint about a
     file position.

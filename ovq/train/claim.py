@@ -1,7 +1,7 @@
-"""A run and its folder: which folder is refused, and when a run makes one its own.
+"""A run and its folder: which folder is refused, and when a run claims one.
 
-`check_same_run` comes first, before anything is built; `claim` last before the first step, when the model fits, the
-data are those of the checkpoint and all files are found. A start that fails between them leaves a folder as it was.
+`check_same_run` comes first, before anything is built; `claim` comes last before the first step, once the model fits,
+the data match the checkpoint and all files are found. A start that fails between them leaves the folder unchanged.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def _hold_and_check(run_dir: Path, cfg: Config) -> bool:
     if problem := unwritable(run_dir):
         raise ConfigError(problem)
     hold(run_dir / "checkpoints")  # before any file of a run in progress is touched
-    if not (run_dir / "config.yaml").exists():  # a branch that came to nothing must not decide about the next start
+    if not (run_dir / "config.yaml").exists():  # a branch that never began must not affect the next start
         (run_dir / "checkpoints" / ORIGIN).unlink(missing_ok=True)
     return same_run(run_dir, cfg)
 
 
 def same_run(run_dir: Path, cfg: Config) -> bool:
-    """Whether the folder holds steps of this run. Reads only.
+    """Whether the folder holds steps of this run. Writes nothing.
 
     Raises:
         ConfigError: it holds steps of a run with other settings or, with resume=never, checkpoints.
@@ -52,7 +52,7 @@ def same_run(run_dir: Path, cfg: Config) -> bool:
         return False
     if not (saved or read_rows(run_dir / "metrics.jsonl")) or not (run_dir / "config.yaml").exists():
         return False
-    # What is read is compared by its content where a checkpoint holds that: when the loader resumes.
+    # If there is a checkpoint, the data are compared by content, not by settings, when the loader resumes.
     changed = identity.changed(config.load(run_dir), cfg, contents=not saved)
     if changed:
         raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")
@@ -60,15 +60,15 @@ def same_run(run_dir: Path, cfg: Config) -> bool:
 
 
 def saved_in(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run folder, those set aside included."""
+    """Checkpoints of a run folder, including those set aside."""
     return [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "checkpoints").glob("aside_step_*")]
 
 
 def claim(run_dir: Path, cfg: Config, tokenizer: Any) -> None:
-    """Make the folder this run's: its config and its tokenizer. Collective."""
+    """Claim the folder for this run: store its config and its tokenizer there. Collective."""
 
     def store() -> None:
-        (run_dir / FILE).unlink(missing_ok=True)  # or a process waiting for it would take that of an earlier run
+        (run_dir / FILE).unlink(missing_ok=True)  # or a process waiting for it would read that of an earlier run
         tokenizer.save(run_dir / "tokenizer")
         config.save(cfg, run_dir)
 
@@ -76,7 +76,7 @@ def claim(run_dir: Path, cfg: Config, tokenizer: Any) -> None:
 
 
 def unwritable(run_dir: Path) -> str:
-    """Why nothing can be written in a run folder, in a line; empty if it can as far as is known."""
+    """Why nothing can be written to a run folder, as one line; empty if no reason is known."""
     place = run_dir / "checkpoints"
     while not place.exists() and place.parent != place:
         place = place.parent
@@ -90,7 +90,7 @@ def unwritable(run_dir: Path) -> str:
 
 
 def elsewhere(run_dir: Path, cfg: Config) -> str:
-    """A line for rank 0 if the folder is new and named after the command line, but another has steps of this run."""
+    """A line for rank 0 if the folder is new and named after the command line, but another folder holds this run."""
     if rank() or cfg.run_dir or cfg.resume != "auto" or saved_in(run_dir):
         return ""
     for folder, step in identity.twins(cfg, run_dir):

@@ -17,9 +17,9 @@ class WeightAverage:
 
         average = d_n average + (1 - d_n) weights after step n,    d_n = min(decay, (n - 1) / (n + 9))
 
-    The average of a young run spans the last tenth of its steps and so forgets the initial weights; it begins with the
-    weights after step 1. It is a function of the weights and of n alone, so that a resumed run continues it exactly. It
-    takes 4 bytes a parameter. Learned buffers (VQ's codebook) are averages already, and are not averaged again.
+    Early in a run, the average spans the last tenth of the steps so far, and so forgets the initial weights; it starts
+    from the weights after step 1. It depends only on the weights and on n, so that a resumed run continues it exactly.
+    It takes 4 bytes per parameter. Learned buffers (VQ's codebook) are averages already, and are not averaged again.
 
     Attributes:
         weights: the average, by parameter name.
@@ -31,14 +31,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def restart(self, model: nn.Module) -> None:
-        """Begin again with the model's weights, as after resuming a run that kept no average."""
+        """Restart from the model's weights, as after resuming a run that kept no average."""
         for name, p in model.named_parameters():
             local(self.weights[name]).copy_(local(p))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, bad: Tensor) -> None:
-        """Take up the weights after `step` (from 1), or nothing if `bad` (bool scalar on the device) is true; the host
-        does not wait."""
+        """Update the average with the weights after `step` (from 1), unless `bad` (bool scalar on the device) is true;
+        the host does not wait."""
         decay = min(self.decay, (step - 1) / (step + 9))
         share = torch.where(bad, 0.0, 1.0 - decay)
         for name, p in model.named_parameters():
@@ -47,8 +47,8 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Within the `with` block the model has the averaged weights; afterwards its own, to the last bit."""
-        reshard(model)  # what a forward pass has gathered must not be used for the other weights
+        """Give the model the averaged weights within the `with` block, and its own, bit for bit, afterwards."""
+        reshard(model)  # parameters gathered by an earlier forward pass must not be used after the swap
         self._swap(model)
         try:
             yield
@@ -73,6 +73,6 @@ def evaluated_weights(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, without its history."""
+    """This process's shard of a tensor, detached from the autograd graph."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,11 +1,11 @@
-"""Sequences divided over ranks whose heads are too few to divide: each rank hands a layer's state on to the next.
+"""Context parallelism where the ranks cannot divide a mixer's heads: each rank hands the layer's state to the next.
 
-Rank r mixes its T/R tokens from the state that rank r - 1 has carried to them, and hands its own on; in the backward
-pass the gradients of the states go back. The ranks of a sequence wait for each other for one row of one layer only: a
-rank goes on with the next row and the next layer while the one behind it begins.
+Rank r mixes its T/R tokens starting from the state after the tokens of rank r - 1, and hands on its own; in the
+backward pass the gradients of the states travel back. The ranks of a sequence wait for each other for only one row of
+one layer: a rank continues with the next row and the next layer while the rank after it begins.
 
-Any mixer whose state carries gradients (`SequenceMixer.differentiable_state`) can be shared so, with the results of one
-rank: its pieces are those of a stream.
+This works for any mixer whose state carries gradients (`SequenceMixer.differentiable_state`), with the same results as
+on one rank: the ranks' tokens are the consecutive pieces of a stream.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ovq.processes import Axis
 
 
 def hand_over(mixer: SequenceMixer, axis: Axis) -> None:
-    """From now on, let the mixer begin with the state of the rank before and hand its own on, in training.
+    """From now on, in training, make the mixer start from the previous rank's state and hand its own to the next rank.
 
-    A row at a time, so that the next rank can begin after the first one. The mixer's `forward` raises ConfigError for
-    packed documents, and if its backend has no gradient of a carried state.
+    It does so one row at a time, so that the next rank can begin after the first row. The mixer's `forward` raises
+    ConfigError for packed documents, and if its backend has no gradient for a carried state.
 
-    In evaluation, where pieces follow each other with a state of their own, every rank mixes the tokens of all and
+    In evaluation, where successive pieces carry a state of their own, every rank mixes the tokens of all ranks and
     keeps its own outputs.
     """
     forward = mixer.forward
-    # What the states that arrive look like, by what they were made from, and of which the next rank was told: both are
-    # the same in every step.
+    # Shapes and dtypes of the states that arrive, by those of the input; and those of the inputs for which the next
+    # rank has been told. Both are the same in every step.
     known: dict[Any, Any] = {}
     told = set[Any]()
 
@@ -85,7 +85,7 @@ def hand_over(mixer: SequenceMixer, axis: Axis) -> None:
 
 
 class _Take(torch.autograd.Function):
-    """The tensors that the rank before gives; their gradients go back to it. `x` only ties them to the graph."""
+    """The tensors that the previous rank sends; their gradients go back to it. `x` only ties them to the graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, like: list[Tensor]) -> tuple[Tensor, ...]:
@@ -102,7 +102,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Give(torch.autograd.Function):
-    """Gives tensors to the next rank, which sends their gradients; returns y, to which it ties that."""
+    """Sends tensors to the next rank, which returns their gradients; ties this to the graph through the returned y."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, axis: Axis, *leaves: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class _Give(torch.autograd.Function):
         return dy, None, *gradients
 
 
-_ON_THEIR_WAY: deque[tuple[Any, Tensor]] = deque()  # messages, which must stay in memory until they have arrived
+_ON_THEIR_WAY: deque[tuple[Any, Tensor]] = deque()  # sends, whose messages must stay in memory until they have arrived
 MOST = 4
 
 
@@ -147,7 +147,7 @@ def _receive_object(axis: Axis) -> Any:
 
 
 def _neighbour(axis: Axis, step: int) -> int:
-    """The number among all processes of the rank `step` after this one on the axis."""
+    """The global rank of the process `step` places after this one on the axis."""
     rank = axis.rank + step
     return rank if axis.group is None else dist.get_global_rank(axis.group, rank)
 
@@ -157,6 +157,6 @@ def _bytes(like: Sequence[Tensor]) -> int:
 
 
 def _unpacked(message: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Tensors as `like` from their bytes; copies, since a part may begin at any byte."""
+    """Tensors like those of `like`, from their bytes; copies, since a part may begin at any byte."""
     parts = message.split([leaf.numel() * leaf.itemsize for leaf in like])
     return tuple(part.clone().view(leaf.dtype).view(leaf.shape) for part, leaf in zip(parts, like))

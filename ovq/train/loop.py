@@ -1,11 +1,11 @@
-"""The training loop. `Trainer.train_step` tells the whole story of a step, `Trainer.fit` that of a run.
+"""The training loop. `Trainer.train_step` is one step from beginning to end, `Trainer.fit` a whole run.
 
 - A step's loss is divided once, by the number of valid tokens in the step over all ranks and micro-batches.
 - The host waits for the device only every `trainer.log_every` steps, yet every step has its line in metrics.jsonl.
   The device itself decides whether a step is finite, and leaves parameters and moments unchanged if it is not.
 - Ranks agree on stopping: a signal to any process ends all of them after the same step, with a checkpoint, and `fit`
   returns (train.py then exits with status 0; a run is finished only once summary.json exists).
-- A checkpoint precedes the evaluation of its step, so an interrupted evaluation is repeated at resume.
+- A checkpoint is saved before its step is evaluated, so an interrupted evaluation is repeated at resume.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ovq.train.slow_ranks import SlowRanks
 from ovq.train.stop import StopSignal
 from ovq.train.summary import recorded
 
-GARBAGE_EVERY = 100  # steps; left to Python, collections would pause ranks at different moments
+GARBAGE_EVERY = 100  # steps; if left to Python, garbage collection would pause ranks at different times
 
 Evaluate = Callable[[Transformer, int, Callable[[], bool]], "dict[str, float] | None"]
 
@@ -53,7 +53,7 @@ Evaluate = Callable[[Transformer, int, Callable[[], bool]], "dict[str, float] | 
 @dataclass
 class StepRecord:
     """A step whose results may still be on the device: `results` is [loss, z-loss, aux loss, gradient norm, bad], then
-    the parts of the loss that the data sets of a mixture have."""
+    each data set's part of the loss, if the data are a mixture."""
 
     step: int
     results: Tensor
@@ -191,7 +191,7 @@ class Trainer:
         self.optimizer.zero_grad()
         micro_batches = self._fetch(batches)
         agreed = self._agree_on_data(micro_batches)
-        if agreed is None:  # told to stop while a rank waited for data: this step is not made
+        if agreed is None:  # told to stop while a rank waited for data: this step is not taken
             self.loader.rewind()
             return
         valid, token_hash, counts = agreed
@@ -250,9 +250,9 @@ class Trainer:
         return torch.stack([*sums, *by_source])
 
     def _agree_on_data(self, micro_batches: list[MicroBatch]) -> tuple[int, str, dict[str, int]] | None:
-        """Labels, hash of the tokens and counts of the step over all ranks; None if one lacks a micro-batch.
+        """Number of labels, token hash and counts of the step over all ranks; None if a rank lacks a micro-batch.
 
-        On the CPU, without a device synchronisation.
+        Computed on the CPU, without synchronising with the device.
         """
         own = micro_batches if self.world.context.rank == 0 else []  # all ranks of a context axis hold the same rows
         valid = sum(int((batch.targets != -100).sum()) for batch in own)
@@ -273,7 +273,7 @@ class Trainer:
             return
         records, self.pending = self.pending, []
         fetched = torch.stack([record.results for record in records]).tolist()  # the host waits for the device here
-        each = self.cfg.trainer.global_batch * self.cfg.trainer.context  # tokens of a step
+        each = self.cfg.trainer.global_batch * self.cfg.trainer.context  # tokens per step
         tokens = len(records) * each
         elapsed = max(1e-9, time.perf_counter() - self._window)
         speed = {"tokens_per_s": round(tokens / elapsed, 1), "data_wait": round(self._data_wait / elapsed, 4)}
@@ -329,13 +329,13 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Save a checkpoint of this step unless there is one."""
+        """Save a checkpoint of this step, unless there already is one."""
         if self.saved_step == self.step:
             return
         self.flush()  # raises if a step was not finite: such a state must never be saved
         self.metrics.sync()
         states = processes.gather_objects(self.loader.state_dict())
-        data = self.merge_states(states[:: self.world.context.size])  # one of each set of ranks that hold the same rows
+        data = self.merge_states(states[:: self.world.context.size])  # one per set of ranks with the same rows
         extra = {
             "step": self.step,
             "tokens": self.tokens,
@@ -385,7 +385,7 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
 
     def summary(self) -> dict[str, Any]:
-        """The outcome of the run; losses and evaluation include steps made by earlier processes."""
+        """The outcome of the run; losses and evaluation include steps taken by earlier processes."""
         return {
             "step": self.step,
             "stopped_by": (self.signal.name or "a signal to another process") if self.stopping else None,

@@ -2,7 +2,7 @@
 
 metrics.jsonl has one line per training step, {"step": n, "loss": ...}, and one line per evaluation, whose keys begin
 with "eval/". It is the record that survives: after a resume there is still exactly one line per step. Reporting never
-stops training: lines that a full disk refuses are kept and written once there is room.
+stops training: lines that do not fit on a full disk are kept in memory and written once there is room.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ovq.config import Config, to_dict
 from ovq.errors import one_line
 from ovq.files import write_whole
 
-QUITS = (Exception, SystemExit)  # what wandb may raise: where it lacks a key it may end the process
+QUITS = (Exception, SystemExit)  # what wandb may raise: without an API key it may exit the process
 
 
 class Metrics:
     """The run's log. Every rank may hold one; only the main one writes.
 
     Args:
-        run_dir: where metrics.jsonl lies.
+        run_dir: the folder that holds metrics.jsonl.
         cfg: logger settings, and the config shown in the logger.
         main: whether this rank writes.
         start_step: the step of the checkpoint resumed from (0: a new run). Lines of later steps are dropped, as those
@@ -41,7 +41,7 @@ class Metrics:
         self.main = main
         self._file: io.FileIO | None = None
         self._unwritten = b""
-        self._logger: Any = None  # a wandb run, or what logs and finishes as one does
+        self._logger: Any = None  # a wandb run, or an object with the same `log` and `finish`
         self._logger_name = cfg.logger.name
         if not main:
             return
@@ -75,7 +75,7 @@ class Metrics:
             self._logger = None
 
     def _write(self, line: bytes) -> None:
-        """Write this after what could not be written before; a line that is cut short is completed the next time."""
+        """Write a line after any that could not be written before; one that is cut short is completed the next time."""
         assert self._file is not None
         waited = bool(self._unwritten)
         self._unwritten += line
@@ -149,7 +149,7 @@ def _flaws(rows: list[dict[str, Any]], damaged: int, last_step: int) -> str:
 
 
 def start_wandb(run_dir: Path, cfg: Config) -> Any:
-    """A Weights & Biases run that a resumed job continues; None after a warning, as logging never stops training."""
+    """A Weights & Biases run, which a resumed job continues; None, with a warning, if it fails: training goes on."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
@@ -172,7 +172,7 @@ def start_wandb(run_dir: Path, cfg: Config) -> Any:
 
 
 class TensorBoard:
-    """run_dir/tensorboard, with the names of metrics.jsonl. A resumed job hides the steps that it will repeat."""
+    """Logs to run_dir/tensorboard with metrics.jsonl's names. A resumed job hides the steps that it will repeat."""
 
     def __init__(self, run_dir: Path, cfg: Config, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -189,7 +189,7 @@ class TensorBoard:
 
 
 def start_tensorboard(run_dir: Path, cfg: Config, start_step: int) -> TensorBoard | None:
-    """A log for TensorBoard (an optional extra); None after a warning, as logging never stops training."""
+    """A log for TensorBoard (an optional extra); None, with a warning, if it fails: logging never stops training."""
     try:
         return TensorBoard(run_dir, cfg, start_step)
     except ImportError:
@@ -201,7 +201,7 @@ def start_tensorboard(run_dir: Path, cfg: Config, start_step: int) -> TensorBoar
 
 
 def show_in_wandb(name: str, picture: Path, rows: list[dict[str, Any]], step: int | None = None) -> None:
-    """Log a picture and the table behind it to the Weights & Biases run that this process has open, if there is one.
+    """Log a picture and the table behind it to this process's open Weights & Biases run, if there is one.
 
     Args:
         step: the run's step; None for a run that was reopened after its end, which accepts no earlier step.

@@ -14,31 +14,31 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, _adjust_lr, 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan, https://kellerjordan.github.io/posts/muon) for groups with "muon": True, AdamW for the others.
 
-    A step of a matrix W with gradient G at rate lr, as in `torch.optim.Muon`, to which it is equal bit by bit:
+    The step for a matrix W with gradient G at learning rate lr, which equals that of `torch.optim.Muon` bit for bit:
 
         B = momentum B + (1 - momentum) G
         W = (1 - lr weight_decay) W - lr scale(W) orthogonalised((1 - momentum) G + momentum B)
 
-    Unlike it, this also takes matrices that FSDP has sharded. `torch.optim.Muon` would run each product of the
-    Newton-Schulz iteration on shards, each with collectives of its own and sums that are rounded to bf16 in another
-    order. Here the momentum stays sharded; every process gathers the whole of one matrix after another, orthogonalises
-    it in bf16, and keeps its own rows: one collective a matrix, and from the same momentum the same update on any
-    number of processes. (Gradients are summed in another order there. The iteration enlarges such differences in
-    directions that bf16 hardly resolves, to about 1% of a matrix after a few steps.)
+    Unlike that class, this one also accepts matrices sharded by FSDP. `torch.optim.Muon` would run each product of
+    the Newton-Schulz iteration on shards, with its own collectives and sums rounded to bf16 in a different order.
+    Here the momentum stays sharded; every process gathers one whole matrix after another, orthogonalises it in bf16,
+    and keeps its own rows: one collective per matrix, and the same update from the same momentum on any number of
+    processes. (Gradients are summed in an order that depends on that number. The iteration amplifies such differences
+    in directions that bf16 hardly resolves, to about 1% of a matrix after a few steps.)
 
     Whether a step is skipped is decided on the host (`step_unless`), which therefore waits for the device in each step.
 
     Args:
-        groups: parameter groups with "weight_decay" and "muon"; those of Muon hold 2-D parameters only.
+        groups: parameter groups with "weight_decay" and "muon"; those for Muon hold only 2-D parameters.
         lr: learning rate, which `step_unless` sets in each step.
         betas, eps, fused: of AdamW.
         momentum: decay rate of the momentum B.
         ns_steps: Newton-Schulz iterations.
         adjust_lr: scale(W): "original", sqrt(max(1, rows / columns)), or "match_rms_adamw", 0.2 sqrt(max(rows,
-            columns)), with which AdamW's learning rate and weight decay fit (arXiv 2502.16982, section 2.2).
+            columns)), for which AdamW's learning rate and weight decay are suitable (arXiv 2502.16982, section 2.2).
 
     Raises:
-        ValueError: a parameter of Muon that is not a matrix.
+        ValueError: a parameter in a group for Muon is not a matrix.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: Tensor, ns_steps: int) -> Tensor:
-    """Nearly U V^T of the singular value decomposition U S V^T of a matrix, in bf16, sharded as the matrix is."""
+    """Approximately U V^T, for a matrix with singular value decomposition U S V^T; in bf16, sharded like the matrix."""
     coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
     if not isinstance(matrix, DTensor):
         return _zeropower_via_newtonschulz(matrix, coefficients, ns_steps, EPS)

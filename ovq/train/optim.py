@@ -28,7 +28,7 @@ def build_optimizer(model: Transformer, cfg: Config) -> torch.optim.Optimizer:
     `optim.custom`, called as cls(groups, lr=optim.lr, **settings).
 
     Raises:
-        ConfigError: a custom optimizer or schedule cannot be used, or the optimizer has no weight decay; a pattern that
+        ConfigError: a custom optimizer or schedule cannot be used, the optimizer has no weight decay, or a pattern
             matches no parameter.
     """
     optim, groups = cfg.optim, parameter_groups(model, cfg)
@@ -64,18 +64,18 @@ def _custom(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
     optimizer = instantiate(settings, torch.optim.Optimizer, "optim.custom", groups)  # type: ignore[type-abstract]
     if any("lr" not in group for group in optimizer.param_groups):
         raise ConfigError(f"optim.custom: {target} has no learning rate 'lr' that a schedule could set")
-    # The rest of a group may be its state (a step count, an estimate), which a checkpoint restores.
+    # The other entries of a group may be state (a step count, an estimate), which a checkpoint restores.
     optimizer.configured = {*settings, "weight_decay", "lr_scale"}  # type: ignore[attr-defined]
     return optimizer
 
 
 def parameter_groups(model: Transformer, cfg: Config) -> list[dict[str, Any]]:
-    """The trained parameters, grouped by "weight_decay", "lr_scale" (a factor of the learning rate) and, with Muon, by
+    """The trained parameters, grouped by "weight_decay", "lr_scale" (a factor on the learning rate) and, with Muon, by
     whether Muon updates them ("muon"): the weights of the linear layers in the blocks.
 
-    `optim.weight_decay` is for matrices, not for vectors and `UNDECAYED`. The first pattern of `optim.groups` that
-    matches a parameter's name (fnmatch: layers.*.mlp.*) replaces its weight decay and multiplies its "lr_scale", which
-    is otherwise that of `rate_factor`; for that factor weight decay is divided, so that a step still decays by lr *
+    `optim.weight_decay` applies to matrices, not to vectors or `UNDECAYED`. "lr_scale" is `rate_factor`. The first
+    pattern of `optim.groups` that matches a parameter's name (fnmatch: layers.*.mlp.*) replaces its weight decay and
+    multiplies its "lr_scale". Weight decay is divided by `rate_factor`, so that a step still decays by lr *
     weight_decay (arXiv 2405.13698).
 
     Raises:
@@ -109,7 +109,7 @@ def parameter_groups(model: Transformer, cfg: Config) -> list[dict[str, Any]]:
 
 
 def rate_factor(name: str, matrix: bool, cfg: Config) -> float:
-    """The factor of a parameter's learning rate that `optim.base_dim` and `optim.base_layers` give; 1 without them.
+    """The factor on a parameter's learning rate due to `optim.base_dim` and `optim.base_layers`; 1 without them.
 
     With w = model.dim / base_dim and d = model.num_layers / base_layers:
 
@@ -125,11 +125,12 @@ def rate_factor(name: str, matrix: bool, cfg: Config) -> float:
     ===================================  =====================  ==========
 
     Width: an update of AdamW has a fixed size per element, and its effect on activations grows with the fan-in (muP,
-    arXiv 2203.03466; for the standard parameterisation that models here have, arXiv 2407.05872). Muon with
-    adjust_lr=match_rms_adamw has spectral norm 0.2 sqrt(max(rows, columns)), where a constant one transfers (arXiv
-    2310.17813), as it has with adjust_lr=original: there the factor is 1. Depth: arXiv 2310.02244, Adam, whose branch
-    multiplier 1/sqrt(layers) is here in the output projections, which are also initialised so. A custom optimizer is
-    taken to be like AdamW. Only rates are scaled: `model.init_std` is the user's (muP: as 1/sqrt(w)).
+    arXiv 2203.03466; for the standard parameterisation, which is used here, arXiv 2407.05872). An update of Muon with
+    adjust_lr=match_rms_adamw has spectral norm 0.2 sqrt(max(rows, columns)), but a constant norm is what transfers
+    (arXiv 2310.17813); adjust_lr=original has one, so its factor is 1. Depth: arXiv 2310.02244, for Adam; its branch
+    multiplier 1/sqrt(layers) is part of the output projections here, which are also initialised accordingly. A custom
+    optimizer is assumed to be like AdamW. Only learning rates are scaled: `model.init_std` is up to the user (muP:
+    proportional to 1/sqrt(w)).
 
     Args:
         matrix: whether it is the weight of a linear layer of a block.
@@ -178,8 +179,8 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor, lr: float) -> Non
 
 
 class LearnedBuffers:
-    """The buffers that a forward pass changes (a codebook and its averages), which a skipped step must leave as they
-    were."""
+    """The buffers that a forward pass changes (a codebook and its averages), which a skipped step must leave
+    unchanged."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = persistent_buffers(model)

@@ -2,7 +2,7 @@
 
 - `parallelize` wraps each block and the model in FSDP2. `shard=full` shards over all processes, `hybrid` over groups
   of them with `replicas` copies (HSDP), `none` keeps whole copies (HSDP with groups of one).
-- Gradients are *summed* over processes, those that hold other rows and those that hold other tokens of the same rows.
+- Gradients are *summed* over all processes, whether they hold different rows or different tokens of the same rows.
   The loss is divided once, by the global count of valid tokens, before backward, so that one process and N processes
   compute the same gradients.
 """
@@ -31,12 +31,12 @@ from ovq.train.hand_over import hand_over
 def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Transformer:
     """Apply activation checkpointing, compilation and sharding, and move the model to the device.
 
-    Parameter names do not change, so checkpoints do not depend on how a run was parallelised. The module of a lone
-    process is not wrapped, unless a GPU or the compiler computes in bf16: those leave the casts to FSDP.
+    Parameter names do not change, so checkpoints do not depend on how a run was parallelised. In a single process,
+    nothing is wrapped in FSDP, unless a GPU or the compiler computes in bf16: these leave the casts to FSDP.
 
     Raises:
-        ConfigError: replicas do not divide the number of processes, a mixer can neither share out its heads on the
-            context axis nor hand its state over, or there is no compiler.
+        ConfigError: replicas do not divide the number of processes, a mixer can neither divide its heads over the
+            context axis nor hand over its state, or there is no C++ compiler.
     """
     if problem := undivided(model, world.context.size):
         raise ConfigError(problem)
@@ -71,7 +71,7 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in sharded_modules(model):
-        module.set_gradient_divide_factor(1.0)  # sums: the loss already carries the division
+        module.set_gradient_divide_factor(1.0)  # sum: the loss has been divided already
         module.set_force_sum_reduction_for_comms(True)  # gloo has no averaging reduction
     return model.to(world.device)
 
@@ -79,7 +79,7 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
 def with_parameters_in(dtype: torch.dtype, module: nn.Module) -> Callable[..., Any]:
     """The module's `forward`, in which its own parameters (not its children's) are cast to `dtype`.
 
-    As with FSDP, the parameters and their gradients stay as they are, and a float32 input of the module is not cast.
+    As with FSDP, the parameters and their gradients keep their dtype, and a float32 input of the module is not cast.
     """
     forward = module.forward
 

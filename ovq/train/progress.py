@@ -6,14 +6,14 @@ import sys
 import time
 from typing import Any, TextIO
 
-PROGRESS_LINE_S = 10.0  # between progress lines where stderr is not a terminal
+PROGRESS_LINE_S = 10.0  # between progress lines if stderr is not a terminal
 
 
 class Progress:
     """A bar on a terminal; elsewhere a line at the first and last step and every ten seconds between.
 
     Args:
-        steps: of the whole run.
+        steps: number of steps in the whole run.
         start: steps done before this process began.
         enabled: show progress; `say` writes its line either way.
         stream: where to write; None: sys.stderr.
@@ -34,7 +34,7 @@ class Progress:
             )
 
     def update(self, step: int, facts: dict[str, str]) -> None:
-        """Show that `step` steps are done, with facts that are formatted already (loss, tokens/s, ...)."""
+        """Show that `step` steps are done, with facts that have already been formatted (loss, tokens/s, ...)."""
         if not self.enabled:
             return
         if self._bar is not None:
@@ -61,7 +61,7 @@ class Progress:
 
 
 def shown(loss: float, speed: dict[str, float], peak_source: str) -> dict[str, str]:
-    """The facts beside the progress: loss, tokens/s, share of the peak (MFU if that is a data sheet's), memory."""
+    """The facts shown with the progress: loss, tokens/s, share of the peak (MFU if from a data sheet), memory."""
     facts = {"loss": f"{loss:.4f}", "tok/s": f"{speed['tokens_per_s']:,.0f}"}
     if "mfu" in speed:
         facts["MFU" if "sheet" in peak_source else "of peak"] = f"{100 * speed['mfu']:.1f}%"

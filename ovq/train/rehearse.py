@@ -1,4 +1,4 @@
-"""A rehearsal of the first step, so that a lack of GPU memory shows before any data is opened."""
+"""A rehearsal of the first step, so that a lack of GPU memory shows before the training data are opened."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ovq.train.parallelize import sync_gradients
 
 
 def rehearse(model: Transformer, cfg: Config, vocab_size: int, world: World) -> None:
-    """Run one forward and backward pass on random tokens, on a GPU: running out of memory shows here, early.
+    """On a GPU, run one forward and backward pass on random tokens, so that running out of memory shows early.
 
     Raises:
         TrainingError: the step does not fit in memory; names the settings that help.

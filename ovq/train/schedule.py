@@ -14,13 +14,13 @@ from ovq.instantiate import instantiate
 
 
 class Schedule:
-    """The base of a schedule of your own: `optim.schedule=custom optim.custom_schedule={_target_: mine.Sawtooth, ...}`.
+    """Base class of a custom schedule: `optim.schedule=custom optim.custom_schedule={_target_: mine.Sawtooth, ...}`.
 
     A subclass takes its settings by keyword, after `steps` and `warmup_steps`, and defines `factor`.
 
     Attributes:
         steps: trainer.steps.
-        warmup_steps: optim.warmup_steps; during these the rate rises linearly, and `factor` is not asked.
+        warmup_steps: optim.warmup_steps; before that step the rate rises linearly, and `factor` is not called.
     """
 
     def __init__(self, steps: int, warmup_steps: int) -> None:
@@ -29,7 +29,7 @@ class Schedule:
     def factor(self, step: int) -> float:
         """Learning rate of `step` (the first is 1) as a fraction of optim.lr, finite and at least 0.
 
-        It must depend on the step and the settings alone, or a resumed run would take another course.
+        It must depend only on the step and the settings, or a resumed run would diverge from an uninterrupted one.
         """
         raise NotImplementedError
 
@@ -42,7 +42,7 @@ def lr_at(step: int, cfg: Config) -> float:
     1706.03762, section 5.3) to lr * min_lr_ratio, whatever the number of steps.
 
     Raises:
-        ConfigError: a class of `optim.custom_schedule` that cannot be used, or what it returned.
+        ConfigError: the class of `optim.custom_schedule` cannot be used, or the factor that it returned.
     """
     optim, steps = cfg.optim, cfg.trainer.steps
     if step < optim.warmup_steps:
@@ -82,7 +82,7 @@ def _custom(settings: str, steps: int, warmup_steps: int) -> Schedule:
 
 
 def check_extension(cfg: Config, steps_before: int, step: int) -> None:
-    """Refuse to continue at a much higher learning rate than the run had at this step because it got more steps.
+    """Refuse to continue if a larger number of steps would make the learning rate jump up at this step.
 
     Args:
         steps_before: trainer.steps of the run that saved the checkpoint.
@@ -103,5 +103,5 @@ def check_extension(cfg: Config, steps_before: int, step: int) -> None:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something happens after a step that happens every so many; 0: never."""
+    """Whether something that is done every `every` steps is due after step `step`; 0: never."""
     return every > 0 and step % every == 0

@@ -1,4 +1,4 @@
-"""Before a run trains with the Triton kernels: compare them with torch on its GPU, and use torch if they are wrong."""
+"""Compare the Triton kernels with torch on the run's GPU before training, and use torch if they are wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ovq.processes import World, gather_objects
 
 
 def choose_backends(model: Transformer, cfg: Config, world: World) -> None:
-    """Test the kernels at the run's own shape, where layers would use them; if they fail on any machine, set those
+    """Test the kernels at the run's own shapes, if any layers would use them. If they fail on any machine, set those
     layers' backend to "torch" on all ranks, and say so.
 
     The first rank of each machine tests, while the others wait for its verdict. Without a GPU nothing is done. A
@@ -55,7 +55,7 @@ def choose_backends(model: Transformer, cfg: Config, world: World) -> None:
 
 
 def _first_failure(problems: set[Problem], cfg: Config, world: World) -> str | None:
-    """'NVIDIA H200, ...: what failed' of the first problem that the kernels fail at; None if there is none."""
+    """'NVIDIA H200, ... (what failed)' for the first problem that the kernels fail on; None if they fail on none."""
     for problem in sorted(problems, key=str):
         verdict = selftest.check(problem, world.device, seconds=cfg.trainer.kernel_test_s, kernels=selftest.KERNELS)
         if not verdict.passed:
@@ -64,7 +64,7 @@ def _first_failure(problems: set[Problem], cfg: Config, world: World) -> str | N
 
 
 def problem_of(mixer: OVQ, cfg: Config, world: World) -> Problem | None:
-    """What a layer asks of the kernels in this run; None if it does not use them."""
+    """The shape, dtype and settings that a layer needs from the kernels in this run; None if it does not use them."""
     shape, trainer, ranks = mixer.shape, cfg.trainer, world.context.size
     dtype = torch.bfloat16 if world.precision == "bf16" else torch.float32
     packed = cfg.data.isolate_documents

@@ -1,9 +1,9 @@
-"""Which rank the others wait for: nothing fails when one is slow, but each step takes as long as the slowest.
+"""Find the rank that the others wait for: nothing fails when one is slow, but each step takes as long as the slowest.
 
-Collectives keep the ranks together, so the time of a step is the same on all of them and says nothing. Every few
-seconds, each rank therefore computes matrix products for a moment, alone, and the ranks compare how many they made, and
-how long each has waited for its data. A device that is throttled or shared with other work shows in the first, a slow
-disk in the second; a slow network shows in neither.
+Collectives keep the ranks in step, so the time of a step is the same on all of them and reveals nothing. Every few
+seconds, each rank therefore computes matrix products by itself for a moment, and the ranks compare how many they made,
+and how long each has waited for its data. A device that is throttled or shared with other work shows in the first, a
+slow disk in the second; a slow network shows in neither.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ovq import processes, stacks
 from ovq.processes import World
 
 EVERY_S = 10.0
-IN_A_ROW = 3  # looks at which a rank must be slow: a device may be busy for a moment
+IN_A_ROW = 3  # checks at which a rank must be slow: a device may be busy for a moment
 SLOWER = 1.5  # times as long as the median of the others
 WAITING = 0.2  # share of its time that a rank waits for data; and at least SLOWER times that of the others
 PROBE_S = 0.01
@@ -28,8 +28,8 @@ PROBE_S = 0.01
 
 @dataclass(frozen=True)
 class Pace:
-    """What a rank has to say at a look: its machine, its matrix products a second, and the share of its time that it
-    has waited for data."""
+    """What a rank reports at a check: its machine, its matrix products per second, and the share of its time that it
+    has spent waiting for data."""
 
     host: str
     products: float
@@ -37,11 +37,11 @@ class Pace:
 
 
 class SlowRanks:
-    """Compares the ranks of a job while it trains; in a lone process, does nothing.
+    """Compares the ranks of a job while it trains; in a single process, does nothing.
 
     Args:
         world: this process and its device.
-        say: called on every rank with a line about a slow one, once until it is as fast as the others again.
+        say: called on every rank with a line about a slow one, only once until it is as fast as the others again.
     """
 
     def __init__(self, world: World, say: Callable[[str], None]) -> None:
@@ -51,10 +51,10 @@ class SlowRanks:
         self._in_a_row: dict[int, int] = {}
 
     def look(self, data_wait: float, step_s: float) -> None:
-        """Compare the ranks, if it is time to. A collective; the device must have nothing else to do.
+        """Compare the ranks if a check is due. A collective; the device must be otherwise idle.
 
         Args:
-            data_wait: the share of its time that this rank has waited for data since the last steps.
+            data_wait: the share of its time that this rank has waited for data in the latest steps.
             step_s: seconds that a step takes. If a rank is slow, each writes its stacks in the middle of the next one.
         """
         if self.world.size == 1 or not processes.any_flag(self.world.is_main and time.monotonic() >= self._next):
@@ -70,7 +70,7 @@ class SlowRanks:
                 self.say(f"rank {rank} on {paces[rank].host} is slow, and the others wait for it: {why}{found_in}")
 
     def _probe(self) -> float:
-        """Matrix products a second."""
+        """Matrix products per second."""
         cuda = self.world.device.type == "cuda"
         if self._factor is None:
             self._factor = torch.ones(4096 if cuda else 256, 4096 if cuda else 256, device=self.world.device)
@@ -85,7 +85,7 @@ class SlowRanks:
 
 
 def slow(paces: list[Pace]) -> dict[int, str]:
-    """rank -> why it is slow, of the ranks that are."""
+    """rank -> why it is slow, for each slow rank."""
     found = {}
     for rank, pace in enumerate(paces):
         others = paces[:rank] + paces[rank + 1 :]

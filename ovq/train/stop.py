@@ -10,22 +10,22 @@ from typing import Any
 
 from ovq.report import write_error
 
-SAME_SIGNAL_S = 2.0  # a launcher passes on what the terminal has also sent
-# What schedulers, launchers, terminals and people send to end a job; SLURM's --signal=USR1@90 is a warning before it.
+SAME_SIGNAL_S = 2.0  # a launcher may pass on a signal that the terminal has also sent to this process
+# What schedulers, launchers, terminals and people send to end a job; SLURM's --signal=USR1@90 warns of the end.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
-    """Any of SIGNALS raises a flag that the loop polls; one that comes more than SAME_SIGNAL_S later ends the process
+    """Any of SIGNALS raises a flag that the loop polls; another one more than SAME_SIGNAL_S later ends the process
     immediately.
 
     A reentrant context manager: leaving the outermost block restores the previous handlers. A SIGHUP that the parent
-    set to be ignored (nohup) stays ignored. Forked children inherit the handler, in which it does nothing: loader
+    set to be ignored (nohup) stays ignored. In forked children, which inherit the handler, it does nothing: loader
     workers are needed until the last batch.
 
     A torchrun that receives SIGTERM, SIGINT or SIGHUP passes it on, waits 30 s for its processes and exits with status
     1, though theirs is 0. SIGUSR1 and SIGUSR2 end torchrun itself unless it is given --signals-to-handle.
-    `python -m launch run` hands any of SIGNALS to its ranks, waits without a limit, and has their status.
+    `python -m launch run` passes any of SIGNALS on to its ranks, waits without a limit, and exits with their status.
 
     Args:
         announce: write a line to stderr when the flag is raised.

@@ -1,7 +1,7 @@
 """Start a new run from the weights of another, or of an exported model: `init_from=RUN`. All else is fresh.
 
-Weights fit if their name and shape are the same, so the context, the data, the learning rate or the capacity of a
-dictionary may differ, and a mixer may take another's place: what the two have in common is taken.
+A weight fits if its name and shape are the same, so the context, the data, the learning rate or the capacity of a
+dictionary may differ, and one mixer may replace another: the weights that the two have in common are loaded.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SHOWN = 4  # names in a message
 
 
 def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
-    """Load the weights that fit; returns a line that says what was taken. Collective.
+    """Load the weights that fit; returns a line that says what was loaded. Collective.
 
     Args:
-        fingerprint: of this run's tokenizer: an id must stand for the same text in both.
+        fingerprint: that of this run's tokenizer: an id must stand for the same text in both models.
 
     Raises:
-        ConfigError: there is no such run, its tokenizer is another, or, with `init_from.strict`, a weight does not fit.
-        CheckpointError: there is no good checkpoint, or one that holds more than data.
+        ConfigError: there is no such run, its tokenizer differs, or, with `init_from.strict`, a weight does not fit.
+        CheckpointError: there is no good checkpoint, or it holds something other than data.
     """
     assert wanted.path is not None
     path = processes.on_main(lambda: find(Path(wanted.path or "")))
@@ -63,7 +63,7 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
 
 
 def what(own: dict[str, Any], stored: dict[str, tuple[int, ...]], fresh: list[str], unused: list[str]) -> str:
-    """In words, which weights have no counterpart, and which one of another shape."""
+    """In words, which weights have no counterpart, or one of a different shape."""
     other = [f"{name} is {stored[name]} there and {tuple(own[name].shape)} here" for name in fresh if name in stored]
     parts = [some(other, "")] if other else []
     if missing := [name for name in fresh if name not in stored]:
@@ -74,7 +74,7 @@ def what(own: dict[str, Any], stored: dict[str, tuple[int, ...]], fresh: list[st
 
 
 def some(words: list[str], before: str) -> str:
-    """The first of many."""
+    """The first SHOWN of many words, and how many more there are."""
     more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
     return f"{before}{', '.join(words[:SHOWN])}{more}"
 
@@ -89,7 +89,7 @@ def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def fill(weights: dict[str, Any], path: Path) -> None:
-    """Read these weights of a checkpoint, in place."""
+    """Read these weights from a checkpoint, in place."""
     alone = not processes.distributed()
     try:
         dcp.load({"model": weights}, storage_reader=SafeReader(path), planner=SafePlanner(path), no_dist=alone)
@@ -98,11 +98,11 @@ def fill(weights: dict[str, Any], path: Path) -> None:
 
 
 def find(path: Path) -> Path:
-    """The newest good checkpoint of a run folder, verified; or the checkpoint or the exported folder itself. A newer
-    one that is damaged is named on stderr and passed over.
+    """The newest good checkpoint of a run folder, verified; or `path` itself if it is a checkpoint or an exported
+    folder. Newer checkpoints that are damaged are named on stderr and skipped.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is none of these.
         CheckpointError: it is damaged, or no checkpoint of the run is good.
     """
     if (path / MANIFEST).is_file():
@@ -122,7 +122,7 @@ def find(path: Path) -> Path:
 
 
 def stored_fingerprint(path: Path, folder: Folder | None) -> str | None:
-    """Of the tokenizer that weights were trained with; None where it is not known."""
+    """The fingerprint of the tokenizer that the weights were trained with; None if it is not known."""
     if folder:
         return folder.fingerprint
     try:
@@ -132,7 +132,7 @@ def stored_fingerprint(path: Path, folder: Folder | None) -> str | None:
 
 
 def check_tokenizer(path: Path, stored: str | None, fingerprint: str) -> None:
-    """Refuse weights that were trained with other ids."""
+    """Refuse weights that were trained with a different tokenizer."""
     if stored is not None and stored != fingerprint:
         model = path / TOKENIZER if is_export(path) else path.parent.parent / "tokenizer" / TOKENIZER
         raise ConfigError(
