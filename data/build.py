@@ -37,7 +37,7 @@ def is_task(cfg: Config) -> bool:
 
 
 def sources_of(cfg: Config) -> dict[str, Config]:
-    """The data sets of a mixture by name, each as a config of its own; any other config by the empty name."""
+    """The data sets of a mixture by name, each as a config of its own; any other config under the empty name."""
     made = {}
     for name, source in mixture_sources(cfg.data).items():
         shared, own = (OmegaConf.to_container(node, resolve=True) for node in (cfg.data, source))
@@ -49,7 +49,7 @@ def sources_of(cfg: Config) -> dict[str, Config]:
 
 
 def splits_of(cfg: Config) -> list[str]:
-    """The splits that a config's data provide; of a mixture, those that any of its data sets provides."""
+    """The splits that a config's data provide; for a mixture, those that any of its data sets provides."""
     data = cfg.data
     if data.kind == "task":
         return ["train"]
@@ -65,10 +65,10 @@ def splits_of(cfg: Config) -> list[str]:
 
 
 def check_held_out(cfg: Config) -> None:
-    """Refuse a run that would have nothing to evaluate on after days of training.
+    """Refuse a run that, after days of training, would have nothing to be evaluated on.
 
     Raises:
-        ConfigError: an evaluation is wanted, and the config names no data for it.
+        ConfigError: the config asks for an evaluation but names no data for it.
     """
     split = cfg.eval.split
     if not (cfg.eval.at_end or cfg.trainer.eval_every):
@@ -117,7 +117,7 @@ def build_tokens(cfg: Config, tokenizer: Tokenizer, split: str, commit: str | No
 def _tokens_of(
     name: str, source: Config, tokenizer: Tokenizer, split: str, commit: str | None = None
 ) -> tuple[Tokens, Identified]:
-    """`build_tokens` for a data set of a mixture, which its errors name."""
+    """`build_tokens` for one data set of a mixture, whose name its errors mention."""
     try:
         return build_tokens(source, tokenizer, split, commit)
     except ConfigError as error:
@@ -129,7 +129,7 @@ def heldout_documents(
 ) -> Iterator[Document]:
     """Documents of a held-out split with at least `min_tokens` ids, in file order, one in memory at a time.
 
-    Those of a mixture come in turns from its data sets that have the split.
+    A mixture's data sets that have the split take turns.
 
     Not collective: each process that calls it reads the files itself.
 
@@ -139,7 +139,7 @@ def heldout_documents(
     sources = {name: source for name, source in sources_of(cfg).items() if not name or split in splits_of(source)}
     found = {name: _tokens_of(name, source, tokenizer, split)[0] for name, source in sources.items()}
     separator = np.array([tokenizer.separator_id], np.int64)
-    # In turns, so that the first documents of a mixture are some of each of its data sets.
+    # In turns, so that the first documents of a mixture include some from each of its data sets.
     turns = ((name, tokens, i) for i in itertools.count() for name, tokens in found.items() if i < len(tokens))
     given = 0
     for name, tokens, index in itertools.islice(turns, sum(map(len, found.values()))):
@@ -201,7 +201,7 @@ def _hf_tokenizer(cfg: TokenizerConfig, stored: Path | None) -> Tokenizer:
     remote = path.startswith(hf_tokenizer.HUB)
     if stored and stored.is_file() and (remote or not Path(path).expanduser().exists()):
         return hf_tokenizer.load(str(stored), cfg.separator)
-    # One client of the Hub, however many processes train.
+    # Only one process asks the Hub, however many train.
     return on_main(lambda: hf_tokenizer.load(path, cfg.separator)) if remote else hf_tokenizer.load(path, cfg.separator)
 
 
@@ -224,7 +224,7 @@ def build_loader(cfg: Config, tokenizer: Tokenizer, world: World, state: dict[st
 
     Args:
         world: this process. Ranks along the data axis read different rows.
-        state: returned by `data.loader.merge_states`; the loader resumes from it.
+        state: from `data.loader.merge_states`; the loader resumes from it.
 
     Raises:
         ConfigError: there is nothing to read, the batch cannot be divided among the ranks, or the data differ from
@@ -290,7 +290,7 @@ def shares_of(cfg: Config) -> dict[str, float]:
 def _open_all(
     sources: dict[str, Config], tokenizer: Tokenizer, state: dict[str, Any] | None
 ) -> dict[str, tuple[Tokens, Identified]]:
-    """The training documents of every data set; of the commit of the Hub that a saved state was made with."""
+    """The training documents of every data set, at the Hub commit of the saved state unless a revision is set."""
     opened = {}
     for name, source in sources.items():
         prefix = f"{name}." if name else ""
@@ -303,7 +303,7 @@ def _open_all(
 
 
 def _identity(cfg: Config, corpora: dict[str, Identified]) -> dict[str, Any]:
-    """The fingerprint of the documents: that of a data set, or those of a mixture's, with their shares."""
+    """The fingerprint of the documents: that of the data set, or those of a mixture's data sets and their shares."""
     if "" in corpora:
         return corpora[""].fingerprint()
     shares = {f"{name}.share": share for name, share in shares_of(cfg).items()}

@@ -1,10 +1,10 @@
 """The built-in corpus: long documents made from the standard library of the running Python interpreter.
 
 Nothing is downloaded or stored. Sources come from the interpreter's library folder (that of the base interpreter, in a
-virtual environment), the help topics of the language reference from `pydoc_data`. The files of a package are
-concatenated into documents of their own; single modules are joined in alphabetical order. Documents are therefore long
+virtual environment), the help topics of the language reference from `pydoc_data`. The files of a large package are
+concatenated into documents of their own; other modules are joined in alphabetical order. Documents are therefore long
 enough for loss by position at 16k bytes and beyond. Tests and generated character maps are left out. The corpus has
-about 10-13 MB. Another Python version gives another corpus, with another data fingerprint.
+about 10-13 MB. A different Python version gives a different corpus, with a different data fingerprint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data.corpus import Text, decode_utf8, fingerprint_of
 from ovq.errors import ConfigError
 
 _LONG = 72 * 1024  # bytes at which a document is complete
-_SHORT = 66 * 1024  # a shorter last document is appended to the one before it, so that all hold 64k positions
+_SHORT = 66 * 1024  # a shorter last document is appended to the one before it, so that all have 64k positions
 _SKIP = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 _HELD_OUT = {
     3: "validation",

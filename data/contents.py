@@ -1,8 +1,8 @@
-"""What a file holds, found by looking at its first bytes: compressed data is decompressed once, other files are named.
+"""Recognises what a file holds by its first bytes: compressed data are decompressed once, unsuitable files refused.
 
 gzip, zstd, bzip2 and xz are recognised whatever the file is called. Documents are read at random, which compressed data
-do not allow, so a file is decompressed into the cache folder (`cache_dir`) the first time a process of a machine opens
-it: it takes the space of the decompressed file there, and is used again as long as the original stays the same.
+do not allow, so a file is decompressed into the cache folder (`cache_dir`) the first time a process on the machine
+opens it. The copy takes up its full size there, and is reused as long as the original stays the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from ovq.errors import Failure, one_line
 from ovq.files import replacing
 
-HEAD = 8192  # bytes that are looked at
+HEAD = 8192  # bytes at the start of a file that are examined
 BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -40,11 +40,11 @@ _OTHERS = (
 
 
 class Unreadable(Failure):
-    """A file that holds something else than its data.kind, or damaged data. The message says what, without its name."""
+    """A file that is damaged, or not of its data.kind. The message says what is wrong, without the file's name."""
 
 
 def compression_of(head: bytes) -> str | None:
-    """ "gzip", "zstd", "bz2" or "xz" if that is what the first bytes of a file say."""
+    """The compression that the first bytes of a file indicate: "gzip", "zstd", "bz2", "xz" or None."""
     return next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
 
 
@@ -75,7 +75,7 @@ def cache_dir() -> Path:
 
 
 def plain(path: str) -> str:
-    """The path of a local file's content: its own, or that of its decompressed copy, which is made if there is none.
+    """The path to a local file's plain content: its own, or that of its decompressed copy, which is made if needed.
 
     Raises:
         Unreadable: the compressed data are damaged or cut short.
@@ -95,7 +95,7 @@ def decompressed(stream: BinaryIO, compression: str, identity: str, shown: str) 
     """The path of the decompressed copy of a stream, written atomically if it is not there yet.
 
     Args:
-        identity: names the copy; differs for another content.
+        identity: determines the copy's name; must differ for different content.
         shown: the file's name, for messages.
     """
     copy = cache_dir() / "decompressed" / hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()

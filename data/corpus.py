@@ -72,7 +72,7 @@ class Document:
 
 
 class Identified(Protocol):
-    """What the identity of a data set is taken from: text shards, or the folders they were prepared into."""
+    """What identifies a data set: its text shards, or the folders they were prepared into."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Identity of the contents: equal fingerprints mean the same documents in the same order."""
@@ -139,7 +139,7 @@ class TokenisedCorpus:
 
 @dataclass
 class _Ahead:
-    """A reader within a row group of an open file, and the batch it returned last."""
+    """A reader's position within a row group of an open file, and the last batch it returned."""
 
     reader: Any
     group: int
@@ -220,7 +220,7 @@ class ShardCorpus:
                 s, group, row
             )
             if not in_order:
-                self._ahead = None  # it holds a page, which is useless if the next document is elsewhere
+                self._ahead = None  # it keeps a page in memory, which is useless if the next document is elsewhere
         except ChangedError:
             raise
         except Exception as error:  # the readers of three formats raise a dozen types; the document is always named
@@ -246,7 +246,7 @@ class ShardCorpus:
         return raw, str(title.as_py()), 0
 
     def _batch(self, s: int, group: int, wanted: int, size: int) -> Any:
-        """Batch number `wanted` of a row group; continues from the batch read last if that comes before it."""
+        """Batch number `wanted` of a row group; continues from the last batch read if that does not come after it."""
         reader, ahead = self._reader(s), self._ahead
         self._ahead = None  # a reader that has raised cannot be used again
         if ahead is None or ahead.reader is not reader or ahead.group != group or ahead.number > wanted:
@@ -281,7 +281,7 @@ class ShardCorpus:
         return raw, title, bad + more
 
     def _place(self, s: int, number: int) -> str:
-        """Where document `number` of a shard stands, for a message: "line 12" of JSON lines, else "document 11"."""
+        """The position of document `number` in its shard, for messages: "line 12" in JSON lines, else "document 11"."""
         shard = self.shards[s]
         if shard.lines is None:
             return f"document {number}"
@@ -302,7 +302,7 @@ class ShardCorpus:
         return raw.removeprefix(BOM), os.path.splitext(self.shards[s].file.name)[0], 0
 
     def _reader(self, s: int) -> Any:
-        """The open file of a shard. Few stay open, and none is shared with a forked process, as offsets would be."""
+        """The open file of a shard. Few stay open; a forked process opens its own, as file offsets would be shared."""
         key = (os.getpid(), s)
         if (opened := self._open.get(key)) and opened.modified == _modified(opened.stream):
             self._open.move_to_end(key)
@@ -314,7 +314,7 @@ class ShardCorpus:
         return opened.reader
 
     def _open_shard(self, s: int) -> _Opened:
-        """Open a shard. JSON lines and text are verified where they are read, Parquet here, by its footer."""
+        """Open a shard. Parquet is verified here, by its footer; JSON lines and text when they are read."""
         shard = self.shards[s]
         source = open_file(shard.file)
         if self.kind != "parquet":
@@ -324,7 +324,7 @@ class ShardCorpus:
         import pyarrow.parquet as pq
 
         stream = pa.OSFile(source, "r") if isinstance(source, str) else source
-        modified = _modified(stream)  # taken first, so that a change during the check is noticed by the next read
+        modified = _modified(stream)  # read first, so that a change during the check is noticed at the next read
         try:
             footer = footer_hash(stream)
         except DataError as error:
@@ -368,7 +368,7 @@ def make_text(raw: bytes, title: str | None, *, fallback: str, titled: bool, bad
 
 
 def _object(line: str, text_field: str) -> dict[str, Any]:
-    """A line of JSON as an object whose text is a string or null.
+    """Parse a line of JSON as an object whose text field is a string or null.
 
     Raises:
         DataError: it is anything else; the message says what.

@@ -1,4 +1,4 @@
-"""Text of anything that `datasets.load_dataset` opens, by random access: data=datasets.
+"""Random access to the text of anything that `datasets.load_dataset` opens: data=datasets.
 
     data.path=OWNER/NAME data.config_name=en        a data set of the Hub; data.revision names a commit
     data.path=FOLDER                                local files, or what `save_to_disk` wrote
@@ -6,11 +6,11 @@
     data.path=csv 'data.data_files={train: a.csv, validation: b.csv}'
 
 `data.train`, `data.validation` and `data.test` name its splits, or slices of them such as 'train[:95%]'. `datasets`
-keeps each split as Arrow files in its cache, made at the first use and then mapped into memory, so document i is read
-without the others. Its streaming is not used: it has no access to document i, loses its shuffle buffer when resumed,
-and holds whole row groups (measured: 670 MB for a group of 114 MB).
+keeps each split as Arrow files in its cache, made at first use and then memory-mapped, so document i is read without
+the others. Its streaming mode is not used: it offers no access to document i, loses its shuffle buffer when resumed,
+and holds whole row groups in memory (measured: 670 MB for a group of 114 MB).
 
-Disadvantages: the cache is a copy of all columns, uncompressed. data=parquet reads Parquet files without one.
+Disadvantage: the cache is an uncompressed copy of all columns. data=parquet reads Parquet files without one.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _TEXT = ("string", "large_string")
 
 
 class DatasetCorpus:
-    """The documents of one split of a config, which may name several of the data set's.
+    """The documents of one split of a config, which may combine several splits of the data set.
 
-    The fingerprint covers the sizes of all documents and the text of `_SAMPLED` of them. A copy that another process
-    unpickles maps the same files, or, on a machine without them, opens the same commit again.
+    The fingerprint covers the sizes of all documents and the text of `_SAMPLED` of them. When unpickled in another
+    process, a corpus maps the same files or, on a machine without them, opens the same commit again.
 
     Raises:
         ConfigError: there is no such data set, split or column, or the column holds no text.
@@ -115,7 +115,7 @@ class DatasetCorpus:
     def _open(self) -> list[Any]:
         if self._parts is None:
             try:
-                self._parts = pickle.loads(self._pickled)  # of our own making, in this job
+                self._parts = pickle.loads(self._pickled)  # made by this job, so safe to load
             except OSError:  # another machine, whose cache lacks these files
                 self._parts = [self._load(name) for name in self.names]
             if self._identify() != self._identity:
@@ -123,7 +123,7 @@ class DatasetCorpus:
         return self._parts
 
     def _load(self, name: str) -> Any:
-        """A split of the data set, in Arrow format: parts[i] is a `pyarrow.Table` with one row."""
+        """A split of the data set in Arrow format: indexing it gives a `pyarrow.Table` of one row."""
         table = load(self.data, name, self.commit, f"data.{self.split}")
         for key, column in (("text_field", self.data.text_field), ("title_field", self.data.title_field)):
             if column and column not in table.column_names:
@@ -144,7 +144,7 @@ class DatasetCorpus:
         return pc.fill_null(lengths, 0).to_numpy().astype(np.int64)
 
     def _identify(self) -> list[str]:
-        """A string for each part, which another part or another version of it does not have."""
+        """A string for each part that identifies it and its contents."""
         found = []
         for name, table in zip(self.names, self._parts):
             digest = hashlib.sha256(self._sizes_of(table).astype("<i8").tobytes())
@@ -168,7 +168,7 @@ def load(data: SourceConfig, name: str, commit: str | None, setting: str) -> Any
     """The `datasets.Dataset` of a split or slice.
 
     Args:
-        setting: what names the split, for messages.
+        setting: the setting that names the split, for messages.
 
     Raises:
         ConfigError: it cannot be opened; the message quotes the cause.
@@ -201,7 +201,7 @@ def load(data: SourceConfig, name: str, commit: str | None, setting: str) -> Any
 
 
 def describe_dataset(data: SourceConfig, split: str) -> dict[str, Any]:
-    """Documents and bytes of text of a split, for a dry run; of a data set of the Hub, what its card says of them.
+    """Documents and bytes of text of a split, for a dry run; for a data set of the Hub, as stated on its card.
 
     Raises:
         ConfigError: it cannot be opened.

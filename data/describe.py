@@ -1,4 +1,4 @@
-"""What a run would read, for a dry run: the size of its data, found without downloading them."""
+"""What a run would read, for a dry run: the size of its data, determined without downloading them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _SAMPLE_BYTES, _MOST_SAMPLED = 1 << 20, 256
 def describe(cfg: Config) -> dict[str, dict[str, Any]]:
     """For each split: shards, bytes on disk, documents if cheap to count; or why it cannot be opened.
 
-    Hub and bucket files are listed but not opened. A generated task has one split, and describes a training sequence.
-    A mixture has a line for each split of each data set, with its share of the rows and, where its files are at hand,
-    how often the run reads it ("epochs").
+    Hub and bucket files are listed but not opened. A generated task has one split, describing one training sequence.
+    A mixture has an entry for each split of each data set; for training data, it includes their share of the rows and,
+    if the files are local, how often the run reads them ("epochs").
     """
     if cfg.data.kind != "mixture":
         found: dict[str, dict[str, Any]] = {}
@@ -51,13 +51,13 @@ def _unreachable(found: dict[str, Any]) -> bool:
 
 
 def hub_of(cfg: Config, split: str) -> list[str]:
-    """The hub's repositories that a split's files come from; empty for local files."""
+    """The hub repositories that a split's files come from; empty for local files."""
     return sorted({hub_parts(path)[0] for path in getattr(cfg.data, split) if path.startswith(HUB)})
 
 
 def _epochs(cfg: Config, share: float) -> float | None:
-    """How often the run reads a data set of a mixture; None where that takes a download, or a tokenizer that is not
-    there."""
+    """How often the run reads a data set of a mixture; None if finding out takes a download or a tokenizer that does
+    not exist yet."""
     if is_remote(cfg, "train") or (cfg.data.kind == "datasets" and is_on_hub(cfg.data.path or "")):
         return None
     try:
@@ -69,17 +69,17 @@ def _epochs(cfg: Config, share: float) -> float | None:
 
 
 def is_remote(cfg: Config, split: str) -> bool:
-    """Whether files of a split lie on the hub or in a bucket, where opening one may mean a long download."""
+    """Whether files of a split are on the hub or in a bucket, where opening one may mean a long download."""
     return cfg.data.kind in FROM_FILES and any("://" in path for path in getattr(cfg.data, split))
 
 
 def epochs(cfg: Config, tokens: Tokens, tokenizer: Tokenizer, share: float = 1.0) -> tuple[float, str] | None:
-    """How often a schedule reads some documents, and how much they are in words; None if that is not known.
+    """How often a run reads these documents, and their amount as a phrase ("8 documents"); None if it is unknown.
 
-    With packing "document" an epoch takes the beginning of each document once.
+    With packing "document", an epoch reads the beginning of each document once.
 
     Args:
-        share: of the rows that come from them.
+        share: fraction of the rows that come from these documents.
     """
     rows = share * cfg.trainer.steps * cfg.trainer.global_batch
     if cfg.data.packing == "document":
@@ -89,8 +89,8 @@ def epochs(cfg: Config, tokens: Tokens, tokenizer: Tokenizer, share: float = 1.0
 
 
 def count_tokens(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
-    """Ids of all documents with their separators: exact for prepared ones, otherwise extrapolated from about a megabyte
-    of the first that are no longer than that and can be read."""
+    """Ids in all documents, with their separators: exact for prepared data, else extrapolated from about a megabyte of
+    the first documents that can be read and are no longer than that."""
     if isinstance(tokens, PreparedTokens):
         return float(describe_prepared([str(folder) for folder in tokens.folders], "train")["tokens"] + len(tokens))
     if not isinstance(tokens, TokenisedCorpus):
@@ -100,7 +100,7 @@ def count_tokens(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
     sampled = fitting[: 1 + int(np.searchsorted(np.cumsum(sizes[fitting]), _SAMPLE_BYTES))]
     bytes_read, ids = 0, 0
     for i in sampled:
-        with contextlib.suppress(DataError):  # training names a damaged one when it comes to it
+        with contextlib.suppress(DataError):  # training reports a damaged one when it gets there
             length = len(tokenizer.encode(tokens.corpus.read(int(i)).text))
             bytes_read, ids = bytes_read + int(sizes[i]), ids + (length and length + 1)
     if not bytes_read:

@@ -22,7 +22,7 @@ LOCK = ".lock"
 class AtomicFile:
     """A file written in pieces that appears complete or not at all (see `replacing`), with its hash and size.
 
-    It gets its name at the end of the `with` block.
+    It is renamed into place at the end of the `with` block.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -60,7 +60,7 @@ def sha256_of(path: Path | str) -> str:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder. The lock file is removed at the end; after a kill the kernel frees it.
+    """Keep other processes out of a folder. The lock file is removed at the end; after a kill the kernel unlocks it.
 
     Raises:
         DataError: another process holds it.
@@ -70,7 +70,7 @@ def hold(folder: Path) -> Iterator[None]:
     while True:
         with path.open("a+") as file:
             _lock(file, folder)
-            # The process that held it before may have removed the file between our opening and locking it.
+            # Its previous holder may have removed the file between our opening and locking it.
             if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
                 continue
             try:

@@ -3,9 +3,9 @@
     tokenizer=hf tokenizer.model_path=FILE | FOLDER | hf://OWNER/NAME[@REVISION]
 
 Ids are those of `tokenizers`, with four exceptions, so that every id stands for a fixed byte string and every text is
-restored exactly: no token is added to a text and none is cut off; no space is added before its first word (as with
-`add_prefix_space=False`); text is not put into one of Unicode's normal forms (nearly all text is in NFC already); and a
-special token that is written out in a text is text. A tokenizer that changes text in any other way is refused.
+restored exactly: no tokens are added to a text or cut off; no space is added before its first word (as with
+`add_prefix_space=False`); no Unicode normalization is applied (nearly all text is in NFC already); and a special token
+spelled out in a text is treated as text. A tokenizer that changes text in any other way is refused.
 
 The separator of documents is `tokenizer.separator`; by default the end-of-text token that tokenizer_config.json names
 (eos_token, else bos_token), or, without that file, the file's only special token, or the first of END_OF_TEXT.
@@ -47,7 +47,7 @@ class HFTokenizer(TableTokenizer):
         origin: where the file comes from, for messages.
 
     Raises:
-        ConfigError: not such a file, no such token, or the tokenizer changes text.
+        ConfigError: the file is not a tokenizer.json, lacks the separator, or its tokenizer changes text.
     """
 
     def __init__(self, model: bytes, separator: str, origin: str = "model") -> None:
@@ -82,7 +82,7 @@ class HFTokenizer(TableTokenizer):
         self._make_lossless(added, decoders)
 
     def _pieces_of(self, decoders: list[Spec], special: set[str]) -> list[bytes]:
-        """The byte string of every id; empty for special tokens and for ids that stand for nothing."""
+        """The byte string of every id; empty for special tokens and unused ids."""
         vocabulary: dict[str, int] = self._processor.get_vocab(with_added_tokens=True)
         learned = self._processor.get_vocab(with_added_tokens=False)
         bytes_of = _decoder(decoders)
@@ -93,7 +93,7 @@ class HFTokenizer(TableTokenizer):
         return pieces
 
     def _make_lossless(self, added: list[str], decoders: list[Spec]) -> None:
-        """Find the strings that would be taken for something else; they are encoded as single bytes."""
+        """Find the strings that would not survive a round trip, so that they can be encoded byte by byte."""
         single = {piece: number for number, piece in reversed(list(enumerate(self._pieces))) if len(piece) == 1}
         if len(single) < 256:
             raise ConfigError(
@@ -122,7 +122,7 @@ class HFTokenizer(TableTokenizer):
         if len(parts) == 1:
             return np.array(self._encode(text), self.dtype)
         ids: list[int] = []
-        for index, part in enumerate(parts):  # every other part is an odd one
+        for index, part in enumerate(parts):  # parts at odd indices are the strings that the pattern found
             ids += self._odd[part] if index % 2 else self._encode(part)
         return np.array(ids, self.dtype)
 
@@ -143,7 +143,7 @@ def load(path: str, separator: str | None = None) -> HFTokenizer:
 
     Args:
         path: a tokenizer.json, a folder that holds one, or hf://OWNER/NAME[@REVISION].
-        separator: the token that separates documents; None: chosen.
+        separator: the token that separates documents; None: chosen as described there.
 
     Raises:
         ConfigError: there is none, it cannot be read or is not lossless, or a separator must be named.
@@ -181,7 +181,7 @@ def _find(path: str) -> tuple[Path, Path]:
         folder, file = file, file / FILE
         if not file.is_file():
             raise ConfigError(f"tokenizer.model_path={path} has no {FILE}")
-        if b'"kind": "hf"' in file.read_bytes()[:100]:  # a tokenizer/ of ours, where that is the card
+        if b'"kind": "hf"' in file.read_bytes()[:100]:  # one of our tokenizer/ folders, where that is only metadata
             file = folder / "tokenizer.model"
     elif not file.is_file():
         raise ConfigError(f"tokenizer.model_path={path} does not exist")
@@ -189,7 +189,7 @@ def _find(path: str) -> tuple[Path, Path]:
 
 
 def _download(path: str) -> tuple[Path, Path | None]:
-    """Likewise in a repository of the Hub, through its local cache."""
+    """Like `_find`, but for a repository of the Hub, through its local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -226,7 +226,7 @@ def _separator_of(spec: Spec, named: dict[str, Any], origin: str) -> str:
 
 
 def _parts(part: Spec | None) -> list[Spec]:
-    """A component, or those of a sequence, in order."""
+    """The components of a sequence, in order, nested ones included; or the one component given."""
     if part is None:
         return []
     inner = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
@@ -234,12 +234,12 @@ def _parts(part: Spec | None) -> list[Spec]:
 
 
 def _restores(decoder: Spec) -> bool:
-    """Whether this part of a decoder makes fixed bytes of every piece."""
+    """Whether this part of a decoder maps every piece to fixed bytes."""
     return decoder["type"] in _RESTORED and "Regex" not in decoder.get("pattern", {})
 
 
 def _keep_text(spec: Spec) -> None:
-    """Remove what would add to a text, cut it off, or make it random."""
+    """Remove what would add to a text, truncate it, or make its tokens random."""
     spec |= {"truncation": None, "padding": None, "post_processor": None}
     if "dropout" in spec["model"]:
         spec["model"]["dropout"] = None
@@ -256,7 +256,7 @@ def _keep_text(spec: Spec) -> None:
 
 
 def _decoder(decoders: list[Spec]) -> Callable[[str], bytes]:
-    """From a piece of the vocabulary to the bytes that it stands for."""
+    """A function that maps a piece of the vocabulary to the bytes that it stands for."""
     kinds = {part["type"] for part in decoders}
     replaced = [(part["replacement"], " ") for part in decoders if part["type"] == "Metaspace"]
     replaced += [(part["pattern"]["String"], part["content"]) for part in decoders if part["type"] == "Replace"]
@@ -275,7 +275,7 @@ def _decoder(decoders: list[Spec]) -> Callable[[str], bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte (GPT-2): itself if printable, else one from 256 on."""
+    """Character -> byte, as byte-level BPE (GPT-2) writes bytes: as itself if printable, else as one from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Indexes the files of a split: where each document lies, and the hash that tells whether a file is still the same."""
+"""Indexes the files of a split: the position of each document, and hashes that tell whether a file has changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data.sources import HUB, DataError, File, Shard, bad_shards, find_files, op
 from ovq.config_data import SourceConfig
 from ovq.errors import ConfigError, one_line
 
-_FIRST_LINES = 100  # of JSON lines, which are asked for the text's field
+_FIRST_LINES = 100  # lines of a JSON-lines file that are searched for the text field
 
 
 def index_shards(data: SourceConfig, split: str, commit: str | None = None) -> tuple[list[Shard], int]:
@@ -38,7 +38,7 @@ def index_shards(data: SourceConfig, split: str, commit: str | None = None) -> t
 
 
 def _index_parquet(file: File, data: SourceConfig) -> Shard:
-    """Row counts from the footer, a few kilobytes at the end of the file. The footer's hash stands for the contents."""
+    """Read row counts from the footer, a few kilobytes at the end of the file, whose hash identifies the contents."""
     import pyarrow.parquet as pq
 
     with _open_for_index(file, data.kind) as stream:
@@ -73,7 +73,7 @@ def footer_hash(stream: Any) -> str:
     """SHA-256 of the footer of an open Parquet file.
 
     Raises:
-        DataError: it is not a Parquet file, or not all of it.
+        DataError: it is not a Parquet file, or an incomplete one.
     """
     size = stream.seek(0, os.SEEK_END)
     if size < 12:
@@ -92,7 +92,7 @@ def footer_hash(stream: Any) -> str:
 
 
 def _index_jsonl(file: File, data: SourceConfig) -> Shard:
-    """Offset and CRC of each line that is not blank, and the hash of the whole file, in one pass of bounded memory."""
+    """Offset and CRC of each nonblank line, and the hash of the whole file, in one pass with bounded memory."""
     digest = hashlib.sha256()
     offsets: list[int] = []
     crcs: list[int] = []
@@ -117,7 +117,7 @@ def _index_jsonl(file: File, data: SourceConfig) -> Shard:
 
 
 def fields_of(line: bytes) -> list[str]:
-    """The fields of a line of JSON; none if it is not an object, which is reported where the line is read."""
+    """The field names in a line of JSON; empty if it is not an object, which is reported when the line is read."""
     try:
         record = json.loads(line.removeprefix(contents.BOM))
     except (ValueError, RecursionError):

@@ -4,7 +4,8 @@ A *lane* is one row of the global batch, followed through all steps. Lane g read
 g + 2G, ... of an endless sequence (G rows in the global batch): ordinal o is document `o % n` of epoch `o // n`, in
 that epoch's own seeded permutation of all n documents. A lane's state is (ordinal, offset in that document, rows read).
 Ranks, workers and accumulation steps only divide the lanes differently, and resuming needs nothing else. Every ordinal
-belongs to one lane, which reads it from its first token to its last: nothing is read twice or lost.
+belongs to one lane, which reads its document from the first token to the last, so nothing is read twice or lost (except
+what packing "document" truncates).
 
 A document d_1..d_n yields the n + 1 pairs (separator, d_1), (d_1, d_2), ..., (d_n, separator) of input and label.
 """
@@ -26,11 +27,11 @@ LaneState = dict[str, int]  # ordinal, offset (pairs of that document already re
 
 @dataclass
 class Row:
-    """One row of one step: `inputs` and `targets` int32 [T] (-100: no label), offsets at which documents start, counts.
+    """One row of one step: `inputs` and `targets`, int32 [T] (-100: no label), and `starts`, where documents start.
 
-    `counts`: tokens (labels) and bytes (of the labels' text). For documents that begin in the row: documents, words,
+    `counts`: tokens (labels) and bytes (of the labels' text); for documents that begin in the row: documents, words,
     short_documents (fewer pairs than the context), empty_documents (skipped), bad_utf8 (sequences replaced),
-    unreadable_documents, untitled_documents. With packing "document" also padding and truncated (pairs not read).
+    unreadable_documents, untitled_documents; with packing "document" also padding and truncated (pairs not read).
     """
 
     lane: int
@@ -58,7 +59,7 @@ class _Held(NamedTuple):
 
 
 class LaneReader:
-    """Rows of lanes, in any order. Holds one tokenised document for each lane it serves."""
+    """Makes the rows of lanes, which may be asked for in any order. Keeps one tokenised document per lane in memory."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class LaneReader:
         return self.tokens.locate(self.document_of(state["ordinal"]))
 
     def row(self, lane: int, state: LaneState) -> Row:
-        """The lane's next row and the state after it.
+        """The lane's next row, with the lane's state after it.
 
         Raises:
             DataError: every document is empty, or one cannot be read.
@@ -129,7 +130,7 @@ class LaneReader:
         return row
 
     def _document(self, lane: int, ordinal: int) -> tuple[np.ndarray, str, dict[str, int]]:
-        """The ids of a document of the lane between two separators, its title, and what to count where it begins."""
+        """A document of the lane: its ids between two separators, its title, and the counts to add where it begins."""
         held = self._held.get(lane)
         if held is None or held.ordinal != ordinal:
             document = self.tokens.read(self.document_of(ordinal))

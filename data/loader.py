@@ -4,9 +4,9 @@
     worker w of K makes the rows of every K-th lane of its rank
     a micro-batch is m neighbouring lanes           G/(W m) micro-batches are a rank's share of a step
 
-Every row carries the state of its lane after it, so the state of the loader is that of the rows it has handed out: rows
-that workers have prepared ahead do not count. The state saved by W ranks is the union of their lanes. It can be resumed
-by any number of ranks and workers, with any micro-batch.
+Every row carries its lane's state after that row, so the loader's state covers exactly the rows it has handed out, not
+those that workers have prepared ahead. The state saved by W ranks is the union of their lanes. It can be resumed by any
+number of ranks and workers, with any micro-batch.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Batch:
     sources: list[str] = field(default_factory=list)
 
     def token_hash(self) -> int:
-        """64-bit hash of the rows' tokens. Over the micro-batches of a step it is summed, modulo 2^64."""
+        """64-bit hash of the rows' tokens. The hash of a step is the sum over its micro-batches, modulo 2^64."""
         return token_hash(list(self.lanes), self.inputs.numpy(), self.targets.numpy())
 
     def cut(self, length: int) -> Batch:
-        """The same tokens in sequences of at most `length`, none of which sees another.
+        """The same tokens, cut into independent sequences of at most `length`.
 
         Raises:
-            ConfigError: the rows are longer, and no multiple of it.
+            ConfigError: the rows are longer than `length`, but not a multiple of it.
         """
         T = self.inputs.shape[1]
         if length >= T:
@@ -74,8 +74,9 @@ class Batch:
     def shard(self, rank: int, ranks: int) -> Batch:
         """The share of one of `ranks` processes that hold the same rows: the rank-th part of every row.
 
-        Packed documents lie in one long row, the rows end to end: of that. `cu_seqlens` remains that of the whole, and
-        `sources` has one entry for each of the equal stretches, within rows, that the part consists of.
+        With `cu_seqlens`, the rows are joined end to end and the share is the rank-th part of that one long row;
+        `cu_seqlens` still describes the whole, and `sources` has one entry for each of the equal stretches, none of
+        which crosses a row boundary, that make up the part.
 
         Raises:
             ConfigError: the rows cannot be divided evenly.
@@ -95,7 +96,7 @@ class Batch:
         return replace(self, inputs=inputs, targets=targets, sources=sources)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device. Copies to a GPU go through pinned memory and are not waited for."""
+        """The batch on a device. Copies to a GPU go through pinned memory and are asynchronous."""
         device = torch.device(device)
 
         def move(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -109,7 +110,7 @@ class Batch:
 
 
 class RowSource(Protocol):
-    """Makes rows: a pure function of lane and state. Picklable; its only state may be a cache."""
+    """Makes rows, as a pure function of lane and state. Picklable; may hold no state but a cache."""
 
     def row(self, lane: int, state: LaneState) -> Row: ...
 
@@ -119,12 +120,12 @@ class RowSource(Protocol):
 
 
 class LaneDataset(IterableDataset):
-    """Endless rows of some lanes, one row of each lane in turn. Its state is that of the lanes."""
+    """An endless stream of rows, one from each of the given lanes in turn. Its state is that of the lanes."""
 
     def __init__(self, source: RowSource, lanes: dict[int, LaneState]) -> None:
         super().__init__()
         self.source, self.lanes = source, {lane: dict(state) for lane, state in lanes.items()}
-        # Index of the lane whose row is next; not 0 if a StatefulDataLoader restored a state within a round of lanes.
+        # Index of the lane whose row is next; starts above 0 if a StatefulDataLoader restored a state within a round.
         self._next = 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -146,12 +147,12 @@ class LaneDataset(IterableDataset):
 
 
 class Loader:
-    """Micro-batches of one rank, without end, starting where its state says.
+    """An endless stream of one rank's micro-batches, starting from the given state.
 
-    `state_dict()` describes the batches handed out so far; save it at a step's end and give the ranks' states, merged
-    by `merge_states`, to `build_loader(..., state=...)`.
+    `state_dict()` describes the batches handed out so far; save it at the end of a step and pass the ranks' states,
+    merged by `merge_states`, to `build_loader(..., state=...)`.
 
-    Iteration ends only if `should_stop()`, asked about every second while waiting for a worker, is true. It may end
+    Iteration ends only if `should_stop()`, polled about once a second while waiting for a worker, is true. It may end
     within a step: see `rewind`. It raises DataError if a worker dies, fails, or delivers nothing for `timeout_s`
     seconds (in the first step at least FIRST_STEP_TIMEOUT_S).
     """
@@ -180,7 +181,7 @@ class Loader:
         self.fingerprint = fingerprint
         self.context, self.micro_batch, self.isolate_documents = context, micro_batch, isolate_documents
         owned = global_batch // world_size
-        # Workers get equal shares of the lanes, so that taking a row from each in turn preserves the order of lanes.
+        # Workers get equal shares of the lanes, so that taking one row from each in turn keeps the lanes in order.
         self.num_workers = max((k for k in range(1, num_workers + 1) if owned % k == 0), default=0)
         self.prefetch, self.timeout_s, self.rank = prefetch, timeout_s, rank
         self.should_stop: Callable[[], bool] = lambda: False
@@ -194,7 +195,7 @@ class Loader:
             check_fingerprint(state["fingerprint"], fingerprint)
             saved = {int(lane): dict(s) for lane, s in state["lanes"].items()}
             self.lanes = {lane: saved[lane] for lane in lanes}
-            # Counts are totals of the job, so one rank continues those of all ranks of the previous run.
+            # Counts are totals over the job, so rank 0 alone continues those of all ranks of the previous run.
             self.counts = dict(state["counts"]) if rank == 0 else {}
         self._step_began = dict(self.lanes), dict(self.counts)
 

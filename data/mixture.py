@@ -1,13 +1,13 @@
-"""Rows from several data sets: which of them a row comes from is a pure function of the seed and the row's number.
+"""Rows from several data sets: the one that a row comes from is a pure function of the seed and the row's number.
 
 Row g of step n has the number r = n G + g (G rows in the global batch). It comes from the data set into whose share of
 [0, 1) the fractional part of r / phi + c falls, where phi is the golden ratio and c depends on the seed. This is a
 Kronecker sequence, whose points lie evenly: among the first N rows, and among those of every step, each data set has
-its share to within a few rows (a test holds it to 5 of 20,000), where random draws would miss it by the root of N.
+its share to within a few rows (a test requires 5 of 20,000), where random draws would be off by about the root of N.
 
-A row comes from one data set from its first token to its last. Within a data set, a lane reads what it would read if it
-were alone, in rows of its own number: see `data.lanes`. So a lane's state is the number of its rows, and its state in
-every data set.
+A row comes entirely from one data set. Within each data set, a lane reads what the lane of the same number would read
+if that data set were used alone: see `data.lanes`. A lane's state therefore consists of its number of rows and its
+state in every data set.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / phi
 
 
 class MixtureReader:
-    """Rows of lanes of a mixture, in any order.
+    """Makes the rows of a mixture's lanes, which may be asked for in any order.
 
     Args:
-        readers: of each data set.
-        weights: of each, of any sum; shares of the rows.
+        readers: the reader of each data set.
+        weights: each data set's share of the rows, relative to the sum of all weights.
         global_batch: rows in a step.
-        seed: of the order of the data sets.
+        seed: seed of the order of the data sets.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MixtureReader:
         self.readers, self.global_batch = readers, global_batch
         self._names = list(readers)
         total = sum(weights.values())
-        # Integers, so that every machine draws the same bounds.
+        # Integers, so that the bounds are the same on every machine.
         self._bounds = [round(share / total * _ONE) for share in accumulate(weights[name] for name in self._names)]
         self._offset = mix(len(self._names), seed, 0)
 
@@ -53,7 +53,7 @@ class MixtureReader:
         return f"{name}: {self.readers[name].describe(lane, _inner(name, lane, state))}"
 
     def row(self, lane: int, state: LaneState) -> Row:
-        """The lane's next row and the state after it.
+        """The lane's next row, with the lane's state after it.
 
         Raises:
             DataError: as `LaneReader.row`.
@@ -68,5 +68,5 @@ class MixtureReader:
 
 
 def _inner(name: str, lane: int, state: LaneState) -> LaneState:
-    """The state of a lane in one data set; its first one before the lane's first row from it."""
+    """The state of a lane in one data set; the initial one if the lane has read no row from it yet."""
     return {key: state.get(f"{name}.{key}", value) for key, value in first_state(lane).items()}

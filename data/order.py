@@ -10,8 +10,8 @@ _MASK = (1 << 64) - 1
 def permute(index: int, size: int, seed: int) -> int:
     """The image of `index` under a seeded permutation of range(size).
 
-    A six-round Feistel network over the next even power of two, applied until the result is below `size`. It takes O(1)
-    memory for any number of documents and, unlike the shuffle of a library, never changes between versions.
+    A six-round Feistel network over the next power of four, applied until the result is below `size`. It takes O(1)
+    memory for any number of documents and, unlike a library's shuffle, never changes between versions.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

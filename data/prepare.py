@@ -6,9 +6,9 @@
 Each data set of a mixture gets a folder of its own, DIR/NAME.
 
 The documents of a split are divided into parts of about `part_mb` megabytes of text. A part is a pure function of its
-documents and the tokenizer, is written by any process, completely or not at all, and is recorded in a small file. After
-a kill, a crash or a full disk the same command therefore continues with the missing parts and produces the same bytes
-as an uninterrupted run. prepared.json, which makes the folder usable, is written last. See data/prepared.py.
+documents and the tokenizer, can be written by any process, completely or not at all, and is recorded in a small file.
+After a kill, a crash or a full disk, the same command therefore continues with the missing parts and produces the same
+bytes as an uninterrupted run. prepared.json, which makes the folder usable, is written last. See data/prepared.py.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def prepare(
     """Tokenise the named splits of a config (default: all) into the folder `out`. Returns the index.
 
     Raises:
-        ConfigError: there is nothing to prepare, or `out` holds another preparation.
+        ConfigError: there is nothing to prepare, or `out` holds the result of a different preparation.
         DataError: a document cannot be read, a file cannot be written, or another process is writing the folder;
             finished parts are kept.
     """
@@ -125,7 +125,7 @@ def prepare(
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what only an unfinished preparation needs; the plan last, as its presence marks this as not done."""
+    """Remove what only an unfinished preparation needs; the plan last, as it marks the folder as unfinished."""
     for leftover in [*folder.glob("*.tmp"), *folder.glob("*.done"), folder / PLAN]:
         leftover.unlink(missing_ok=True)
 
@@ -167,7 +167,7 @@ def _plan(
 
 
 def _cut(split: str, sizes: np.ndarray, part_bytes: int) -> list[Range]:
-    """Divide the documents, in order, after every `part_bytes` of text."""
+    """Divide the documents, in order, into ranges of about `part_bytes` bytes of text."""
     before = np.cumsum(sizes) - sizes
     bounds = [*np.flatnonzero(np.diff(before // part_bytes, prepend=-1)).tolist(), len(sizes)]
     return [
@@ -304,7 +304,7 @@ def _cores() -> int:
 
 
 def _summary(index: dict[str, Any]) -> list[str]:
-    """What was made, and every irregularity that was counted."""
+    """Lines that say what was made, and count every irregularity."""
     lines = []
     for split, made in index["splits"].items():
         size = sum(part["files"][suffix]["bytes"] for part in made["parts"] for suffix in SUFFIXES)
@@ -361,7 +361,7 @@ def main(options: Options, overrides: list[str], words: list[str]) -> int:
 
 
 def _use(cfg: Config, folders: dict[str, Path]) -> str:
-    """The overrides that read what was prepared."""
+    """The overrides with which a run reads what was prepared."""
     if "" in folders:
         return f"data=memmap 'data.train=[{folders['']}]'"
     shares = shares_of(cfg)

@@ -6,12 +6,12 @@
     train-00000.documents    a DOCUMENT record for each: offset of its ids, bytes, words, flags, CRC-32
     train-00000.titles       their titles in UTF-8, concatenated
 
-Opening a folder reads prepared.json and the size of each file, wherever a run resumes; no text and no network are
-needed. A file of the wrong size is refused when the folder is opened, a changed byte when its document is read.
+Opening a folder reads only prepared.json and the size of each file, at whatever step a run resumes; neither text nor
+network is needed. A wrong file size is noticed when the folder is opened, a changed byte when its document is read.
 `python -m data.prepare verify DIR` hashes everything at once.
 
-Ids are read with one ordinary read per document. Mapping them would save a copy, but a mapped file that is truncated
-under a running job kills it without a message.
+Ids are read with one ordinary read per document. Memory-mapping them would save a copy, but truncating a mapped file
+under a running job kills the job without a message.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class _Part:
 
 
 class PreparedTokens:
-    """The tokenised documents of one split in one or more prepared folders. Also the corpus that identifies them.
+    """The tokenised documents of one split in one or more prepared folders. Also acts as their `Identified`.
 
-    The fingerprint of a single folder is that of the files it was made from, as a run sees the same rows.
+    A single folder has the fingerprint of the files it was made from, because a run sees the same rows with either.
 
     Raises:
         ConfigError: no folder is given, or one is incomplete, lacks the split, was made with another tokenizer, or has
@@ -135,7 +135,7 @@ class PreparedTokens:
         return TokenisedDocument(ids, title, int(record["bytes"]), int(record["words"]), flags)
 
     def _part(self, p: int) -> _Part:
-        """A part's records and titles, mapped; hashed when opened, unless nothing has touched the files since."""
+        """A part's records and titles, memory-mapped; hashed when opened, unless they have not changed since."""
         if p in self._open:
             self._open.move_to_end(p)
             return self._open[p]
@@ -160,13 +160,13 @@ class PreparedTokens:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Differs after every write to the file and after its replacement; not even `touch` restores the change time."""
+    """A value that changes if the file is written to or replaced: not even `touch` can restore the change time."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def load_index(folder: Path | str) -> Index:
-    """prepared.json of a folder, checked against its own hash.
+    """Load a folder's prepared.json and check it against its own hash.
 
     Raises:
         ConfigError: it does not exist, is damaged, or was written by another version of this program.

@@ -1,11 +1,11 @@
-"""Python source as long documents that repeat themselves, from installed packages, without a network: Parquet files.
+"""Make long, repetitive documents of Python source, as Parquet files, from installed packages without a network.
 
     python -m data.python_source                 # then data=python_source (configs/data/python_source.yaml)
     python -m data.python_source out=DIR train=[torch,sympy] validation=[numpy] test=[networkx] document_kb=256
 
-A document is the .py files of neighbouring folders of one package, each after a line with its path, in the order of
-their paths. What is in it follows from the versions of the packages, which the lock files in launch/ pin. No package is
-in two splits.
+A document consists of the .py files of neighbouring folders of one package, in the order of their paths, each preceded
+by a line with its path. Its contents depend only on the versions of the packages, which the lock files in launch/ pin.
+No package is in two splits.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def folder_of(name: str) -> Path:
 
 
 def documents(folder: Path, size: int) -> Iterator[tuple[str, str]]:
-    """(path of the first file, text) of the documents of a package: files are added folder by folder until there are
-    `size` characters. What is left at the end is a document if it has half as many."""
+    """(path of the first file, text) of each document of a package: files are added folder by folder until there are
+    `size` characters. What is left at the end becomes a document if it has at least half as many."""
     first, parts, length = "", [], 0
     for inside, folders, files in os.walk(folder):
         folders.sort()
@@ -80,7 +80,7 @@ def documents(folder: Path, size: int) -> Iterator[tuple[str, str]]:
             path = Path(inside, name)
             try:
                 text = path.read_text("utf-8")
-            except UnicodeDecodeError:  # a test of other encodings
+            except UnicodeDecodeError:  # for instance a package's test of other encodings
                 continue
             title = path.relative_to(folder.parent).as_posix()
             first = first or title

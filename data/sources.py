@@ -5,16 +5,15 @@ looks them up and broadcasts them, so that a hub or a bucket sees one client how
 pinned to a commit, which the data fingerprint records: a resumed run reads that commit even if `data.revision` is null
 and the branch has moved on. A repository is listed once per process.
 
-Hub files come through `huggingface_hub` and are read with pyarrow. Other formats, and data sets with configurations,
+Hub files are fetched with `huggingface_hub` and read with pyarrow. Other formats, and data sets with configurations,
 are left to `datasets` (`data.dataset_corpus`).
 
-A folder stands for the files in it that end as its kind does, and in its subfolders. A path that exists as it is typed
-is no pattern, whatever brackets it holds. Compressed files are recognised by their content (`data.contents`).
+A folder stands for all files in it and its subfolders whose extensions fit data.kind. A path that exists exactly as
+typed is taken literally, even if it contains brackets. Compressed files are recognised by content (`data.contents`).
 
-A shard is missing if a path without wildcards does not exist, if it is a link to nothing, or if a pattern matches a
-series `NAME-00003-of-00008` with gaps. It is corrupt if it cannot be indexed. If
-`data.on_bad_shard` is "error" the job stops before anything runs; if "skip" the shard is left out, named in a warning
-and counted.
+A shard is missing if a path without wildcards does not exist, if it is a broken link, or if a pattern matches a series
+`NAME-00003-of-00008` with gaps. It is corrupt if it cannot be indexed. If `data.on_bad_shard` is "error", the job stops
+before anything runs; if "skip", the shard is left out, named in a warning and counted.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ HUB = "hf://datasets/"
 NOT_LISTED = "cannot be listed"  # in the message about a repository that is out of reach
 _SERIES = re.compile(r"^(?P<stem>.*-)(?P<index>\d+)-of-(?P<total>\d+)(?P<rest>.*)$")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-# How the files that a folder stands for end, before the ending of a compression; text: any that is not hidden.
+# Extensions of the files that a folder stands for, before any .gz, .zst ...; text: any file that is not hidden.
 _ENDINGS = {"parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json"), "text": ("",)}
 
 T = TypeVar("T")
@@ -55,7 +54,7 @@ class ChangedError(DataError):
 
     @classmethod
     def of(cls, path: str, what: str) -> ChangedError:
-        """The error for a file, and what of it is different."""
+        """The error for a file that has changed; `what` says what is different."""
         return cls(
             f"{path} has changed since this run opened its data ({what}); put the original file back and the same "
             "command resumes from the last checkpoint, or use another run_dir"
@@ -64,7 +63,7 @@ class ChangedError(DataError):
 
 @dataclass(frozen=True)
 class File:
-    """One file of a split, found but not opened. `size` in bytes; `digest` only if a listing provides it."""
+    """One file of a split, found but not opened. `size` in bytes; `digest` only from a hub (SHA-256 or git blob id)."""
 
     path: str
     name: str
@@ -75,9 +74,9 @@ class File:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file with what is needed to read any document of it, and to notice that it is no longer the same file.
+    """A file, with what is needed to read any document in it and to notice that the file has changed.
 
-    `digest` is a SHA-256: the hub's of the file, else that of a Parquet footer, or of all of a JSON-lines or text file.
+    `digest`: for Parquet, `file.digest` or else the SHA-256 of the footer; otherwise the SHA-256 of the whole file.
     """
 
     file: File
@@ -131,7 +130,7 @@ def find_files(data: SourceConfig, split: str, commit: str | None = None) -> tup
 def open_file(file: File) -> BinaryIO | str:
     """What readers open: a local path (hub files are downloaded to the local cache first) or a seekable remote file.
 
-    Of a compressed file it is its decompressed copy.
+    For a compressed file, that is its decompressed copy.
 
     Raises:
         contents.Unreadable: compressed data are damaged.
@@ -165,15 +164,15 @@ def hub_download(file: File) -> str:
 
 @dataclass
 class _Found:
-    """What a pattern leads to; `folder`: it names one."""
+    """What a pattern refers to; `folder`: whether it names a folder."""
 
     files: list[File]
-    missing: list[str]  # what is there but leads nowhere: "PATH: why"
+    missing: list[str]  # paths that are there but lead to no file: "PATH: why"
     folder: bool = False
 
 
 def _fits(path: str, kind: str) -> bool:
-    """Whether a file within a folder that was named is one of this kind, by its name."""
+    """Whether a file found within a folder is of this kind, judging by its name."""
     name = os.path.basename(path).lower()
     stem, ending = os.path.splitext(name)
     return not name.startswith(".") and (stem if ending in _COMPRESSED else name).endswith(_ENDINGS[kind])
@@ -218,18 +217,18 @@ def _hub_files(pattern: str, kind: str, revision: str | None) -> _Found:
 
 
 def hub_commit(repo: str, revision: str | None) -> str | None:
-    """The commit that a revision of a data set refers to; `revision` itself where the Hub cannot be asked."""
+    """The commit that a revision of a data set refers to; `revision` itself if the Hub cannot be reached."""
     from huggingface_hub import HfApi
 
     revision = revision or _COMMITS.get(repo)
     try:
         commit = str(HfApi().dataset_info(repo, revision=revision).sha)
-    except Exception:  # no network, or no such data set, as opening it will tell
+    except Exception:  # no network, or no such data set: opening it reports which
         return revision
     return _COMMITS.setdefault(repo, commit) if revision is None else commit
 
 
-# The commit of each repository that is read if no revision is named, so that all splits of a run come from one commit.
+# The commit to read of each repository if no revision is named, so that all splits of a run come from one commit.
 _COMMITS: dict[str, str] = {}
 
 
@@ -266,7 +265,7 @@ def _remote_files(pattern: str, kind: str) -> _Found:
 
 def _local_files(pattern: str, kind: str, split: str) -> _Found:
     typed = os.path.expanduser(pattern)
-    # What exists as it is typed is no pattern, though its name may hold brackets.
+    # A path that exists as typed is not a pattern, even if it contains brackets.
     literal = os.path.lexists(typed) or not glob.has_magic(typed)
     if os.path.isfile(os.path.join(typed, "prepared.json")):
         raise ConfigError(f"data.{split}: {pattern} was made by python -m data.prepare; read it with data=memmap")
@@ -285,7 +284,7 @@ def _local_files(pattern: str, kind: str, split: str) -> _Found:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """The files in a folder and its subfolders, links to folders included, each folder once; hidden ones left out."""
+    """The files in a folder and its subfolders; follows links, visits each folder once and skips hidden folders."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -321,7 +320,7 @@ def _holes(files: list[File], pattern: str) -> list[str]:
 
 
 def bad_shards(data: SourceConfig, bad: list[str], split: str, left: int) -> None:
-    """Refuse files that are missing or corrupt, or warn of them, as data.on_bad_shard says.
+    """Refuse missing or corrupt files, or warn about them, as data.on_bad_shard says.
 
     Args:
         bad: "FILE: why" for each.

@@ -2,8 +2,8 @@
 
 Those of the Hugging Face Hub are in `data.hf_tokenizer`.
 
-One id separates documents (`separator_id`, also called bos and eos): it is fed before a document's first token and
-predicted after its last. Every id represents a fixed byte string, so bytes (for bits per byte) are counted by table
+One id separates documents (`separator_id`, also called bos and eos): it is the input before a document's first token
+and the label after its last. Every id represents a fixed byte string, so bytes (for bits per byte) are counted by table
 look-up and decoding is concatenation.
 """
 
@@ -41,11 +41,11 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Any) -> str:
-        """The text of ids. Separators decode to nothing, a character that is cut off to U+FFFD."""
+        """The text of ids. Separators decode to nothing, an incomplete character to U+FFFD."""
         ...
 
     def num_bytes(self, ids: Any) -> int:
-        """UTF-8 bytes that ids represent. Negative ids (ignored labels) and separators count as none."""
+        """UTF-8 bytes that ids represent. Negative ids (ignored labels) and separators count as 0."""
         ...
 
     def save(self, folder: Path | str) -> None:
@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
 
 
 class TableTokenizer:
-    """What all kinds share, given the byte string of every id."""
+    """What all kinds of tokenizers share, given the byte string of every id."""
 
     def __init__(self, pieces: list[bytes], separator_id: int, fingerprint: str) -> None:
         self.vocab_size, self.separator_id, self.fingerprint = len(pieces), separator_id, fingerprint
@@ -134,7 +134,7 @@ class SentencePieceTokenizer(TableTokenizer):
         return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace(_SPACE, " ").encode()
 
     def encode(self, text: str) -> np.ndarray:
-        # SentencePiece takes U+2581 for a space, so where the text contains it, it is encoded as bytes.
+        # SentencePiece would take U+2581 for a space, so a U+2581 in the text is encoded as bytes.
         parts = [self._processor.encode(part) for part in text.split(_SPACE)]
         ids = parts[0]
         for part in parts[1:]:

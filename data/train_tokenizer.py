@@ -58,7 +58,7 @@ def main(options: Options, overrides: list[str]) -> int:
 def train_sentencepiece(
     lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0, model_type: str = "unigram"
 ) -> SentencePieceTokenizer:
-    """Train a lossless model on lines (without newlines, which have a piece of their own) and write it.
+    """Train a lossless model on lines (without newlines, which are a piece of their own) and write it.
 
     Raises:
         ConfigError: the text is too small for the vocabulary.
@@ -111,7 +111,7 @@ def sample_lines(corpus: Corpus, num_bytes: int, seed: int) -> Iterator[str]:
         if left <= 0:
             return
         text = corpus.read(int(index)).text
-        # An excerpt from the middle of a book is more typical than its title page.
+        # The middle of a book is more typical than its title page.
         start = max(0, (len(text) - share) // 2)
         stretch = text[start : start + min(share, left)]
         left -= len(stretch.encode())

@@ -1,11 +1,11 @@
 """Worker processes that prepare rows ahead of the trainer, and what happens when one dies, fails or hangs.
 
-- Workers die with the trainer, however it ends: nothing is left that holds memory, or the sockets by which other ranks
-  would notice the death.
+- Workers die with the trainer, however it ends: none is left to hold memory, or to keep open the sockets whose closing
+  tells other ranks that the trainer has died.
 - They ignore the signals that ask a job to stop. A scheduler sends those to every process of the job, and the trainer
   still needs its workers to finish the step before it saves.
-- The trainer never blocks on a worker: it wakes up every second to ask whether it should stop, whether all workers are
-  alive, and whether `trainer.timeout_s` has passed.
+- The trainer never blocks on a worker: it wakes up every second to check whether it should stop, whether all workers
+  are alive, and whether `trainer.timeout_s` has passed.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 def die_with_parent() -> None:
-    """Called by a child of `multiprocessing`: from now on it is killed as soon as its parent has died.
+    """Called in a `multiprocessing` child: have it killed as soon as its parent dies.
 
-    On Linux the kernel does it, whatever the child is waiting for. The parent is then the *thread* that started the
-    child. Elsewhere a thread of the child watches the parent.
+    On Linux the kernel does this, even if the child is blocked; the parent is then the *thread* that started the child.
+    Elsewhere a thread of the child watches the parent.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -66,15 +66,15 @@ def _watch(parent: BaseProcess) -> None:
 class RowWorkers:
     """Rows of a data set, prepared ahead by worker processes; row n comes from worker n modulo `count`.
 
-    A thread receives the rows, because receiving may block for good: a worker stopped in the middle of sending leaves
-    half a row in the pipe. `take` waits for the thread only. The thread also forks the workers: torch installs its
-    SIGCHLD handler, which raises wherever the main thread happens to be, in the main thread only.
+    A thread receives the rows, because receiving may block forever: a worker stopped in the middle of sending leaves
+    half a row in the pipe. `take` waits for the thread only. The thread also forks the workers: if the main thread did,
+    torch would install its SIGCHLD handler, which raises at whatever point the main thread has reached.
 
     Args:
-        data: iterable over rows without end; each worker iterates over its own copy.
-        count: processes, at least 1.
+        data: endless iterable over rows; each worker iterates over its own copy.
+        count: number of processes, at least 1.
         ahead: rows that each worker prepares ahead.
-        rank: of this process, for messages.
+        rank: rank of this process, for messages.
     """
 
     def __init__(self, data: Iterable[Row], count: int, ahead: int, rank: int) -> None:
@@ -106,23 +106,23 @@ class RowWorkers:
     def _receive(self, loader: Any) -> None:
         try:
             rows = iter(loader)
-            # A SIGCHLD handler installed by another data loader would raise in the main thread, wherever it is.
+            # A SIGCHLD handler installed by another data loader would raise at some arbitrary point of the main thread.
             torch.utils.data._utils.signal_handling._remove_worker_pids(id(rows))
             rows._worker_pids_set = False
             self._workers = list(rows._workers)
             while not self._closed:
                 self._ready.put(next(rows))
         except BaseException as error:  # raised by `take`
-            # Before this thread ends, and the kernel ends the healthy workers with it.
+            # Recorded before this thread ends, because the kernel then kills the healthy workers too.
             self._exitcodes = [worker.exitcode for worker in self._workers]
             self._ready.put(error)
 
     def take(self, timeout_s: float, should_stop: Callable[[], bool], doing: Callable[[], str]) -> Row | None:
-        """The next row; None if should_stop() came true while waiting for it.
+        """The next row; None if should_stop() became true while waiting for it.
 
         Args:
             timeout_s: seconds to wait.
-            should_stop: asked about every second while waiting.
+            should_stop: polled about once a second while waiting.
             doing: what the worker is expected to be doing, for messages.
 
         Raises:
@@ -148,8 +148,8 @@ class RowWorkers:
         return row
 
     def close(self) -> None:
-        """End the workers at once: what they have prepared ahead is prepared again by those of the next run."""
-        if self._closed:  # by atexit; an iterator that is collected after it finds no modules left
+        """Kill the workers at once; the rows they have prepared ahead are prepared again in the next run."""
+        if self._closed:  # by atexit; an iterator garbage-collected after that finds its modules gone
             return
         self._closed = True
         workers = set(multiprocessing.active_children()) - self._others
@@ -198,7 +198,7 @@ class RowWorkers:
         return f"loader worker {number} of {self.count} on rank {self.rank}{process}"
 
     def _status(self, number: int) -> str:
-        """What the operating system says of a worker, for instance " (stopped)" or " (disk-sleep)"."""
+        """A worker's state according to the operating system, for instance " (stopped)" or " (disk-sleep)"."""
         if not self._workers:
             return " (not started)"
         with contextlib.suppress(psutil.Error):
@@ -215,7 +215,7 @@ class _Failed:
 
 
 class _Guarded(IterableDataset):
-    """A data set whose exceptions arrive as values: re-raised across processes they would be 60 lines of traceback."""
+    """A data set that yields its exceptions: re-raised across processes they would be 60 lines of traceback."""
 
     def __init__(self, data: Iterable[Row]) -> None:
         super().__init__()

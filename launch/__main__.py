@@ -1,9 +1,9 @@
 """Launch training.
 
     python -m launch run --gpus 8 -- experiment=pg19_150m                        on this machine, or on several by hand
-    python -m launch slurm --nodes 4 --gpus-per-node 8 -- experiment=pg19_480m   as a job of SLURM, or an array of jobs
+    python -m launch slurm --nodes 4 --gpus-per-node 8 -- experiment=pg19_480m   as a SLURM job, or an array of jobs
     python -m launch sweep --gpus 8 -- experiment=pg19_70m model=sw,sw_ovq       many runs on this machine
-    python -m launch plan experiment=pg19_480m gpus=64 gpu=h100                  what it would take; starts nothing
+    python -m launch plan experiment=pg19_480m gpus=64 gpu=h100                  what a run would take; starts nothing
 
 `python -m launch COMMAND --help` lists a command's options.
 """

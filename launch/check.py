@@ -1,4 +1,4 @@
-"""What can be refused before a job takes a GPU or a place in a queue: settings, data, tokenizer, run folder, memory.
+"""Checks made before a job takes a GPU or a place in a queue: settings, data, tokenizer, run folder, memory.
 
 Nothing is written, no GPU is touched and the run folder is not locked.
 """
@@ -26,7 +26,7 @@ from ovq.train.claim import same_run
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that can start. `report`: what a dry run prints of it; `warnings`: one line each."""
+    """A run that can start. `report`: what a dry run prints about it; `warnings`: one line each."""
 
     cfg: Config
     run_dir: Path
@@ -66,7 +66,7 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
 
 
 def check_memory(cfg: Config, vocab_size: int, world_size: int, gpu_bytes: int) -> tuple[str, ...]:
-    """Refuse what cannot fit on a GPU, warn of what may not: memory of the step itself is estimated.
+    """Refuse a run that cannot fit on a GPU; warn if it may not, as the memory of the step itself is only estimated.
 
     Raises:
         ConfigError: weights, gradients and moments need more than a GPU has.
@@ -86,5 +86,5 @@ def check_memory(cfg: Config, vocab_size: int, world_size: int, gpu_bytes: int) 
 
 
 def gpus_here() -> list[int]:
-    """The memory in bytes of each GPU that this process may use, without taking any of it."""
+    """The memory in bytes of each GPU that this process may use, without allocating any."""
     return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]

@@ -1,6 +1,6 @@
-"""Who works on what: locks that say which runs and which GPUs a sweep, or a job that it has started, is using.
+"""Locks that show which runs and which GPUs are in use by a sweep or by a job that it has started.
 
-A lock ends with the last process that has its descriptor: when a sweep is killed, its jobs keep theirs. On a file
+A lock lasts as long as any process that has its descriptor: if a sweep is killed, its jobs keep their locks. On a file
 system without locks nothing is known, and only train.py's own check of its run folder is left.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def claim(path: Path) -> int | None:
-    """Lock a file, which is made if need be; a descriptor to close, or to hand to a child. None: somebody has it."""
+    """Lock a file, created if needed. Returns a descriptor to close, or to pass to a child; None if it is locked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -31,7 +31,7 @@ def claim(path: Path) -> int | None:
 
 
 def claim_gpus(names: Iterable[str]) -> list[int] | None:
-    """Lock GPUs of this machine, all or none, against other sweeps of this user. None: one of them is in use."""
+    """Lock GPUs of this machine, all or none, against other sweeps of this user; None if one is in use."""
     folder, held = Path(tempfile.gettempdir()) / f"ovq-gpus-{os.getuid()}", list[int]()
     for name in names:
         descriptor = claim(folder / f"{name.replace(os.sep, '_')}.lock")
@@ -43,7 +43,7 @@ def claim_gpus(names: Iterable[str]) -> list[int] | None:
 
 
 def release(descriptors: list[int]) -> None:
-    """Give up locks."""
+    """Release locks."""
     while descriptors:
         os.close(descriptors.pop())
 
@@ -51,10 +51,10 @@ def release(descriptors: list[int]) -> None:
 def trainer_of(run_dir: Path) -> str:
     """The process that trains in a run folder, as "process 12 on HOST"; empty if none does.
 
-    Asks for the lock of `ovq.train.checkpoint.hold` without taking it: a run that starts at that moment would fail.
+    Tests the lock of `ovq.train.checkpoint.hold` without taking it, which could make a run that is just starting fail.
     """
     lock = run_dir.resolve() / "checkpoints" / ".lock"
-    linux = sys.platform == "linux"  # elsewhere struct flock has the order of macOS and the BSDs
+    linux = sys.platform == "linux"  # elsewhere struct flock has the field order of macOS and the BSDs
     form = "hhqqi0q" if linux else "qqihh"
     whole = (0, 0)  # from byte 0 to the end
     wanted = (fcntl.F_WRLCK, os.SEEK_SET, *whole, 0) if linux else (*whole, 0, fcntl.F_WRLCK, os.SEEK_SET)

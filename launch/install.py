@@ -1,11 +1,11 @@
 """Make .venv and install the locked dependencies; run by `make setup` with nothing but the standard library.
 
 Which torch: with an NVIDIA GPU the CUDA build, which brings its own triton; without one the CPU build, from PyTorch's
-CPU index if that answers within seconds, else from the default index (where it may be the CUDA build), and triton for
+CPU index if that answers within seconds, else from the default index (where it may be the CUDA build), plus triton for
 the interpreter tests if torch does not bring it.
 
-Which versions: torch is installed first and alone, because PyTorch's index does not carry every version of what torch
-depends on. Its metadata then says which build it is, and so which lock constrains everything else.
+Which versions: torch is installed first, without its dependencies, because PyTorch's index does not carry every version
+of them. Its metadata then says which build it is, and so which lock constrains everything else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 class SetupError(Exception):
-    """The set-up cannot go on. The message is one line: what failed, and what to do."""
+    """Setup cannot continue. The message is one line: what failed, and what to do."""
 
 
 class Pin(NamedTuple):
@@ -113,7 +113,7 @@ def lock_for(requirements: list[str], platform: str) -> Path:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver is at work here."""
+    """Whether this machine has a working NVIDIA driver."""
     return bool(shutil.which("nvidia-smi")) and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
 
 
@@ -163,7 +163,7 @@ def direct_pins(*more: str) -> dict[str, str]:
 
 
 def disagreement(lock: Path) -> str | None:
-    """How a lock contradicts the direct dependencies, in one line; None where it does not."""
+    """How a lock contradicts the direct dependencies, in one line; None if it does not."""
     if not lock.is_file():
         return f"{shown(lock)} is missing; run: make lock"
     pins = read_lock(lock)
@@ -179,7 +179,7 @@ def disagreement(lock: Path) -> str | None:
 
 
 def culprit(output: str, lock: Path) -> Pin | None:
-    """The line of the lock that pip's output blames: a constraint in a conflict, else what an error names."""
+    """The pin of the lock that pip's output blames: a constraint in a conflict, else a package that an error names."""
     pins = {(pin.name, pin.version): pin for pin in read_lock(lock)}
     for blame in (r"\(constraint\) (\S+)==(\S+)", r"^ERROR: .*?(\S+)==(\S+)"):
         for name, version in re.findall(blame, output, re.MULTILINE):
@@ -206,7 +206,7 @@ def pip(arguments: list[str], lock: Path | None = None) -> None:
     say("pip install " + " ".join(arguments))
     command = [python(), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off", *arguments]
     environment = os.environ | {"PIP_NO_INPUT": "1", "PYTHONUNBUFFERED": "1"}
-    # Not --quiet, which hides what a conflict is about.
+    # Not --quiet, which hides the details of a conflict.
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -240,7 +240,7 @@ def python() -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as the user may type it in the project's folder."""
+    """A path as the user can type it from the project's folder."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 

@@ -1,12 +1,12 @@
 """Write the locks: the version of every package that a set-up installs, direct or not, as pip constraints.
 
-    make lock                    after a change in pyproject.toml: other versions stay where they can
-    make lock ARGS=--upgrade     the newest of everything that pyproject.toml does not pin
+    make lock                    after a change in pyproject.toml: keeps other versions where possible
+    make lock ARGS=--upgrade     takes the newest version of everything that pyproject.toml does not pin
 
-Two locks, launch/constraints-cpu.txt and launch/constraints-cuda.txt, which differ in triton and NVIDIA's packages.
-Each holds for every Python and system in pyproject.toml's [tool.uv] environments: uv resolves them all at once, which
-pip cannot, and runs in a throw-away environment. This command needs only the standard library, because a lock that
-does not fit keeps .venv from being made.
+The two locks, launch/constraints-cpu.txt and launch/constraints-cuda.txt, differ in triton and NVIDIA's packages. Each
+is valid for every Python and system in pyproject.toml's [tool.uv] environments: uv, installed in a throw-away
+environment, resolves them all at once, which pip cannot. This command needs only the standard library, because with a
+lock that does not fit, .venv cannot be made.
 
 uv reads its own settings, not pip's: UV_DEFAULT_INDEX names another package index, SSL_CERT_FILE other certificates.
 """
@@ -50,7 +50,7 @@ COVERAGE = {
 
 
 class LockError(Failure):
-    """The locks could not be made; they are left as they were."""
+    """The locks could not be made; the existing ones are left unchanged."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,14 +75,14 @@ def lock(upgrade: bool) -> None:
         cuda = resolve(uv, folder, keep="" if upgrade else pins_of(CUDA_LOCK), pins=[TORCH])
         triton = f"{TRITON_FOR_CPU} ; {LINUX}"
         excluded = [pin.name for pin in read_pins(cuda, "uv") if pin.name.startswith(("nvidia-", "cuda-"))]
-        # The two locks agree wherever they can: the second starts from the first one's versions.
+        # The second lock starts from the versions of the first, so that they agree wherever possible.
         cpu = resolve(uv, folder, keep=cuda, pins=[TORCH, triton], overrides=[triton], excludes=excluded)
     write(CUDA_LOCK, cuda)
     write(CPU_LOCK, cpu)
 
 
 def install_uv(folder: Path) -> Path:
-    """The uv of a new environment."""
+    """Install uv in a new environment; returns the path of its program."""
     venv.create(folder, with_pip=True)
     command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", UV]
     if subprocess.run(command, check=False).returncode:
@@ -95,7 +95,7 @@ def resolve(uv: Path, folder: Path, *, keep: str, pins: list[str], **rules: list
 
     Args:
         keep: a lock whose versions are preferred; empty for the newest.
-        rules: uv's files by option: `overrides`, `excludes`.
+        rules: lines of the files given to uv's options `overrides` and `excludes`.
 
     Returns:
         uv's output: `name==version ; marker  # via ...` lines.
@@ -127,7 +127,7 @@ def write(path: Path, resolved: str) -> None:
 
 
 def pins_of(path: Path) -> str:
-    """The pins of a lock as it is, one a line, without what else may stand there, such as the marks of a merge."""
+    """The pins of an existing lock, one per line, and nothing else in it, such as the markers of a merge conflict."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return "\n".join(pin for line in lines if PIN.fullmatch(pin := line.partition("#")[0].strip()))
 
@@ -150,7 +150,7 @@ def render(path: Path, resolved: str, date: str) -> str:
     for line in resolved.splitlines():
         requirement, _, why = line.partition("#")
         pin, _, marker = (part.strip() for part in requirement.partition(";"))
-        # A constraint on a package that nothing requires is idle, so a marker matters only between two versions.
+        # A constraint has no effect unless its package is required, so a marker matters only between two versions.
         if marker and names.count(pin.partition("==")[0]) > 1:
             pin += f" ; {marker}"
         # The temporary files that `resolve` passes hold what launch/install.py pins.

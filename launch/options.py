@@ -1,4 +1,4 @@
-"""What the launch commands share: how their arguments are read."""
+"""Argument parsing shared by the launch commands."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What a training would take on a cluster: memory, time, communication, storage. Starts nothing and needs no GPU.
+"""What a training run would take on a cluster: memory, time, communication, storage. Starts nothing, needs no GPU.
 
     python -m launch.plan experiment=pg19_480m gpus=64 gpu=h100
     python -m launch.plan experiment=pg19_480m trainer.context=65536 trainer.global_batch=64 gpus=8 gpu=h200 mfu=0.3
 
-Everything is computed from the settings. Memory is counted as in `ovq.memory`. Time is the model's matrix products at
-`mfu` of the card's peak (an assumption: measure one step and give its own). Communication is the bytes that FSDP must
-move at the bandwidth of the data sheets, as if none of it could hide behind the computation. All assumptions are
-printed with the plan.
+Everything is computed from the settings. Memory is counted as in `ovq.memory`. Time is that of the model's matrix
+products at `mfu` of the card's peak (an assumption: measure one step and pass its MFU). Communication is that of FSDP
+and of context parallelism at the bandwidths of the data sheets, as if none of it overlapped with computation. All
+assumptions are printed with the plan.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Card:
     Args:
         memory: GiB that its runtime reports.
         tflops: dense bf16, in 10^12 FLOP/s.
-        link, network: GB/s in one direction to the other cards of its node, and its share of the node's network.
+        link, network: GB/s in one direction, to the other cards of its node and over its share of the node's network.
     """
 
     memory: float
@@ -53,7 +53,7 @@ CARDS = {
     "mi300x": Card(memory=192.0, tflops=1307, link=448, network=50),
 }
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # GPUs in the table of communication
-HEADROOM = 0.92  # of the memory: the rest goes to the runtime, collectives and fragmentation
+HEADROOM = 0.92  # usable fraction of the memory: the rest goes to the runtime, collectives and fragmentation
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Options:
 
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
-    """The command line shown in the module docstring."""
+    """The command line in the module's docstring."""
     cfg = compose(overrides)
     vocab_size = options.vocab_size or cfg.tokenizer.vocab_size
     if vocab_size is None:
@@ -129,7 +129,7 @@ def memory_lines(cfg: Config, network: Transformer, options: Options) -> Iterato
 
 
 def largest(plan_of: Callable[[int], MemoryPlan], room: float, limit: int) -> int:
-    """The largest number whose plan fits, at most `limit`; 0 if 1 does not fit. Memory grows with the number."""
+    """The largest number up to `limit` whose plan fits; 0 if 1 does not fit. Memory must grow with the number."""
     low, high = 0, 1
     while high <= limit and plan_of(high).total <= room:
         low, high = high, 2 * high
@@ -141,7 +141,7 @@ def largest(plan_of: Callable[[int], MemoryPlan], room: float, limit: int) -> in
 
 
 def communication_lines(cfg: Config, network: Transformer, options: Options) -> Iterator[str]:
-    """Seconds of communication and of computation in a step, with the same global batch on more and more GPUs."""
+    """Seconds of communication and of computation in a step, with the same global batch on increasingly many GPUs."""
     trainer, card = cfg.trainer, CARDS[options.gpu]
     flops = flops_per_token(network, trainer.context) * trainer.global_batch * trainer.context
     yield f"communication of a step, trainer.shard={trainer.shard}, the same global batch on all"
@@ -157,12 +157,13 @@ def communication_lines(cfg: Config, network: Transformer, options: Options) -> 
 
 
 def communication(cfg: Config, network: Transformer, gpus: int, node: int, card: Card, rounds: float) -> float:
-    """Seconds that the collectives of a step take, none of it hidden.
+    """Seconds that the collectives of a step take if none of them overlaps with computation.
 
     Sharded over S processes, every micro-batch gathers the parameters twice (forward and backward) and the last one of
     a step reduces the gradients in float32, each moving (S - 1) / S of them through a process's link; R replicas then
-    reduce a shard's gradients, twice (R - 1) / R of it. Ranks that share sequences exchange queries, keys, values and
-    outputs of every layer, forward, backward and, if that is recomputed, once more.
+    all-reduce a shard's gradients, moving 2 (R - 1) / R of them. Ranks that share sequences exchange the queries, keys,
+    values and outputs of every layer in the forward pass, in the backward pass and, if activations are recomputed, once
+    more.
     """
     trainer = cfg.trainer
     parameters = count_parameters(network)[0]

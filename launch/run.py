@@ -1,15 +1,15 @@
-"""Train on several GPUs: check everything first, then start one process a GPU, and end as the ranks end.
+"""Train on several GPUs: check everything first, then start one process per GPU, and exit as the ranks do.
 
     python -m launch run --gpus 8 -- experiment=pg19_150m
     python -m launch run --gpus 8 --dry-run -- experiment=pg19_150m
     python -m launch run --cpu-ranks 2 -- experiment=cpu_demo
     python -m launch run --gpus 8 --nodes 4 --rendezvous node0:29400 -- experiment=pg19_480m     # on each of 4 machines
 
-This process is torchrun (torch.distributed.run), with these differences. What is wrong with the settings, the shards,
-the tokenizer, the run folder or the memory is said before a GPU is taken. A signal is handed to the ranks, which save
-and end with status 0; nothing kills them while they save. A failure is shown once: the first rank that failed, with
-its error or its traceback, and the exit status is that rank's. On one machine the system gives a free port, so two
-launches never clash; on several, --rendezvous names it.
+This process is torchrun (torch.distributed.run), with these differences. Problems with the settings, the shards, the
+tokenizer, the run folder or the memory are reported before a GPU is taken. A signal is passed on to the ranks, which
+save and end with status 0; nothing kills them while they save. A failure is shown once: the first rank that failed,
+with its error or its traceback, and the exit status is that rank's. On one machine the system picks a free port, so two
+launches never clash; on several, --rendezvous names the port.
 
 Exit status: 0 finished, or stopped by a signal after saving; the first failing rank's, or 128 + the number of the
 signal that ended it; 2 refused before the start.
@@ -37,7 +37,7 @@ from ovq.errors import ConfigError, Failure, Stopped, one_line
 from ovq.train.stop import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
-SHUTDOWN_S = 600  # torchrun's own patience, where that can be set; only after an error of torchrun itself is it needed
+SHUTDOWN_S = 600  # seconds that torchrun waits for its ranks, if it can be told; needed only if torchrun itself fails
 
 
 class RankFailed(Failure):
@@ -96,7 +96,7 @@ def place(options: argparse.Namespace) -> tuple[list[str], int, int | None]:
     """(settings, ranks on this machine, bytes of its smallest GPU) of a run.
 
     Raises:
-        ConfigError: this machine has fewer GPUs, or both kinds of ranks are asked for.
+        ConfigError: this machine has too few GPUs, or both kinds of ranks are asked for.
     """
     if options.cpu_ranks:
         if options.gpus:
@@ -120,7 +120,7 @@ def torchrun_words(options: argparse.Namespace, ranks: int) -> list[str]:
         words += ["--standalone"]
     else:
         words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}", f"--rdzv-id={options.id}"]
-    words += ["--signals-to-handle=SIGXCPU"]  # it must have one; `passing_on` handles those that come
+    words += ["--signals-to-handle=SIGXCPU"]  # it must be given one; `passing_on` handles the real ones
     if has_shutdown_timeout():
         words += [f"--shutdown-timeout={SHUTDOWN_S}"]
     return words
@@ -134,7 +134,7 @@ def has_shutdown_timeout() -> bool:
 
 
 def launch(words: list[str], ranks: int, *, on_cpu: bool) -> None:
-    """Run torchrun with these words in this process, until all ranks have ended.
+    """Run torchrun with these arguments in this process, until all ranks have ended.
 
     Raises:
         RankFailed, Stopped: as `run`.
@@ -144,7 +144,7 @@ def launch(words: list[str], ranks: int, *, on_cpu: bool) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    # What torchrun sets for several ranks, with a warning; ranks on CPUs share the cores.
+    # torchrun would set 1 for several ranks, with a warning; ranks on CPUs share the cores instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)) if on_cpu else "1")
     try:
         with quiet_torchrun(), passing_on() as received:
@@ -160,7 +160,7 @@ def launch(words: list[str], ranks: int, *, on_cpu: bool) -> None:
 
 @contextlib.contextmanager
 def quiet_torchrun() -> Iterator[None]:
-    """Within the `with` block, keep torchrun from logging what `explained` says in one line."""
+    """Within the `with` block, keep torchrun from logging what `explained` reports in one line."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -171,11 +171,11 @@ def quiet_torchrun() -> Iterator[None]:
 
 @contextlib.contextmanager
 def passing_on() -> Iterator[list[signal.Signals]]:
-    """Within the `with` block, hand a signal of SIGNALS to the ranks as SIGTERM; yields those received.
+    """Within the `with` block, pass signals of SIGNALS on to the ranks as SIGTERM; yields the list of those received.
 
-    SIGQUIT is handed on as it is, and not yielded: ranks write their stacks (`ovq.stacks`) and go on.
-    The ranks save and end by themselves, in whatever time that takes. A second signal ends them at once (train.py sees
-    to that), a third kills them. A rank that has also got the signal itself takes the two as one.
+    SIGQUIT is passed on unchanged, and not listed: ranks write their stacks (`ovq.stacks`) and continue.
+    The ranks save and end by themselves, however long that takes. A second signal ends them at once (train.py sees to
+    that), a third kills them. A rank that has also received the signal directly treats the two as one.
 
     Raises:
         Stopped: within the block, if no rank has been started yet.
@@ -209,11 +209,11 @@ def explained(failures: dict[int, Any], received: list[signal.Signals]) -> Failu
 
     Args:
         failures: rank -> torch.distributed.elastic's ProcessFailure.
-        received: the signals that were handed to the ranks.
+        received: the signals that were passed on to the ranks.
     """
 
     def order(rank: int) -> tuple[int, int, int]:
-        # Within a second of a failure its peers report that they lost a rank, or torchrun ends them: the cause first.
+        # Within a second of a failure, its peers report a lost rank or torchrun ends them: the cause sorts first.
         failure = failures[rank]
         ended = failure.exitcode == -signal.SIGTERM and not _told(failure)
         return 2 if ended else 1 if _lost_a_peer(failure) else 0, int(failure.timestamp), rank
@@ -235,7 +235,7 @@ def explained(failures: dict[int, Any], received: list[signal.Signals]) -> Failu
 
 
 def _told(failure: Any) -> dict[str, str]:
-    """What the rank itself has left for torchrun (`ovq.peers.tell_launcher`); empty if it could not."""
+    """What the rank itself reported to torchrun (`ovq.peers.tell_launcher`); empty if it could not."""
     return failure.message.get("extraInfo", {}) if isinstance(failure.message, dict) else {}
 
 

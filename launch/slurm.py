@@ -5,13 +5,13 @@
     python -m launch slurm --gpus-per-node 1 -- experiment=pg19_70m model=sw,sw_ovq seed=0,1      # an array of four
 
 Settings, data, tokenizer and run folder are checked first. On each node srun starts `python -m launch run`, which is
-torchrun. --grace seconds before the end of the time, and when the job is preempted, SLURM signals the ranks: they save
-and end, and the batch script queues the job again until summary.json says that the run is finished. A run that fails is
-not queued again, and neither is a job that was cancelled. SLURM itself queues a job again that loses a node.
+torchrun. --grace seconds before the time limit, and when the job is preempted, SLURM signals the ranks: they save and
+end, and the batch script requeues the job until summary.json says that the run is finished. A run that fails is not
+requeued, nor is a job that was cancelled. SLURM itself requeues a job that loses a node.
 
 The same command continues a run that was cancelled or has failed, with any --nodes whose ranks divide the batch. A run
-has one job at a time: another waits for it (--dependency=singleton). Of a sweep only what is not finished is queued,
-and nothing while its jobs are queued.
+has one job at a time: another waits for it (--dependency=singleton). Of a sweep, only unfinished runs are queued, and
+none as long as the sweep still has jobs in the queue.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def submit(options: argparse.Namespace) -> int:
-    """Check, write the sbatch file, and give it to sbatch; returns the exit status.
+    """Check the runs, write the sbatch file, and pass it to sbatch; returns the exit status.
 
     Raises:
         ConfigError: a run that cannot start, or a sweep that is queued already.
@@ -138,13 +138,13 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def got_longer(job: sweep.Job) -> bool:
-    """Whether a run that is finished is to have more steps now."""
+    """Whether a finished run is now asked to take more steps."""
     finished = read_finished(job.run_dir)
     return finished is not None and finished["step"] < job.cfg.trainer.steps
 
 
 def check(jobs: list[sweep.Job], options: argparse.Namespace) -> None:
-    """Check every run; print what a lone one would be."""
+    """Check every run; if there is only one, print its report."""
     from launch.check import check as check_run
 
     for job in jobs:
@@ -176,7 +176,7 @@ def name_of(jobs: list[sweep.Job]) -> str:
 
 
 def queued_as(name: str) -> str:
-    """The jobs of this user that have this name, by number; empty if there are none or squeue cannot say."""
+    """The numbers of this user's jobs with this name; empty if there are none or squeue cannot tell."""
     if not shutil.which("squeue"):
         return ""
     asked = ["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]
@@ -221,7 +221,7 @@ def assignments(job: sweep.Job, indent: str = "") -> str:
 
 
 def array(jobs: list[sweep.Job]) -> str:
-    """Shell lines that choose a run by the number of the array's task, and send the output to its folder."""
+    """Shell lines that choose a run by the task's number in the array, and send the output to its folder."""
     cases = "\n".join(f"  {number})\n{assignments(job, '    ')}\n    ;;" for number, job in enumerate(jobs))
     return f'case $SLURM_ARRAY_TASK_ID in\n{cases}\nesac\nexec >> "$run/{LOG}" 2>&1'
 

@@ -10,10 +10,11 @@ A finished job whose settings have changed since is refused before anything star
 jobs (unless --stop-on-failure); the sweep ends with a table of failures.
 
 A signal that stops the sweep stops its jobs too: they save, the sweep prints where they stand and exits with status
-128 + the signal's number, and the same sweep continues. So it does after `kill -9` of the sweep, whose jobs go on.
+128 + the signal's number, and the same command continues it. After `kill -9` of the sweep its jobs keep running, and
+the same command continues it too.
 
-Sweeps that have jobs in common can run at once, also on several machines that share the run folders: a job, and a GPU
-of a machine, is used by one of them at a time. Each ends when all of its jobs have, wherever they ran.
+Sweeps that have jobs in common can run at the same time, even on several machines that share the run folders: each job,
+and each GPU of a machine, is used by one of them at a time. A sweep ends when all its jobs have, wherever they ran.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from ovq.train.summary import read_finished
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.2
-LOCK, OUTCOME = ".sweep.lock", "sweep.json"  # in a run folder: whose it is now, and how its last job ended
+LOCK, OUTCOME = ".sweep.lock", "sweep.json"  # in a run folder: the lock of whoever uses it, and how its last job ended
 LOGS = ("sweep.log", "slurm.log")
 
 
@@ -112,8 +113,8 @@ def mark_finished(jobs: list[Job]) -> None:
 def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool, at_once: int = 1) -> None:
     """Run the waiting jobs, as many at a time as there are groups of GPUs; without GPUs, `at_once`.
 
-    No job outlives this function: if it ends early, it stops the running jobs and waits for them to save. A job that
-    another sweep runs meanwhile is waited for, and its outcome taken.
+    No job outlives this function: if it ends early, it stops the running jobs and waits for them to save. If another
+    sweep is running a job, this one waits for it and adopts its outcome.
 
     Raises:
         ConfigError: there are fewer GPUs, or a job needs more than there are.
@@ -174,9 +175,9 @@ def visible_gpus(wanted: int) -> list[str]:
 
 
 def next_job(waiting: list[Job], slot: list[str], began: float) -> Job | None:
-    """Take the first waiting job that nobody else runs, and lock it and the slot's GPUs; None: none, or no GPU is free.
+    """Take the first waiting job that nobody else runs; lock it and its slot's GPUs. None: no job, or a GPU is taken.
 
-    Jobs that another sweep has ended since `began` (seconds since 1970) leave the list with its outcome.
+    Jobs that another sweep has ended since `began` (seconds since 1970) get its outcome and leave the list.
     """
     if (gpus := claim_gpus(slot)) is None:
         return None
@@ -199,7 +200,7 @@ def next_job(waiting: list[Job], slot: list[str], began: float) -> Job | None:
 
 
 def ended_elsewhere(job: Job, began: float) -> bool:
-    """Whether another process has finished a job, or another sweep has seen it fail since `began`; notes that."""
+    """Whether another process has finished a job, or another sweep has seen it fail since `began`; records that."""
     outcome: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         outcome = json.loads((job.run_dir / OUTCOME).read_bytes())
@@ -214,7 +215,7 @@ def ended_elsewhere(job: Job, began: float) -> bool:
 
 
 def end(job: Job, code: int, stopped: bool) -> None:
-    """Note how a job ended, for this sweep and for others, and unlock it. `stopped`: this sweep has told it to end."""
+    """Record how a job ended, for this sweep and for others, and unlock it. `stopped`: this sweep told it to stop."""
     job.code = code
     job.status = "finished" if code == 0 and is_finished(job.run_dir) else "stopped" if stopped else "failed"
     outcome = {"status": job.status, "code": code, "ended": time.time()}
@@ -225,14 +226,14 @@ def end(job: Job, code: int, stopped: bool) -> None:
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Tell jobs to save and exit. SIGTERM, whatever the sweep received: torchrun handles it, and train.py takes any."""
+    """Tell jobs to save and exit, by SIGTERM whatever the sweep received: torchrun handles it, train.py any."""
     for process in processes:
         process.terminate()
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[signal.Signals]]:
-    """The signals received within the `with` block, in order, in place of their effect."""
+    """Collect the signals received within the `with` block, in order, instead of letting them act."""
     received: list[signal.Signals] = []
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
@@ -246,10 +247,10 @@ def noted_signals() -> Iterator[list[signal.Signals]]:
 
 
 def start(job: Job, slot: list[str], at_once: int = 1) -> subprocess.Popen[bytes]:
-    """Start one job, its output in <run folder>/sweep.log, with its share of the cores if `at_once` jobs share them.
+    """Start one job, with output to <run folder>/sweep.log and its share of the cores if `at_once` jobs share them.
 
-    In a session of its own: a Ctrl-C in the terminal reaches the sweep alone, which passes it on once. It inherits the
-    job's locks, and so keeps them if the sweep is killed.
+    It gets a session of its own, so that a Ctrl-C in the terminal reaches only the sweep, which passes it on once. It
+    inherits the job's locks, and so keeps them if the sweep is killed.
     """
     job.status = "running"
     job.run_dir.mkdir(parents=True, exist_ok=True)
@@ -274,7 +275,7 @@ def start(job: Job, slot: list[str], at_once: int = 1) -> subprocess.Popen[bytes
 
 
 def table(jobs: list[Job]) -> str:
-    """One line a job: status, run folder."""
+    """One line per job: status, run folder."""
     return "\n".join(f"{job.status:<16} {job.run_dir}" for job in jobs)
 
 

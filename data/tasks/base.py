@@ -1,4 +1,4 @@
-"""The interface of generated tasks, and what all of them share: seeded sequences, grading, a curriculum of lengths.
+"""The interface of generated tasks, and what they all share: seeded sequences, grading, a curriculum of lengths.
 
 Every sequence is a pure function of (seed, purpose, step, row), without state or a data set. Training therefore resumes
 exactly on any number of processes, and test sequences of any length never share a seed with training sequences.
@@ -54,7 +54,7 @@ class Task:
 
     @property
     def floor(self) -> float | None:
-        """Accuracy of who uses nothing that came before the question, where that is far from chance; None elsewhere."""
+        """Accuracy possible without using anything before the question, if that is far from chance; else None."""
         return None
 
     def sequence(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -63,11 +63,11 @@ class Task:
         raise NotImplementedError
 
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
-        """Targets [length] of a program that solves the task: what a perfect model would predict from the inputs."""
+        """Predictions [length] of a program that solves the task: what a perfect model would predict from inputs."""
         raise NotImplementedError
 
     def indices(self, inputs: np.ndarray) -> np.ndarray:
-        """Index [m, T], at least 0, of each answer, by which accuracy can be drawn; meaningless where there is no
+        """Index [m, T], at least 0, of each answer, over which accuracy can be plotted; meaningless where there is no
         label. 0 everywhere by default."""
         return np.zeros(inputs.shape, np.int64)
 
@@ -79,7 +79,7 @@ class Task:
             edge = np.zeros((*targets.shape[:-1], 1), bool)
             starts = labelled & ~np.concatenate([edge, labelled[..., :-1]], axis=-1)
             last = labelled & ~np.concatenate([labelled[..., 1:], edge], axis=-1)
-            answer_of = np.cumsum(starts)[labelled.ravel()] - 1  # of each label; labels of two rows never touch
+            answer_of = np.cumsum(starts)[labelled.ravel()] - 1  # of each label; no answer extends over two rows
             wrong = np.bincount(answer_of, weights=~right[labelled], minlength=int(starts.sum()))
             labelled, right = last, np.zeros(targets.shape, bool)
             right[last] = wrong == 0
@@ -108,7 +108,7 @@ class Task:
         return self.short_factor >> (step * stages // self.short_steps) if step < self.short_steps else 1
 
     def shorter(self, count: int) -> Task:
-        """The task of training sequences while `count` of them share a row; itself by default."""
+        """The task that training sequences come from while `count` of them share a row; by default this one."""
         return self
 
     def check_context(self, context: int) -> None:
@@ -122,7 +122,7 @@ class Task:
 
 
 def spell(codes: np.ndarray, base: int, tokens: int) -> np.ndarray:
-    """Codes [...] as `tokens` digits below `base`, the lowest first [..., tokens]."""
+    """Codes [...] written as `tokens` digits in base `base`, least significant first [..., tokens]."""
     return codes[..., None] // base ** np.arange(tokens) % base
 
 
@@ -136,14 +136,14 @@ def lay_out(
     filler: int = 0,
     filler_ids: range = range(0),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A sequence of items that are given, then of items that are asked for: inputs and targets [length].
+    """A sequence of statements followed by questions: inputs and targets [length].
 
     Args:
         length: at least filler + given.size + asked.size; positions left over are blanks at the start.
-        given: tokens [items, width] of what is stated.
+        given: tokens [items, width] of the statements.
         asked: tokens [questions, width] of the questions, each with its answer at the end.
         answer_tokens: tokens of an answer; only these are labelled.
-        filler: number of random tokens in the gaps before items.
+        filler: number of random tokens in the gaps before statements and questions.
         filler_ids: ids they are drawn from.
     """
     widths = np.repeat([given.shape[1], asked.shape[1]], [len(given), len(asked)])

@@ -1,19 +1,19 @@
-"""Needles in a haystack: sentences hidden at a given depth of a long text, and a question about one of them at its end.
+"""Needle in a haystack: sentences hidden at a given depth of a long text, which ends in a question about one of them.
 
     ...text... The magic number for amber-anchor is: 4821973. ...text... The magic number for amber-anchor is: 4821973
 
-Made of token ids: haystack, needles, question and answer are tokenised apart and joined, so a sequence has exactly the
-length that is asked for and nothing is ever cut. The question is the beginning of the needle's own sentence, so that
-going on answers it, which a model that was trained on text alone can do. Only the answer has labels.
+Haystack, needles, question and answer are tokenised separately and their ids joined, so a sequence has exactly the
+requested length and no needle, question or answer is ever truncated. The question is the beginning of the needle's own
+sentence, so it is answered by continuing it, which a model trained on plain text can do. Only the answer has labels.
 
-A trained run is tested with it, in the ids of its own tokenizer: `python -m eval.needle`. It needs a haystack and a
-tokenizer, so it is no option of `data/task`.
+`python -m eval.needle` tests a trained run with this task, in the ids of the run's own tokenizer. The task needs a
+haystack and a tokenizer, so it is not an option of `data/task`.
 
-Source: the kinds are named after RULER's (arXiv 2404.06654), and like there a number has seven digits, a word is an
-adjective and a noun, and `niah_single_1` hides its needle in a repeated passage. Ours are the wording, which has no
-instructions, and the scoring by exact tokens instead of by search in a generated text; the scores are therefore not
-comparable with published ones. Of the values of a `niah_multivalue` key all but one are repeated in the question, and
-the remaining one is the answer: it has a single answer, whatever the order.
+Source: the kinds are named after RULER's (arXiv 2404.06654), and as there, a number has seven digits, a word is an
+adjective and a noun, and `niah_single_1` hides its needle in a repeated passage. The wording, without instructions, and
+the scoring, by exact tokens instead of a search in generated text, are ours, so scores are not comparable with
+published ones. In `niah_multivalue`, the question repeats all values of the key but one, and that one is the answer:
+there is a single right answer, whatever the order.
 
 Shapes: T tokens of a sequence, n tokens of a part of one.
 """
@@ -58,13 +58,13 @@ KINDS = {
 
 
 class NeedleTask(Task):
-    """Ids: those of the tokenizer. The first token of a sequence is its separator.
+    """Ids: those of the tokenizer. A sequence begins with the tokenizer's separator.
 
     Args:
-        haystack: int [n], ids of text without separators; every sequence takes another stretch of it.
+        haystack: int [n], ids of text without separators; every sequence takes a random stretch of it.
         tokenizer: the tokenizer of these ids, and of the needles.
         kind: one of `KINDS`.
-        depth: where the needle that is asked for is put, as a fraction of the haystack: 0 at its beginning, 1 just
+        depth: position of the needle that is asked for, as a fraction of the haystack: 0 at its beginning, 1 just
             before the question; None: drawn for each sequence. Sequences that differ only in depth have the same
             haystack and needles.
 
@@ -172,13 +172,13 @@ class NeedleTask(Task):
                     break
                 sentences.append(self.sentence(*pair))
                 held += len(sentences[-1])
-        # The first one is cut at its beginning, as the text may be.
+        # The first sentence is cut at its beginning to fit; a stretch of text may begin in mid-sentence too.
         ends = np.cumsum([len(ids) for ids in sentences])
         cut = int(ends[-1]) - size if sentences else 0
         return np.concatenate([*sentences, np.empty(0, np.int64)])[cut:], np.unique([0, *(ends[ends > cut] - cut)])
 
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
-        """Reads every needle from the tokens, and gives the one value of the last key that is not repeated."""
+        """Reads every needle from the tokens, and predicts the one value of the last key that occurs only once."""
         starts = [*find(inputs, self.opening), len(inputs)]
         book: dict[bytes, dict[bytes, int]] = {}
         predicted = np.full(len(inputs), IGNORE, np.int64)
@@ -199,7 +199,7 @@ class NeedleTask(Task):
 
 
 def find(tokens: np.ndarray, pattern: np.ndarray) -> list[int]:
-    """Every offset at which the pattern occurs."""
+    """All offsets at which the pattern occurs."""
     if len(tokens) < len(pattern):
         return []
     windows = np.lib.stride_tricks.sliding_window_view(tokens, len(pattern))
@@ -210,9 +210,9 @@ def distinct(what: str, count: int, rng: np.random.Generator, besides: str | Non
     """`count` different words, numbers or uuids, none of which is `besides`.
 
     Raises:
-        ConfigError: there are not so many words.
+        ConfigError: there are not that many words or numbers.
     """
-    if what == "uuid":  # of 122 random bits: they differ
+    if what == "uuid":  # 122 random bits: they never coincide in practice
         return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(count)]
     first, number = (0, len(ADJECTIVES) * len(NOUNS)) if what == "word" else (10**6, 9 * 10**6)
     if count + 1 > number:

@@ -1,4 +1,4 @@
-"""Common English words that needles have for keys (`data.tasks.needle`): an adjective and a noun."""
+"""Common English words that form the keys of needles (`data.tasks.needle`): an adjective and a noun."""
 
 _ADJECTIVES = """
 amber ancient autumn bitter black blue bold brave bright broad broken bronze calm careful cheerful clean clear clever

@@ -2,10 +2,10 @@
 
     k1 v1 k2 v2 k1 v3 k3 v4 k2 v5 ... | k2 #1 v2 k1 #2 v3 k2 #2 v5 ...
 
-A query names a key and, by a mark, the how-many-th occurrence of it is meant, counted from the start of the sequence.
-Pairs are in random order and so are queries, each of which asks for another pair. The values of a key all differ, so
-whoever finds a key's values but not their order is right once in `occurrences` times, and whoever sees only the query
-guesses among all values.
+A query names a key, and its mark says which occurrence of the key is meant, counted from the start of the sequence.
+Pairs and queries are in random order, and no two queries ask for the same pair. The values of a key all differ, so a
+model that finds a key's values but not their order is right once in `occurrences` times, and one that sees only the
+query guesses among all values.
 
 This is the positional variant of in-context recall, as in figure 4 of arXiv 2602.03922. The paper's format is not
 known; this one is ours.
@@ -24,7 +24,7 @@ class PositionalRecallTask(RecallTask):
     """Ids: the blank, then keys, then values, then one mark per occurrence, then fillers, if any.
 
     Args:
-        occurrences: pairs with the same key. One key of a sequence may have fewer, so that the sequence is full.
+        occurrences: pairs with the same key. One key of a sequence may have fewer, to fill the sequence.
         key_tokens, value_tokens, key_vocab, value_vocab, filler, filler_vocab: see `RecallTask`.
         queried: number of queries as a fraction of the number of pairs.
         short_steps, short_factor: the curriculum, see `Task`.
@@ -123,13 +123,13 @@ class PositionalRecallTask(RecallTask):
         return lay_out(length, given, asked, self.value_tokens, rng, filler=filler, filler_ids=self.filler_ids)
 
     def indices(self, inputs: np.ndarray) -> np.ndarray:
-        """The occurrence that is asked for, from 0: that of the last mark."""
+        """The occurrence that is asked for, counted from 0: that of the most recent mark."""
         is_mark = (inputs >= self.marks.start) & (inputs < self.marks.stop)
         last = np.maximum.accumulate(np.where(is_mark, np.arange(inputs.shape[-1]), 0), axis=-1)
         return np.maximum(np.take_along_axis(inputs, last, axis=-1) - self.marks.start, 0)
 
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
-        """Notes the values of every key in their order, and looks up those that are asked for."""
+        """Records the values of every key in order, and looks up those that are asked for."""
         key_tokens, value_tokens = self.key_tokens, self.value_tokens
         book: dict[tuple[int, ...], list[np.ndarray]] = {}
         predicted = np.full(len(inputs), IGNORE, np.int64)
@@ -155,7 +155,7 @@ def different_in_rows(rows: int, count: int, high: int, rng: np.random.Generator
     drawn = np.empty((rows, count), np.int64)
     for j in range(count):
         drawn[:, j] = rng.integers(high - j, size=rows)
-        # It numbers the integers that are left: every smaller or equal one that is taken moves it up by one.
+        # The draw is an index into the integers that are left: every taken one not above it moves it up by one.
         for taken in np.sort(drawn[:, :j], axis=1).T:
             drawn[:, j] += drawn[:, j] >= taken
     return drawn

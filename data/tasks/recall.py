@@ -4,12 +4,12 @@
 
 All keys of a sequence differ. Queries come in random order, each key at most once. Only the values of queries have
 labels, so loss and accuracy are those of the answers. The value of each key is drawn independently for every sequence,
-so nothing can be learned but to look back.
+so there is nothing to learn except to look back.
 
 This is basic in-context recall, as in figure 4 of arXiv 2602.03922. The paper's format is not known; this one is ours.
 
-A sequence of 65,536 tokens holds 16,384 pairs of one token each, or 10,922 if keys have two tokens: the keys must be
-that many. With `key_tokens=2`, `key_vocab=128` gives 16,384 keys. Two tokens from a large vocabulary would do too, but
+A sequence of 65,536 tokens holds 16,384 pairs with one-token keys, or 10,922 with two-token keys, and needs as many
+different keys. With `key_tokens=2`, `key_vocab=128` gives 16,384. Two tokens from a large vocabulary would do too, but
 then the tokens of a key are nearly unique in a short training sequence, and a model may learn to look at one of them
 only, which fails in long sequences.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from data.tasks.base import IGNORE, Task, lay_out, spell
 from ovq.errors import ConfigError
 
-MOST_TOKENS = 62  # of a key or a value: their codes are int64
+MOST_TOKENS = 62  # in a key or a value, because their codes are int64
 
 
 class RecallTask(Task):
@@ -108,7 +108,7 @@ class RecallTask(Task):
         return pairs, queries, filler
 
     def check_keys(self, needed: int, length: int) -> None:
-        """Raise ConfigError unless there are `needed` different keys, which is what `length` tokens hold."""
+        """Raise ConfigError unless there are `needed` different keys, the number that `length` tokens hold."""
         keys = self.key_vocab**self.key_tokens
         if keys < needed:
             raise ConfigError(
@@ -138,7 +138,7 @@ class RecallTask(Task):
         return lay_out(length, items, asked, self.value_tokens, rng, filler=filler, filler_ids=self.filler_ids)
 
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
-        """Looks up every key that has occurred before."""
+        """Looks up the value of every key that has occurred before."""
         first_value, keys = 1 + self.key_vocab, self.key_tokens
         book: dict[tuple[int, ...], np.ndarray] = {}
         predicted = np.full(len(inputs), IGNORE, np.int64)

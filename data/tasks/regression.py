@@ -4,12 +4,12 @@
 
 A function maps x to y = b + a P x with integers 0 < a, b < 5, the same for all entries, and a permutation P of the
 entries. An example is the function's label, then the entries of x, then those of y, one token each. Accuracy is that of
-the tokens of y by the number of the function's examples that came before (`indices`), which gives a learning curve in
-context.
+the tokens of y, by the number of earlier examples of the same function (`indices`), which gives an in-context learning
+curve.
 
-What needs no earlier example must not be taken for learning in context. With the defaults, whoever sees only a label
-and an x is right on 8% of the tokens of y; whoever also uses the entries of this y that came before, on 44% (9, 22, 44
-and nearly 100% of the first to the last entry): the y of one example nearly determines its own end.
+What needs no earlier example must not be mistaken for in-context learning. With the defaults, a model that sees only a
+label and an x is right on 8% of the tokens of y; one that also uses the earlier entries of this y, on 44% (9, 22, 44
+and nearly 100% from the first entry to the last): within one example, the beginning of y nearly determines its end.
 
 Source: the functions and the metric are those of arXiv 2602.03922, figures 5 and 8 (4 or 16 functions in training, 4 to
 128 in tests). Its squared-error relatives (arXiv 2208.01066) are over real numbers; here answers are tokens, right or
@@ -17,12 +17,12 @@ wrong. The rest is ours:
 - x has four entries in 0 .. 9. They all differ by default, so that one example determines its function: sorting x and y
   gives P, a and b. With `distinct=false` they are drawn independently, and it may take several examples.
 - Labels are drawn for every sequence from `labels` ids, so that testing with more functions needs no new id.
-- Functions of a sequence all differ, unless it has more than exist. Each has as many examples as any other, give or
+- The functions of a sequence all differ, unless it has more than exist. Each has as many examples as any other, give or
   take one, and their order is random.
-- A function's first example, whose y nobody can know, has no labels in the targets.
-- Small models do not find by themselves that the label tells which examples belong together. `pool` gives them training
-  sequences in which each function has few different examples, which are repeated: there it is (nearly) enough to copy
-  what followed the same label.
+- A function's first example, whose y cannot be known, has no labels in the targets.
+- Small models do not discover by themselves that the label tells which examples belong together. `pool` gives them
+  training sequences in which each function has a few different examples, which are repeated: there it is (nearly)
+  enough to copy what followed the same label.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class RegressionTask(Task):
         values: entries of x are integers in 0 .. values - 1.
         distinct: whether the entries of an x all differ.
         pool: in training, each function has only 1 to `pool` different x (the number is drawn for each sequence), which
-            are repeated, and x is labelled as well. 0: x is drawn for every example.
+            are repeated, and x is labelled as well. 0: a new x is drawn for every example.
         pool_share: share of training sequences with such a pool.
         short_steps, short_factor: the curriculum, see `Task`. Shorter sequences have as many examples of each
-            function, and so fewer functions.
+            function, but fewer functions.
 
     Raises:
         ConfigError: a size is out of range, or there are fewer labels, functions or values than needed.
@@ -112,7 +112,7 @@ class RegressionTask(Task):
         return 1 + 2 * self.dimensions
 
     def apply(self, codes: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """y [n, dimensions] of functions `codes` [n], numbers of (a, b, P), at x [n or 1, dimensions]."""
+        """y [n, dimensions] of functions `codes` [n], each encoding (a, b, P), at x [n or 1, dimensions]."""
         permutation, coefficients = divmod(codes, COEFFICIENTS**2)
         a, b = 1 + coefficients // COEFFICIENTS, 1 + coefficients % COEFFICIENTS
         x = np.broadcast_to(x, (len(codes), self.dimensions))
@@ -127,7 +127,7 @@ class RegressionTask(Task):
         """Examples in a sequence of `length` tokens.
 
         Raises:
-            ConfigError: no function has a second one.
+            ConfigError: no function would have a second example.
         """
         count = length // self.item
         if count <= self.functions:
@@ -217,8 +217,8 @@ class RegressionTask(Task):
 
 @functools.cache
 def without_examples(dimensions: int, values: int, distinct: bool, draws: int = 4000) -> float:
-    """Accuracy of y's tokens for who knows only this example, up to the token before: the most frequent value of the
-    functions that agree with it. Over random examples, always the same; its standard error is below 0.8%."""
+    """Accuracy on y's tokens when each is predicted from its own example alone, as the most frequent value among the
+    functions that agree with the tokens so far. Over fixed random examples; the standard error is below 0.8%."""
     task = RegressionTask(functions=1, dimensions=dimensions, values=values, distinct=distinct)
     rng = np.random.default_rng(0)
     codes = np.arange(COEFFICIENTS**2 * len(task.permutations))

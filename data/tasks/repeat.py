@@ -1,11 +1,11 @@
-"""A passage hidden in text, and repeated at the end of it.
+"""A passage hidden in text and repeated at its end.
 
     text ... s17 s3 s92 ... text, tens of thousands of bytes if asked for ... s17 s3 s92 ...
 
-The passage is a random order of some symbols that the text does not use, new in every sequence, so that nothing can be
-learned but to look back. It begins in the first half of the text that is not at its end, and its repetition ends the
-sequence: between them lies at least half of the text. The text is Python's own library, in bytes (`data.builtin`): the
-training documents in training, the validation documents in tests.
+The passage consists of distinct symbols that the text does not use, drawn anew for every sequence, so there is nothing
+to learn except to look back. It begins in the first half of the text, and its repetition ends the sequence, so at least
+half of the text lies between them. The text is Python's own library, in bytes (`data.builtin`): the training documents
+in training, the validation documents in tests.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class RepeatTask(Task):
 
     Args:
         passage: symbols of the passage; at most half of a sequence, which then has no text.
-        symbols: number of different symbols, at least that many; a passage holds none of them twice. With too few (64)
-            guessing is so cheap that a small model is slow to find copying.
-        rotated: begin the repetition at any symbol but the first and go around, so that no fixed distance leads to the
-            answers. Without text between, a window with positions otherwise learns the distance instead of copying.
-            The symbol after the passage's last one is no answer.
-        text_loss: train on the bytes of the text as well. They are no answers: tests ask for the passage only.
+        symbols: number of different symbols, at least `passage`; a passage holds none of them twice. With too few (64),
+            guessing is so cheap that a small model is slow to discover copying.
+        rotated: begin the repetition at any symbol but the first and wrap around, so that the answers are at no fixed
+            distance. If no text lies between, a sliding window with positions otherwise learns the distance instead of
+            copying. The symbol after the passage's last one is not an answer.
+        text_loss: train on the bytes of the text as well. They are not answers: tests ask for the passage only.
         short_steps, short_factor: the curriculum, see `Task`, in the second half of these steps. In the first half all
-            sequences have the shortest length: once copying is found there, longer ones need few steps.
+            sequences have the shortest length: once the model copies there, longer ones need few steps.
 
     Raises:
         ConfigError: fewer than 2 symbols in a passage (rotated: 3), or not enough different ones.

@@ -37,7 +37,7 @@ class TaskTokenizer:
 
 
 class TaskRows:
-    """The row source of `data.loader.Loader`: a row is a pure function of its lane and step."""
+    """A row source for `data.loader.Loader`: a row is a pure function of its lane and step."""
 
     def __init__(self, task: Task, context: int, seed: int) -> None:
         self.task, self.context, self.seed = task, context, seed
@@ -60,9 +60,9 @@ class TaskRows:
 
 
 class TaskLoader(Loader):
-    """A `data.loader.Loader` that splits early micro-batches of m rows into m x short_factor shorter rows.
+    """A `data.loader.Loader` that splits early micro-batches of m rows into m x `task.sequences_at(step)` shorter rows.
 
-    `Batch.lanes` then has an entry for each of them: lane x short_factor + its index in the original row.
+    `Batch.lanes` then has an entry for each of them: lane x `sequences_at(step)` + its index in the original row.
     """
 
     def __init__(self, task: Task, *args: Any, **settings: Any) -> None:
