@@ -1,16 +1,16 @@
-"""Accuracy on a generated task: what a trained run answers, by length and by the index of the answer.
+"""Accuracy of a trained run on its generated task, by length and by the index of the answer.
 
     python -m eval.accuracy run=runs/a lengths=[128,1024,65536] num_centroids=4096
     python -m eval.accuracy run=runs/b lengths=[2048] data.task.functions=128    regression with other settings
     python -m eval.accuracy run=runs/a answers=100000
 
 A run is tested on fresh sequences of its own task, the same for every model. Settings of the task may be changed if its
-vocabulary stays the same. The index is what the task counts, for instance the number of examples that a function has
-had before (`Task.indices`).
+vocabulary stays the same. The index is what the task counts, for instance the number of earlier examples of a function
+(`Task.indices`).
 
 Writes accuracy.parquet and accuracy.csv (a row per length and index, and a row of totals per length, whose index is
 null) and a plot to the run folder: accuracy by index if the task has one, else by length. With several processes, each
-runs every sequence on its part of the model.
+runs every sequence on its shard of the model.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
     """The rows of all lengths: for each, the total and then every index that has answers. Collective.
 
     Args:
-        changed: what the table says under "changes".
+        changed: value of the table's "changes" column.
 
     Raises:
         ConfigError: the task has no sequence of a length, or no layer has a dictionary for eval.num_centroids.
@@ -88,7 +88,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
     lengths = options.lengths or [factor * context for factor in (1, 2, 4, 8, 16)]
     check_capacity(model, cfg)
     for length in lengths:
-        task.describe(length)  # before an hour's work, not after it
+        task.describe(length)  # raises now, not after an hour's work
     rows = []
     with other_capacity(model.mixers(), cfg.eval.num_centroids):
         for length in lengths:
@@ -117,7 +117,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
 
 
 def task_settings(cfg: Config) -> str:
-    """The settings of a config's task as the table holds them: JSON."""
+    """The settings of a config's task in JSON, as the table stores them."""
     return json.dumps({name: value for name, value in cfg.data.task.items() if name != "_target_"}, sort_keys=True)
 
 

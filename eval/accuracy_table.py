@@ -15,7 +15,7 @@ TABLE = RunTable(
             ("task", pa.string()),
             ("settings", pa.string()),  # of the task in this test, JSON
             ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
-            ("changes", pa.string()),  # other settings that are not the run's
+            ("changes", pa.string()),  # other settings that differ from the run's
             ("length", pa.int64()),  # tokens of a sequence
             ("index", pa.int64()),  # null: all answers
             ("accuracy", pa.float64()),  # 0 to 1

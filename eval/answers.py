@@ -1,6 +1,6 @@
 """Test a model on a generated task: its predictions at the answers, piece by piece with carried state, and their tally.
 
-Only positions with a label get logits, so memory grows with the context by what the mixers themselves keep.
+Logits are computed only from a piece's first label on, so memory grows with the context only by what the mixers keep.
 
 Shapes: B sequences in a batch, T positions, N values of an index.
 """
@@ -26,8 +26,8 @@ TOKENS_AT_ONCE = 16384  # tokens per forward pass, which bounds the memory of th
 
 @dataclass
 class Tally:
-    """Correct answers and answers by index (`Task.indices`), int64 [N] each; `loss` is the mean over all labels of the
-    negative log-probability of the right token, in nats, if it was measured."""
+    """Numbers of correct answers and of all answers by index (`Task.indices`), int64 [N] each; `loss` is the mean
+    negative log-probability of all labels, in nats, if it was measured."""
 
     right: np.ndarray
     answers: np.ndarray
@@ -53,15 +53,15 @@ def predict(
     piece: int,
     between: Callable[[list[Any]], list[Any]] = lambda state: state,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The model's greedy prediction at each label, and what it makes of the right one.
+    """The model's greedy prediction at each label, and the log-probability of the label.
 
-    Teacher-forced: the tokens before a label are those of the sequence. Greedy decoding gives a whole answer exactly if
-    all its predictions here are right.
+    Teacher-forced: the tokens before a label are those of the sequence. Greedy decoding would produce a whole answer
+    exactly if all its predictions here are right.
 
     Args:
         inputs_BT, targets_BT: int64; a target is IGNORE where there is no label.
         piece: positions per forward pass.
-        between: what becomes of the state from one piece to the next.
+        between: maps the state after one piece to the state before the next.
 
     Returns:
         Predicted tokens int64 [B, T], IGNORE where there is no label; and the log-probability (nats) of each label,
@@ -104,9 +104,9 @@ def test(
     piece: int = TOKENS_AT_ONCE,
     between: Callable[[list[Any]], list[Any]] = lambda state: state,
 ) -> Tally:
-    """The tally of as many whole test sequences of `length` tokens as hold `at_least` answers in total.
+    """The tally of as many whole test sequences of `length` tokens as are needed for `at_least` answers in total.
 
-    The sequences are the same for every model; with another seed they are others. `piece` and `between`: see `predict`.
+    The sequences are the same for every model, and others for another seed. `piece` and `between`: see `predict`.
 
     Raises:
         ConfigError: the task has no sequence of this length.

@@ -10,9 +10,8 @@ or reads the files that a task in the folder include_path names.
 
 Prints a line per task: the number of questions, and acc and acc_norm where the task has them, or its own scores, with
 standard errors. Each task is saved when it is done, to harness.json in the run folder or to `out`: a list of
-evaluations, each with the step, the parameters, the tokens of the training and the dictionary capacity it was made
-with. If an evaluation is in the file already, its new tasks join the old ones. How texts become scores: see
-`eval.harness_model`.
+evaluations, each with its step, number of parameters, training tokens and dictionary capacity. If an evaluation is
+already in the file, its new tasks are added to the old ones. How texts are scored is described in `eval.harness_model`.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Options(RunOptions):
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     with peers.watched(Path(options.run) / "checkpoints"):
-        # All that can be wrong with the options, before an hour's work and not after it.
+        # Check the options now, not after an hour's work.
         tasks = find(options)
         path = Path(options.out) if options.out else Path(options.run) / FILE
         read(path)
@@ -100,7 +99,7 @@ def measure(run: Run, options: Options, tasks: Tasks, path: Path, changed: str =
     """The scores of all tasks, each saved to `path` when it is done. Collective; empty except on rank 0.
 
     Args:
-        changed: what the file says under "changes".
+        changed: value of "changes" in the file.
 
     Raises:
         ConfigError: a task cannot be loaded, or no layer has a dictionary for eval.num_centroids.
@@ -139,7 +138,7 @@ def ask(model: HarnessModel, name: str, tasks: Tasks, limit: int | None = None) 
 
 
 def scores_of(found: Any, task: str) -> Scores:
-    """A task's entry in the results of the harness, which names a metric "acc,none": by itself and by its filter."""
+    """A task's entry in the harness's results, where the name of a metric includes its filter, as in "acc,none"."""
     metrics = {}
     for key, value in found["results"][task].items():
         metric, comma, filtered = key.partition(",")
@@ -148,7 +147,7 @@ def scores_of(found: Any, task: str) -> Scores:
             name = metric if filtered == "none" else key
             metrics[name] = {"value": value, "stderr": error if isinstance(error, float) else None}
     return {
-        "questions": found["n-samples"].get(task, {}).get("effective"),  # none of its own: a group
+        "questions": found["n-samples"].get(task, {}).get("effective"),  # None for a group, which has none of its own
         "fewshot": found["n-shot"].get(task),
         "version": found["versions"].get(task),
         "metrics": metrics,
@@ -156,7 +155,7 @@ def scores_of(found: Any, task: str) -> Scores:
 
 
 def about(run: Run, options: Options, changed: str) -> dict[str, Any]:
-    """What identifies an evaluation: the run, its model as it is now, and how it is tested."""
+    """What identifies an evaluation: the run, its model as evaluated, and how it is tested."""
     cfg, trainer, model = run.cfg, run.cfg.trainer, run.model
     windows = [mixer["window"] for mixer in cfg.model.mixers.values() if "window" in mixer]
     return {
@@ -181,7 +180,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The evaluations in a file; none if there is no file.
 
     Raises:
-        ConfigError: the file holds something else.
+        ConfigError: the file contains something else.
     """
     if not path.exists():
         return []

@@ -1,12 +1,12 @@
 """A trained run as a model of lm-evaluation-harness. Needs the package lm-eval, so import it only where it is used.
 
-- Every text begins with the separator, as every document of the training did; nothing is ever truncated.
-- A continuation's tokens are those that follow its context in the encoding of both together. If a token spans the
-  boundary, the continuation is encoded alone, so what is scored is always exactly its text. Whitespace at the end of
-  the context belongs to the continuation, as in the harness itself.
-- A continuation without text has log-probability 0 and is greedy: its product has no factors.
+- Every text begins with the separator, like every training document; nothing is ever truncated.
+- Context and continuation are encoded together, and the tokens after the context are scored. If a token spans the
+  boundary, the continuation is encoded alone, so that exactly its text is always scored. Whitespace at the end of the
+  context belongs to the continuation, as in the harness itself.
+- An empty continuation has log-probability 0 and counts as greedy (an empty product).
 - Requests of similar length share a batch and are padded on the right, after everything that is scored. Long rows are
-  processed in pieces with carried state; neither batch nor piece changes a score.
+  processed in pieces with carried state; neither the batch nor the piece size changes a score.
 
 Shapes: B rows in a batch, T positions.
 """
@@ -30,15 +30,15 @@ from ovq.inference.generate import continue_prompts
 from ovq.inference.losses import losses_by_position
 from ovq.model import IGNORE, Transformer
 
-GENERATED_TOKENS = 256  # if a task sets no limit; the default of the harness
-SPREAD = 32  # most tokens by which prompts that are continued in one batch differ in length
+GENERATED_TOKENS = 256  # if a task sets no limit; the harness's default
+SPREAD = 32  # largest difference in length, in tokens, between prompts that are continued in one batch
 
 
 class Tasks(TaskManager):
-    """The harness's tasks and those of a folder; one that cannot be loaded is a `ConfigError`."""
+    """The harness's tasks and those of a folder; a task that cannot be loaded raises a `ConfigError`."""
 
     def load(self, task_list: Any) -> Any:
-        """The tasks of names; their data are read, and downloaded if need be."""
+        """Load tasks by name; their data are read, and downloaded if necessary."""
         try:
             loaded = super().load(task_list)
             if unsafe := [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]:
@@ -49,12 +49,12 @@ class Tasks(TaskManager):
 
 
 def find_tasks(names: Sequence[str], include_path: str | None, metadata: dict[str, Any]) -> Tasks:
-    """A manager that knows tasks, groups or tags by name: those of the folder `include_path` and of the harness.
+    """A manager that finds tasks, groups or tags by name, in the folder `include_path` and in the harness.
 
     Raises:
         ConfigError: a name is unknown.
     """
-    if include_path:  # indexing the harness's own fourteen thousand takes seconds
+    if include_path:  # indexing the harness's own fourteen thousand tasks takes seconds
         own = Tasks(include_path=include_path, include_defaults=False, metadata=metadata)
         if set(names) <= set(own.all_tasks):
             return own
@@ -69,7 +69,7 @@ def find_tasks(names: Sequence[str], include_path: str | None, metadata: dict[st
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness's three kinds of request. With several processes, each makes every pass on its part of the
+    """Answers the harness's three kinds of request. With several processes, each runs every pass on its shard of the
     model, and all get the same answers.
 
     Args:
@@ -95,16 +95,16 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The separator: it precedes every document and ends it."""
+        """The separator, which precedes and ends every document."""
         return self._text.separator_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text after the separator; without it if `add_special_tokens` is False."""
+        """Ids of the separator and a text; of the text alone if `add_special_tokens` is False."""
         before = [] if add_special_tokens is False else [self.eot_token_id]
         return [*before, *self._text.encode(string).tolist()]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context, which may be empty, after the separator, and of its continuation."""
+        """Ids of the separator and a context (which may be empty), and ids of its continuation."""
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         before, whole = self.tok_encode(stripped), self.tok_encode(stripped + continuation)
@@ -113,15 +113,15 @@ class HarnessModel(TemplateLM):
         return before, self.tok_encode(continuation, add_special_tokens=False)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether greedy decoding gives it) of the continuation in each (context,
-        continuation)."""
+        """For each (context, continuation): (log-probability of the continuation in nats, whether greedy decoding
+        produces it)."""
         pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """The same, of requests (texts, ids of the context, ids of the continuation); a context has at least one id."""
+        """The same for encoded requests (texts, context ids, continuation ids); a context has at least one id."""
         scores = [(0.0, True)] * len(requests)
         lengths = [len(context) + len(continuation) for _, context, continuation in requests]
         asked = [i for i, (_, _, continuation) in enumerate(requests) if continuation]
@@ -139,10 +139,10 @@ class HarnessModel(TemplateLM):
                 scores[index] = float(log_p[row].sum()), bool(greedy[row])
         return scores
 
-    @torch.inference_mode()  # like the others: FSDP's buffers, made in one mode, cannot be written in another
+    @torch.inference_mode()  # like `predict`: FSDP buffers created in inference mode cannot be written outside it
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability in nats of the whole of each (text,), from its separator: every token is predicted once, from
-        all tokens before it."""
+        """Log-probability in nats of each whole (text,) after its separator: every token is predicted once, from all
+        tokens before it."""
         rows = [np.array(self.tok_encode(request.args[0]), np.int64) for request in requests]
         totals = [0.0] * len(rows)
         lengths = [len(row) for row in rows]
@@ -162,8 +162,8 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """What greedy decoding makes of each (context, settings), up to the first of the stop strings `until`, the
-        separator, or `max_gen_toks` tokens. A stop string is not part of the answer.
+        """Greedy continuation of each (context, settings), up to the first of the stop strings `until`, the separator,
+        or `max_gen_toks` tokens. A stop string is not part of the answer.
 
         Raises:
             ConfigError: a task asks for sampling.
@@ -205,7 +205,7 @@ class HarnessModel(TemplateLM):
     def _batches(
         self, indices: list[int], lengths: list[int], disable_tqdm: bool, spread: int | None = None
     ) -> Iterator[list[int]]:
-        """Batches of indices, longest first, which differ in length by at most `spread`; None: by anything."""
+        """Batches of indices, longest first, whose lengths differ by at most `spread` (None: no limit)."""
         left = sorted(indices, key=lambda index: -lengths[index])
         with tqdm(total=len(left), disable=None if self._progress and not disable_tqdm else True) as bar:
             while left:

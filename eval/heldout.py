@@ -32,7 +32,7 @@ class Excerpt:
     title: str
     num_bytes: int
     num_words: int
-    source: str = ""  # the data set of a mixture that it is from
+    source: str = ""  # the data set of the mixture that it comes from
 
 
 class HeldOut:

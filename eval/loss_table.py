@@ -1,8 +1,8 @@
 """A run folder's tables of loss by position, for every evaluation.
 
 per_position_loss.parquet: the mean over documents, one row per bucket.
-loss_by_document.parquet: each document's own, in logarithmic buckets. Two runs that were tested on the same documents
-can be compared document by document, where differences between documents cancel.
+loss_by_document.parquet: the loss of each document, in logarithmic buckets. Two runs that were tested on the same
+documents can be compared document by document, so that differences between documents cancel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SCHEMA = pa.schema(
         ("run", pa.string()),
         ("step", pa.int64()),
         ("context", pa.int64()),
-        ("position_start", pa.int64()),  # position 0 has seen only the separator
+        ("position_start", pa.int64()),  # the prediction at position 0 has seen only the separator
         ("position_end", pa.int64()),  # exclusive
         ("loss", pa.float64()),  # nats per token
         ("stderr", pa.float64()),  # over documents; null if there is only one
@@ -44,8 +44,8 @@ BY_DOCUMENT = RunTable(
             ("split", pa.string()),
             ("restart", pa.int64()),  # eval.restart; null: all of the context is seen
             ("changes", pa.string()),  # overrides of the model or its numerics
-            ("asked", pa.int64()),  # eval.documents: the split may hold fewer that are long enough
-            ("document", pa.int64()),  # counts those that are long enough, in the order of the split
+            ("asked", pa.int64()),  # eval.documents; the split may have fewer that are long enough
+            ("document", pa.int64()),  # index among those that are long enough, in the order of the split
             ("position_start", pa.int64()),
             ("position_end", pa.int64()),  # exclusive
             ("loss", pa.float64()),  # nats per token

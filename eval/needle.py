@@ -4,14 +4,14 @@
     python -m eval.needle run=runs/pg19_150m data=run kinds=[niah_single_1,niah_single_2] lengths=[4096,8192]
     python -m eval.needle run=runs/a data=jsonl 'data.validation=[held-out.jsonl]' num_centroids=8192
 
-The haystack is held-out text of any data set, in the ids of the run's tokenizer; the kinds, named after RULER's, are
+The haystack is held-out text of any data set, encoded with the run's tokenizer; the kinds, named after RULER's, are
 described in `data.tasks.needle`. Every sequence has exactly the length it is listed under, answer included; nothing is
-truncated. Two scores of the answer: `exact`, the share of sequences in which greedy decoding gives it token by token,
-and `log_p`, the log-probability (nats) that the model gives to the whole of it.
+truncated. The answer gets two scores: `exact`, the share of sequences in which greedy decoding reproduces it token by
+token, and `log_p`, the log-probability (nats) of the whole answer.
 
 Writes needle.parquet and needle.csv (a row per kind, length and depth) and plots/needle_*.png (heat maps of both
-scores, a panel for each kind) to the run folder. Cells that the table has already are not measured again, so an
-interrupted evaluation continues. With several processes, each runs every sequence on its part of the model.
+scores, a panel for each kind) to the run folder. Cells that are already in the table are not measured again, so an
+interrupted evaluation continues. With several processes, each runs every sequence on its shard of the model.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from ovq.schema import setting
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HAYSTACK_TOKENS = 1 << 22  # of the split, from its beginning
-PARAGRAPH = "\n\n"  # between documents; a separator would tell the model that what came before is over
+HAYSTACK_TOKENS = 1 << 22  # read from the beginning of the split
+PARAGRAPH = "\n\n"  # between documents; a separator would tell the model that the text before it has ended
 TABLE = RunTable(
     "needle.parquet",
     pa.schema(
@@ -61,7 +61,7 @@ TABLE = RunTable(
             ("haystack", pa.string()),  # hash of its tokens
             ("seed", pa.int64()),  # of the sequences
             ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
-            ("changes", pa.string()),  # other settings that are not the run's
+            ("changes", pa.string()),  # other settings that differ from the run's
             ("kind", pa.string()),
             ("length", pa.int64()),  # tokens of every sequence, answer included
             ("depth", pa.int64()),  # of the needle that is asked for, % of the haystack
@@ -147,7 +147,7 @@ def measure(run: Run, options: Options, source: Config, changed: str = "") -> li
 
     Args:
         source: the config whose held-out split is the haystack.
-        changed: what the table says under "changes".
+        changed: value of the table's "changes" column.
 
     Raises:
         ConfigError: a length has no room for its needles or exceeds the haystack, or eval.num_centroids is impossible.
@@ -158,7 +158,7 @@ def measure(run: Run, options: Options, source: Config, changed: str = "") -> li
     identity = hashlib.sha256(haystack.tobytes()).hexdigest()[:12]
     cells = [(k, n, d) for k in options.kinds for n in options.lengths for d in options.depths]
     for kind, length in dict.fromkeys((kind, length) for kind, length, _ in cells):
-        NeedleTask(haystack, run.tokenizer, kind=kind).describe(length)  # before an hour's work, not after it
+        NeedleTask(haystack, run.tokenizer, kind=kind).describe(length)  # raises now, not after an hour's work
     done = processes.on_main(lambda: TABLE.by_key(run.run_dir))
     rows = []
     with other_capacity(run.model.mixers(), cfg.eval.num_centroids):
@@ -177,7 +177,7 @@ def measure(run: Run, options: Options, source: Config, changed: str = "") -> li
 
 
 def about(run: Run, options: Options, haystack: str, length: int) -> Row:
-    """What a row says of the run and of how it is tested."""
+    """The columns of a row that describe the run and how it is tested."""
     cfg = run.cfg
     trainer, windows = cfg.trainer, [m["window"] for m in cfg.model.mixers.values() if "window" in m]
     return {

@@ -1,4 +1,4 @@
-"""Differences between models on the same documents: what documents have in common cancels."""
+"""Differences between models on the same documents, so that the variation between documents cancels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def means_in(span: tuple[int, int], buckets: Iterable[tuple[K, int, float, int]]
     """The mean loss of the positions in a span, by key.
 
     Args:
-        span: tokens [start, end); a bucket counts by where it begins.
+        span: tokens [start, end); a bucket belongs to the span in which it begins.
         buckets: (key, position where it begins, mean loss, number of positions).
     """
     sums: dict[K, tuple[float, int]] = {}
@@ -46,14 +46,14 @@ def means_in(span: tuple[int, int], buckets: Iterable[tuple[K, int, float, int]]
 
 
 def mean_over_documents(values: dict[int, list[float]]) -> Mean:
-    """The mean of the documents' means over seeds; its error from the spread over documents."""
+    """The mean over documents of their means over seeds; the error comes from the spread over documents."""
     of_document = [fmean(seeds) for seeds in values.values()]
     spread = stdev(of_document) / math.sqrt(len(of_document)) if len(of_document) > 1 else math.nan
     return Mean(fmean(of_document), spread, len(of_document))
 
 
 def paired(own: Losses, other: Losses) -> Mean | None:
-    """The mean of own minus other over the documents and seeds that both have; None if there is none."""
+    """The mean of own minus other over the documents and seeds that both have; None if there are none."""
     found: dict[int, list[float]] = {}
     for (document, seed), loss in own.items():
         if (document, seed) in other:

@@ -58,7 +58,7 @@ def linear_edges(context: int) -> list[int]:
 
 
 EDGES = {"log": log_edges, "linear": linear_edges}
-# Its index, its mean losses by kind of bucket, its total nats, and the data set of a mixture that it is from.
+# Its index, its mean losses by kind of bucket, its total nats, and the data set of the mixture that it comes from.
 Document = tuple[int, dict[str, np.ndarray], float, str]
 
 
@@ -257,7 +257,7 @@ def evaluate_strictly(
     Args:
         wandb_step: step to log the results under in wandb; None for a run reopened after its end.
         progress: as in `measure`.
-        changed: what the table of documents says under "changes".
+        changed: value of the "changes" column in the table of documents.
 
     Raises:
         ConfigError, DataError: as in `measure`.
@@ -282,7 +282,7 @@ def publish(
     """
     loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
     if cfg.eval.restart is not None:
-        return  # not what the model makes of a document, but a part of it, to compare with the whole
+        return  # context was withheld: the losses only serve for comparison with those of whole documents
     rows = table_rows(measured, cfg, run_dir, step)
     loss_table.write(run_dir, rows)
     wanted = cfg.eval
@@ -308,18 +308,18 @@ def evaluate(
     step: int,
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Measure loss by position of a model in training and save it to the run folder. Data that cannot be read and a
-    folder that cannot be written to do not stop the training.
+    """Measure loss by position of a model in training and save it to the run folder. Neither unreadable data nor an
+    unwritable folder stops the training.
 
     Collective: all processes must call it, and each calls should_stop equally often.
 
     Returns:
-        Metrics for the log (`Measurement.summary`), even if the run folder does not take the table or the picture;
+        Metrics for the log (`Measurement.summary`), even if the table or the picture cannot be written;
         {"documents": 0} if nothing could be evaluated, after printing a line that says why; None if should_stop()
         returned True, in which case the run folder is unchanged.
 
     Raises:
-        TrainingError: there is no memory for it.
+        TrainingError: there is not enough memory.
     """
     try:
         measured = measure(model, cfg, tokenizer, world, should_stop)
@@ -327,7 +327,7 @@ def evaluate(
         if world.is_main:
             print(f"no evaluation at step {step}: {error}", file=sys.stderr, flush=True)
         return {"documents": 0.0}
-    except torch.OutOfMemoryError:  # on this rank alone, perhaps: the others wait for it
+    except torch.OutOfMemoryError:  # perhaps on this rank only, while the others wait for it
         raise TrainingError(
             f"no memory for the evaluation at step {step}, whose checkpoint is saved; the same command continues with "
             f"a smaller eval.batch (now {cfg.eval.batch}) or eval.piece (now {cfg.eval.piece}), or with "

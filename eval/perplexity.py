@@ -116,7 +116,7 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def show(results: dict[str, Any], path: Path) -> None:
-    """Print the results, and where they are with all digits."""
+    """Print the results, and the path of the file that has all their digits."""
     for name, value in results.items():
         print(f"{name:<16} {readable(value)}")
     print(path)

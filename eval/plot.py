@@ -87,7 +87,7 @@ def after_the_first(rows: list[loss_table.Row], longest: int | None = None) -> l
 
 
 def equal_curves(curves: list[list[float]]) -> dict[int, int]:
-    """Curve -> the first one that it lies upon, within a line's width of the whole picture."""
+    """Index of a curve -> that of the first curve it coincides with, to within a line's width in the whole picture."""
     height = max(max(values) for values in curves) - min(min(values) for values in curves)
     found: dict[int, int] = {}
     for index, values in enumerate(curves):
@@ -101,7 +101,7 @@ def equal_curves(curves: list[list[float]]) -> dict[int, int]:
 
 
 def _told_apart(index: int, same: dict[int, int], names: list[str]) -> dict[str, Any]:
-    """Line style and label of a curve. One that lies upon another is dotted in its own colour, and labelled so."""
+    """Line style and label of a curve. One that equals another is dotted in its own colour, and its label says so."""
     if index not in same:
         return {"linestyle": style.line(index), "label": names[index]}
     above = sum(1 for other, first in same.items() if first == same[index] and other <= index)
@@ -116,7 +116,7 @@ def _middle(row: loss_table.Row, scale: str) -> float:
 
 
 def _title(curves: list[Curve]) -> str:
-    """'4 validation documents', or a range where curves differ; a lone curve's label comes first (it has no legend)."""
+    """'4 validation documents', or a range where curves differ; a single curve's label comes first (no legend)."""
     counts = [documents_of(row) for curve in curves for row in curve.rows]
     number = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
     splits = sorted({row["split"] for curve in curves for row in curve.rows})
@@ -151,7 +151,7 @@ def picture_name(context: int, split: str, num_centroids: int | None) -> str:
 # --- several runs ----------------------------------------------------------------------------------------------------
 
 
-# Where one of these settings differs, so do the settings it implies: a label need only name the first.
+# Setting -> the settings that it implies. If it differs, so do they, and a label need only name it.
 IMPLIED = {
     "model.name": ("model.pattern", "model.mixers"),
     "model.size": tuple(
@@ -165,7 +165,7 @@ IMPLIED = {
 def labels(configs: list[Config], names: list[str]) -> list[str]:
     """A short label for each run: its model and the settings that differ, plus its name if two labels would be equal.
 
-    Settings of how a run was computed or monitored are left out, and so are those implied by another that differs.
+    Settings that only affect how a run is computed or monitored are left out, as are those implied by one that differs.
     """
     flat = [config.flatten(cfg) for cfg in configs]
     differ = [key for key in sorted({key for values in flat for key in values}) if _differ(flat, key)]
@@ -196,7 +196,7 @@ def compare(
 
     Args:
         context: context of the evaluations; None: the longest that all runs have.
-        step: step of the evaluations; None: that over most documents, and of those the newest.
+        step: step of the evaluations; None: the one over the most documents, the newest among equals.
         split: split of the evaluations; None: any.
 
     Raises:
@@ -238,10 +238,10 @@ def compare(
 
 
 def best_steps(rows: list[loss_table.Row]) -> dict[tuple[Any, ...], tuple[int, str]]:
-    """The evaluation to draw for each context, capacity and split: over most documents, and of those the newest.
+    """The evaluation to draw for each context, capacity and split: the newest of those over the most documents.
 
     Returns:
-        (context, num_centroids, split) -> its step, and a line if there is a newer one over fewer documents.
+        (context, num_centroids, split) -> its step, and a note if there is a newer one over fewer documents.
     """
     documents: dict[tuple[Any, ...], dict[int, int]] = {}
     for row in rows:
@@ -285,15 +285,15 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
 
 
 def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
-    """Draw each run's accuracy on its generated task by length, the newest of each capacity it was tested with. Runs
-    that differ in nothing but the seed are thin lines of one colour, and their mean a thick one.
+    """Draw each run's accuracy on its generated task by length, from its newest test at each capacity. Runs that differ
+    only in the seed are thin lines of one colour, and their mean is a thick one.
 
     Returns:
         `out`, and a sentence with the accuracies at the longest length that all curves have.
 
     Raises:
-        ConfigError: a folder is not a run, has no accuracies, or was tested on another task or with other settings of
-            it than the first.
+        ConfigError: a folder is not a run, has no accuracies, or was tested on another task, or with other settings of
+            the task, than the first.
     """
     configs = [config.load(run_dir) for run_dir in run_dirs]
     curves: dict[str, dict[Path, dict[int, loss_table.Row]]] = {}  # label -> run -> length

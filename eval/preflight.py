@@ -1,6 +1,7 @@
-"""What a run would fail on or waste time on, found before its first step: by a start, and by a dry run.
+"""Checks, before a run's first step, for what it would fail on or waste time on: at a start, and in a dry run.
 
-A start raises what is certain to fail; what is merely worth knowing is a line. A dry run prints both.
+A start raises an error for what is certain to fail, and gets a line for what is merely worth knowing. A dry run prints
+both.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from ovq.plan import lacking_room
 from ovq.train.claim import elsewhere, unwritable
 
 WITHOUT = "or set eval.at_end=false trainer.eval_every=0"
-OPENED = 1 << 30  # bytes of JSON lines or text at most that are opened only to look into them
+OPENED = 1 << 30  # most bytes of JSON lines or text that are opened only for a check
 
-# --- what a start looks at; each on rank 0 only ----------------------------------------------------------------------
+# --- checks at a start; each on rank 0 only --------------------------------------------------------------------------
 
 
 def check_held_out(cfg: Config, tokenizer: Tokenizer) -> list[str]:
-    """Look into the split that the run is to be evaluated on; lines that are worth knowing.
+    """Check the split that the run is to be evaluated on; returns lines that are worth knowing.
 
     Raises:
         ConfigError, DataError: there would be nothing to evaluate on, after days of training.
@@ -52,7 +53,7 @@ def check_held_out(cfg: Config, tokenizer: Tokenizer) -> list[str]:
 
 
 def check_training_data(cfg: Config, tokens: Tokens | None, tokenizer: Tokenizer) -> list[str]:
-    """Read a first document to train on; a line if the schedule is longer than the data.
+    """Read the first training document; returns a line if the schedule is longer than the data.
 
     Args:
         tokens: the documents of the loader; None for a task.
@@ -73,7 +74,7 @@ def in_words(found: tuple[float, str] | None) -> str:
 
 
 def check_room(cfg: Config, model: Transformer, run_dir: Path) -> None:
-    """Raise ConfigError if the run's checkpoints would fill the disk. Before the model is sharded."""
+    """Raise ConfigError if the run's checkpoints would fill the disk. Call it before the model is sharded."""
     if problem := lacking_room(cfg, count_parameters(model)[0], run_dir):
         raise ConfigError(problem)
 
@@ -82,10 +83,10 @@ def check_room(cfg: Config, model: Transformer, run_dir: Path) -> None:
 
 
 def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -> tuple[str, list[str]]:
-    """For a dry run: the epochs in words if they are known, and a line for all that a start would refuse or say.
+    """For a dry run: the epochs in words, if they are known, and a line for everything a start would refuse or report.
 
     Args:
-        broken: splits that the report shows an error for: it is not repeated.
+        broken: splits whose error the report already shows; it is not repeated.
     """
     with torch.device("meta"):
         total = count_parameters(build_model(cfg.model, vocab_size))[0]
@@ -111,11 +112,11 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
 
 
 def open_split(cfg: Config, tokenizer: Tokenizer, split: str) -> Tokens | None:
-    """A split's documents, of which the first was read. Files that are remote, or so large that opening them means
-    minutes of hashing, are only looked for, and None is returned; so it is for mixtures and data=datasets.
+    """A split's documents, after reading the first one (`read_first`). Files that are remote, or so large that opening
+    them takes minutes of hashing, are only looked for, and None is returned, as it is for mixtures and data=datasets.
 
     Raises:
-        ConfigError: a path is mistyped, a field is not there, the split is empty, or prepared with another tokenizer.
+        ConfigError: a path is mistyped, a field is missing, the split is empty or was prepared with another tokenizer.
         DataError: the first document cannot be read.
     """
     if cfg.data.kind in ("mixture", "datasets"):
@@ -132,7 +133,7 @@ def open_split(cfg: Config, tokenizer: Tokenizer, split: str) -> Tokens | None:
 
 
 def read_first(cfg: Config, tokens: Tokens) -> None:
-    """Read the first document, of JSON lines: elsewhere a field that is not there is noticed without that.
+    """Read the first document if the data are JSON lines; with other data, a missing field is noticed without this.
 
     Raises:
         DataError: it cannot be read.
@@ -142,7 +143,7 @@ def read_first(cfg: Config, tokens: Tokens) -> None:
 
 
 def longest(cfg: Config, tokens: Tokens) -> int | None:
-    """An upper bound on the ids of the longest document; None where none is known without reading all of them."""
+    """An upper bound on the ids of the longest document; None if none is known without reading all of them."""
     if isinstance(tokens, PreparedTokens):
         return int(tokens.lengths().max(initial=0))
     if isinstance(tokens, TokenisedCorpus) and cfg.data.kind in ("jsonl", "text"):

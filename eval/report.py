@@ -1,9 +1,9 @@
 """One HTML file about several runs, finished or not: results, curves, paired differences, settings, failures.
 
     python -m eval.report runs=[runs/a,runs/b] out=report.html
-    python -m eval.report model=sw,sw_ovq seed=0,1 experiment=recall    the runs of a sweep, by the sweep's own words
+    python -m eval.report model=sw,sw_ovq seed=0,1 experiment=recall    the runs of a sweep, given by its settings
 
-The file holds its pictures and numbers, runs no script and needs no network. Runs are compared with the first of them,
+The file contains its pictures and numbers, runs no script and needs no network. Runs are compared with the first one,
 or with `base`: document by document where both were evaluated on the same text, seed by seed where there are several.
 """
 
@@ -23,7 +23,7 @@ from ovq.machine import code_commit, command_line
 from ovq.schema import setting
 from ovq.values import expand
 
-LARGEST = 2_000_000  # bytes: what a mail or an issue takes
+LARGEST = 2_000_000  # bytes that an e-mail or an issue accepts
 POINTS = 40_000  # of all training curves together; fewer if the file would be too large
 
 
@@ -57,7 +57,7 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def folders_of(runs: list[str], overrides: list[str]) -> list[Path]:
-    """The folders named, or those of a sweep.
+    """The named folders, or those of a sweep.
 
     Raises:
         ConfigError: both or neither are given, or a folder does not exist.

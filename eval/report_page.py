@@ -49,9 +49,9 @@ def page(runs: list[Facts], base: Facts, positions: list[int], points: int, comm
 
     Args:
         runs: in the order of the table.
-        base: the one of them that others are compared with.
-        positions: of the table, in tokens.
-        points: of each training curve, at most.
+        base: the one that the others are compared with.
+        positions: those in the table, in tokens.
+        points: maximum number for each training curve.
     """
     labels = labels_of(runs)
     spans = spans_of(base)
@@ -80,7 +80,7 @@ def page(runs: list[Facts], base: Facts, positions: list[int], points: int, comm
 
 
 def labels_of(runs: list[Facts]) -> list[str]:
-    """Of each run the settings in which it differs, as in `eval.plot`; the folder's name where there are none."""
+    """For each run the settings in which it differs, as in `eval.plot`; the folder's name if they are unknown."""
     known = [run for run in runs if run.cfg is not None]
     made = plot.labels([run.cfg for run in known if run.cfg is not None], [run.run_dir.name for run in known])
     of = dict(zip((id(run) for run in known), made))
@@ -107,7 +107,7 @@ def head(positions: list[int]) -> list[str]:
 
 
 def cells(run: Facts, label: str, positions: list[int]) -> list[str]:
-    """A row of the table of runs; what is not known is empty."""
+    """A row of the table of runs; unknown values are empty."""
 
     def shown(value: Any, form: Callable[[Any], str]) -> str:
         return "" if value is None else form(value)
@@ -164,7 +164,7 @@ def settings_that_differ(runs: list[Facts], labels: list[str]) -> tuple[list[str
 
 
 def missing(runs: list[Facts], labels: list[str], positions: list[int]) -> list[str]:
-    """What the tables lack, and the command that makes it."""
+    """What the tables lack, and the commands that produce it."""
     lines = []
     for run, label in zip(runs, labels):
         if run.cfg is None or run.cfg.data.kind == "task":
@@ -220,7 +220,7 @@ def same_text(run: Facts, base: Facts) -> str:
 def differences_to(
     base: Facts, runs: list[Facts], labels: list[str], spans: list[tuple[int, int]]
 ) -> list[Difference] | None:
-    """Differences of each model to the base's, the seeds of a model together; None if the base has no documents."""
+    """Differences of each model from the base, over all its seeds together; None if the base has no documents."""
     if not base.by_document:
         return None
     groups: list[tuple[dict[str, Any], str, list[Facts]]] = []
@@ -260,7 +260,7 @@ def together(runs: list[Facts], span: tuple[int, int]) -> Losses:
 
 
 def pictures(runs: list[Facts], labels: list[str], points: int) -> list[Picture]:
-    """Those for which there is something to draw."""
+    """The pictures for which there is something to draw."""
     made = []
     evaluated = [(run, label) for run, label in zip(runs, labels) if run.evaluation]
     if evaluated:
@@ -306,7 +306,7 @@ def training_curve(run: Facts, points: int) -> list[tuple[int, float]]:
 
 
 def svg(save: Callable[[Path], object]) -> str:
-    """A picture as an SVG element, without what refers to other files: prolog, document type and metadata."""
+    """A picture as an SVG element, without the parts that refer to other files: prolog, document type and metadata."""
     import matplotlib
 
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -314,13 +314,13 @@ def svg(save: Callable[[Path], object]) -> str:
         save(path)
         text = path.read_text()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # Several pictures in one page: their ids must differ.
+    # Several pictures share a page, so their ids must differ.
     mark = f"{zlib.crc32(text.encode()):08x}"
     return re.sub(r'((?:\bid="|xlink:href="#|url\(#))', rf"\g<1>s{mark}-", text)
 
 
 def entry(run: Facts, label: str, points: int) -> dict[str, Any]:
-    """A run's numbers, as they stand in the file for other programs."""
+    """A run's numbers, as stored in the file for other programs."""
     return {
         "label": label,
         "run": str(run.run_dir),

@@ -1,4 +1,4 @@
-"""What is known of a run from its folder, whatever state it is in: for reports over many runs."""
+"""What a run's folder tells about it, whatever state the run is in, for reports over many runs."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ovq.model import build_model, count_parameters, state_bytes
 from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
 
-LAST_SHARE = 0.02  # of the steps, over which the final training loss is averaged
+LAST_SHARE = 0.02  # share of the steps over which the final training loss is averaged
 LOGS = ("*.log", "*.out", "*.err")  # what a sweep or a scheduler leaves in a run folder
 
 
 @dataclass
 class Facts:
-    """A run folder, read.
+    """The contents of a run folder.
 
     Args:
-        cfg: its settings; None: it has not begun, or cannot be read.
-        status: "finished", "unfinished" or "not begun".
-        why: what its log or its folder says about a run that is not finished.
+        cfg: its settings; None if the run has not begun or they cannot be read.
+        status: "finished", "unfinished", "not begun" or "unreadable".
+        why: what could not be read, and what the log or the folder says about a run that is not finished.
         steps: the rows of metrics.jsonl that are training steps.
         evaluation: log buckets of the best evaluation by position (`best_evaluation`).
         by_document: rows of loss_by_document.parquet.
-        answers: rows of the accuracies of all answers of a task, by length and capacity.
+        answers: rows of the accuracy over all answers of a task, by length and capacity.
     """
 
     run_dir: Path
@@ -68,7 +68,7 @@ class Facts:
         return max((row.get("memory_gib") or 0.0 for row in self.steps), default=None)
 
     def loss_at(self, position: int) -> tuple[float, float | None] | None:
-        """Mean loss and standard error of the bucket whose last position, or a later one, is the `position`-th."""
+        """Mean loss and standard error of the bucket that contains the `position`-th position, counted from 1."""
         for row in self.evaluation:
             if row["position_start"] < position <= row["position_end"]:
                 return row["loss"], row["stderr"]
@@ -83,7 +83,7 @@ class Facts:
         return f"{number} {row['split']} documents of {row['context']:,} tokens"
 
     def document_losses(self, span: tuple[int, int], seed: int) -> Losses:
-        """Mean loss of the positions in a span of each document of `by_document`; buckets count by where they begin."""
+        """Mean loss of each document in `by_document` over a span of positions; a bucket counts if it begins there."""
         buckets = (
             ((row["document"], seed), row["position_start"], row["loss"], row["position_end"] - row["position_start"])
             for row in self.by_document
@@ -92,7 +92,7 @@ class Facts:
 
 
 def facts_of(run_dir: Path) -> Facts:
-    """Read a run folder. What cannot be read is told in `why`, not raised."""
+    """Read a run folder. What cannot be read is reported in `why`, not raised."""
     problems: list[str] = []
 
     def attempt(read: Any, otherwise: Any) -> Any:
@@ -166,5 +166,5 @@ def log_line(run_dir: Path) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON that can stand in an HTML element."""
+    """JSON that is safe inside an HTML element."""
     return json.dumps(value).replace("</", "<\\/")

@@ -70,8 +70,7 @@ class RunTable:
     def write(self, run_dir: Path | str, rows: list[Row]) -> Path:
         """Add rows, replacing earlier ones with the same keys; whole or not at all.
 
-        A damaged table is renamed, with a warning, and a new one begun: the evaluation just made must not be lost to
-        it.
+        A damaged table is renamed, with a warning, and a new one begun, so that the evaluation just made is not lost.
         """
         path = Path(run_dir) / self.file
         try:
@@ -87,7 +86,7 @@ class RunTable:
 
 
 def changes(overrides: list[str]) -> str:
-    """What overrides change of the model or its numerics, as a column of a table; data and eval have others."""
+    """The overrides that change the model or its numerics, as a column of a table; data and eval have other columns."""
     about_model = [text for text in overrides if not text.startswith(("data.", "eval.", "logger."))]
     return " ".join(sorted([*about_model, *(text for text in overrides if text.startswith("eval.weights="))]))
 

@@ -1,11 +1,11 @@
-"""How few bytes OVQ's dictionary needs: recall with its sums stored in other ways between chunks.
+"""How few bytes OVQ's dictionary needs: recall with its sums stored in other formats between chunks.
 
     python -m eval.stored_state run=RUN lengths=[128,2048] num_centroids=4096 answers=8192
     python -m eval.stored_state run=RUN formats=[sums_float32,means_bf16] out=docs/results/stored_state
 
-After every chunk the dictionary is stored and read back, as a state in fewer bytes would be; what is computed within a
-chunk is as ever. Formats: key and value sums in float32 (what the operator keeps); sums, or means, in bf16, rounded to
-nearest or stochastically (so that a small addition is not lost for ever but in the mean added); means as 8-bit integers
+After every chunk the dictionary is stored and read back, as a smaller state would be; the computation within a chunk is
+unchanged. Formats: key and value sums in float32 (what the operator keeps); sums, or means, in bf16, rounded to nearest
+or stochastically (so that small additions are kept on average instead of always being lost); means as 8-bit integers
 with a scale for each centroid. Counts are float32. Prints a table and writes stored_state.csv to `out`.
 """
 
@@ -39,7 +39,7 @@ Stored = Callable[[Tensor, Tensor], Tensor]  # sums [B, G, N, D] and counts [B, 
 
 @dataclass(frozen=True)
 class Format:
-    """How sums are stored: `bytes_of` a centroid's D numbers, and what is read back."""
+    """How sums are stored: `bytes_of` gives the bytes of a centroid's D numbers, `stored` the sums as read back."""
 
     bytes_of: Callable[[int], int]
     stored: Stored
@@ -50,7 +50,7 @@ def nearest(x: Tensor) -> Tensor:
 
 
 class Stochastic:
-    """x rounded to one of the two neighbours in bf16, up with the probability that keeps the mean; float32."""
+    """Rounds x to one of its two neighbours in bf16, up with the probability that keeps the mean; float32."""
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -89,7 +89,7 @@ FORMATS = {
 
 
 def in_format(name: str) -> Callable[[list[Any]], list[Any]]:
-    """From a model's state to the same with its dictionaries stored and read back."""
+    """A function from a model's state to the same state with its dictionaries stored and read back."""
     stored = FORMATS[name].stored
 
     def change(state: Any) -> Any:

@@ -56,7 +56,7 @@ def library() -> ModuleType:
 
 
 def figure(panels: int = 1, width: float = 6.8, height: float = 4.2, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `panels` axes side by side in so many rows; width and height are those of each panel, in inches."""
+    """A figure of `panels` axes side by side in `rows` rows; width and height are those of each panel, in inches."""
     matplotlib = library()
     from matplotlib.figure import Figure
 

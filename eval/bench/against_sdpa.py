@@ -1,4 +1,4 @@
-"""OVQ-attention beside SDPA on the CPU: time, GFLOP/s, growth with length and memory, all lengths timed in turns.
+"""OVQ-attention against SDPA on the CPU: time, GFLOP/s, growth with length and memory, all lengths timed in turns.
 
 FLOPs are those of the matrix products that define the operator, two for each multiplication with its addition; what a
 backend recomputes beyond them is not counted.
@@ -42,7 +42,7 @@ def ovq_flops(case: Case) -> tuple[int, int]:
 
 
 def sdpa_flops(case: Case) -> tuple[int, int]:
-    """(forward, forward + backward) FLOPs of causal attention: two products of the triangle, and five."""
+    """(forward, forward + backward) FLOPs of causal attention: two products over the triangle, then five."""
     triangle = 2 * case.batch * case.heads * case.width * case.tokens * (case.tokens + 1) // 2
     return 2 * triangle, 7 * triangle
 

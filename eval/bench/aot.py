@@ -4,9 +4,9 @@
     python -m eval.bench.aot targets=[sm_90] quick=true          the main path only: bfloat16
     python -m eval.bench.aot out=docs/results/aot jobs=8
 
-Writes aot.json and aot.md (the same as a table) to `out`; for NVIDIA's chips with what each kernel's loops cost
-(`eval.bench.sass`), which tests/test_aot.py holds to the bars of docs/results/aot/bars.json. The requirements, none of
-which the compilers enforce:
+Writes aot.json and aot.md (the same as a table) to `out`; for NVIDIA's chips with the cost of each kernel's loops
+(`eval.bench.sass`), which tests/test_aot.py checks against the bars in docs/results/aot/bars.json. The requirements,
+none of which the compilers enforce:
 
 - no spills in the attention kernels: a spilled register costs a memory access in the innermost loop;
 - shared memory within the chip's limit: the compiler accepts kernels that cannot be launched;
@@ -111,7 +111,7 @@ class Build:
 
     @property
     def variant(self) -> list[str]:
-        """How it differs from the default variant, but for its widths; decode's "chunk" is a group of query heads."""
+        """How it differs from the default variant, except in width; decode's "chunk" is a group of query heads."""
         chunk = [] if self.chunk_size in (1, 128) else [f"L={self.chunk_size}"]
         return chunk + [name if value is True else f"{name}={value}" for name, value in self.flags.items()]
 
@@ -126,7 +126,7 @@ def offences(build: Build) -> list[str]:
         found.append(f"{build.name}: {build.spills} spilled loads and stores, {build.stack} bytes of stack")
     if build.shared > chip.shared_kib * 1024:
         found.append(f"{build.name}: {build.shared} bytes of shared memory, the chip has {chip.shared_kib} KiB")
-    few_rows = build.stage == "decode" or build.chunk_size < 64 or "FORCED" in build.flags  # (which only sums keys)
+    few_rows = build.stage == "decode" or build.chunk_size < 64 or "FORCED" in build.flags  # (FORCED only sums keys)
     wanted = chip.matmul_older if build.dtype == "float32" or few_rows else chip.matmul
     if build.multiplies and not any(build.matmuls.get(name) for name in wanted):
         found.append(f"{build.name}: no {' or '.join(wanted)} instruction, products do not run on tensor cores")
@@ -244,7 +244,7 @@ def _find(pattern: str, text: str) -> str:
 def report(targets: Iterable[str], *, quick: bool = False, jobs: int = 2) -> Iterator[Build]:
     """Compile every shipped kernel for the targets in `jobs` processes.
 
-    `quick`: only the default variant in bfloat16, and for other targets than sm_90 only the attention kernels of width
+    `quick`: only the default variant in bfloat16, and for targets other than sm_90 only the attention kernels of width
     64.
     """
     wanted = [(target, index) for target in targets for index in _indices(target, quick)]

@@ -1,13 +1,13 @@
-"""The time that the compiled loops need at least: what an iteration costs, times how often a shape runs it.
+"""The least time that the compiled loops need: the cost of an iteration times the number of iterations for a shape.
 
 An iteration's instructions and fixed stall cycles are those of `eval.bench.sass` in docs/results/aot/aot.json. Each of
-the four schedulers of a multiprocessor issues one instruction a cycle, and a warp waits for its stalls, which other
-programs of the same multiprocessor can fill. Per iteration of a program:
+the four schedulers of a multiprocessor issues one instruction per cycle, and a warp waits out its stalls, which other
+programs on the same multiprocessor can fill. Per iteration of a program:
 
     cycles = max(instructions x warps / 4, stalls / programs that fit a multiprocessor).
 
-Latencies of memory, barriers and tensor cores come on top. By how much is taken from a kernel whose rate is published:
-FlashAttention-2's forward loop (`eval.bench.plain_fa2`), compiled here like the others.
+Latencies of memory, barriers and tensor cores come on top. How much they add is taken from a kernel whose rate is
+published: FlashAttention-2's forward loop (`eval.bench.plain_fa2`), compiled here like the others.
 
 Shapes: B batch, L chunk, n_i centroids before chunk i, H query heads, G key/value heads.
 """
@@ -48,7 +48,7 @@ def builds() -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def build_of(stage: str, arch: str, shape: Shape, **flags: Any) -> dict[str, Any]:
-    """A stage's build for a shape; that of the next larger width and of the longest chunks where there is none."""
+    """A stage's build for a shape; if there is none, that of the next larger width and the longest chunks."""
     width, dtype = 64 if max(shape.K, shape.V) <= 64 else 128, DTYPES[shape.itemsize]
     L = shape.spec.chunk_size
     candidates = [(shape.K, shape.V, L, flags), (width, width, L, flags), (width, width, 128, flags)]
@@ -60,7 +60,7 @@ def build_of(stage: str, arch: str, shape: Shape, **flags: Any) -> dict[str, Any
 
 
 def resident(build: dict[str, Any]) -> int:
-    """Programs of a kernel that fit a multiprocessor."""
+    """Programs of a kernel that fit on a multiprocessor at once."""
     registers = -(-build["registers"] // 8) * 8 * 32 * build["warps"]
     shared = 164 * 1024 if build["target"] == "sm_80" else SHARED
     fitting = min(REGISTERS // registers, shared // (build["shared"] + 1024), MOST_WARPS // build["warps"])
@@ -68,7 +68,7 @@ def resident(build: dict[str, Any]) -> int:
 
 
 def cycles(build: dict[str, Any], instructions: float, stalls: float) -> float:
-    """Of a multiprocessor, for so many instructions a warp and stall cycles of one program."""
+    """Cycles of a multiprocessor per program, given a warp's `instructions` and the program's stall cycles."""
     return max(instructions * build["warps"] / SCHEDULERS, stalls / resident(build))
 
 
@@ -95,10 +95,10 @@ def iterations(stage: str, shape: Shape, tile: dict[str, int]) -> tuple[list[int
 
 
 def loops_ms(stage: str, arch: str, shape: Shape, processors: int, clock: float) -> tuple[float, float]:
-    """Milliseconds of a parallel stage's loops on a chip, evenly divided; and of its longest program."""
+    """Milliseconds of a parallel stage's loops, divided evenly over the multiprocessors; and of its longest program."""
     build = build_of(stage, arch, shape)
     code, counts = build["code"], iterations(stage, shape, build["tile"])
-    if stage == "chunk_grad":  # of its outer loop only the stalls are known, with the inner loop's first iteration
+    if stage == "chunk_grad":  # only the outer loop's stalls are known, including one inner iteration
         outer = max(0, code["step"] - sum(code["stalls"]))
         costs = [cycles(build, 0, outer), cycles(build, code["instructions"][-1], code["stalls"][-1])]
     else:
@@ -108,7 +108,7 @@ def loops_ms(stage: str, arch: str, shape: Shape, processors: int, clock: float)
 
 
 def step_cycles(arch: str, shape: Shape, columns: int, programs: int) -> float:
-    """Stall cycles of one chunk's assignment: the proposals from so many blocks of centroids, and the rest.
+    """Stall cycles of one chunk's assignment: the proposals from `columns` blocks of centroids, and the rest.
 
     The loop over the centroids that a program commits counts once.
     """
@@ -121,7 +121,7 @@ def step_cycles(arch: str, shape: Shape, columns: int, programs: int) -> float:
 
 @functools.cache
 def calibration(processors: int, clock: float) -> float:
-    """How many times as long as its loop's instructions FlashAttention-2 takes on an H100, by its published rate."""
+    """FlashAttention-2's time on an H100, by its published rate, relative to the time of its loop's instructions."""
     build = next(b for key, b in builds().items() if key[:2] == ("sm_90", "fa2"))
     tile, code = build["tile"], build["code"]
     flops = 4 * tile["BLOCK_M"] * tile["BLOCK_N"] * build["K"]

@@ -4,13 +4,13 @@
 
 Two times are given for a stage. Its *floor*, which nothing can beat, is the larger of its arithmetic at the chip's
 matmul rate and its bytes (every input read once, every output written once) at the chip's copy rate. Its *prediction*
-is a range. It begins at the largest of its terms, with the others hidden behind it: matrix products, the instructions
-of the compiled loops (`eval.bench.compiled`), device memory, and L2 (tiles that are read repeatedly). It ends at what
-these instructions take if latency costs as much as in FlashAttention-2's forward loop, whose rate is published, plus
-the longest program, which may start last.
+is a range. The lower end is the largest of its terms, with the others hidden behind it: matrix products, the
+instructions of the compiled loops (`eval.bench.compiled`), device memory, and L2 (tiles that are read repeatedly). The
+upper end is the time of these instructions if latency costs as much as in FlashAttention-2's forward loop, whose rate
+is published, plus the longest program, which may start last.
 
-The assignment, the only sequential stage, takes T / L steps one after another: the stall cycles that its compiler has
-set, and the latency of a chain of loads from L2 and a barrier (`Waits`), which are estimates of the order commonly
+The assignment, the only sequential stage, takes T / L steps one after another. Each takes the stall cycles that the
+compiler has set, and the latency of a chain of loads from L2 and a barrier (`Waits`): estimates of the order commonly
 reported for such chips. Nothing here has been measured on a GPU; `make bench-gpu` will time the stages.
 
 Shapes: B batch, T tokens, L chunk, n_i centroids before chunk i, H query heads, G key/value heads, K and V widths.
@@ -46,7 +46,7 @@ class Waits:
 
 # Dependent loads of a step: the chunk's bounds, its keys, the proposals, counts, sums of keys, sums of values.
 TRIPS = 6
-UNSURE = (1.0, 1.5)  # a step of the assignment is multiplied by these for a range
+UNSURE = (1.0, 1.5)  # factors on a step of the assignment, for a range
 HOST_MS = 0.47  # of a forward and backward pass on a CPU of 2026, before anything is launched (a review, 25 November)
 
 
@@ -76,8 +76,8 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a stage. `flops`: of matrix products, without a tile's masked half. `loops_ms`: what the instructions
-    of its loops take, and those of its longest program. `waiting`: microseconds of a sequential stage's latencies."""
+    """The work of a stage. `flops`: of matrix products, without a tile's masked half. `loops_ms`: time of its loops'
+    instructions, in total and of the longest program. `waiting`: microseconds of a sequential stage's latencies."""
 
     flops: int = 0
     bytes: int = 0
@@ -90,7 +90,7 @@ class Work:
         return 1e3 * max(self.flops / chip.matmul, self.bytes / chip.copy)
 
     def terms_ms(self, chip: Chip) -> dict[str, float]:
-        """Time of each term alone; those of a sequential stage follow one another."""
+        """Time of each term alone; those of a sequential stage add up."""
         if self.waiting:
             return {"instructions": self.loops_ms[0], "waiting": 1e-3 * self.waiting}
         return {
@@ -306,7 +306,7 @@ def table(shape: Shape, chip: Chip) -> str:
 
 
 def total_ms(shape: Shape, chip: Chip, names: tuple[str, ...]) -> tuple[float, float]:
-    """Predicted range for the named stages run one after another; not less than the host takes to launch them."""
+    """Predicted range for the named stages run one after another; at least the time the host takes to launch them."""
     work = stages(shape, chip)
     lows, highs = zip(*(work[name].predicted_ms(chip) for name in names))
     host = HOST_MS if set(BACKWARD) <= set(names) else HOST_MS / 2

@@ -1,4 +1,4 @@
-"""The speed of everything on this machine's CPU beside its peers, in one run: operator, training step, inference.
+"""Speed on this machine's CPU compared with peers, in one run: operator, training step, inference.
 
     python -m eval.bench.cpu                                                    about 20 minutes on two cores
     python -m eval.bench.cpu sections=[step] models=[std_att,sw_ovq] contexts=[2048] repeats=9
@@ -7,16 +7,16 @@
 Sections:
     matmul      a large product in float32 and bfloat16: the peak that the others are measured against
     operator    OVQ-attention (torch backend) and SDPA, 4 heads of 64, N = 1024: forward, forward + backward, memory
-    step        a training step of each named model beside a plain GPT written with torch alone
-    precision   the step of sw_ovq in bfloat16 beside float32
+    step        a training step of each named model compared with a plain GPT written with torch alone
+    precision   the step of sw_ovq in bfloat16 compared with float32
     profile     where the time of a step of sw_ovq and of the plain GPT goes, on one core
-    inference   reading a long text with carried state, then writing; full attention with its cache is the peer
+    inference   reading a long text with carried state, then decoding; the peer is full attention with its cache
 
-What is compared takes turns in one process, so that other load on the machine affects all alike, after one warm-up.
+After one warm-up, the calls to compare take turns in one process, so that other load on the machine affects all alike.
 Times are medians, and ratios are medians of the ratios within each turn; a prefill is the sum of its pieces, read once.
 Models have the settings of `experiment=cpu_demo`; a key with a dot is a setting of the run. If a measurement fails, the
 table shows its error, the others go on, and the exit status is 1. The JSON has all times and is rewritten after every
-row. What is cut for lack of time is noted in the table.
+row. Repeats that are cut for lack of time are noted in the table.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
-"""The speed of decoding and the size of the state by context, for each named model: 1k to 1M tokens.
+"""Decoding speed and state size by context, for each named model: 1k to 1M tokens.
 
     python -m eval.bench.decode                                                  all models, on this machine
     python -m eval.bench.decode models=[sw_ovq,std_att] contexts=[1024,65536] threads=1
     python -m eval.bench.decode size=150m device=cuda contexts=[1024,16384,1048576]
 
-One sequence, random weights and tokens. A model reads on to each context in turn, in pieces with carried state, and
-there writes tokens: the likeliest, one at a time. Speeds are from medians, of the last pieces before the context and of
-the tokens; `mean ms` has the tokens at which a memory takes in a chunk too. State is what the tensors carried hold.
+One sequence, random weights and tokens. A model reads up to each context in turn, in pieces with carried state, and
+then decodes tokens greedily, one at a time. Speeds are from medians over the last pieces before the context and over
+the tokens; `mean ms` also reflects the tokens at which a memory takes in a chunk. The state is the size of the carried
+tensors.
 
-Full attention would read for hours. Beyond `read_limit` tokens a model with a cache of all keys and values gets a cache
-filled with random ones, and one short piece is timed: the table says "filled" instead of "read".
+Full attention would take hours to read long contexts. Beyond `read_limit` tokens a model with a cache of all keys and
+values gets a cache filled with random ones, and one short piece is timed: the table says "filled" instead of "read".
 
 On a GPU a step is captured as a CUDA graph, and `mode=compile` compiles it on any device. Both repeat one step from
-the same state, without a chunk's update. Where that fails, a note says so and the step runs as it is. The JSON has all
+the same state, without a chunk's update. If that fails, a note says so and the step runs eagerly. The JSON has all
 times, the machine and the command, and is rewritten after every row; a measurement that fails is a row with its error,
 and the exit status is then 1.
 
@@ -50,7 +51,7 @@ from ovq.mixers.full_attention import FullAttention
 from ovq.model import state_bytes
 from ovq.schema import one_of, setting
 
-LAST_PIECES = 3  # whose median is the speed of reading at a context
+LAST_PIECES = 3  # pieces whose median gives the reading speed at a context
 SHORT_PIECE = 256  # tokens read after a cache was filled
 WARM_UP = 2  # tokens written before those that are timed
 Row = dict[str, Any]
@@ -122,13 +123,13 @@ def rows(name: str, given: Options, device: torch.device, overrides: list[str]) 
 
 
 def _keeps_all(reader: Reader) -> bool:
-    """Whether a layer keeps all keys and values, and the others only have a cache of some."""
+    """Whether a layer caches all keys and values, and the states of all others are key/value caches, too."""
     mixers = reader.model.mixers()
     return any(isinstance(m, FullAttention) for m in mixers) and all(isinstance(s, KVCache) for s in reader.state or [])
 
 
 def _fill(mixer: torch.nn.Module, held: KVCache, tokens: int) -> KVCache:
-    """A layer's cache after `tokens` tokens: random keys and values of full attention, those held of a window."""
+    """A layer's cache after `tokens` tokens: random keys and values for full attention, those it has for a window."""
     if not isinstance(mixer, FullAttention):
         return KVCache(held.key, held.value, tokens)
     _, _, G, K = held.key.shape
@@ -142,7 +143,7 @@ def _bytes_of(state: Any) -> int:
 
 
 def _step(reader: Reader, mode: str) -> tuple[Callable[[], object], str]:
-    """A call that writes a token, and a note if it is not as `mode` says."""
+    """A call that writes a token, and a note if it cannot run in `mode`."""
     if mode == "eager":
         return reader.write, ""
     model, state, token_BT = reader.model, reader.state, reader.next_BT
@@ -158,7 +159,7 @@ def _step(reader: Reader, mode: str) -> tuple[Callable[[], object], str]:
             return lambda: once(compiled), ""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is made on a first call must exist before the capture
+        with torch.cuda.stream(side):  # what a first call creates must exist before the capture
             for _ in range(3):
                 once()
         torch.cuda.current_stream().wait_stream(side)

@@ -87,7 +87,7 @@ class RandomTokens:
             yield Batch(tokens, tokens.roll(-1, 1), lanes=lanes)
 
     def rewind(self) -> None:
-        """Every step is complete: these batches never wait."""
+        """Does nothing: these batches never wait, so every step is complete."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

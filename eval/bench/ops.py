@@ -110,7 +110,7 @@ def peak_in_fresh_process(op: str, tokens: int, settings: dict[str, Any]) -> int
 
 def _peak_here(op: str, tokens: int, settings: dict[str, Any]) -> int:
     torch.set_num_threads(settings["threads"])
-    call_of(op, 256, settings)(lambda: None)  # so that what libraries allocate once is not counted
+    call_of(op, 256, settings)(lambda: None)  # so that one-time allocations of libraries are not counted
     call = call_of(op, tokens, settings)
     before = current_rss()
     call(lambda: None)
@@ -125,7 +125,7 @@ def extra_memory(timing: Timing, op: str, tokens: int, settings: dict[str, Any])
 
 
 def measure(settings: dict[str, Any], say: Callable[[str], None] = print) -> tuple[list[Measurement], int]:
-    """Measure all operators at all lengths, passing each row of the table to `say`; returns also how many failed."""
+    """Measure all operators at all lengths, passing each row of the table to `say`; also returns how many failed."""
     results, failed = [], 0
     say(HEADER)
     stopwatch = Stopwatch(torch.device(settings["device"]))

@@ -1,7 +1,7 @@
-"""FlashAttention-2's forward loop, plainly: the cost model is calibrated on it, since its rate on a card is published.
+"""A plain FlashAttention-2 forward loop, to calibrate the cost model on, since its rate on a GPU is published.
 
-Full softmax attention without a mask (arXiv 2307.08691, algorithm 1), bfloat16, width 64. It is compiled ahead of time
-only (`eval.bench.aot`), and run by nothing.
+Full softmax attention without a mask (arXiv 2307.08691, algorithm 1), bfloat16, width 64. It is only compiled ahead of
+time (`eval.bench.aot`), and never run.
 
 Shapes: R rows (batch and heads), T tokens, D width.
 """
@@ -46,7 +46,7 @@ def fa2_kernel(q_ptr, k_ptr, v_ptr, o_ptr, T, scale, BLOCK_M: tl.constexpr, BLOC
 
 @dataclass(frozen=True)
 class PlainFA2:
-    """Its one build, in the form of a `ShippedKernel`."""
+    """The kernel's only build, in the form of a `ShippedKernel`."""
 
     stage: str = "fa2"
     kernel: Any = fa2_kernel

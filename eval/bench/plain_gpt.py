@@ -1,8 +1,8 @@
-"""A plain GPT of torch's own parts, as one would write it in an afternoon: the peer of our training steps.
+"""A plain GPT made of torch's own parts, as one would write it in an afternoon: the peer of our training steps.
 
 Pre-norm blocks of RMSNorm, causal SDPA and SwiGLU, cross-entropy on the full logits, fused AdamW, clipped gradients. It
-imports nothing of ours and does none of our loop's work (hashes of tokens, checks, logs). It has no positions, which
-would only make it slower. With `std_att`'s widths it has `std_att`'s number of parameters.
+imports nothing of ours and does none of our loop's work (hashes of tokens, checks, logs). It has no position encoding,
+which would only make it slower. With `std_att`'s widths it has `std_att`'s number of parameters.
 
 Shapes: B batch, T tokens, D model width, H heads, K head width.
 """

@@ -1,7 +1,7 @@
-"""Where the time of a training step goes, by kind of operation, on one core: of `sw_ovq` and of the plain GPT.
+"""Where the time of a training step goes, by kind of operation, on one core, for `sw_ovq` and the plain GPT.
 
-Kinds add up the time that torch's profiler finds in each operation itself. Profiling slows short operations down, so
-their sum can exceed the step's own time. The rest is Python, views and the calls themselves.
+The time of a kind is the sum of its operations' self times in torch's profiler. Profiling slows short operations down,
+so the sum over kinds can exceed the step's own time. The rest is Python, views and call overhead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from eval.bench.stopwatch import Marked, Stopwatch
 
 REPEATS = 3
 REST = "the rest"
-# The first kind with a word that the operation's name begins with, after aten:: and underscores.
+# An operation is of the first kind with a word that its name begins with, after aten:: and underscores.
 KINDS = {
     "products": ("mm", "bmm", "addmm", "addbmm", "baddbmm", "mkldnn", "linear", "mv", "dot"),
     "SDPA": ("scaled_dot_product",),
@@ -42,7 +42,7 @@ def kind_of(operation: str) -> str:
 
 
 def by_kind(events: Iterable[Any], whole_ms: float) -> dict[str, float]:
-    """Milliseconds of each kind; the rest includes what no operation takes of `whole_ms`.
+    """Milliseconds of each kind; the rest includes the part of `whole_ms` that no operation accounts for.
 
     Args:
         events: averages of `torch.profiler`, by operation.
@@ -67,7 +67,7 @@ def profiled(call: Marked) -> Row:
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Operations on this thread alone: those of several threads would add up to more than the step takes."""
+    """Run operations on one thread: the times of several threads would add up to more than the step takes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -77,7 +77,7 @@ def one_core() -> Iterator[None]:
 
 
 def rows(contexts: list[int], plan: Plan) -> Iterator[Row]:
-    """A row per context and model, the plain GPT first: its `step_ms`, and the `parts_ms` of them by kind."""
+    """A row per context and model, the plain GPT first, with `step_ms` and its division by kind, `parts_ms`."""
     for context in contexts:
         cfg = config_of(PRECISE, context, plan)
         with worlds(cfg.trainer) as (world,), tempfile.TemporaryDirectory() as folder, one_core():

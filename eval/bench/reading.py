@@ -1,9 +1,9 @@
 """Inference on the CPU: how fast each named model reads a long text and then continues it, and the size of its state.
 
 The section "inference" of `eval.bench.cpu`; one model at many contexts is `eval.bench.decode`, which shares `Reader`.
-One sequence, float32, random weights and tokens. The text is read in pieces with carried state, and each next token is
-the likeliest. Models take turns, piece by piece and token by token. The peer is full attention with a cache of all keys
-and values, `std_att`.
+One sequence, float32, random weights and tokens. The text is read in pieces with carried state, and decoding is greedy.
+Models take turns, piece by piece and token by token. The peer is full attention with a cache of all keys and values,
+`std_att`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Reader:
         tokens_BT: the text, int64 [1, T]. Its first piece is read twice, each time from an empty state, so that the
             first call can be a warm-up.
         piece: tokens a call reads.
-        dtype: of the weights and of what is computed from them; they lie on the device of the text.
+        dtype: of weights and activations; the model is moved to the device of the text.
     """
 
     def __init__(self, cfg: Config, tokens_BT: Tensor, piece: int, dtype: torch.dtype = torch.float32) -> None:
@@ -67,7 +67,7 @@ def rows(names: list[str], prefix: int, piece: int, decode: int, plan: Plan) -> 
     Args:
         prefix: tokens read before any is written.
         piece: tokens of a pass over the prefix.
-        decode: tokens written and timed, after one that is not.
+        decode: tokens written and timed, after one that is not timed.
         plan: the size of the models and the overrides of their config.
     """
     names = list(dict.fromkeys([PEER, *names]))

@@ -159,7 +159,7 @@ def forward_backward(rival: Rival, x: Inputs, case: Case) -> Marked:
 
 
 def decode_ovq(case: Case, position: int, device: torch.device, dtype: torch.dtype, backend: str) -> Callable[[], None]:
-    """A call that decodes one token after a prefix of `position` tokens; the state moves on with every call."""
+    """A call that decodes one token after a prefix of `position` tokens; the state advances with every call."""
     settings: dict[str, Any] = {"num_centroids": case.num_centroids, "chunk_size": case.chunk_size}
     settings |= {"return_state": True, "backend": backend}
     state, piece = None, min(position, 32768)

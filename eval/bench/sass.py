@@ -1,12 +1,12 @@
-"""What a kernel's machine code costs per iteration of its loops, read from the SASS of an NVIDIA cubin without a card.
+"""What a kernel's machine code costs per iteration of its loops, read from the SASS of an NVIDIA cubin without a GPU.
 
 `cuobjdump -sass` prints each instruction with its 128-bit encoding. Bits 105 to 108 are its stall count: the cycles
-that the compiler makes a warp wait before its next instruction. Their sum over a loop is a time that no card can beat
+that the compiler makes a warp wait before its next instruction. Their sum over a loop is a time that no GPU can beat
 for one warp. (Waiting for memory, barriers and tensor cores is decided at run time and comes on top.)
 
 A loop is what lies between a backward branch and its target. Loops with matrix products do a kernel's work, so the
-figures are theirs. bars.json, beside the committed report, holds each figure's bar for the main path; a change may
-lower a bar as it likes, and must say why if it raises one.
+figures are theirs. bars.json, beside the committed report, has each figure's bar for the main path; a change may lower
+any bar, but must say why if it raises one.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Code:
     cycles of one iteration of the outermost loop around them, with every loop inside counted once; 0 if there is none.
     The counts that follow are of instructions in any loop: copies of four bytes, special functions, checks of a
     division's operands and calls (the slow path of a division), and loads and stores of spilled registers. `waits`: for
-    each loop with products that waits for copies, how many later groups of copies may still be under way then; 0
-    exposes the whole latency of memory.
+    each loop with products that waits for copies, how many later groups of copies may still be in flight then; 0
+    exposes the full latency of memory.
     """
 
     instructions: list[int] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Code:
 
 
 def measure(sass: str) -> Code:
-    """The figures of one kernel, but for `waits`, from the output of `cuobjdump -sass`."""
+    """The figures of one kernel, except `waits`, from the output of `cuobjdump -sass`."""
     code = parse(sass)
     spans = loops(code)
     multiplying = [span for span in spans if any(x.name in PRODUCTS for x in _body(code, span))]
@@ -108,7 +108,7 @@ def parse(sass: str) -> list[Instruction]:
 
 
 def loops(code: list[Instruction]) -> list[Span]:
-    """All loops in program order, the outer of two first. (A branch to itself, the padding at the end, is none.)"""
+    """All loops in program order, outer loops first. (A branch to itself, the padding at the end, is not a loop.)"""
     index = {x.address: i for i, x in enumerate(code)}
     ends: dict[int, int] = {}
     for i, x in enumerate(code):
@@ -126,7 +126,7 @@ def _stalls(code: list[Instruction], span: Span) -> int:
 
 
 def waits(ttgir: str) -> list[int]:
-    """`Code.waits` from a kernel in Triton's last representation before LLVM's: the least `num` of a loop's waits."""
+    """`Code.waits` from a kernel's TTGIR, Triton's last form before LLVM: the least `num` of each loop's waits."""
     found: list[int] = []
     stack: list[tuple[str, list[int], bool]] = []  # of open loops: indentation, `num` of waits, products
     for line in ttgir.splitlines():
@@ -151,7 +151,7 @@ ADVICE = "a change that must raise a bar edits docs/results/aot/bars.json and sa
 
 
 def figures(code: Mapping[str, Any], registers: int, spills: int) -> dict[str, Any]:
-    """What the bars hold of a build: its `Code` as a dictionary, with the registers and spills of the whole kernel."""
+    """The figures of a build that have bars: its `Code` as a dictionary, and the kernel's registers and spills."""
     return {**code, "registers": registers, "spills": spills}
 
 

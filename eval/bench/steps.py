@@ -1,8 +1,8 @@
-"""Training steps on the CPU, timed in turns: the named models beside a plain GPT, and float32 beside bfloat16.
+"""Training steps on the CPU, timed in turns: the named models against a plain GPT, and bfloat16 against float32.
 
 Our step is that of `ovq.train.loop.Trainer` on random tokens: forward, backward, clip, AdamW, and the loop's own checks
-and log. The peer's is that of `eval.bench.plain_gpt`, with the widths of `std_att`. Models have the settings of
-`experiment=cpu_demo`, and other memories the capacity of its dictionary.
+and logging. The peer's is that of `eval.bench.plain_gpt`, with the widths of `std_att`. Models have the settings of
+`experiment=cpu_demo`; memories other than OVQ get the capacity of its dictionary.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ovq.processes import World
 
 PEER, PEERS_WIDTHS = "plain_gpt", "std_att"
 PRECISE, PRECISIONS = "sw_ovq", ("fp32", "bf16")  # the model whose precisions are compared
-LEAST = 3  # repeats that a context gets whatever its budget
-# `num_centroids` of the demo for the memories that it does not configure; ++ because most models have none of them.
+LEAST = 3  # repeats that a context gets whatever its time budget
+# The demo's `num_centroids`, for the memories that it does not configure; ++ because most models have none of them.
 CAPACITY = [f"++model.mixers.{name}.capacity=512" for name in ("fifo", "kvm", "learned_compression", "reservoir")]
 Row = dict[str, Any]
 
@@ -73,7 +73,7 @@ def config_of(name: str, context: int, plan: Plan, *last: str) -> Config:
 
 @contextlib.contextmanager
 def worlds(*trainers: TrainerConfig) -> Iterator[list[World]]:
-    """This process as each of these settings sees it; on leaving, process groups are left too."""
+    """The `World` of this process under each of these settings; process groups are destroyed on exit."""
     try:
         yield [processes.init(trainer) for trainer in trainers]
     finally:
@@ -82,7 +82,7 @@ def worlds(*trainers: TrainerConfig) -> Iterator[list[World]]:
 
 @dataclass
 class Step:
-    """A training step to time, and what it trains: tokens and parameters, and FLOPs a token (None: not counted)."""
+    """A training step to time, with its tokens, parameters and FLOPs per token (None: not counted)."""
 
     call: Marked
     tokens: int
@@ -97,7 +97,7 @@ def our_step(cfg: Config, world: World, folder: str) -> Step:
     batches = iter(trainer.loader)
 
     def call(mark: Any) -> None:
-        cpu.choose_precision(world.precision)  # a setting of the process, which steps of both precisions share
+        cpu.choose_precision(world.precision)  # a process-wide setting, which steps of both precisions share
         trainer.train_step(batches)
         trainer.flush()
 
@@ -130,7 +130,7 @@ def plain_step(cfg: Config) -> Step:
 def compared(
     steps: dict[str, Step], plan: Plan, peak: float | None, *, peer: str, what: str, context: int
 ) -> Iterator[Row | str]:
-    """Time the steps in turns: a note if the budget cut their repeats, and a row for each, its name under `what`."""
+    """Time the steps in turns; yields a note if the budget cut the repeats, then a row for each, named under `what`."""
     stopwatch, least = Stopwatch(torch.device("cpu")), min(LEAST, plan.repeats)
     calls = {name: step.call for name, step in steps.items()}
     timings = stopwatch.turns(calls, seconds=plan.seconds, least=least, most=plan.repeats)
@@ -166,7 +166,7 @@ def rows(names: list[str], contexts: list[int], plan: Plan, peak: float | None) 
     """
     for context in contexts:
         yield from _at(context, names, plan, peak)
-        gc.collect()  # a trainer refers to itself in circles
+        gc.collect()  # a trainer contains reference cycles
 
 
 def _at(context: int, names: list[str], plan: Plan, peak: float | None) -> Iterator[Row | str]:

@@ -23,7 +23,7 @@ Marked = Callable[[Callable[[], None]], object]  # calls its argument when its f
 class Timing:
     """One call's measurements.
 
-    `first_ms`, `whole_ms`: milliseconds of every repeat, up to the mark and in all. `peak_bytes`: peak allocation
+    `first_ms`, `whole_ms`: milliseconds of every repeat, up to the mark and in total. `peak_bytes`: peak allocation
     beyond what was allocated before the call, None on a CPU. `error`: why the call failed, if it did.
     """
 
@@ -50,7 +50,7 @@ class Stopwatch:
         self._flush: Tensor | None = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
 
     def once(self, call: Marked) -> tuple[float, float]:
-        """Milliseconds until `call` marks its first half, and in all (equal if it never does)."""
+        """Milliseconds until `call` marks its first half, and in total (equal if it never does)."""
         if self._flush is None:
             marks = [time.perf_counter()]
             call(lambda: marks.append(time.perf_counter()))
@@ -127,7 +127,7 @@ class Stopwatch:
 
 
 def ratio_in_turns(over_ms: Sequence[float], under_ms: Sequence[float]) -> float | None:
-    """Median over repeats of the ratio of two calls' times, so that load that hits both cancels; None without repeats.
+    """Median over repeats of the ratio of two calls' times, so that load on both cancels; None without repeats.
 
     The repeats must have been taken in turns; those that only one call has are left out.
     """

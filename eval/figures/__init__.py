@@ -6,5 +6,5 @@ make.py       the stages of a figure, in order
 search.py     the learning rate of each model
 measures.py   how a trained run is tested
 panels.py     how points are drawn
-folder.py     the files that a figure leaves; caption.py is the text among them
+folder.py     the files that a figure writes; caption.py makes the text among them
 """

@@ -70,7 +70,7 @@ def caption(
 
 
 def beginnings(plan: Plan) -> list[str]:
-    """What runs begin with instead of fresh weights."""
+    """Which weights runs start from, if not from fresh ones."""
     found = dict.fromkeys(
         f"Every run on {line.subject.name}, trials too, begins with the weights of one of its model and seed on "
         f"{first.subject.name} (`experiment={first.subject.experiment}`: {first.cfg.trainer.steps:,} steps, "

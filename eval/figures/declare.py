@@ -1,7 +1,7 @@
 """What a figure declares: what its models are trained on, how they are tested, and what the scales change.
 
-A figure is panels of models trained on one subject each. Subjects are shared, so that a model that two figures show is
-one run. Lengths are in tokens.
+A figure consists of panels, each with models trained on one subject. Subjects are shared, so that a model shown in two
+figures is trained once. Lengths are in tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Scale:
     """A size of the experiments.
 
     Args:
-        flops_per_s: what one device computes in training and testing, for estimates of time.
-        start_minutes: what starting a process, and a model's first step, take.
+        flops_per_s: throughput of one device in training and testing, for time estimates.
+        start_minutes: time to start a process and make a model's first step.
         device: what the estimates are for.
         num_centroids: dictionary capacities of tests, besides that of training.
-        piece_minutes: longest part; None: the figure is not made in parts.
+        piece_minutes: maximum duration of a part; None: the figure is not made in parts.
         only_plan: whether the figure's command prints the plan and starts nothing.
     """
 
@@ -44,7 +44,7 @@ SCALES = {
     for scale in (
         # A model of four layers of width 128 trains at about 11,000 tokens/s.
         Scale("cpu", 6e10, 0.2, "two CPU cores", (1024, 4096, 16384)),
-        # A tenth and two fifths of an H100's dense bf16 peak, and starts: none of it was measured.
+        # A tenth and two fifths of an H100's dense bf16 peak; neither these nor the start times were measured.
         Scale("gpu", 1e14, 0.5, "one 80 GB GPU", (4096, 16384), piece_minutes=9),
         Scale("paper", 4e14, 2, "one 80 GB GPU", (8192, 16384), only_plan=True),
     )
@@ -59,9 +59,9 @@ class Subject:
     """What models are trained on: an experiment and changes to it.
 
     Args:
-        at: further changes for single scales, perhaps another experiment.
-        first: subjects by scale: there, a run begins with the weights of one of its model and seed on that subject.
-        shared: beginnings of the settings of the command line that the first subject's runs get too.
+        at: further changes at some scales, possibly another experiment.
+        first: by scale, the subject on which a run of the same model and seed provides the initial weights.
+        shared: prefixes of the command line's settings that runs on the first subject get too.
         tuned: how the settings other than the learning rate were found, for captions.
     """
 
@@ -77,12 +77,12 @@ class Subject:
     )
 
     def settings(self, scale: str) -> list[str]:
-        """Those of its runs at a scale, but for the model's."""
+        """The settings of its runs at a scale, except the model's."""
         return replaced([f"experiment={self.experiment}", *self.overrides], self.at.get(scale, ()))
 
 
 def replaced(settings: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The settings, then the others, without those that another one of the same key replaces."""
+    """`settings`, without those whose key is in `others`, then `others`."""
     keys = {text.partition("=")[0] for text in others}
     return [*(text for text in settings if text.partition("=")[0] not in keys), *others]
 
@@ -138,7 +138,7 @@ class Model:
     """A model as a figure names it.
 
     Args:
-        overrides: the settings that make it; empty: `model=NAME`.
+        overrides: the settings that define it; empty: `model=NAME`.
         rate_of: name of the model of the same figure whose trials choose its learning rate; None: its own trials.
     """
 
@@ -152,13 +152,13 @@ class Model:
 
 
 def models(*names: str) -> tuple[Model, ...]:
-    """Models that are configs, each with trials of its own."""
+    """Models that are options of configs/model, each with trials of its own."""
     return tuple(Model(name) for name in names)
 
 
 def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
-    """Models that are configs, for text. At CPU scale the window of every first layer is short, and sw's second layer
-    has one of its own."""
+    """The same, for text. At CPU scale the window of every model's first layer is short, and sw's second layer has a
+    wider one."""
     wide = Model("sw", ("model=sw", "model.pattern=[sliding_window,wide_window]"))
     return tuple(wide if (name, scale) == ("sw", "cpu") else Model(name) for name in names)
 
@@ -175,9 +175,9 @@ class Test:
 
     Args:
         length: tokens of its sequences, or of the beginnings of its documents.
-        amount: answers that it has at least, or documents that it has at most.
+        amount: minimum number of answers, or maximum number of documents.
         num_centroids: dictionary capacity; None: as trained.
-        label: tells tests of a panel apart that differ in more than length and capacity, for instance "16 functions".
+        label: distinguishes tests of a panel that differ in more than length and capacity, as in "16 functions".
         overrides: settings of the task in this test.
     """
 
@@ -190,13 +190,13 @@ class Test:
 
 @dataclass(frozen=True)
 class Point:
-    """A row of the figure's CSV: one number of the picture, with what it takes to compare it.
+    """A row of the figure's CSV: one number of the picture, with all that is needed to compare it.
 
-    Of a generated task, `value` is an accuracy in 0 to 1 over `count` answers, `index` what `Task.indices` counts (None
-    for all answers), and `floor` the accuracy of who uses no context (None if the task does not say). Of text, `value`
+    For generated tasks, `value` is an accuracy in 0 to 1 over `count` answers, `index` what `Task.indices` counts (None
+    for all answers), and `floor` the accuracy that needs no context (None if the task does not say). For text, `value`
     is the mean loss in nats per token of `count` positions of a `document`, from position `index` on. `num_centroids`
-    is None without a dictionary whose capacity could be changed. State is that of one sequence of `length` tokens, in
-    bytes with activations in bf16 and sums in float32. `tokens` are those of training.
+    is None without a dictionary whose capacity could be changed. The state is that of one sequence of `length` tokens;
+    its bytes assume activations in bf16 and sums in float32. `tokens` are those of training.
     """
 
     figure: str
@@ -226,7 +226,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """Models trained on one subject. `tests` lists those of a run with this config and this own capacity (None: no
+    """Models trained on one subject. `tests` lists the tests of a run, given its config and its own capacity (None: no
     dictionary whose capacity could be changed)."""
 
     name: str
@@ -241,10 +241,10 @@ class Figure:
 
     Args:
         seeds: number of training seeds at each scale.
-        differs: sentences of the caption, how the figure differs from the paper's at any scale.
-        draw: the picture, from all points.
+        differs: sentences for the caption on how the figure differs from the paper's, at any scale.
+        draw: draws the picture from all points.
         findings: lines of Markdown for the caption, computed from all points.
-        about: further sentences of the caption, by the panel or model with which they are shown.
+        about: further sentences for the caption, by the panel or model with which they are shown.
         curves: a sentence on what lines and bands are.
     """
 
@@ -335,14 +335,14 @@ LONGEST = 65536
 
 
 def capacities(options: Any, own: int | None) -> list[int | None]:
-    """Of a model with its own capacity (None: no dictionary), those of the tests; None: as trained. `options` have
-    `scale` and `num_centroids`."""
+    """The capacities of the tests (None: as trained) of a model with this own capacity (None: no dictionary). `options`
+    have `scale` and `num_centroids`."""
     chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
     return trained_and(chosen, own)
 
 
 def trained_and(grown: Sequence[int], own: int | None) -> list[int | None]:
-    """None (as trained), then the other capacities if there is an own one that can be changed."""
+    """None (as trained), then the other capacities if the model has its own one that can be changed."""
     return [None] if own is None else [None, *sorted({*grown} - {own})]
 
 

@@ -1,4 +1,4 @@
-"""Which capacity of another memory takes the bytes of OVQ's. Capacities and bytes are those of a long sequence."""
+"""The capacity at which another memory takes as many bytes as OVQ's, for a sequence of `LONGEST` tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ovq.model import Transformer, build_model, state_bytes
 def capacities_of_ovq(
     subject: Subject, scale: str, chosen: list[int] | None, overrides: Sequence[str] = ()
 ) -> list[int]:
-    """sw_ovq's own capacity at a scale and with these settings, and those of the tests (None: the scale's)."""
+    """sw_ovq's own capacity at a scale with these settings, and the `chosen` ones of the tests (None: the scale's)."""
     own = next(mixer.capacity for mixer in sw_ovq(subject, scale, overrides).mixers() if mixer.capacity)
     return sorted({own, *(SCALES[scale].num_centroids if chosen is None else chosen)})
 
@@ -26,14 +26,14 @@ def capacities_of_ovq(
 def equal_capacities(
     subject: Subject, scale: str, chosen: list[int] | None, cfg: Config, own: int, overrides: Sequence[str] = ()
 ) -> dict[int, int]:
-    """OVQ's capacity -> the largest capacity of the model of `cfg` whose state takes at most the same bytes.
+    """OVQ's capacity -> the largest capacity at which the state of `cfg`'s model takes no more bytes.
 
     Args:
         own: a capacity that the model can have.
         overrides: settings that all runs of the figure get.
 
     Raises:
-        ConfigError: even one entry takes more bytes than OVQ has.
+        ConfigError: even one entry takes more bytes than OVQ's state.
     """
     network, ovq = on_meta(cfg), sw_ovq(subject, scale, overrides)
     one, two = bytes_of(network, own), bytes_of(network, own + 1)  # bytes are linear in the capacity
@@ -61,11 +61,11 @@ def sw_ovq(subject: Subject, scale: str, overrides: Sequence[str]) -> Transforme
 
 @functools.cache
 def _sw_ovq(settings: tuple[str, ...]) -> Transformer:
-    return on_meta(compose([*settings, "tokenizer=byte", "model=sw_ovq"]))  # the tokenizer is no part of the state
+    return on_meta(compose([*settings, "tokenizer=byte", "model=sw_ovq"]))  # the tokenizer does not affect the state
 
 
 def on_meta(cfg: Config) -> Transformer:
-    vocab_size = 2  # embeddings are no state
+    vocab_size = 2  # embeddings are not part of the state
     with torch.device("meta"):
         return build_model(cfg.model, vocab_size)
 

@@ -6,9 +6,10 @@
     python -m eval.figures.fig4 scale=paper                  the plan at a size of the paper, and how to launch it
     python -m eval.figures.fig4 models=[sw_nope,sw_ovq] seeds=[0] lengths=[128,2048] out=/tmp/fig4 runs_root=/tmp/runs
 
-Five models are trained and then tested on fresh sequences of up to 65,536 tokens; a model with a dictionary also with
-larger capacities than it was trained with. Runs are those of train.py: found again, resumed, and shared with other
-figures. Settings of train.py are passed on to every run. Which files are written: `eval/figures/folder.py`.
+Five models are trained and then tested on fresh sequences of up to 65,536 tokens; a model with a dictionary is also
+tested with larger capacities than it was trained with. Runs are ordinary train.py runs, reused or resumed if they
+exist, and shared with other figures. Settings of train.py are passed on to every run. The files that are written are
+listed in `eval/figures/folder.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figure 5: learning in context by example: regression with 16 functions in training and 4 to 128 in tests.
+"""Figure 5: in-context learning from examples: regression with 16 functions in training and 4 to 128 in tests.
 
     python -m eval.figures.fig5 dry_run=true                 the plan: runs, tokens, minutes
     python -m eval.figures.fig5 scale=cpu                    everything, on this machine
@@ -6,9 +6,10 @@
     python -m eval.figures.fig5 models=[sw_ovq] seeds=[0] functions=[4] out=/tmp/fig5 runs_root=/tmp/runs
 
 Accuracy of the tokens of y by the number of earlier examples of the same function. Every test has as many examples of
-each function as training had, so its length grows with the functions; a dictionary is tested as trained, and grown.
-Runs are those of train.py: found again, resumed, and shared with other figures. Settings of train.py are passed on to
-every run.
+each function as training had, so its length grows with the number of functions; a model with a dictionary is also
+tested with a larger capacity than it was trained with.
+Runs are ordinary train.py runs, reused or resumed if they exist, and shared with other figures. Settings of train.py
+are passed on to every run.
 """
 
 from __future__ import annotations

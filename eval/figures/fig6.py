@@ -5,15 +5,15 @@
     python -m eval.figures.fig6 scale=gpu part=1             one part of at most nine minutes
     python -m eval.figures.fig6 models=[sw,sw_ovq] seeds=[0] data=memmap 'data.train=[DIR]' tokenizer.model_path=FILE
 
-All models are trained on the same tokens in the same order. Books differ much more from each other than models do; on
-the same book, at the same positions, the books cancel. So the second panel averages differences, document by document,
-and its bands are standard errors of their mean over documents, the seeds of a document averaged first. Models also
-differ in what they make of the nearest tokens; so the third panel compares each with itself, on the same tokens, when
-it sees only those: what the rest of the context is worth to it.
-Models of the CPU scale do not find copying in text by themselves. So there every run
-begins with the weights of a short one that copies random tokens, and every model's first layer sees 4 tokens: models
-differ in the second, which is `sw`'s window, `sw_nope`'s full attention, and so on (experiment=copying).
-Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
+All models are trained on the same tokens in the same order. Books differ much more from each other than models do, but
+at the same positions of the same book that variation cancels. So the second panel averages differences document by
+document; its bands are standard errors of the mean over documents, after averaging over the seeds of each. Models also
+differ in how well they use the nearest tokens; so the third panel compares each model with itself, on the same tokens,
+when it sees only those: what the rest of the context is worth to it.
+At CPU scale, models do not learn to copy from text alone. So there every run starts from the weights of a short run
+that copies random tokens (experiment=copying), and every model's first layer sees 4 tokens: models differ in the
+second, which is a window in `sw`, full attention in `sw_nope`, and so on.
+Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ SMALL = (
     "models of this size make nothing of what lies beyond a window. Both were found with sw_nope and sw, on validation "
     "documents.",
 )
-SHOWN_FROM = 64  # tokens: before them, losses are those of title pages
-BASE = "sw"  # what differences are taken to
+SHOWN_FROM = 64  # tokens; earlier losses are those of title pages
+BASE = "sw"  # the model that the others are compared with
 FULL = "sw_nope"  # whose gain from context is 100%
 SPANS = ((0, 128), (128, 512), (512, 4096), (4096, 16384), (16384, 65536))  # tokens; the table of the caption
 WITHHELD = "context withheld"
@@ -95,10 +95,10 @@ def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Tes
 
 
 def losses(points: list[Point], span: tuple[int, int], test: str = "") -> dict[Curve, Losses]:
-    """Curve -> (document, seed) -> mean loss of its positions in a span; buckets count by where they begin.
+    """Curve -> (document, seed) -> mean loss over a span of positions; a bucket counts if it begins there.
 
     Args:
-        test: "", or WITHHELD. Other tests are told apart by their capacity.
+        test: "", or WITHHELD. Other tests are distinguished by their capacity.
     """
     buckets: list[tuple[tuple[Curve, tuple[int, int]], int, float, int]] = []
     for p in points:
@@ -112,14 +112,14 @@ def losses(points: list[Point], span: tuple[int, int], test: str = "") -> dict[C
 
 
 def differences(points: list[Point], span: tuple[int, int], base: str = BASE) -> dict[Curve, Mean]:
-    """Curve -> its mean difference to `base` of the same seed, over documents that both were tested with."""
+    """Curve -> its mean difference from `base` at the same seed, over the documents that both were tested on."""
     of_curve = losses(points, span)
     reference = next((of for (model, _), of in of_curve.items() if model == base), {})
     return {curve: mean for curve, own in of_curve.items() if (mean := paired(own, reference)) is not None}
 
 
 def worth(points: list[Point], span: tuple[int, int]) -> dict[Curve, Mean]:
-    """Curve -> what its loss rises by where it sees only the tokens just before, over the documents."""
+    """Curve -> how much its loss rises if it sees only the tokens just before, averaged over documents."""
     whole, part = losses(points, span), losses(points, span, WITHHELD)
     found = {curve: paired(part[curve], own) for curve, own in whole.items() if curve in part}
     return {curve: mean for curve, mean in found.items() if mean is not None}

@@ -5,7 +5,8 @@
     python -m eval.figures.fig6_code data=memmap 'data.train=[DIR]' tokenizer.model_path=FILE
 
 The models, their training and the tests are those of figure 6 at CPU scale.
-Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run on the text.
+Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run on
+the text.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     python -m eval.figures.fig7 scale=cpu                    everything, on this machine
     python -m eval.figures.fig7 models=[sw_ovq,constant_step] seeds=[0] out=/tmp/fig7 runs_root=/tmp/runs
 
-Each model is sw_ovq with one change, trained and tested with it at the learning rate of sw_ovq, whose runs are those of
-figure 4. Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
+Each model is sw_ovq with one change, in training and in tests, at sw_ovq's learning rate. The runs of sw_ovq itself are
+those of figure 4.
+Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
 from __future__ import annotations

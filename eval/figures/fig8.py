@@ -5,9 +5,9 @@
     python -m eval.figures.fig8 scale=gpu part=1             one part of at most nine minutes
     python -m eval.figures.fig8 models=[sw_gdn,sw_ovq] seeds=[0] out=/tmp/fig8 runs_root=/tmp/runs
 
-Gated DeltaNet, Mamba-2, Mesa-Net and linear attention, each alternating with a sliding window, beside sw_ovq, whose
-runs on recall are those of figure 4. Runs are those of train.py: found again and resumed. Settings of train.py are
-passed on to every run.
+Gated DeltaNet, Mamba-2, Mesa-Net and linear attention, each alternating with a sliding window, are compared with
+sw_ovq, whose runs on recall are those of figure 4.
+Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def figure(options: Figure8Options) -> Figure:
 
 
 def draw(figure: Figure, points: list[Point]) -> Any:
-    """A panel for each number of functions, then recall by length, of the figure's panels."""
+    """A panel for each number of functions, then one for recall by length, as far as the figure shows them."""
     names = figure.models
     of_regression = [point for point in points if point.panel == REGRESSION_4.name]
     tests = list(dict.fromkeys(point.test for point in of_regression))

@@ -1,4 +1,4 @@
-"""The folder of a figure: what it takes to check it.
+"""The folder of a figure: all that is needed to check it.
 
 fig4.png, fig4.svg    the picture
 fig4.csv              every number of it, every seed (`declare.Point`)
@@ -51,7 +51,7 @@ def names(plan: Plan) -> list[str]:
 
 
 def gather(plan: Plan) -> Results:
-    """What all runs of the plan have been tested with so far."""
+    """The results so far of all tests of the plan's runs, and what is missing."""
     made: list[Point] = []
     missing: list[str] = []
     for panel in plan.figure.panels:
@@ -69,7 +69,7 @@ def gather(plan: Plan) -> Results:
 
 
 def tested(run: FigureRun, tests: list[Test]) -> dict[Test, list[Value]]:
-    """The tests that were made, with what they gave."""
+    """The tests that were run, with their results."""
     return {test: values for test in tests if (values := run.values(test))}
 
 
@@ -182,7 +182,7 @@ def record(plan: Plan, results: Results, machine: dict[str, Any], commit: str) -
 
 
 def outcome(run: FigureRun) -> dict[str, Any]:
-    """How a run is repeated, and how its training went."""
+    """How to repeat a run, and how its training went."""
     went = {name: value for name, value in run.training().items() if name != "losses"}
     return {"command": f"python train.py {' '.join(run.job.overrides)}", **went}
 

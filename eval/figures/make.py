@@ -1,4 +1,4 @@
-"""Make a figure: choose learning rates, train, test, draw. Every stage finds what it has done before, and goes on."""
+"""Make a figure: choose learning rates, train, test, draw. Every stage skips what is done already."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Wanted = set[tuple[str, str, float]]
 
 
 def make(figure: Figure, options: Options, overrides: list[str]) -> int:
-    """Make a figure and write its folder; returns the exit status: 1 if something of it is missing.
+    """Make a figure and write its folder; returns the exit status: 1 if something failed or is missing.
 
     Args:
         overrides: settings of train.py that all runs get.
@@ -54,7 +54,7 @@ def make(figure: Figure, options: Options, overrides: list[str]) -> int:
 
 
 def begin(plan: Plan, wanted: Wanted) -> list[sweep.Job]:
-    """Train the runs with whose weights others begin; returns those that failed."""
+    """Train the runs whose weights other runs start from; returns those that failed."""
     units = [unit for unit in plan.work if unit.stage == "begin" and not plan.done(unit)]
     lines = {line.name: line for line in plan.lines}
     runs = [lines[u.line].beginning(int(u.which)) for u in units if (u.stage, u.line, u.which) in wanted]
@@ -111,7 +111,7 @@ def run(runs: list[FigureRun], plan: Plan) -> list[sweep.Job]:
 
 
 def test(plan: Plan, wanted: Wanted) -> None:
-    """Make the missing tests of the runs that were trained here."""
+    """Run the missing tests of the runs that were trained here."""
     for line in plan.lines:
         for seed in plan.seeds:
             if ("test", line.name, seed) in wanted and line.rate() is not None:
@@ -139,7 +139,7 @@ def stopping() -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_limit(minutes: float | None) -> Iterator[None]:
-    """After so many minutes within the `with` block, this process gets a SIGTERM: runs save, and stop."""
+    """After `minutes` within the `with` block, this process gets a SIGTERM, so that runs save and stop."""
     if minutes is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What trained runs are tested with: accuracy on a generated task, or the loss of held-out text by position.
+"""How trained runs are tested: accuracy on a generated task, or loss by position on held-out text.
 
 Results are rows of the run folder's own tables (`eval.accuracy`, `eval.per_position`), written after every test.
 """
@@ -26,13 +26,13 @@ from ovq.inference.run import load_run, override
 PRECISION = ["trainer.precision=fp32"]  # so that results do not depend on the machine
 TEST_SEED = 1001  # of the sequences on which learning rates are chosen
 assert TEST_SEED != answers.TEST_SEED
-ANSWERS = 4096  # at least, where a learning rate is chosen
-DOCUMENTS = 32  # at most, where a learning rate is chosen
+ANSWERS = 4096  # at least, when choosing a learning rate
+DOCUMENTS = 32  # at most, when choosing a learning rate
 
 
 @dataclass(frozen=True)
 class Value:
-    """A number of a test: see `declare.Point`."""
+    """One number from a test: see `declare.Point`."""
 
     index: int | None
     document: int | None
@@ -44,32 +44,32 @@ class Measure(Protocol):
     """How models that were trained on one kind of data are tested."""
 
     name: str
-    chosen_on: str  # on which data learning rates are chosen, in words
+    chosen_on: str  # the data on which learning rates are chosen, in words
 
     def described(self, test: Test) -> str:
-        """What its tests are made on, for a caption."""
+        """The data of a test in words, for a caption."""
 
     def vocab_size(self, cfg: Config) -> int:
-        """Raises ConfigError if it is not known without a file that is not there."""
+        """The vocabulary size. Raises ConfigError if it depends on a file that is missing."""
 
     def text(self, cfg: Config) -> dict[str, str]:
-        """What identifies the text that a run with this config learns from and is tested with; empty for a task.
+        """What identifies the text that a run with this config is trained and tested on; empty for a task.
 
         Raises:
-            ConfigError: it is not there.
+            ConfigError: the text is missing.
         """
 
     def settings(self, test: Test) -> list[str]:
-        """The settings that make a test what it is."""
+        """The settings that define a test."""
 
     def tokens(self, cfg: Config, test: Test) -> int:
-        """The tokens that the test reads, at most. Raises ConfigError if a run with this config cannot be tested so."""
+        """The most tokens that the test reads. Raises ConfigError if a run with this config cannot take it."""
 
     def make(self, run_dir: Path, test: Test) -> None:
-        """Make a test, and add its rows to the run folder's table."""
+        """Run a test, and add its rows to the run folder's table."""
 
     def find(self, run_dir: Path, cfg: Config, step: int, test: Test) -> list[Value]:
-        """What a test of the run at this step gave, the total first if there is one; empty if it was not made."""
+        """The results of a test of the run at this step, the total first if there is one; empty if it was not run."""
 
     def score(self, run_dir: Path) -> dict[str, Any]:
         """The score of a run that tries a learning rate: {"on", "length", "loss" (nats per label) ...}."""
@@ -80,12 +80,12 @@ def measure_of(cfg: Config) -> Measure:
 
 
 def changed(cfg: Config, overrides: Sequence[str]) -> Config:
-    """The config of a run in a test."""
+    """The config of a run with the overrides of a test."""
     return override(copy.deepcopy(cfg), overrides) if overrides else cfg
 
 
 def overrides(measure: Measure, test: Test) -> list[str]:
-    """The settings of a run in a test: none that it was trained with withholds context or changes a capacity."""
+    """The overrides of a run for a test; they reset its own settings that withhold context or change a capacity."""
     return ["eval.num_centroids=null", "eval.restart=null", *measure.settings(test)]
 
 
@@ -102,7 +102,7 @@ def rows_of(table: Any, run_dir: Path) -> list[Row]:
 
 
 class Accuracy:
-    """Right answers on fresh sequences of the generated task."""
+    """Accuracy on fresh sequences of the generated task."""
 
     name = "accuracy"
     chosen_on = f"sequences of seed {TEST_SEED}"
@@ -123,7 +123,7 @@ class Accuracy:
         return [*PRECISION, *test.overrides, *capacity_of(test)]
 
     def tokens(self, cfg: Config, test: Test) -> int:
-        task = build_task(changed(cfg, test.overrides))  # precision and capacity leave the task as it is
+        task = build_task(changed(cfg, test.overrides))  # precision and capacity do not affect the task
         return test.length * math.ceil(test.amount / task.describe(test.length)["answers"])
 
     def make(self, run_dir: Path, test: Test) -> None:

@@ -4,10 +4,10 @@
     python -m eval.figures.memory scale=cpu                  everything, on this machine
     python -m eval.figures.memory models=[sw_ovq,sw_fifo] seeds=[0] out=/tmp/memory runs_root=/tmp/runs
 
-OVQ keeps float32 sums, which take twice the bytes of the pairs in bf16 that a FIFO, a reservoir and learned compression
-keep; so at equal bytes those have about twice the entries. A model is trained with OVQ's number of entries, which no
-sequence of the training fills, and tested with more; the codebook of VQ is trained, so a larger one is another model.
-Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
+OVQ keeps float32 sums, which take twice the bytes of the bf16 pairs that a FIFO, a reservoir and learned compression
+keep; so at equal bytes the latter have about twice the entries. A model is trained with OVQ's number of entries, which
+no training sequence fills, and tested with more; VQ's codebook is learned, so a larger one would be another model.
+Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def figure(options: MemoryOptions, overrides: Sequence[str] = ()) -> Figure:
 
 
 def tests_of(options: MemoryOptions, overrides: Sequence[str]) -> Callable[[Config, int | None], list[Test]]:
-    """Those of figure 4 and, for the other memories, the capacities that take the bytes of each of OVQ's."""
+    """The tests of figure 4 and, for the other memories, tests with the bytes of each of OVQ's capacities."""
 
     def tests(cfg: Config, own: int | None) -> list[Test]:
         made = by_length(options)(cfg, own)

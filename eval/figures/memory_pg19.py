@@ -3,9 +3,9 @@
     python -m eval.figures.memory_pg19 dry_run=true          the plan: runs, tokens, minutes
     python -m eval.figures.memory_pg19 scale=cpu             everything, on this machine
 
-The models of eval/figures/memory.py on the data of figure 6, with whose sw and sw_ovq they share their runs. Tests with
-OVQ's number of entries and with its bytes; those at equal bytes are named by OVQ's capacity.
-Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
+The models of eval/figures/memory.py on the data of figure 6, whose runs of sw and sw_ovq are reused. Memories are
+tested with OVQ's number of entries and with its bytes; tests at equal bytes are named after OVQ's capacity.
+Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def figure(options: Figure6Options, overrides: Sequence[str] = ()) -> Figure:
 
 
 def tests_of(options: Figure6Options, overrides: Sequence[str]) -> Callable[[Config, int | None], list[Test]]:
-    """With the capacity of training and, for other memories than OVQ, the one that takes the bytes of OVQ's."""
+    """Tests with the trained capacity and, for memories other than OVQ, with the one that takes OVQ's bytes."""
 
     def tests(cfg: Config, own: int | None) -> list[Test]:
         as_trained = tests_of_figure_6(options)(cfg, own)[0]

@@ -1,4 +1,4 @@
-"""How points are drawn: a colour for each model, a line style for each capacity, the mean over seeds in their band."""
+"""How points are drawn: a colour for each model, a line style for each capacity, the mean and range over seeds."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def accuracy_by_length(
     """Accuracy over all answers by the tokens of a sequence; dotted: the training length.
 
     Args:
-        capacities: whether curves are told apart by capacity, too.
+        capacities: whether curves are also distinguished by capacity.
     """
     totals = [point for point in points if point.index is None]
     if not capacities:
@@ -81,7 +81,7 @@ def accuracy_by_length(
 
 
 def regression(ax: Axes, points: list[Point], models: list[str], title: str) -> None:
-    """Accuracy of regression by example, with what needs no earlier example."""
+    """Accuracy of regression by number of earlier examples, with the accuracy that needs none."""
     plot(ax, curves(points, lambda p: p.index, lambda p: 100 * p.value), models)
     for floor in {p.floor for p in points if p.floor is not None}:
         ax.axhline(100 * floor, color=GREY, linewidth=1, linestyle="--", label="without earlier examples")
@@ -122,7 +122,7 @@ def shared_legend(axes: list[Axes]) -> None:
 
 
 def note_missing(picture: Picture, missing: list[str]) -> None:
-    """Name below the panels what the figure should show and does not."""
+    """List below the panels what is missing from the figure."""
     if missing:
         text = textwrap.shorten(f"missing: {'; '.join(missing)}", 200, placeholder=" ... (all in caption.md)")
         picture.supxlabel(text, fontsize=7, color="#B00020")

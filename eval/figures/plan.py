@@ -1,4 +1,4 @@
-"""The plan of a figure: the runs that choose learning rates, the runs that it shows, their tests, and what all cost.
+"""The plan of a figure: the runs that choose learning rates, the runs that it shows, their tests, and all costs.
 
 A line of the plan is a model on a subject. Its runs are named by their settings alone, so that every figure, and
 `python train.py` with the same settings, finds the same folders.
@@ -38,9 +38,9 @@ INSTEAD = {
 class Line:
     """A model on a subject: its runs, its tests, and its costs.
 
-    `settings` are those of every run of the line but its learning rate and seed; `cfg` is what they compose to, and
-    `trial_cfg` what they do in the shorter runs that try learning rates. `trials` are those of another line if the
-    model takes its learning rate from there, and `own_trials` is False.
+    `settings` are those of every run of the line, except its learning rate and seed; they compose to `cfg`, or to
+    `trial_cfg` for the shorter runs that try learning rates. If the model takes its learning rate from another line,
+    `trials` are that line's, and `own_trials` is False.
     """
 
     subject: Subject
@@ -52,12 +52,12 @@ class Line:
     own_capacity: int | None
     measure: Measure
     records: Path | None
-    first: Line | None = None  # on the subject that runs begin with; it has no trials and no tests
+    first: Line | None = None  # whose runs provide the initial weights; it has no trials and no tests
     own_trials: bool = True
     panels: list[Panel] = field(default_factory=list)
     trials: dict[float, FigureRun] = field(default_factory=dict)  # by learning rate
-    finals: dict[tuple[int, float], FigureRun] = field(default_factory=dict)  # by seed and rate, once asked for
-    test_tokens: dict[Test, int] = field(default_factory=dict)  # that a test reads, at most
+    finals: dict[tuple[int, float], FigureRun] = field(default_factory=dict)  # by seed and rate, filled on demand
+    test_tokens: dict[Test, int] = field(default_factory=dict)  # the most that a test reads
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class Line:
 
     @functools.cached_property
     def tests(self) -> list[Test]:
-        """The tests of all panels, each once. For lines whose panels are complete."""
+        """The tests of all panels, each once. Read it only when `panels` is complete."""
         return list(dict.fromkeys(test for panel in self.panels for test in panel.tests(self.cfg, self.own_capacity)))
 
     def state(self, test: Test) -> tuple[int, int]:
@@ -78,12 +78,12 @@ class Line:
             return state_size(self.network, test.length), state_bytes(self.network, test.length)
 
     def rate(self) -> float | None:
-        """The learning rate that the trials choose, or without trials the experiment's; None while one of them is not
-        done and has not failed."""
+        """The learning rate that the trials choose, or the experiment's if there are none; None while a trial is
+        pending, or if all have failed."""
         return search.best(self.trials) if self.trials else self.cfg.optim.lr
 
     def final(self, seed: int) -> FigureRun:
-        """The run that the figure shows for a training seed. Needs a rate."""
+        """The run that the figure shows for a training seed. The rate must be known."""
         rate = self.rate()
         assert rate is not None
         if (seed, rate) not in self.finals:  # the rate may change: a trial that had failed may succeed
@@ -91,7 +91,7 @@ class Line:
         return self.finals[seed, rate]
 
     def beginning(self, seed: int) -> FigureRun | None:
-        """The run with whose weights those with this seed begin; None: fresh ones."""
+        """The run whose weights the runs with this seed start from; None: fresh weights."""
         return self.first.final(seed) if self.first else None
 
     def training_minutes(self, cfg: Config, scale: Scale) -> float:
@@ -106,8 +106,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Work:
-    """A unit of the plan: a run that others begin with ("begin"), a trial ("search"), a run of the figure ("train") or
-    the tests of one ("test").
+    """A unit of the plan: a run whose weights others start from ("begin"), a trial ("search"), a run of the figure
+    ("train") or the tests of one ("test").
 
     `which` is the learning rate of a trial, else the training seed."""
 
@@ -164,13 +164,13 @@ class Plan:
         return (unit.stage == "train" and run.trained_here()) or all(run.values(test) for test in line.tests)
 
     def needless(self, line: Line, seed: int) -> bool:
-        """Whether all runs that begin with the one of this seed are done."""
+        """Whether all runs that start from the weights of this seed's run are done."""
         if seed == search.TRAIN_SEED:
             return all(trial.score() is not None for trial in line.trials.values())
         return self.done(Work("train", line.name, seed, 0, 0))
 
     def parts(self) -> list[list[Work]]:
-        """The work in parts of at most `piece_minutes`; what takes longer is continued in as many parts as it needs.
+        """The work in parts of at most `piece_minutes`; a longer unit is spread over as many parts as it needs.
 
         Raises:
             ConfigError: the scale is not made in parts.
@@ -208,7 +208,7 @@ class Plan:
 
 
 def make_plan(figure: Figure, options: Options, overrides: list[str]) -> Plan:
-    """The plan of a figure; every run is composed, and every test is known to be possible, before anything starts.
+    """The plan of a figure; every run is composed, and every test checked to be possible, before anything starts.
 
     Args:
         overrides: settings that all runs get in addition.
@@ -272,7 +272,7 @@ def line_of(
 
 
 def check_vocabulary(line: Line, first: Line) -> None:
-    """Refuse a text whose tokenizer has another number of ids than the weights that its runs begin with."""
+    """Refuse a text whose tokenizer has another number of ids than the weights that its runs start from."""
     ids, there = (each.measure.vocab_size(each.cfg) for each in (line, first))
     if ids != there:
         raise ConfigError(

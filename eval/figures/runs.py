@@ -1,8 +1,8 @@
-"""A run of a figure, and what is known of it: from its run folder or, without one, from a record that was committed.
+"""A run of a figure, and what is known of it: from its run folder or, if there is none, from a committed record.
 
-A record is a small JSON file: how the run is repeated, how its training went, and every number that it was tested
-with. A figure that finds the record of a run, made with the same settings, does not train that run again. So a figure
-can be made in pieces, on several machines, and drawn anew from a clean clone; `records=null` makes everything anew.
+A record is a small JSON file: how to repeat the run, how its training went, and every number from its tests. A figure
+that finds a run's record, made with the same settings, does not train that run again. So a figure can be made in
+pieces, on several machines, and redrawn from a clean clone; `records=null` neither reads nor writes records.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ovq.machine import processor_name
 from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
 
-SCORE = "held_out.json"  # of a run that tried a learning rate, in its run folder
-BEGAN = "init_from.path"  # the folder of the run with whose weights this one began
+SCORE = "held_out.json"  # in the run folder of a run that tried a learning rate
+BEGAN = "init_from.path"  # the folder of the run whose weights this one started from
 STEPS = "trainer.steps"  # may change at a resume, but not in a figure
-SHOWN_LOSSES = 40  # of the training in a record
+SHOWN_LOSSES = 40  # about how many training losses a record keeps
 
 
 @dataclass
@@ -46,7 +46,7 @@ class FigureRun:
 
     @functools.cached_property
     def stored_cfg(self) -> Config:
-        """The config in the run folder. Needs one."""
+        """The config in the run folder, which must have one."""
         return config.load(self.run_dir)
 
     @property
@@ -58,15 +58,15 @@ class FigureRun:
         return None if self.records is None else self.records / f"{self.run_dir.name}.json"
 
     def record(self) -> dict[str, Any] | None:
-        """The committed record, if there is one of these settings and of the same text."""
+        """The committed record, if there is one with the same settings and the same text."""
         found = read_json(self.record_file) if self.record_file else None
         if found is None or not same_settings(found.get("settings", {}), self.settings()):
             return None
-        return found if found.get("text", {}) == self.text else None  # opened only where all else is equal
+        return found if found.get("text", {}) == self.text else None  # the text is opened only if all else is equal
 
     @functools.cached_property
     def text(self) -> dict[str, str]:
-        """The fingerprints of the text that this run is asked for on: settings name it by its path."""
+        """Fingerprints of the text that the config asks for, because settings only name its path."""
         return self.measure.text(self.cfg)
 
     def settings(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class FigureRun:
         return read_finished(self.run_dir) is not None
 
     def score(self) -> dict[str, Any] | None:
-        """The score of a run that tried a learning rate ("loss" is None if it failed); None if it has none."""
+        """The score of a run that tried a learning rate ("loss" is None if it failed); None if it is not scored."""
         found = read_json(self.run_dir / SCORE)
         if found is None and (record := self.record()):
             found = record["score"]
@@ -95,7 +95,7 @@ class FigureRun:
         write_whole(self.run_dir / SCORE, json.dumps(found) + "\n")
 
     def values(self, test: Test) -> list[Value]:
-        """What a test gave, the total first if there is one; empty if it was not made."""
+        """The results of a test, the total first if there is one; empty if it was not run."""
         finished = read_finished(self.run_dir)
         if finished is not None:
             self.check_text()
@@ -107,7 +107,7 @@ class FigureRun:
         return [value for value in values if value.document is None or value.document < test.amount]
 
     def check_text(self) -> None:
-        """Raise ConfigError if the run folder's text is not the one that is asked for."""
+        """Raise ConfigError if the run in the folder used other text than the config asks for."""
         stored, asked = self.stored_cfg, self.cfg
         if (stored.data, stored.tokenizer) == (asked.data, asked.tokenizer):
             return
@@ -118,7 +118,7 @@ class FigureRun:
             )
 
     def name_of(self, test: Test) -> str:
-        """What a test is called in a record."""
+        """The name of a test in a record."""
         settings = [text for text in self.measure.settings(test) if not text.startswith("eval.documents=")]
         return f"{self.measure.name} at {test.length}: {' '.join(settings)}"
 
@@ -141,8 +141,8 @@ class FigureRun:
         }
 
     def write_record(self, tests: list[Test]) -> None:
-        """Write the record of a run that was trained here. Tests that the one that is there holds are kept if they are
-        of the same training; of another training, it is replaced only by one that has all its tests."""
+        """Write the record of a run that was trained here. An existing record of the same training keeps its tests; one
+        of another training is replaced only if the new record has all its tests."""
         if self.record_file is None or not self.trained_here():
             return
         made = {test: values for test in tests if (values := self.values(test))}
@@ -169,8 +169,8 @@ class FigureRun:
 
 
 def same_settings(recorded: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether a record is of the run that is asked for. A setting that came after the record must be at its default,
-    and one that is no part of a run any more does not count."""
+    """Whether a record is of the run that is asked for. A setting that is newer than the record must be at its default,
+    and one that no longer identifies a run is ignored."""
     recorded, asked = ({**settings, BEGAN: name_of_run(settings.get(BEGAN))} for settings in (recorded, asked))
     kept = {key: value for key, value in recorded.items() if key == STEPS or part_of(key) != FREE}
     known = all(asked.get(key) == value for key, value in kept.items())
@@ -183,7 +183,7 @@ def name_of_run(path: str | None) -> str | None:
 
 
 def as_json(record: dict[str, Any]) -> str:
-    """JSON with a line for each entry, and for each test: a change is seen in a diff."""
+    """JSON with a line for each entry and each test, so that diffs are readable."""
     lines = [f' "{name}": {json.dumps(value)}' for name, value in record.items() if name != "tests"]
     tests = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in record["tests"].items())
     return "{\n" + ",\n".join([*lines, f' "tests": {{\n{tests}\n }}']) + "\n}\n"
@@ -194,13 +194,12 @@ def rounded(value: Value) -> list[Any]:
 
 
 def minutes_of(rows: list[dict[str, Any]], tokens: int) -> float:
-    """Minutes that the steps of a metrics.jsonl took, each of `tokens` (of which `tokens` there counts those with a
-    label)."""
+    """Minutes that the steps of a metrics.jsonl took, each of `tokens` tokens (its own `tokens` counts only labels)."""
     return sum(tokens / row["tokens_per_s"] for row in rows if row["tokens_per_s"]) / 60
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is none."""
+    """The JSON object in a file; None if there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

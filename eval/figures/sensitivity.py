@@ -4,8 +4,9 @@
     python -m eval.figures.sensitivity scale=cpu             everything, on this machine
     python -m eval.figures.sensitivity models=[sw_ovq,L=16,L=64] seeds=[0] out=/tmp/s runs_root=/tmp/runs
 
-Each model is sw_ovq with one setting changed, trained and tested with it at the learning rate of sw_ovq, whose runs are
-those of figure 4. Runs are those of train.py: found again and resumed. Settings of train.py are passed on to every run.
+Each model is sw_ovq with one setting changed, in training and in tests, at sw_ovq's learning rate. The runs of sw_ovq
+itself are those of figure 4.
+Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _memory(results: Results) -> float | None:
 
 def _decode_spread(results: Results) -> float | None:
     rows = [row for row in results["decode"] if row["op"] == "ovq"]
-    # A step of single kernels waits for the host, whose time is flat by itself: judge the kernels' own time if known.
+    # Steps launched kernel by kernel wait for the host, whose time is flat: judge the kernels' own time if known.
     replayed = rows and all(row.get("replay_us_per_token") is not None for row in rows)
     times = {row["position"]: row["replay_us_per_token" if replayed else "us_per_token"] for row in rows}
     if not {4096, 1 << 20} <= set(times):

@@ -3,11 +3,11 @@
     python -m eval.bench.gpu                            results under $OUT, or docs/results/gpu/<card>/
     python -m eval.bench.gpu seconds=300 out=/tmp/gpu
 
-The most important first: every kernel alone, with 1, 2, 4 and 16 programs per head; checks of correctness; the shape of
-the bars at 64k tokens; stages against the cost model's floor; a profile, where ncu is installed; other lengths,
-decoding, float32, rivals, other widths and capacities. Each group of tasks runs in a process of its own, killed after
-25 to 60 seconds, so that a hang, an illegal access or a lack of memory costs one task. If programs that share a head
-fail, the rest is measured with as many as work. This process itself never uses the GPU.
+In order of importance: every kernel alone, with 1, 2, 4 and 16 programs per head; checks of correctness; the shape that
+the bars refer to, at 64k tokens; stages against the cost model's floor; a profile, where ncu is installed; other
+lengths, decoding, float32, rivals, other widths and capacities. Each group of tasks runs in a process of its own,
+killed after 25 to 60 seconds, so that a hang, an illegal access or a lack of memory costs only one task. If programs
+that share a head fail, the rest is measured with as many as work. This process itself never uses the GPU.
 
 Every result is a line of results.jsonl as soon as it is known; results.json and the plots sum them up. Needs torch,
 Triton and numpy only: no network, no pip, no Hydra.
@@ -48,7 +48,7 @@ class Record:
     """The results so far, on disk: a line per row, and all of them in results.json with the bars' verdicts."""
 
     def __init__(self) -> None:
-        self.out: Path | None = None  # known once the card is, and then written to
+        self.out: Path | None = None  # known once the card is known, and then written to
         self.rows: list[Row] = []
         self.began = time.monotonic()
         self.results: dict[str, Any] = {"status": "running", "machine": {}, "rates": {}, "skipped": [], "bars": []}
@@ -134,7 +134,7 @@ class Runner:
         return int(failed or self.killed)
 
     def run_group(self, group: Group) -> bool:
-        """Whether all tasks that ran ended without an error. A process that dies or hangs is followed by another."""
+        """Whether all tasks that ran ended without an error. A process that dies or hangs is replaced by a new one."""
         if group.under and shutil.which(group.under[0]) is None:
             self.skip(group.tasks, f"{group.under[0]} is not installed")
             return True
@@ -172,7 +172,7 @@ class Runner:
         return len(self.record.results["skipped"]) == errors
 
     def given(self, group: Group, skip: list[str], limit: float) -> dict[str, Any]:
-        """What a process is told."""
+        """The arguments of a group's process."""
         return {
             "group": group.name,
             "skip": list(skip),
@@ -190,7 +190,7 @@ class Runner:
 
 
 def in_a_process(given: dict[str, Any], group: Group, seconds: float, hear: Callable[[Row], None]) -> int | None:
-    """Run a group in a process; its exit status, None if it was killed. `hear` is told every row."""
+    """Run a group in a process; returns its exit status, None if it was killed. `hear` is called with every row."""
     command = program(given)
     if group.under:
         log = Path(given["out"] or ".") / f"{group.under[0]}.txt"
@@ -215,7 +215,7 @@ def program(given: dict[str, Any]) -> list[str]:
 
 
 def told(row: Row) -> str:
-    """A row as text, for whoever watches; "" for one that tells nothing."""
+    """A row as a line of progress output; "" for one that is not shown."""
     kind = row["kind"]
     if kind == "rates":
         return f"bf16 matmul {row['matmul_flops'] / 1e12:.3g} TFLOP/s, copy {row['copy_bytes'] / 1e12:.3g} TB/s"

@@ -96,7 +96,7 @@ def against_float64(backend: str, sizes: Sizes, device: torch.device, dtype: tor
 
 @torch.no_grad()
 def assignments_are_best(backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
-    """Every key is assigned to its nearest centroid, and the keys with the lowest best similarity found new ones."""
+    """Every key is assigned to its nearest centroid, and the keys with the lowest best similarity start new ones."""
     tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
     module = importlib.import_module(f"ovq.ops.ovq_attention.{MODULES[backend]}")
     _, new, placed = module.forward(*tensors, spec, empty_dictionary(tensors, spec))
@@ -215,7 +215,7 @@ def programs_per_head(choose: Callable[[int], int]) -> Iterator[None]:
 def programs_that_share_a_head_change_no_bit(
     backend: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """As many programs per head as fit the card give the bits of one: the barrier between them works."""
+    """As many programs per head as fit the GPU give the same bits as one: the barrier between them works."""
     tensors, spec = random_inputs(sizes, device, dtype), sizes.spec
     do = torch.randn(*tensors[0].shape[:3], sizes.V, device=device).to(dtype)
     used: list[int] = []

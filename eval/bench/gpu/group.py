@@ -4,7 +4,7 @@
 
 Started by `eval.bench.gpu.bench`, which kills it if it takes too long. Needs torch, Triton and numpy only.
 
-Exit status: 0 all tasks were run (what failed is in the rows), 4 an error has spoiled this process for the GPU.
+Exit status: 0 all tasks were run (what failed is in the rows), 4 an error has left this process unable to use the GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         return 0
     given = json.loads(argv[0])
     end_with_parent()
-    signal.alarm(int(given["seconds"]) + 10)  # even if a hang holds Python's lock
+    signal.alarm(int(given["seconds"]) + 10)  # even if a hang holds the GIL
     return run(given, write)
 
 
@@ -47,7 +47,7 @@ def run(given: dict[str, Any], emit: Callable[[Row], None]) -> int:
 
 
 def run_tasks(bench: Bench, group: Group, skip: list[str]) -> int:
-    """The tasks of a group but for those to skip; a failure is a row like any other."""
+    """Run the tasks of a group except those to skip; a failure is a row like any other."""
     for task in group.tasks:
         if task.name in skip:
             continue

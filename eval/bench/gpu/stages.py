@@ -22,7 +22,7 @@ def shape_of(case: Case) -> Shape:
 def stage_calls(x: Inputs, case: Case, done: Callable[[str], None] = lambda stage: None) -> dict[str, Marked]:
     """A call for every stage of `cost.stages`, by name, with the results of the stages before it as inputs.
 
-    Each is made once, so that the next reads real results; `done` is told of each.
+    Each is called once, so that the next reads real results; `done` is then called with its name.
     """
     kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
     spec = OVQSpec(case.num_centroids, case.chunk_size)

@@ -56,11 +56,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Group:
-    """Tasks that one process runs in turn. It is killed after `limit` seconds: the task that it was in counts as hung,
+    """Tasks that one process runs in turn. It is killed after `limit` seconds: the task it was running counts as hung,
     and a new process goes on with the next one.
 
     `programs`: the number of programs per head that it tries, for the groups that find out how many may be used.
-    `under`: a program that the process runs under. `optional`: that its process may fail.
+    `under`: a program that the process runs under. `optional`: whether its process may fail.
     """
 
     name: str
@@ -81,7 +81,7 @@ SANITIZER = ("compute-sanitizer", "--error-exitcode", "9")
 
 
 class Bench:
-    """The tasks, and what they remember of each other: `emit` is called with every row.
+    """The tasks, and what they share with each other: `emit` is called with every row.
 
     `rates` and `best_sdpa`: results of earlier processes.
     """
@@ -105,7 +105,7 @@ class Bench:
         self.emit("skipped", task=task, why=why)
 
     def clock(self) -> int | None:
-        """The present clock of the card's processors in MHz; None if nothing tells."""
+        """The current SM clock of the card in MHz; None if it cannot be read."""
         card = str(torch.cuda.get_device_properties(self.device).uuid)
         query = ["nvidia-smi", "-i", f"GPU-{card}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
         try:
@@ -171,7 +171,7 @@ class Bench:
         return groups
 
     def machine(self) -> None:
-        """The card, and what is installed; on a CPU's stand-in, that."""
+        """Emit the card and what is installed; for the stand-in, the CPU."""
         if self.setting.device == "cuda" and not torch.cuda.is_available():
             self.emit("machine", gpu=False)
             return
@@ -190,7 +190,7 @@ class Bench:
         return Task(name, 40 if programs == 1 or prefix else 12, lambda: self.alone(programs))
 
     def alone(self, programs: int) -> None:
-        """Launch each kernel once, on a short text, and wait for it: what fails or hangs is known by name."""
+        """Launch each kernel once, on a short text, and wait for it, so that what fails or hangs is known by name."""
         if self.setting.backend != "triton":
             return
         tokens = 300 // self.setting.scale
@@ -327,7 +327,7 @@ class Bench:
             self.emit("decode", **row)
 
     def replayed_us(self, step: Callable[[], None]) -> float | None:
-        """Microseconds of a step's kernels alone: replayed from a CUDA graph, the host has no part in its time."""
+        """Microseconds of a step's kernels alone: replayed from a CUDA graph, they do not wait for the host."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
