@@ -126,9 +126,9 @@ def _memory(plan: MemoryPlan) -> str:
 
 
 def checkpoint_bytes(cfg: Config, total: int) -> tuple[float, float]:
-    """Bytes of a checkpoint of `total` parameters (float32, with AdamW's two moments), and of all that are ever on the
-    disk at once: those that are kept and the one being written."""
-    each = 12.0 * total
+    """Bytes of one checkpoint of `total` parameters, and of all that are on disk at once: those kept and the one being
+    written. In float32: a weight, AdamW's two moments (Muon has fewer) and, with `optim.ema`, an average."""
+    each = (16.0 if cfg.optim.ema else 12.0) * total
     return each, each * (cfg.trainer.keep_last + 1)
 
 

@@ -124,6 +124,7 @@ def test_checkpoints_that_are_there_count_as_room(base: Config, folder: Path, mo
     assert cfg.trainer.keep_last == 2
     each, most = checkpoint_bytes(cfg, 1000)
     assert (each, most) == (12_000, 36_000)  # float32: a weight and AdamW's two moments
+    assert checkpoint_bytes(compose([*BASE, "optim.ema=0.9"]), 1000)[0] == 16_000  # and an average
     free = shutil.disk_usage(folder)._replace(free=30_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     assert "29.3 KiB of free disk, and the checkpoints need 35.16 KiB (11.72 KiB each" in lacking_room(
