@@ -13,11 +13,12 @@ AT_SCALE = {
     "parameters.",
     "gpu": "Size: models of eight layers of width 512 and minutes of training; the paper's have 70M to 480M "
     "parameters.",
-    "paper": "Size: a size of the paper; its widths, windows, capacities and numbers of tokens are not known.",
+    "paper": "Size: one of the paper's sizes; the paper's widths, windows, capacities and numbers of tokens are not "
+    "known.",
 }
 ALWAYS = (
-    "Formats of the tasks, windows, capacities, optimiser and numbers of tokens are this project's: the paper's are "
-    "not known (docs/paper.md).",
+    "The formats of the tasks, windows, capacities, the optimiser and the numbers of tokens are this project's own: "
+    "the paper's are not known (docs/paper.md).",
 )
 
 
@@ -42,14 +43,14 @@ def caption(
         f"![{plan.figure.title}]({name}.png)",
         "",
         f"Scale {scale}; training seeds {seeds}. {plan.figure.curves} "
-        f"Every number is in [{name}.csv]({name}.csv), every run's command in [plan.json](plan.json).",
+        f"All numbers are in [{name}.csv]({name}.csv), and the command of every run in [plan.json](plan.json).",
         "",
         f"- Command: `{machine['command']}`",
         f"- Code: commit {commit}; finished {machine['date']}",
         f"- Machine: {machine.get('accelerator') or machine['processor']}, {machine['cores']} cores, "
         f"torch {machine['torch']}, {machine['threads']} threads",
-        *(f"- Tests, in float32: {words}." for words in described),
-        "- State: activations in bf16, sums in float32.",
+        *(f"- Tests (in float32): {words}." for words in described),
+        "- State sizes assume activations in bf16 and sums in float32.",
         *missing_section(missing),
         *findings_section(plan.figure.findings(points)),
         "",
@@ -72,8 +73,8 @@ def caption(
 def beginnings(plan: Plan) -> list[str]:
     """Which weights runs start from, if not from fresh ones."""
     found = dict.fromkeys(
-        f"Every run on {line.subject.name}, trials too, begins with the weights of one of its model and seed on "
-        f"{first.subject.name} (`experiment={first.subject.experiment}`: {first.cfg.trainer.steps:,} steps, "
+        f"Every run on {line.subject.name}, including trials, starts from the weights of a run of the same model and "
+        f"seed on {first.subject.name} (`experiment={first.subject.experiment}`: {first.cfg.trainer.steps:,} steps, "
         f"{tokens_of(first.cfg):,} tokens, learning rate {first.cfg.optim.lr:g})."
         for line in plan.lines
         if (first := line.first)
@@ -115,10 +116,10 @@ def rates_section(plan: Plan, trials: list[dict[str, Any]]) -> list[str]:
     text = [
         "## Learning rates",
         "",
-        f"Each model's rate is the best of {', '.join(grid)}, the same grid for all: the one with the lowest loss "
-        f"after a run of {' or '.join(f'{number:,}' for number in steps)} steps with seed {search.TRAIN_SEED}, at the "
-        f"training length, on {data}, which this figure does not show. The "
-        "chosen rate serves all training seeds. All scores are in [rates.csv](rates.csv).",
+        f"Each model's learning rate is chosen from the same grid, {', '.join(grid)}: it is the one with the lowest "
+        f"loss after {' or '.join(f'{number:,}' for number in steps)} steps with seed {search.TRAIN_SEED}, measured at "
+        f"the training length on {data}, which this figure does not show. All training seeds use the chosen rate. All "
+        "scores are in [rates.csv](rates.csv).",
     ]
     edges = [
         line.name
@@ -128,9 +129,9 @@ def rates_section(plan: Plan, trials: list[dict[str, Any]]) -> list[str]:
         and line.rate() in (min(plan.options.rates), max(plan.options.rates))
     ]
     if edges:
-        text += ["", f"At an edge of the grid, so that a better rate may lie outside it: {'; '.join(edges)}."]
+        text += ["", f"At an edge of the grid, so a better rate may lie outside it: {'; '.join(edges)}."]
     if borrowed := [line.name for line in plan.lines if not line.own_trials]:
-        text += ["", f"Without trials of their own, at the rate of the model that they vary: {'; '.join(borrowed)}."]
+        text += ["", f"At the rate of the model that they vary, without trials of their own: {'; '.join(borrowed)}."]
     if failed := [f"{t['model']}, {t['subject']} at {t['rate']:g}" for t in trials if t["failed"]]:
         text += ["", f"Trials that failed: {'; '.join(failed)}."]
     return text

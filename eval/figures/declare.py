@@ -256,7 +256,7 @@ class Figure:
     draw: Callable[[Figure, list[Point]], Any]
     findings: Callable[[list[Point]], list[str]] = lambda points: []
     about: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    curves: str = "Lines are means over seeds, bands reach from the lowest to the highest."
+    curves: str = "Lines are means over seeds; bands span the lowest to the highest seed."
 
     @property
     def models(self) -> list[str]:

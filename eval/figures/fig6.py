@@ -35,11 +35,11 @@ from ovq.config import Config
 from ovq.schema import setting
 
 MODELS = ("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
-CURVES = "Lines are means over documents and seeds, bands one standard error over documents."
+CURVES = "Lines are means over documents and seeds; bands are one standard error over documents."
 SMALL = (
-    "Every model's first layer sees 4 tokens, and every run begins with weights that copy random tokens: without, "
-    "models of this size make nothing of what lies beyond a window. Both were found with sw_nope and sw, on validation "
-    "documents.",
+    "Every model's first layer sees 4 tokens, and every run starts from weights trained to copy random tokens: "
+    "otherwise, models of this size gain nothing from what lies beyond a window. Both choices were made with sw_nope "
+    "and sw on validation documents.",
 )
 SHOWN_FROM = 64  # tokens; earlier losses are those of title pages
 BASE = "sw"  # the model that the others are compared with

@@ -109,7 +109,7 @@ class Accuracy:
 
     def described(self, test: Test) -> str:
         return (
-            f"at least {test.amount:,} answers each, on sequences of seed {answers.TEST_SEED}: no run was trained on "
+            f"at least {test.amount:,} answers each, on sequences of seed {answers.TEST_SEED}. No run was trained on "
             "them, no learning rate was chosen with them, and they are the same for every model"
         )
 
@@ -156,8 +156,8 @@ class Loss:
 
     def described(self, test: Test) -> str:
         return (
-            f"the first {test.length:,} tokens of at most {test.amount} documents of the test split, which no run was "
-            "trained on and no learning rate was chosen with; the same for every model"
+            f"the first {test.length:,} tokens of at most {test.amount} documents of the test split. No run was "
+            "trained on them, no learning rate was chosen with them, and they are the same for every model"
         )
 
     def vocab_size(self, cfg: Config) -> int:
