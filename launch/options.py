@@ -21,7 +21,7 @@ def read(parser: argparse.ArgumentParser, argv: list[str] | None, literal: Colle
             own[-1] += f"={word}"
         else:
             own.append(word)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of train.py, in Hydra's syntax")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as train.py takes them")
     options = parser.parse_intermixed_args(own)
     options.overrides = [*options.overrides, *given[end + 1 :]]
     return options

@@ -70,7 +70,7 @@ class TrainerConfig:
     )
     threads: int | None = setting(
         None,
-        "CPU threads of a lone process; null: as many as there are free cores when the run first starts",
+        "CPU threads of a run with one process; null: as many as there are free cores when the run first starts",
         at_least=1,
     )
     shard: str = one_of("full", "hybrid", "none", help="FSDP, HSDP, or a full copy of the model on each device")

@@ -1,4 +1,4 @@
-"""Atomic file writes: no run, table or plot is ever left half written.
+r"""Atomic file writes: no run, table or plot is ever left half written.
 
     write_whole(path, json.dumps(summary) + "\n")
 
