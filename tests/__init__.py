@@ -1,4 +1,4 @@
-"""The tests. oneDNN is kept from AMX, with which trainer.precision=auto is bf16: all machines then compute alike."""
+"""The tests. oneDNN may not use AMX, where trainer.precision=auto picks bf16, so all machines compute the same."""
 
 import os
 

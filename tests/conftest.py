@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: the workers of `make test` take whole files, and none is left with a long one at the
-    end while the others are done."""
+    """Run files with slow tests first: the workers of `make test` take whole files, and none should be left with a long
+    one at the end while the others are idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -1,4 +1,4 @@
-"""Shared by the tests of data/: small corpora in every format, and loaders over them."""
+"""Helpers for the tests of data/: small corpora in every format, and loaders over them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ovq.compose import compose
 from ovq.config import Config
 from ovq.processes import Axis, World
 
-# Lengths at every edge that matters at a context of 16: empty, one byte, an exact fit, one more, many contexts.
+# Lengths at every edge case of a context of 16: empty, one byte, an exact fit, one more, many contexts.
 LENGTHS = (0, 1, 14, 15, 16, 17, 40, 100, 33, 5, 64, 31, 90)
 
 
@@ -65,8 +65,8 @@ def write_parquet(path: Path, documents: list[Any], **options: Any) -> Path:
 
 
 def config(*overrides: str) -> Config:
-    """A config for small batches. For speed, dotted overrides are merged into a cached composed config,
-    except for dictionaries."""
+    """A config for small batches. For speed, dotted overrides other than dictionaries are merged into a cached composed
+    config."""
     dotted = [
         override
         for override in overrides
@@ -78,7 +78,7 @@ def config(*overrides: str) -> Config:
 
 @lru_cache
 def _base(overrides: tuple[str, ...]) -> Config:
-    # Paths that must be set are set afterwards.
+    # Required paths get placeholders, which callers override afterwards.
     small = [
         "trainer.context=16",
         "trainer.global_batch=4",
@@ -125,10 +125,10 @@ def tokens_of(cfg: Config, count: int, world: int = 1, state: dict[str, Any] | N
 def learned_guess(
     task: Task, length: int, feature: Callable[[np.ndarray, int], Hashable], *, learn: int = 1000, test: int = 500
 ) -> float:
-    """Accuracy at labels of the best guess from one feature alone, as learned from `learn` sequences of a task.
+    """Accuracy at a task's labels of the best guess from one feature, learned on `learn` sequences, tested on `test`.
 
     Args:
-        feature: of (the inputs, the position of the label).
+        feature: called with (the inputs, the position of the label).
     """
     seen: dict[Hashable, Counter[int]] = {}
     right = total = 0

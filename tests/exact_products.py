@@ -1,8 +1,8 @@
-"""Products in Triton's interpreter that do not depend on the addresses of their factors.
+"""Matrix products in Triton's interpreter that do not depend on the memory addresses of their operands.
 
-The interpreter makes them with numpy, whose BLAS adds up in an order that depends on the alignment of the factors: on
-some processors the same product of float32, made twice, differs in the last bit. In float64, and rounded afterwards, it
-does not. Test files that compare bits import the fixture.
+The interpreter computes them with numpy, whose BLAS sums in an order that depends on the alignment of the operands: on
+some processors, the same float32 product computed twice differs in the last bit. Computed in float64 and then rounded,
+it does not. Test files that compare results bit for bit import the fixture.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A SLURM of one machine for tests: sbatch, srun, scontrol and squeue on PATH, which really run a job's ranks.
+"""A fake SLURM on one machine, for tests: sbatch, srun, scontrol and squeue on PATH, which really run a job's ranks.
 
-`Cluster.run` plays the controller: it runs the batch script of a submitted job, again after each requeue. What a job
-asks for is not enforced, except nodes: srun starts its command once for each. Signals go where SLURM's --signal without
-B: sends them, to everything below srun and not to the batch script.
+`Cluster.run` plays the controller: it runs the batch script of a submitted job, and again after each requeue. Of the
+resources that a job requests, only the number of nodes matters: srun starts its command once per node. As with SLURM's
+--signal without B:, signals go to everything below srun and not to the batch script.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Cluster:
         (self.folder / "job1.sh").write_text(text)
 
     def run(self, job: int = 1, meanwhile: Callable[[subprocess.Popen[bytes]], None] | None = None) -> list[int]:
-        """Run a job, each task of an array after the other; exit statuses of the batch script, one for each start.
+        """Run a job, the tasks of an array one after another; returns the batch script's exit status at each start.
 
         Args:
             meanwhile: called with the running batch script of the first start.
@@ -79,8 +79,8 @@ class Cluster:
 
 
 def warn(batch: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Send a signal to the job's steps, as before the end of its time or when it is preempted."""
-    import psutil  # not for the commands, which start often
+    """Send a signal to the job's steps, as SLURM does before the time limit or on preemption."""
+    import psutil  # here, since the commands start often and do not need it
 
     for step in psutil.Process(batch.pid).children():
         for process in step.children(recursive=True):
@@ -113,7 +113,7 @@ def srun(folder: Path, words: list[str]) -> int:
 def scontrol(folder: Path, words: list[str]) -> int:
     if words[:2] == ["show", "hostnames"]:
         name, _, count = words[2].partition(":")
-        with contextlib.suppress(BrokenPipeError):  # of `head`
+        with contextlib.suppress(BrokenPipeError):  # from `| head`
             print("\n".join([name] * int(count)), flush=True)
     elif words[:2] == ["show", "job"]:
         print(f"JobId={words[2]} JobName=x\n   JobState={os.environ.get('FAKE_STATE', 'RUNNING')} Reason=None")

@@ -1,27 +1,27 @@
-"""Faults at named moments of a run, for tests of what survives them.
+"""Fault injection at named moments of a run, for tests of what survives it.
 
     faults.command([Fault("step", 7, "kill")], ["experiment=cpu_demo", ...])
 
-is the command line of train.py with the fault in it: a process that patches the moment and then runs train.main. A
-moment is counted in the process where it happens; workers of the loader inherit the patches.
+is the command line of train.py with the fault injected: a process that patches the function of that moment and then
+runs train.main. A moment is counted in the process where it happens; the loader's workers inherit the patches.
 
     moment       happens                                            counted from 1 by
-    start        before train.main                                  1
+    start        before train.main                                  (happens once)
     step         before a training step                             the step
     row          before a row of a lane is made                     rows made in that process
     save         before a checkpoint is staged                      saves in this process
     write        in the thread that writes a checkpoint             writes in this process
-    renamed      a checkpoint has its name, `latest` is older        renames in this process
+    renamed      a checkpoint is in place, `latest` still older     renames in this process
     evaluate     before an evaluation                               evaluations in this process
 
     action       does
-    kill         SIGKILL to this process
-    stop         SIGSTOP to this process
-    freeze       blocks this thread for ever; the main thread is deaf to SIGTERM and SIGINT then
-    term usr1 usr2 hup int      that signal to this process
-    raise        an OSError
-    full         every later write to a file of the run folder fails: no space left on device
-    closed       stdout and stderr are pipes that nobody reads
+    kill         sends SIGKILL to this process
+    stop         sends SIGSTOP to this process
+    freeze       blocks this thread forever; the main thread then also ignores SIGTERM and SIGINT
+    term usr1 usr2 hup int      sends that signal to this process
+    raise        raises an OSError
+    full         every later write of this process to a file fails, as on a full disk
+    closed       stdout and stderr become pipes that nobody reads
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Fault:
 
 
 def command(faults: list[Fault], overrides: list[str], processes: int = 1) -> list[str]:
-    """The command line of train.py in `processes` with the faults in it."""
+    """The command line that runs train.py in `processes` processes with the faults injected."""
     plan = json.dumps([dataclasses.asdict(fault) for fault in faults])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [*launcher, str(Path(__file__))] if processes > 1 else [str(Path(__file__))]
@@ -97,7 +97,7 @@ def ranks(faults: list[Fault], overrides: list[str], processes: int, logs: Path)
 
 
 def install(faults: list[Fault]) -> None:
-    """Patch the moments of the faults that are this rank's."""
+    """Patch the moments of the faults that concern this rank."""
     rank = int(os.environ.get("RANK", 0))
     for moment in dict.fromkeys(fault.moment for fault in faults):
         mine = {f.count: f.action for f in faults if f.moment == moment and f.rank in (None, rank)}
@@ -129,7 +129,7 @@ def _patch(moment: str, actions: dict[int, str]) -> None:
 
 
 def act(action: str) -> None:
-    """Do it, to this process."""
+    """Perform an action on this process."""
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
     elif action == "freeze":
@@ -147,10 +147,10 @@ def _raise() -> None:
 
 
 def _fill() -> None:
-    """From now on files that are opened for writing refuse what is written, as on a full disk."""
+    """Make every write to a file fail from now on, as on a full disk."""
     import resource
 
-    # A write then fails with EFBIG: Python ignores SIGXFSZ from its start.
+    # A write then fails with EFBIG, because Python ignores SIGXFSZ from startup.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -165,27 +165,27 @@ def _close() -> None:
 
 
 def flip(path: Path, at: int) -> None:
-    """Turn every bit of one byte."""
+    """Flip every bit of one byte."""
     content = bytearray(path.read_bytes())
     content[at] ^= 0xFF
     path.write_bytes(content)
 
 
 def truncate(path: Path, keep: int) -> None:
-    """Cut a file to its first bytes."""
+    """Truncate a file to its first `keep` bytes."""
     with path.open("r+b") as file:
         file.truncate(keep)
 
 
 def children_of(pid: int) -> list[int]:
-    """Processes below this one, at any depth."""
+    """Ids of the descendants of a process, at any depth."""
     import psutil
 
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def running(pid: int) -> bool:
-    """Whether a process exists and is not a zombie, which its parent has only to collect."""
+    """Whether a process exists and is not a zombie, which only waits to be reaped by its parent."""
     import psutil
 
     try:

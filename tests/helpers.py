@@ -1,4 +1,4 @@
-"""Shared by several tests: small models of every kind, a comparison that NaN cannot pass, and jobs of two ranks."""
+"""Shared test helpers: small models of every kind, a comparison that NaN cannot pass, and jobs of two ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = [
     "model.ffn_dim=48",
 ]
 
-# Settings that make each mixer small enough for tests to reach its edges: several chunks, a full window or dictionary.
+# Settings that make each mixer small enough for tests to reach edge cases: several chunks, a full window or dictionary.
 SMALL_MIXER = {
     "sliding_window": {"window": 7},
     "ovq": {"num_centroids": 12, "chunk_size": 8},
@@ -71,8 +71,8 @@ def _small_config(model: str, overrides: tuple[str, ...]) -> Config:
 
 
 def started(base: Config, *words: str, start: Callable[[Config, Path], None]) -> int:
-    """Exit status of `start`, train.train or train.dry_run, with a composed config and more key=value words: as from
-    the command line, without composing anew."""
+    """Exit status of `start` (train.train or train.dry_run) with a composed config and further key=value words, as from
+    the command line but without composing again."""
     cfg: Any = OmegaConf.merge(base, OmegaConf.from_dotlist([*words]))
     return guarded(lambda: start(cfg, Path(cfg.run_dir)))
 
@@ -101,7 +101,7 @@ class Largest(TorchDispatchMode):
 
 
 class InsideOperators(TorchDispatchMode):
-    """Shows enclosing modes what our own operators do on the CPU: to torch, each is one call without an inside."""
+    """Shows enclosing modes what happens inside our own operators on the CPU, which torch sees as single calls."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.namespace != "ovq":
@@ -111,7 +111,7 @@ class InsideOperators(TorchDispatchMode):
 
 
 def two_ranks(program: str, folder: Path) -> list[subprocess.Popen[str]]:
-    """Two processes of a job that run a program's text, with the folder as their argument and pipes to read."""
+    """Start two ranks of a job, which run the source code `program` with the folder as argument; output is piped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

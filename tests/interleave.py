@@ -2,24 +2,24 @@
 
 Triton's own interpreter runs the programs of a launch one after another, so it can neither pass a barrier between them
 nor show what depends on their order. Here every program is a thread. Exactly one runs at a time, and before each load,
-store and atomic a seeded random choice decides who goes on:
+store and atomic a seeded random choice decides which one continues:
 
     with interleaved(seed=3) as report:
         kernel[grid](...)
     assert not report.races, report.text
 
-Two accesses of different programs to the same bytes are a race if one of them writes, one of them is not atomic, and
-neither happens before the other. Happens-before is kept in vector clocks: clock[p, q] is the last access of program q
-that program p has been told of. An atomic that releases adds its program's clock to the one kept at its address; an
-atomic that acquires takes that clock over; relaxed ones, and those of the scope of one program, do neither. A launch
-happens after the launch before it. So a race is found whether or not this schedule made it happen. Two lanes of one
-store that write different values to one address are a race too.
+Two accesses by different programs to the same bytes are a race if at least one writes, at least one is not atomic, and
+neither happens before the other. Happens-before is tracked with vector clocks: clock[p, q] is the last access by
+program q that program p knows of. A releasing atomic merges its program's clock into the one kept at its address, and
+an acquiring atomic merges that one into its program's; relaxed atomics, and those with the scope of one program, do
+neither. A launch happens after the launch before it. So a race is found even if this schedule does not trigger it. Two
+lanes of one store that write different values to one address are a race too.
 
-A launch runs on copies of its tensors that lie far apart, and an address outside all of them ends it (`Violation`), as
-does a deadlock: every program polls an atomic that none of them changes.
+A launch runs on copies of its tensors that lie far apart. An access outside all of them ends it with a `Violation`, and
+so does a deadlock, in which every program polls an atomic that none of them changes.
 
 Not modelled: stale reads (memory is sequentially consistent; what weaker memory could do shows as a race), the threads
-within a program (`tl.debug_barrier` is nothing here), and atomics of one instruction that interleave with others.
+within a program (`tl.debug_barrier` does nothing), and other programs' accesses between the atomics of one instruction.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ LOAD, STORE, ATOMIC = "load", "store", "atomic"
 CONFLICTS = {LOAD: (STORE, ATOMIC), STORE: (LOAD, STORE, ATOMIC), ATOMIC: (LOAD, STORE)}
 ACQUIRING = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 RELEASING = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
-GUARD, ALIGNMENT = 1 << 16, 256  # bytes between the copies of tensors, and to which they are aligned
-PATIENCE = 3  # rounds in which all programs poll in vain before this is a deadlock
-STAY = (0.0, 0.5, 0.9, 0.98)  # the chance that a program goes on at a switch: one of these for each launch
+GUARD, ALIGNMENT = 1 << 16, 256  # in bytes: gap between the copies of tensors, and their alignment
+PATIENCE = 3  # rounds of all programs polling in vain before it counts as a deadlock
+STAY = (0.0, 0.5, 0.9, 0.98)  # probability that a program continues at a switch point; one is drawn per launch
 TRITON, HERE = str(Path(triton.__file__).parent), __file__
 
 Site = tuple[tuple[str, int], ...]  # file and line of the access and of the calls that led to it, innermost first
@@ -68,7 +68,7 @@ class _Stop(BaseException):
 
 @dataclass(frozen=True)
 class Race:
-    """A pair of places in the code that race on a tensor."""
+    """A pair of places in the code whose accesses to a tensor race."""
 
     kernel: str
     tensor: str
@@ -78,7 +78,7 @@ class Race:
 
 @dataclass
 class Report:
-    """What was run and found: accesses by kernel and kind; races, on how many elements each was seen, an example."""
+    """What ran and what was found: accesses by kernel and kind; for each race, how many elements and an example."""
 
     accesses: Counter[tuple[str, str]] = field(default_factory=Counter)
     races: Counter[Race] = field(default_factory=Counter)
@@ -98,7 +98,7 @@ class Report:
 
 @contextlib.contextmanager
 def interleaved(seed: int) -> Iterator[Report]:
-    """Within it, every launch of an interpreted kernel is interleaved and watched; the report is filled on the way."""
+    """Context in which every launch of an interpreted kernel is interleaved and checked; yields the report it fills."""
     report, rng = Report(), random.Random(seed)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ def interleaved(seed: int) -> Iterator[Report]:
 
 
 def _watched(name: str, original: Callable) -> Callable:
-    """A memory operation of the interpreter's builder that first lets other programs run, and is recorded."""
+    """Wrap a memory operation of the interpreter's builder: it first lets other programs run, and is recorded."""
 
     def load(self: Any, ptr: Any, mask: Any, *rest: Any) -> Any:
         Launch.current.access(LOAD, ptr, mask.data)
@@ -147,10 +147,10 @@ def _watched(name: str, original: Callable) -> Callable:
 
 @dataclass
 class Block:
-    """The copy of one storage, and when each program last accessed each of its units, the smallest elements of its
-    tensors: clocks[kind][unit, program]."""
+    """The copy of one storage, and when each program last accessed each of its units (of the size of the smallest
+    element of its tensors): clocks[kind][unit, program]."""
 
-    tensors: list[tuple[int, str, int]]  # address, name and size of an element of each
+    tensors: list[tuple[int, str, int]]  # (address, name, element size) of each
     start: int
     end: int
     unit: int
@@ -161,14 +161,14 @@ class Block:
         return first if size <= self.unit else (first[:, None] + np.arange(size // self.unit)).ravel()
 
     def place(self, address: int) -> tuple[str, int]:
-        """A tensor and the index of one of its elements; of tensors that overlap, the one that starts last."""
+        """The tensor and element index at an address; if tensors overlap, those of the one that starts last."""
         first, name, size = max(self.tensors, key=lambda tensor: (tensor[0] <= address, tensor[0]))
         return name, (address - first) // size
 
 
 class Memory:
-    """Copies of a launch's tensors that lie far apart, so that no address can be off by a little and hit another one.
-    Tensors that share a storage share its copy."""
+    """Copies of a launch's tensors that lie far apart, so that an address slightly out of bounds never hits another
+    tensor. Tensors that share a storage share its copy."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.copies: dict[str, Tensor] = {}
@@ -198,7 +198,7 @@ class Memory:
             original.copy_(copy)
 
     def find(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """The block of each address; -1 if an element there is not inside one."""
+        """The index of the block of each address; -1 if an element of this size is not inside one."""
         which = np.searchsorted(self.starts, addresses, side="right") - 1
         return np.where((which >= 0) & (addresses + size <= self.ends[which]), which, -1)
 
@@ -215,11 +215,11 @@ class Launch:
         self.rng, self.stay, self.report = rng, rng.choice(STAY), report
         self.index, programs = list(np.ndindex(*grid)), int(np.prod(grid))
         self.clock = np.zeros((programs, programs), np.int32)
-        self.sites: list[list[Site]] = [[()] for _ in range(programs)]  # of each program's accesses, by its clock
-        self.released: dict[int, np.ndarray] = {}  # address -> the clock that an acquire takes over
+        self.sites: list[list[Site]] = [[()] for _ in range(programs)]  # of each program's accesses, indexed by clock
+        self.released: dict[int, np.ndarray] = {}  # address -> the clock that an acquire merges
         self.speed = [4 ** rng.uniform(-3, 3) for _ in range(programs)]  # some programs lag far behind others
         self.live = set(range(programs))
-        self.last_poll: dict[int, tuple[int, bytes]] = {}  # program -> address and value, if it did nothing since then
+        self.last_poll: dict[int, tuple[int, bytes]] = {}  # program -> address and value, if nothing followed
         self.polling: dict[int, int] = {}  # program -> the address that it polls, until another writes there
         self.in_vain = 0
         self.turns = [threading.Semaphore(0) for _ in range(programs)]
@@ -259,11 +259,11 @@ class Launch:
         self.turns[p].release()
 
     def _next(self, current: int | None) -> int:
-        """Whose turn it is after the current program's; None if that one has ended."""
+        """The program whose turn is next. `current` is None at the start and when the running program has ended."""
         ready = sorted(self.live - self.polling.keys())
         if not ready:
             self.in_vain += 1
-            self.polling.clear()  # it may not have been polling but done something else that changed nothing
+            self.polling.clear()  # some may not have been polling, but doing something else that changed nothing
             ready = sorted(self.live)
             if self.in_vain > PATIENCE and not self.error:
                 self.error = Violation(f"deadlock in {self.fn.__name__}: {len(ready)} programs wait for each other")
@@ -311,13 +311,13 @@ class Launch:
             self._progress(addresses)
         else:
             poll = (int(addresses[0]), before.tobytes())
-            if poll == self.last_poll.get(p):  # the second time in vain: not the one that ends its waiting
+            if poll == self.last_poll.get(p):  # polled in vain twice: not the poll that ends its wait
                 self.polling[p] = poll[0]
             self.last_poll[p] = poll
         return result
 
     def _progress(self, written: np.ndarray) -> None:
-        """This program did something other than poll in vain; what it wrote wakes those who poll there."""
+        """This program did something other than poll in vain; its writes wake the programs that poll there."""
         self.in_vain = 0
         self.last_poll.pop(self.running, None)
         self.polling = {p: address for p, address in self.polling.items() if address not in written}

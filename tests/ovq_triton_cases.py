@@ -65,7 +65,7 @@ def empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
 
 
 def run(forward, tensors: list[Tensor], spec: OVQSpec, assignment: Tensor | None = None, dictionary=None):
-    """(o, new dictionary, assignment), and the gradients for a fixed random direction."""
+    """(o, new dictionary, assignment, gradients), the last for a fixed random gradient of o."""
     dictionary = dictionary or empty(*tensors[1:3], spec)
     o, new, placed = forward(*tensors, spec, dictionary, assignment)
     direction = torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -73,7 +73,7 @@ def run(forward, tensors: list[Tensor], spec: OVQSpec, assignment: Tensor | None
 
 
 def check_against_definition(tensors: list[Tensor], spec: OVQSpec, exact_assignment: bool = True) -> None:
-    """Compare assignments; then outputs, the new dictionary and all gradients with the kernels' assignments imposed."""
+    """Compare assignments; then, given the kernels' assignments, outputs, the new dictionary and all gradients."""
     o, new, placed, grads = run(kernels.forward, tensors, spec)
     want, want_new, want_placed, want_grads = run(reference.forward, double(tensors), spec, placed)
     if exact_assignment:
@@ -84,7 +84,7 @@ def check_against_definition(tensors: list[Tensor], spec: OVQSpec, exact_assignm
     for name in ("key_sum", "value_sum", "count"):
         assert relative_error(getattr(new, name), getattr(want_new, name)) < 1e-5
     for name, got, expected in zip(("q", "k", "v", "beta"), grads, want_grads):
-        # dbeta sums terms of either sign, so it is measured against their size; dq vanishes where all keys are equal.
+        # dbeta sums terms of both signs, so its error is relative to their size; dq vanishes where all keys are equal.
         terms = (want_grads[0] * tensors[0].detach().double()).norm() if name == "beta" else expected.norm()
         scale = torch.maximum(terms, 1e-2 * want_grads[2].norm())
         assert (got.double() - expected).norm() < backward_bar * scale, name
@@ -124,7 +124,7 @@ def test_variants_equal_the_reference(variant: dict) -> None:
 
 @pytest.mark.parametrize("variant", [{"first_chunk": "nearest"}, {"seeding": "random"}, {"step": 0.3}], ids=str)
 def test_variants_equal_the_reference_in_a_chunk_of_several_tiles(variant: dict) -> None:
-    """Such a chunk is assigned through memory, not in registers."""
+    """The keys of such a chunk are assigned through memory, not in registers."""
     check_against_definition(inputs(T=330, H=1, G=1), spec_of(100, 160, **variant))
 
 
@@ -144,7 +144,7 @@ def test_ties_go_to_the_lowest_centroid_and_the_first_key(distinct: int) -> None
 
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_programs_that_share_a_head_change_no_bit(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Including more programs than blocks of centroids, so that some own nothing."""
+    """Also with more programs than blocks of centroids, so that some own none."""
     tensors, spec = inputs(T=300, H=1, G=1), OVQSpec(400, 100)
     with torch.no_grad():
         alone = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
@@ -157,7 +157,7 @@ def test_programs_that_share_a_head_change_no_bit(splits: int, monkeypatch: pyte
 
 @pytest.mark.parametrize("L", [16, 160])
 def test_a_given_assignment_is_used(L: int) -> None:
-    """An arbitrary one that founds all centroids, other than the one the kernels would choose."""
+    """An arbitrary assignment that founds all centroids and differs from the one that the kernels would choose."""
     tensors, spec = inputs(T=3 * L + 5, H=1, G=1), OVQSpec(40, L)
     given = torch.full((1, 1, 3 * L + 5), -1, dtype=torch.int32)
     for i in range(3):
@@ -174,7 +174,7 @@ def test_a_given_assignment_is_used(L: int) -> None:
 
 @pytest.mark.parametrize("N", [1, 20])
 def test_nan_stays_in_its_head(N: int) -> None:
-    """The trainer skips a step with NaN; until then the NaN must not be written anywhere else."""
+    """The trainer skips a step with NaN; until then the NaN must not spread to other heads."""
     spec, tensors = OVQSpec(N, 16), [x.detach() for x in inputs(T=50)]
     whole = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
     tensors[1][:, 3, 0] = float("nan")
@@ -210,7 +210,7 @@ def test_nothing_is_read_before_it_is_written_and_repeats_are_bit_equal(monkeypa
 
 @pytest.mark.parametrize("variant", [{}, {"step": 0.3, "assign_on": "key_value"}, {"seeding": "random"}], ids=str)
 def test_pieces_with_carried_state_equal_one_pass(variant: dict) -> None:
-    """Pieces of odd lengths and single tokens (decoding); with K = V, shapes would not reveal that they are swapped."""
+    """Pieces of odd lengths and single tokens (decoding). K = V, so shapes cannot reveal swapped keys and values."""
     q, k, v, beta = (x.detach() for x in inputs(T=53, H=4, K=32))
     settings = {"num_centroids": 30, "chunk_size": 16, **variant}
     exact = [x.double() for x in (q, k, v, beta)]
@@ -229,7 +229,7 @@ def test_pieces_with_carried_state_equal_one_pass(variant: dict) -> None:
 
 
 def test_gradients_after_a_carried_state_equal_the_reference() -> None:
-    """Keys that join a centroid from an earlier piece get its later gradient; the earlier piece gets none."""
+    """Keys that join a centroid of an earlier piece receive its later gradient; the earlier piece receives none."""
     spec, (_, k, v, _) = OVQSpec(30, 16), inputs(T=32, V=16)
     with torch.no_grad():
         start = kernels.forward(*inputs(T=32, V=16)[:1], k, v, inputs()[3], spec, empty(k, v, spec))[1]
@@ -245,7 +245,7 @@ def test_gradients_after_a_carried_state_equal_the_reference() -> None:
 @pytest.mark.parametrize("variant", [{}, {"seeding": "random"}, {"first_chunk": "nearest", "step": 0.3}], ids=str)
 @pytest.mark.parametrize("splits", [1, 2])
 def test_packed_documents_equal_documents_alone(variant: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One shorter than a chunk, whole chunks, an empty one, and one with a remainder, in one launch of each kernel."""
+    """Documents: shorter than a chunk, of whole chunks, empty, and with a remainder, in one launch of each kernel."""
     monkeypatch.setattr(assign, "splits", lambda walks, device: splits)
     tensors = inputs(T=120, H=2, G=1)
     bounds = torch.tensor([0, 3, 35, 67, 67, 120], dtype=torch.int32, device=DEVICE)
@@ -286,7 +286,7 @@ def test_bounds_are_read_back_once_for_all_layers_and_again_when_they_change(mon
 
 @pytest.mark.parametrize("bounds", [(0, 300), (0, 7, 71, 300)], ids=str)
 def test_a_table_holds_the_last_row_assigned_to_each_centroid(bounds: tuple[int, ...]) -> None:
-    """Over all chunks and centroids, and over some of each."""
+    """For all chunks and centroids, and for ranges of each."""
     spec, assignment = OVQSpec(90, 16), torch.full((1, 2, 300), -1, dtype=torch.int32)
     plan = plans.make_plan(spec, 0, 0, bounds)
     want = torch.full((2, plan.chunks, plan.all_centroids[1]), -1)
@@ -336,7 +336,7 @@ def test_small_tables_change_no_bit(bounds: tuple[int, ...] | None, monkeypatch:
 
 
 def test_operators_match_their_registration() -> None:
-    """Schema, fake tensors and autograd formula, by PyTorch's own checker. (Its test_aot_dispatch_dynamic would also
+    """Schema, fake tensors and autograd formula, by PyTorch's opcheck. (Its test_aot_dispatch_dynamic would also
     compare version rows that belong to no centroid, which nothing writes or reads.)"""
     spec, tensors = OVQSpec(20, 16), inputs(T=20, H=1, G=1)
     start = empty(*tensors[1:3], spec)

@@ -1,5 +1,5 @@
-"""The kernels under random schedules, in the interpreter of `interleave.py`: no race, no address outside a tensor, and
-the same bits however many programs share a head; and that the detector sees what it should.
+"""The kernels under random schedules, in the interpreter of `interleave.py`: no race, no access out of bounds, and the
+same bits however many programs share a head. The race detector itself is tested too.
 
 `tests/test_races.py` runs this file in separate processes, because the interpreter must be selected before Triton is
 imported (TRITON_INTERPRET=1).
@@ -92,14 +92,14 @@ def test_detector_passes_an_exchange_through_a_barrier(release: str, acquire: st
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("release, acquire", [("relaxed", "acquire"), ("release", "relaxed")])
 def test_detector_finds_a_barrier_of_relaxed_atomics(release: str, acquire: str, seed: int) -> None:
-    """Although the interpreter's memory is sequentially consistent, so that the result is right."""
+    """Even though the interpreter's memory is sequentially consistent, so that the result is right."""
     y = integers(5)
     report = launch(exchange_kernel, (5,), integers(5), y, integers(1), 5, release, acquire, seed=seed)
     assert {race.tensor for race in report.races} == {"x_ptr"} and y.tolist() == [1, 2, 3, 4, 0]
 
 
 def test_detector_finds_a_barrier_that_is_one_short() -> None:
-    """In some schedule: in others the last program arrives before any other leaves."""
+    """In some schedules only: in others the last program arrives before any other leaves."""
     tensors = integers(5), integers(5), integers(1)
     reports = [launch(exchange_kernel, (5,), *tensors, 4, "release", "acquire", seed=seed) for seed in SEEDS]
     assert any(report.races for report in reports)
@@ -112,7 +112,7 @@ def test_detector_finds_a_deadlock() -> None:
 
 @triton.jit
 def relay_kernel(x_ptr, turn_ptr, SEM: tl.constexpr):
-    """Program p waits for p - 1 and adds to what that one wrote: only the last hand-over orders p after program 0."""
+    """Program p waits for p - 1 and adds to what it wrote; only the hand-over from p - 1 orders p after program 0."""
     p = tl.program_id(0)
     while tl.atomic_cas(turn_ptr, p, p, sem=SEM) != p:
         pass
@@ -129,7 +129,7 @@ def test_detector_passes_a_relay_and_finds_a_relaxed_one(seed: int) -> None:
 
 @triton.jit
 def shift_kernel(x_ptr, y_ptr, n, shift, BLOCK: tl.constexpr):
-    """y[i] = x[i] + 1, with the elements read `shift` further."""
+    """y[i] = x[i + shift] + 1 for i < n."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i + shift, mask=i < n) + 1, mask=i < n)
 
@@ -146,13 +146,13 @@ def test_detector_ends_a_launch_at_an_address_outside_every_tensor() -> None:
 
 @pytest.mark.parametrize("shift", [0, 1, 8])
 def test_detector_sees_through_tensors_that_share_memory(shift: int) -> None:
-    """In place, a program only meets what it wrote itself, unless it reads the elements of another."""
+    """In place, a program touches only its own elements, unless the shift makes it read those of another."""
     x = integers(48)
     report = launch(shift_kernel, (4,), x[8:], x[8:], 32, shift, 8)
     assert {race.tensor for race in report.races} == ({"x_ptr"} if shift else set())
     assert not launch(shift_kernel, (2,), x, x[32:], 16, 0, 8).races
     assert launch(shift_kernel, (2,), x, x[8:], 16, 0, 8).races
-    halves = x.view(torch.int16)  # those that program 1 reads lie in the numbers that program 0 writes
+    halves = x.view(torch.int16)  # program 1 reads halves of the numbers that program 0 writes
     assert launch(shift_kernel, (2,), halves, x, 16, 0, 8).races
     assert not launch(shift_kernel, (2,), halves[32:], x, 16, 0, 8).races
 
@@ -194,7 +194,7 @@ def test_schedules_differ_by_seed_and_repeat() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the operator, or several that carry its state; the last token alone is a step of decoding."""
+    """One call of the operator, or several that carry its state; a piece of a single token is a decoding step."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     pieces: tuple[int, ...] = (0, 68)
@@ -212,7 +212,7 @@ CASES = {
     "small tables": Case({"seeding": "random"}, small_tables=True),
 }
 MAIN = ("plain", "packed", "carried", "nearest", "rate")  # with any number of programs; the others with 4
-SEEDS_OF = {2: (0,), 3: (3,), 4: (1, 2), 16: (4,)}  # by the number of programs a head
+SEEDS_OF = {2: (0,), 3: (3,), 4: (1, 2), 16: (4,)}  # by the number of programs per head
 RUNS = [(name, programs, seed) for name in MAIN for programs, seeds in SEEDS_OF.items() for seed in seeds]
 RUNS += [("tiles", 4, 5), ("small tables", 4, 6)]
 KERNELS = {kernel.__name__ for kernel in shipped.KERNELS.values()}
@@ -221,8 +221,8 @@ DECODE = {"decode_kernel", "combine_kernel"}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small shapes have many blocks: 36 centroids are 9 blocks, so that 9 of 16 programs own something, and a
-    chunk of "tiles" is two tiles."""
+    """Give small shapes many blocks: 36 centroids are 9 blocks, so 9 of 16 programs own one, and a chunk of the case
+    "tiles" is two tiles."""
     tile_of = lambda stage, *_: configs.Tile(16, 4 if stage == "assign" else 16, 4, 1, 16)  # noqa: E731
     monkeypatch.setattr(configs, "tile_of", tile_of)
 
@@ -258,7 +258,7 @@ def outputs(case: Case, programs: int, backward: bool) -> dict[str, Tensor]:
 
 @functools.cache
 def alone(name: str) -> dict[str, Tensor]:
-    """The results of one program a head, in Triton's own interpreter."""
+    """The results with one program per head, in Triton's own interpreter."""
     return outputs(CASES[name], 1, backward=True)
 
 
@@ -276,7 +276,7 @@ def test_kernels_have_no_race_and_no_schedule_changes_a_bit(name: str, programs:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A defect of the kernels: text of a module that is replaced, what is found then, and in which case."""
+    """A defect put into the kernels: replacements in a module's source, what must then be found, and in which case."""
 
     module: str
     changes: dict[str, str]

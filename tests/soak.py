@@ -1,12 +1,12 @@
-"""Random faults for as long as it is told: after each one a run must end as an unbroken run does.
+"""Soak test: random faults for a given time, after which each run must end exactly as an uninterrupted one does.
 
     python -m tests.soak minutes=10 seed=7 out=soak.json
 
-A round trains a small model in a fresh folder, hits it with one to three faults of `tests/faults.py` (or damages its
-files while it is down), starts it again without faults, and then compares: tokens, losses and evaluations of every step
-with those of an unbroken run (bit for bit on the same number of processes), the files left behind, and that no process,
-lock or temporary file remains. The seed decides the faults of every round, though not the moment at which a process
-that is killed from outside is hit. The first round that fails ends the soak with status 1 and keeps its folder.
+A round trains a small model in a fresh folder, injects one to three faults of `tests/faults.py` (or damages its files
+while it is down) and restarts it without faults. It then checks that the tokens, losses and evaluations of every step
+equal those of an uninterrupted run (bit for bit, on the same number of processes), that the same files are left, and
+that no process, lock or temporary file remains. The seed determines the faults of every round, but not the moment at
+which a kill from outside hits a process. The first round that fails ends the soak with status 1 and keeps its folder.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from tests import faults
 from tests.faults import Fault
 
 STEPS, SAVE_EVERY = 18, 4
-PATIENCE_S = 120  # for one start of train.py, which takes some ten seconds
-MARK = "OVQ_SOAK"  # in the environment of every process of a round
+PATIENCE_S = 120  # for one start of train.py, which takes about ten seconds
+MARK = "OVQ_SOAK"  # environment variable of every process that a round starts
 SPEED = ("tokens_per_s", "data_wait", "mfu", "memory_gib")
 SETTINGS = [
     *("model=sw_ovq", "model.num_layers=2", "model.dim=32", "model.num_heads=2", "model.num_kv_heads=2"),
@@ -58,7 +58,7 @@ with replacing(sys.argv[1]) as scratch:
     scratch.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
-ENDS_WELL = ("term", "usr1", "usr2", "hup", "int")  # saved, status 0
+ENDS_WELL = ("term", "usr1", "usr2", "hup", "int")  # the run saves and exits with status 0
 
 
 @dataclass
@@ -89,19 +89,19 @@ class Round:
         return self.folder / "run"
 
     def note(self, kind: str, text: str = "") -> None:
-        """Record a fault before it is made."""
+        """Record a fault before it is injected."""
         self.kinds.append(kind)
         self.done.append(f"{kind}{text}")
 
     def finished(self, status: int) -> bool:
-        """Whether the run ended before the fault was reached, as after an earlier one that took it past that step."""
+        """Whether the run ended before it reached the fault, as when an earlier start has taken it past that step."""
         return status == 0 and (self.run_dir / "summary.json").is_file()
 
     def start(self, planned: list[Fault], kill_after: float | None = None) -> tuple[int, str]:
-        """train.py with the faults; its status and what it printed. `kill_after`: seconds until kill -9 of all.
+        """Run train.py with the faults; returns its status and output. `kill_after`: seconds until kill -9 of all.
 
         Raises:
-            Broken: it has not ended in time, or has left a process behind.
+            Broken: it did not end in time, or left a process behind.
         """
         mark = f"{self.folder}:{len(self.done)}:{time.monotonic_ns()}"
         log = self.folder / f"start{len(self.done)}.log"
@@ -135,7 +135,7 @@ class Round:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes of one start, whoever has adopted them since."""
+    """The processes of one start, even those that another process has adopted since."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -155,7 +155,7 @@ def kill_all(mark: str) -> None:
 
 
 def injure(one: Round, dice: random.Random) -> None:
-    """Start the run with a fault in it, or damage its files at rest; checks how it ended."""
+    """Start the run with a fault, or damage its files while it is down; checks how it ended."""
     rank = dice.randrange(one.processes)
     kind = dice.choice([*4 * ["signal"], *6 * ["crash"], *2 * ["outside", "closed", "full"], *4 * ["damage"], "freeze"])
     if kind == "signal":
@@ -170,7 +170,7 @@ def injure(one: Round, dice: random.Random) -> None:
         count = dice.randrange(1, limit + 1)
         rank = 0 if moment == "renamed" else rank
         one.note(f"kill at {moment}", f" {count} of rank {rank}")
-        one.start([Fault(moment, count, "kill", rank)])  # of a row: the worker that makes it, if there is one
+        one.start([Fault(moment, count, "kill", rank)])  # at a row, this is its worker, if there is one
     elif kind == "outside":
         seconds = dice.uniform(3, 9)
         one.note("kill -9 of all", f" after {seconds:.1f} s")
@@ -186,11 +186,11 @@ def injure(one: Round, dice: random.Random) -> None:
         step = dice.randrange(1, STEPS + 1)
         one.note("disk full", f" from step {step}")
         status, said = one.start([Fault("step", step, "full", None)])
-        # The log lies on the full disk, too.
+        # The log is on the full disk, too.
         if not one.finished(status) and (status == 0 or (one.processes == 1 and "Traceback" in said)):
             raise Broken(f"{one.done[-1]}: status {status}, {said[-300:]}")
     elif kind == "freeze":
-        # A lone trainer that freezes is for whoever started it; a worker, or one rank of several, is for the trainer.
+        # A frozen single-process trainer is up to whoever started it; the trainer must notice a frozen worker or rank.
         moment = "row" if one.processes == 1 else "step"
         count = dice.randrange(20, 60) if moment == "row" else dice.randrange(3, STEPS)
         one.workers = 1
@@ -203,7 +203,7 @@ def injure(one: Round, dice: random.Random) -> None:
 
 
 def damage(one: Round, dice: random.Random) -> None:
-    """Stop the run in the middle, then hurt a file that it must not trust."""
+    """Kill the run midway, then damage a file that it must not trust."""
     step = dice.randrange(2 * SAVE_EVERY, STEPS)
     one.start([Fault("step", step, "kill", 0)])
     saved = sorted((one.run_dir / "checkpoints").glob("step_*"))
@@ -237,10 +237,10 @@ def record(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def listing(run_dir: Path) -> list[str]:
-    """The files of a run folder, without those that say where it was hurt.
+    """The files of a run folder, without what depends on where it was interrupted or damaged.
 
-    A run that was told to stop saves at a step of its own, which may then be the last but one that is kept: the number
-    of checkpoints counts, and the step of the last.
+    A run that is told to stop saves at that step, and this checkpoint may still be kept at the end as the last but one.
+    So only the number of checkpoints and the step of the last are compared.
     """
     names = [str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if not p.is_dir()]
     last = f"step_{STEPS:08d}"
@@ -252,10 +252,10 @@ def listing(run_dir: Path) -> list[str]:
 
 
 def check(one: Round, unbroken: Path) -> None:
-    """The run has ended as the unbroken one.
+    """Check that the run ended as the uninterrupted one did.
 
     Raises:
-        Broken: it has not, and in what.
+        Broken: it did not; the message says what differs.
     """
     got, want = record(one.run_dir), record(unbroken)
     if got != want:
@@ -275,7 +275,7 @@ def check(one: Round, unbroken: Path) -> None:
 
 
 def make_corpus(folder: Path) -> None:
-    """The same made-up documents in every format."""
+    """Write the same made-up documents in every format."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

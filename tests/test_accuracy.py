@@ -1,4 +1,4 @@
-"""Claims about accuracy on a generated task: what is counted, by what, and what the run folder gets."""
+"""Claims about accuracy on a generated task: what is counted, by which index, and what is written to the run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims about testing on generated tasks: predictions in pieces are those of one pass, and counts are by index."""
+"""Claims about testing on generated tasks: predictions in pieces equal those of one pass; counts are by index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Oracle(nn.Module):
-    """Answers every `right`-th label of a sequence, and no other, as its task's oracle does. Needs whole sequences."""
+    """Gives the right answer (its task's oracle's) at every `right`-th label only. Needs whole sequences."""
 
     def __init__(self, task: Task, right: int = 1) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_a_sequence_without_labels_is_not_run() -> None:
 
 
 def test_logits_are_made_at_labels_only() -> None:
-    """A needle's answer is a few tokens at the end of a long text: its logits take no memory to speak of."""
+    """A needle's answer is a few tokens at the end of a long text, so its logits take almost no memory."""
     vocab, length, piece = 3000, 2048, 256
     model = small_model("sw_ovq", vocab_size=vocab).eval()
     inputs = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def test_logits_are_made_at_labels_only() -> None:
         return seen.elements
 
     weights = vocab * 32
-    assert largest(length - 1) >= piece * vocab  # the measurement can detect it
+    assert largest(length - 1) >= piece * vocab  # the measurement can detect logits everywhere
     assert largest(8) <= max(weights, piece * vocab // 8)
 
 
@@ -97,10 +97,10 @@ def test_accuracy_is_by_the_index_of_each_answer() -> None:
     task = RegressionTask(functions=4)
     inputs, targets = (part.numpy() for part in batch_of(task, 9 * 24, 5))
     predicted, indices = targets.copy(), task.indices(inputs)
-    predicted[indices == 2] += 1  # every third example is wrong
+    predicted[indices == 2] += 1  # the third example of every function is wrong
     labelled = targets != IGNORE
     one = np.flatnonzero(labelled[0] & (indices[0] == 5))[0]
-    predicted[0, one] += 1  # and one token of another
+    predicted[0, one] += 1  # and so is one token of another
     tally = answers.tally(task, inputs, targets, predicted)
     count = 5 * 4 * 4  # sequences, functions, tokens of y
     assert tally.curve() == [(i, {2: 0.0, 5: 1 - 1 / count}.get(i, 1.0), count) for i in range(1, 6)]

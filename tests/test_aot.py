@@ -34,7 +34,7 @@ def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The main path on every chip that the limits apply to, built once."""
+    """The report on the main path for every chip that the limits apply to, built once."""
     out = tmp_path_factory.mktemp("aot")
     done = run("quick=true", "targets=[sm_80,sm_90,gfx942]", f"out={out}", "jobs=1")
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr[-2000:]
@@ -93,7 +93,7 @@ def test_the_documentation_quotes_the_committed_report() -> None:
 
 
 def test_a_tile_too_large_for_the_registers_is_reported_as_spilling() -> None:
-    """The limit can fail: the same kernel with too few warps."""
+    """Shows that a limit can be broken: the same kernel with too few warps."""
     program = (
         "import dataclasses, json\n"
         "from eval.bench.aot import ENVIRONMENT, _environment, build, offences, _shipped\n"

@@ -16,7 +16,7 @@ from ovq.ops.sliding_window import sliding_window_attention
 from ovq.ops.sliding_window.chunked import banded_attention
 from tests.helpers import InsideOperators, Largest, relative_error
 
-# (T, S, H, G, K, V, window): carried keys, grouped heads, unequal widths, windows at and beyond every edge.
+# (T, S, H, G, K, V, window): carried keys, grouped heads, unequal widths, windows at and beyond every limit.
 SHAPES = [
     (40, 40, 2, 2, 16, 16, 7),
     (33, 39, 4, 1, 8, 8, 7),
@@ -115,9 +115,9 @@ def test_no_tensor_of_T_x_T_is_ever_made(window: int | None, T: int) -> None:
 
 
 def test_the_work_of_a_window_is_linear_in_T() -> None:
-    """Forward and backward: seven products of each query with a strip of keys, which is little longer than the window.
+    """Forward and backward: seven products of each query with a strip of keys only slightly longer than the window.
 
-    Counted and not timed: FLOPs of matrix products are the same on a busy machine.
+    Counted rather than timed: the FLOPs of matrix products are the same on a busy machine.
     """
     window, K = 256, 16
 
@@ -182,7 +182,7 @@ def test_the_mask_of_documents_is_made_once_for_all_layers_and_again_when_the_bo
 
 
 def test_operators_can_be_nodes_of_a_compiled_model() -> None:
-    """Torch's own check of what compilation relies on: schemas, fake shapes and strides, registered gradients."""
+    """By torch's own check of what compilation relies on: schemas, fake shapes and strides, registered gradients."""
     q, k, v, _ = inputs((70, 75, 4, 2, 8, 5), seed=7, batch=1)
     for x in (q, k, v):
         x.requires_grad_()

@@ -156,7 +156,7 @@ def test_an_operation_is_of_one_kind(operation: str, kind: str) -> None:
 
 @pytest.mark.parametrize("tokens", [8, 64, 100])
 def test_flops_of_the_operators_are_those_of_every_product(tokens: int) -> None:
-    """Counted one query or key at a time; the last chunk of 100 tokens is unfinished, so its keys are not assigned."""
+    """Counted one query or key at a time; the last chunk of 100 tokens is partial, so its keys are not assigned."""
     case = Case(batch=2, tokens=tokens, heads=3, width=16, num_centroids=24, chunk_size=8)
     L, N, dot = case.chunk_size, case.num_centroids, 2 * case.width
     forward = backward = causal = 0
@@ -201,7 +201,7 @@ def test_every_memory_has_the_capacity_of_the_demos_dictionary() -> None:
 
 
 def test_a_reader_continues_where_it_stopped() -> None:
-    """Reading in pieces, the first one twice, ends with the state and the next token of one pass."""
+    """Reading in pieces (the first one twice, as a warm-up) ends with the state and the next token of one pass."""
     plan = steps.Plan("tiny", 64, 1, 0, tuple(TINY))
     tokens = torch.randint(200, (1, 40), generator=torch.Generator().manual_seed(1))
     whole, pieces = (reading.Reader(steps.config_of("std_att", 40, plan), tokens, piece) for piece in (40, 16))

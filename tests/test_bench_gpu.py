@@ -39,8 +39,8 @@ STAND_IN = Setting(
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_short_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on the GPU, but with two repeats."""
+def a_short_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stopwatch as on the GPU, but with two repeats."""
     turns = Stopwatch.turns
     monkeypatch.setattr(Stopwatch, "turns", lambda self, calls, **_: turns(self, calls, seconds=0, least=2, most=2))
 
@@ -76,7 +76,7 @@ def in_this_process(given: dict[str, Any], found: Group, seconds: float, hear: A
 
 
 class Script:
-    """A child that does as told: per group, the tasks to go through and how each of its processes ends."""
+    """A fake child process. `ends`: per group, the task where each of its processes ends (None: the last), status."""
 
     def __init__(self, **ends: list[Any]) -> None:
         self.ends = ends
@@ -138,7 +138,7 @@ def test_a_rival_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_benchmark_needs_torch_triton_and_numpy_only(tmp_path: Path) -> None:
-    """Run here without a GPU, with and without options, and one of its processes."""
+    """Runs the command and one of its processes, without a GPU."""
     program = (
         "import json, sys\n"
         "for name in ('hydra', 'omegaconf', 'psutil', 'matplotlib', 'pyarrow', 'requests'):\n"
@@ -199,7 +199,7 @@ def test_a_task_that_hangs_is_named_and_the_rest_of_its_group_runs_in_a_new_proc
 
 
 def test_a_process_that_dies_is_followed_by_another(folder: Path) -> None:
-    """By an illegal access that it reports itself, and by a signal; one that dies at once is not tried again."""
+    """After an illegal access that it reports itself, and after a signal; the task it died in is not tried again."""
     child = Script(bar=[("rates", group.SPOILT), (None, 0)], stages=[("stages", -11)], short=[("", -6), ("", -6)])
     run = runner(folder, child)
     assert run.run() == 1
@@ -258,7 +258,7 @@ def test_a_profiler_that_fails_or_is_missing_is_no_failure(folder: Path, monkeyp
     monkeypatch.setattr(bench_gpu.shutil, "which", lambda name: name)
     run = runner(folder, Script(profile=[(None, 1)]))
     assert run.run() == 0 and "between tasks" in why(run, "profile")
-    assert runner(folder, Script(sanitizer=[(None, 9)])).run() == 1  # it found something
+    assert runner(folder, Script(sanitizer=[(None, 9)])).run() == 1  # the sanitizer found something
 
 
 @pytest.mark.parametrize("end", ["hang", "abort", "fine"])
@@ -287,7 +287,7 @@ def test_a_group_goes_on_after_an_error_and_ends_once_its_process_is_spoilt(monk
     def out_of_memory() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    def illegal() -> None:  # as a check does, which swallows the error
+    def illegal() -> None:  # like a check that swallows the error
         broken.append(True)
 
     def settle(device: torch.device) -> None:
@@ -308,7 +308,7 @@ def test_a_group_goes_on_after_an_error_and_ends_once_its_process_is_spoilt(monk
 
 
 def test_memory_is_given_back_within_the_net_that_catches_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`empty_cache` fails too after an illegal access."""
+    """After an illegal access `empty_cache` fails, too."""
 
     def fails() -> None:
         raise RuntimeError("CUDA error")

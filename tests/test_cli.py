@@ -98,7 +98,7 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert tool(argv) == status
         assert capsys.readouterr().err == f"{line}\n"
-    with pytest.raises(ZeroDivisionError):  # a fault of the program keeps its traceback
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         tool(["run=x", "bug"])
 
 
@@ -134,7 +134,7 @@ def failures(kind: type[Failure] = Failure) -> list[type[Failure]]:
 
 
 def test_every_failure_reaches_another_process_as_it_is() -> None:
-    """They are sent between ranks, and from the processes of a pool."""
+    """Failures are sent between ranks, and from the processes of a pool."""
     for module in ("data.sources", "ovq.peers", "ovq.train.checkpoint_files"):
         importlib.import_module(module)
     assert len(failures()) >= 7

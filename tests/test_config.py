@@ -72,7 +72,7 @@ def test_run_folders_are_named_by_model_size_and_seed_first_and_hide_no_setting(
     assert first.startswith("default,model=sw_nope,size=tiny,seed=2,data=text,lr=0.01,train=orpora_corpora_a.txt-")
     assert len(second) == len(first) < 120 and "_b.txt-" in second
     deep = [f"+model.mixers.ovq.x{number}='长值'" for number in range(40)]
-    assert len(run_dir_of(compose(line), [*line, *deep]).name.encode()) < 255  # the longest name of a file
+    assert len(run_dir_of(compose(line), [*line, *deep]).name.encode()) < 255  # the limit for a file name
 
 
 def test_different_settings_never_share_a_run_folder() -> None:
@@ -108,7 +108,7 @@ def test_help_names_every_group_and_setting() -> None:
 
 
 def test_a_config_stored_under_old_names_is_read_as_todays(tmp_path) -> None:
-    """A run folder made before a renaming resumes after it; a new command is told the new name."""
+    """A run folder from before a setting was renamed still resumes; an override by the old name is told the new one."""
     line = ["data=recall", "model=sw_ovq", "model.pattern=[ovq,fifo]", "+model/mixer@model.mixers.fifo=fifo"]
     today = config.to_dict(compose([*line, "model.mixers.ovq.step_size=0.5", "model.mixers.fifo.capacity=7"]))
     old = copy.deepcopy(today)

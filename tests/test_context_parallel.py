@@ -1,7 +1,7 @@
-"""Claims about sequences divided over ranks: R ranks compute what one does, whatever mixes the tokens.
+"""Claims about sequences sharded over ranks: R ranks compute what one rank does, with every mixer.
 
-Two ranks are started once for all claims (four in the slow tests): they compare every mixer with itself on whole
-sequences, then train through `train.main` like ranks under torchrun.
+Two ranks (four in the slow tests) are started once for all claims: they compare every mixer on shards with itself on
+whole sequences, then train through `train.main` like ranks under torchrun.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADS = ["model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=4"]  # two
 HANDED_OVER = sorted(set(MIXERS) - {"vq"})
 Errors = dict[str, float]
 VOCAB, ROWS, T = 31, 3, 48  # six chunks of 8; documents and chunks reach from one shard into the next
-# Not OVQ, which chooses the nearest centroid: in float32, another rounding sum may choose another one.
+# Not OVQ, which chooses the nearest centroid: in float32, a sum that rounds differently may choose another one.
 TRAIN = [
     *("model=sw_gdn", "model.num_layers=2", "model.dim=32", *HEADS, "model.ffn_dim=48"),
     *("model.mixers.sliding_window.window=7", "model.mixers.gated_deltanet.chunk_size=8"),
@@ -95,12 +95,12 @@ def errors_of(mixer: str, context: Axis, packed: bool, hand_over: bool = False, 
             block.forward = recomputed(block.forward)  # type: ignore[method-assign]
     parts = two_steps(model, context, packed, hand_over)
     assert parts.keys() == whole.keys()
-    health = model.health() if hand_over else {}  # each rank's own, of the tokens until its last
+    health = model.health() if hand_over else {}  # each rank has its own, over the tokens up to its last
     return {name: relative_error(parts[name], whole[name]) for name in whole if name not in health}
 
 
 def losses_of(model: Transformer, context: Axis) -> torch.Tensor:
-    """Losses of rows of unequal lengths, in pieces with a carried state that neither ranks nor chunks divide."""
+    """Losses of unequally long rows, in pieces with a carried state; ranks and chunks do not divide a piece evenly."""
     rows = [np.arange(length) ** 2 % VOCAB for length in (46, 31)]
     for mixer in model.mixers():
         mixer.context_axis = context
@@ -117,7 +117,7 @@ def losses_of(model: Transformer, context: Axis) -> torch.Tensor:
 
 
 def evaluated(mixer: str, context: Axis, hand_over: bool) -> Errors:
-    """Relative difference between the losses of documents that ranks share and those of one rank."""
+    """Relative difference between the losses of documents sharded over ranks and those of one rank."""
     model = model_of(mixer)
     for one in model.mixers() if hand_over else ():
         handing.hand_over(one, context)

@@ -44,7 +44,7 @@ def counted(shape: Shape, *, backward: bool) -> int:
 def test_forward_flops_equal_those_torch_counts() -> None:
     s, G, H = SHAPE, SHAPE.batch * SHAPE.kv_heads, SHAPE.batch * SHAPE.heads
     whole = s.tokens - s.tokens % SPEC.chunk_size
-    # The reference also computes the masked half of each chunk's square, and sums by a product with a one-hot matrix.
+    # The reference also computes the masked half of each chunk's square, and sums by multiplying with a one-hot matrix.
     masked = sum(tokens * tokens for _, tokens in s.chunks) - s.own_pairs
     one_hot = 2 * whole * SPEC.num_centroids * (s.K + s.V)
     ours = cost.needed_flops(s, backward=False) - G * s.tokens * (s.K + s.V)
@@ -98,7 +98,7 @@ def test_twice_the_tokens_take_at_most_2_1_times_the_work_and_memory_at_64k() ->
 
 @pytest.mark.parametrize("batch,heads", [(1, 1), (1, 8), (4, 8), (4, 16)])
 def test_the_assignments_steps_take_longer_than_its_arithmetic_and_bytes(batch: int, heads: int) -> None:
-    """So its prediction is the chain of steps and not its floor, up to about a head per multiprocessor."""
+    """So its predicted time is that of the chain of steps, not its floor, up to about one head per multiprocessor."""
     for chip in CHIPS.values():
         for N in (1024, 2048, 8192):
             shape = dataclasses.replace(BAR, batch=batch, heads=heads, kv_heads=heads, spec=OVQSpec(N))
@@ -107,7 +107,7 @@ def test_the_assignments_steps_take_longer_than_its_arithmetic_and_bytes(batch: 
 
 
 def test_the_assignment_takes_more_than_half_as_long_for_one_sequence_as_for_a_full_chip() -> None:
-    """Its chain of steps does not get shorter with the batch, which makes small batches inefficient."""
+    """Its chain of steps does not get shorter with a smaller batch, which makes small batches inefficient."""
     small = dataclasses.replace(BAR, batch=1)
     full, one = (cost.stages(s)["assign"].predicted_ms(CHIPS["h200"])[0] for s in (BAR, small))
     assert one > full / 2
@@ -118,7 +118,7 @@ def test_the_assignment_takes_more_than_half_as_long_for_one_sequence_as_for_a_f
 
 @pytest.mark.parametrize("stage", ["predict", "query_grad", "dictionary_grad", "chunk_grad"])
 def test_iterations_equal_those_that_a_launch_makes(stage: str) -> None:
-    """Walked as the kernels walk: programs, then their loops; with chunks of two tiles and an unfinished one."""
+    """Counted by walking the kernels' programs and their loops, with chunks of two tiles and a partial one."""
     s, tile = dataclasses.replace(SHAPE, spec=OVQSpec(num_centroids=20, chunk_size=16)), {"BLOCK_M": 8, "BLOCK_N": 4}
     M, N, group = 8, 4, s.heads // s.kv_heads
     programs = []
@@ -142,9 +142,9 @@ def test_iterations_equal_those_that_a_launch_makes(stage: str) -> None:
 
 def test_a_multiprocessor_holds_what_its_registers_and_shared_memory_allow() -> None:
     build = {"target": "sm_90", "registers": 255, "warps": 4, "shared": 65 * 1024}
-    assert compiled.resident(build) == 2  # of 65,536 registers
-    assert compiled.resident(build | {"registers": 128}) == 3  # of 228 KiB
-    assert compiled.resident(build | {"registers": 32, "shared": 0, "warps": 8}) == 8  # of 64 warps
+    assert compiled.resident(build) == 2  # limited by 65,536 registers
+    assert compiled.resident(build | {"registers": 128}) == 3  # limited by 228 KiB
+    assert compiled.resident(build | {"registers": 32, "shared": 0, "warps": 8}) == 8  # limited by 64 warps
     assert compiled.resident(build | {"target": "sm_80", "registers": 64, "shared": 81 * 1024}) == 2
     assert compiled.cycles(build, 100, 900) == 450 and compiled.cycles(build, 600, 900) == 600
 
@@ -154,7 +154,7 @@ def test_the_calibration_is_the_ratio_of_the_loops_rate_to_the_published_one() -
     slowed = compiled.calibration(h100.processors, h100.clock)
     build = compiled.builds()["sm_90", "fa2", "bfloat16", 64, 64, 128, "{}"]
     per_tile = compiled.cycles(build, *(build["code"][name][0] for name in ("instructions", "stalls")))
-    seconds = 1e9 / (128 * 64) * per_tile / h100.processors / h100.clock  # of a billion pairs
+    seconds = 1e9 / (128 * 64) * per_tile / h100.processors / h100.clock  # for a billion pairs
     assert 4 * 64 * 1e9 / seconds == pytest.approx(slowed * compiled.PUBLISHED_FA2) and 1 < slowed < 3
 
 
@@ -175,7 +175,7 @@ def test_every_shape_that_ships_has_a_build(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_memory_is_what_the_operators_allocate() -> None:
-    """In the backward pass, where the peak is: the sums are gone then."""
+    """In the backward pass, where memory peaks; the sums are already freed by then."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")

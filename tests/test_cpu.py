@@ -1,4 +1,4 @@
-"""Claims about the use of a CPU: waiting threads, kept memory, and bfloat16 in a lone process."""
+"""Claims about training on a CPU: idle threads, retained memory, and bfloat16 in a single process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def python(code: str, **environment: str) -> str:
 @pytest.mark.skipif(platform.system() != "Linux", reason="torch has GNU's OpenMP on Linux only")
 @pytest.mark.parametrize("first_import", ["ovq.model", "eval.bench.ops", "train, ovq.train.loop"])
 def test_idle_threads_sleep_unless_the_user_decides(first_import: str) -> None:
-    """GNU's OpenMP says at its start which settings it took."""
+    """GNU's OpenMP prints at startup which settings are in effect."""
     shown = python(f"import {first_import}; import torch", OMP_DISPLAY_ENV="verbose")
     assert "GOMP_SPINCOUNT = '1000'" in shown
     own = python(f"import {first_import}; import torch", OMP_DISPLAY_ENV="verbose", OMP_WAIT_POLICY="active")
@@ -57,8 +57,8 @@ def test_freed_memory_is_kept(kept: bool) -> None:
         "late = [more() for _ in range(12)][4:]\n"
         "print(min(late), max(late))"
     )
-    # The step allocates about thirty times 4,096 pages (or 8 large ones). Where the pieces of freed memory lie differs
-    # from process to process: with the setting, a late step may still need a new one, and without it one may need none.
+    # A step makes about thirty allocations of 4,096 pages (or 8 huge ones). How freed memory is fragmented differs from
+    # process to process: with the setting, a late step may still need new pages, and without it one may need none.
     least, most = map(int, python(code).split())
     assert least < 50 if kept else most > 50
 
@@ -70,7 +70,7 @@ def test_auto_takes_bf16_only_where_its_products_are_much_faster(
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
     def seconds(dtype: torch.dtype) -> float:
-        assert setting.fp32_precision == "none"  # or float32's products would be measured in bfloat16
+        assert setting.fp32_precision == "none"  # or float32 products would be measured in bfloat16
         return 1.0 if dtype == torch.bfloat16 else ratio
 
     monkeypatch.setattr(cpu, "_seconds", seconds)
@@ -119,7 +119,7 @@ def test_recomputation_in_bf16_changes_nothing(recompute: str, tmp_path: Path) -
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Rounds the factors of every float32 product to bfloat16, as oneDNN does on a processor with AMX."""
+    """Rounds the operands of every float32 matrix product to bfloat16, as oneDNN does on a processor with AMX."""
 
     PRODUCTS = {"mm": 2, "bmm": 2, "addmm": 2, "addmm_": 2, "baddbmm": 2, "baddbmm_": 2}
     rounded = 0

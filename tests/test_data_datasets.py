@@ -1,4 +1,4 @@
-"""Claims about data=datasets: whatever `datasets` opens is read by random access, resumes exactly and is identified."""
+"""Claims about data=datasets: what `datasets` opens is read by random access, resumes exactly and is fingerprinted."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_fingerprint_is_of_the_documents_not_of_the_cache(books: Path, cache
     cfg = of(books / "json/train.jsonl")
     first = loader(cfg).state_dict()
     shutil.rmtree(cache)
-    loader(cfg, state=first)  # makes the cache again
+    loader(cfg, state=first)  # rebuilds the cache
     copy = write_jsonl(tmp_path / "copy.jsonl", DOCUMENTS)
     assert loader(of(copy)).fingerprint == first["fingerprint"]
     write_jsonl(copy, [DOCUMENTS[0], "x" + DOCUMENTS[1][1:], *DOCUMENTS[2:]])

@@ -118,7 +118,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def both_ways(pattern: Path, words: str, capsys: pytest.CaptureFixture[str], left: int) -> None:
-    """With on_bad_shard=error it fails with `words`; with "skip" it is printed and counted, and the rest is read."""
+    """on_bad_shard=error raises an error with `words`; "skip" prints and counts the shard, and reads the rest."""
     with pytest.raises(ConfigError, match=words) as error:
         loader(parquet(pattern))
     assert "\n" not in str(error.value) and "data.on_bad_shard=skip" in str(error.value)
@@ -315,7 +315,7 @@ def test_held_out_documents_are_long_enough_and_in_file_order(shards: Path) -> N
 
 
 def test_only_rank_0_looks_up_files_and_its_errors_reach_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`on_main`, in which the loader opens files, with one process in both roles: rank 0 sends, rank 1 receives."""
+    """`on_main`, which the loader uses to open files, with one process in both roles: rank 0 sends, rank 1 receives."""
     import torch.distributed as dist
 
     from ovq.processes import on_main

@@ -1,4 +1,4 @@
-"""Claims about mixtures: the source of each row is a pure function of its number, in exact shares, and runs resume."""
+"""Claims about mixtures: each row's source is a pure function of its number, shares are exact, and runs resume."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ from ovq.train.metrics import read_rows
 from tests.data_helpers import LENGTHS, config, loader, steps, text_of, tokens_of, write_jsonl, write_parquet
 from tests.training import VOCAB, trainer_for
 
-ALPHABETS = {"upper": 1, "lower": 2}  # by seed; texts of "upper" are in capitals
-
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,7 +48,7 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mixture(books: Path, *overrides: str, upper: float = 0.7, lower: float = 0.3) -> Config:
-    """A mixture of a Parquet file in capitals and a JSON-lines file in small letters."""
+    """A mixture of a Parquet file in upper case and a JSON-lines file in lower case."""
     files = {"upper": ("parquet", "parquet", upper), "lower": ("jsonl", "jsonl", lower)}
     parts = [
         f"{name}: {{data: {kind}, train: [{books}/{name}-train.{end}], validation: [{books}/{name}-validation.{end}], "
@@ -61,7 +59,7 @@ def mixture(books: Path, *overrides: str, upper: float = 0.7, lower: float = 0.3
 
 
 def dictionary(cfg: Config) -> str:
-    """A mixture's training data as one would type them."""
+    """A mixture's training data, as typed on the command line."""
     parts = [
         f"{name}: {{data: {source.kind}, train: [{','.join(source.train)}], weight: {source.weight}}}"
         for name, source in cfg.data.mixture.items()
@@ -70,7 +68,7 @@ def dictionary(cfg: Config) -> str:
 
 
 def names_of(inputs: torch.Tensor) -> list[str]:
-    """The source of each row, by its letters alone."""
+    """The source of each row, judged by the case of its letters."""
     rows = ["".join(chr(i) for i in row if i < 256) for row in inputs.tolist()]
     return ["upper" if row.upper() == row and row.lower() != row else "lower" for row in rows]
 
@@ -266,7 +264,7 @@ def test_a_tokenizer_is_trained_on_all_sources_in_their_shares(books: Path, tmp_
 
 
 class Mixed:
-    """A loader whose rows are of two sources: of one, the first half has no label."""
+    """A loader whose rows come from two sources; in rows of the second, the first half has no labels."""
 
     micro_batches_per_step = 2
 

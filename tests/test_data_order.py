@@ -1,4 +1,4 @@
-"""Claims about the order of tokens: a pure function gives those of step n, and a resumed run keeps its place."""
+"""Claims about the order of tokens: those of step n are a pure function, and a resumed run keeps its place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ovq.errors import ConfigError
 from tests.data_helpers import LENGTHS, config, loader, steps, texts, tokens_of, write_jsonl
 
 SEPARATOR = 256
-FIRST = 12  # steps compared; 13 documents of 426 bytes in total make an epoch of about 7
+FIRST = 12  # steps compared; an epoch of 13 documents, 426 bytes in total, takes about 7
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_lanes_also_resume_through_torchdatas_own_state(workers: int) -> None:
 
 
 def test_counts_equal_those_of_the_text(tmp_path: Path) -> None:
-    """One lane over documents that fill its row exactly: one row is an epoch."""
+    """One lane whose row the documents fill exactly, so that one row is an epoch."""
     documents = ["caf\u00e9 au lait", "", "one two  three\nfour", "x", "fi\ufb01"]
     pairs = sum(len(text.encode()) + 1 for text in documents if text)
     path = write_jsonl(tmp_path / "a.jsonl", documents)

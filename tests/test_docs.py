@@ -1,4 +1,4 @@
-"""What the documentation shows is true: its examples run, the paths and commands it names exist."""
+"""What the documentation shows is true: its examples run, and the paths and commands it names exist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ QUICK = [
 
 
 def blocks(text: str, language: str) -> dict[str, str]:
-    """Fenced code of a language: the rest of its opening line -> the code."""
+    """Fenced code blocks in a language: the rest of the opening line -> the code."""
     found = re.findall(rf"^```{language} ?([^\n]*)\n(.*?)^```$", text, flags=re.M | re.S)
     return {title or str(i): code for i, (title, code) in enumerate(found)}
 
@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def run(line: str, folder: Path) -> list[float]:
-    """Run a documented train.py command in the folder, made small; the losses of its steps."""
+    """Run a documented train.py command in the folder at a small size; returns the losses of its steps."""
     words = shlex.split(line)
     settings = words[words.index("train.py") + 1 :]
     env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
@@ -180,7 +180,7 @@ def documented(heading: str, text: str) -> list[str]:
 
 
 def test_every_field_of_a_run_folder_is_documented(folder: Path) -> None:
-    """metrics.jsonl of a run with everything on has the documented keys and no others; so have the tables."""
+    """metrics.jsonl of a run with everything enabled has the documented keys and no others; so do the tables."""
     text = (ROOT / "docs" / "run-folder.md").read_text()
     books = "a: {data: jsonl, train: [books/train-0.jsonl], validation: [books/held-out.jsonl], weight: 0.5}"
     run(

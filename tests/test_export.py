@@ -1,4 +1,4 @@
-"""Claims about exported models: transformers computes what we do, with this package and without it, and back again."""
+"""Claims about exported models: transformers gives our results with or without this package, and they load back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PROMPTS = ["It was a dark", "Once", "and a much longer prompt, read in pieces"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained run whose weights are large, so that its logits tell one token from another."""
+    """An untrained run with large weights, so that its logits clearly differ between tokens."""
     return run_folder(tmp_path_factory.mktemp("run"), "sw_ovq", TEXTS, "model.init_std=0.3", steps=(2, 3))
 
 
@@ -60,7 +60,7 @@ def imported(file: Path) -> ModuleType:
 
 
 def flat_model(model: str, folder: Path, *overrides: str) -> tuple[Any, Any]:
-    """(one of our models in float64, the same as the modelling file of an export has it)."""
+    """(one of our models in float64, the same model built from an export's modelling file)."""
     cfg, own = small_config(model, *overrides), small_model(model, "model.init_std=0.3", *overrides).double().eval()
     from ovq.hf import OVQConfig
 
@@ -77,7 +77,7 @@ def flat_model(model: str, folder: Path, *overrides: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("mixer", MIXERS)
 @torch.no_grad()
 def test_one_file_computes_what_the_package_does_with_any_mixer(mixer: str, tmp_path: Path) -> None:
-    """In one pass, in pieces of any length with the cache, and with padding on the left, which no state may see."""
+    """In one pass, in pieces of any length with the cache, and with left padding, which must not affect any state."""
     alone = mixer == "sliding_window"
     pair = [] if alone else [f"+model/mixer@model.mixers.{mixer}={mixer}", f"model.pattern=[{mixer},sliding_window]"]
     own, flat = flat_model("sw", tmp_path, *pair)
@@ -134,7 +134,7 @@ def test_what_cannot_be_put_into_one_file_is_an_error(tmp_path: Path, monkeypatc
     )
     monkeypatch.setattr(source, "ROOT", tmp_path)
     names: dict[str, Any] = {}
-    exec(flatten.flatten([("ovq.high", "forward")], ""), names)  # names that are used twice are told apart
+    exec(flatten.flatten([("ovq.high", "forward")], ""), names)  # names that are used twice are kept distinct
     assert names["forward"](0.5) == 1 + 2 * __import__("math").sin(0.5)
     (package / "high.py").write_text("from ovq import low\n\n\ndef forward(x):\n    return [low]\n")
     with pytest.raises(flatten.FlattenError, match="high.py:5: the module low is used as a value"):
@@ -159,7 +159,7 @@ with torch.no_grad():
 
 
 def greedy(run: Path) -> list[list[int]]:
-    """What our own tools continue each prompt with."""
+    """Our own model's greedy continuation of each prompt: 12 token ids."""
     model, texts = ovq.load(run, precision="fp32"), []
     for prompt in PROMPTS:
         ids = [model.tokenizer.separator_id, *prompt.encode()]
@@ -176,7 +176,7 @@ def test_an_environment_without_this_package_gets_the_same_bits_and_texts(
 ) -> None:
     tokens = torch.randint(250, (2, 300), generator=torch.Generator().manual_seed(0))
     torch.save(tokens, tmp_path / "tokens")
-    # -S leaves the .pth files aside, by which this package is installed.
+    # -S ignores .pth files, through which this package is installed.
     command = [sys.executable, "-S", "-c", f"PROMPTS = {PROMPTS}{WITHOUT}", str(exported), str(tmp_path / "tokens")]
     paths = {"PYTHONPATH": sysconfig.get_path("purelib"), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=os.environ | paths, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -184,7 +184,7 @@ def test_an_environment_without_this_package_gets_the_same_bits_and_texts(
     theirs = torch.load(tmp_path / "tokens")
     assert torch.equal(theirs["logits"], ovq.load(run, precision="fp32").module(tokens).logits)
     assert theirs["made"].tolist() == greedy(run)
-    # What it saved again is an export too.
+    # What its save_pretrained wrote is an export too.
     assert (tmp_path / "tokens_again" / "modeling_ovq.py").is_file()
     again = ovq.load(tmp_path / "tokens_again", precision="fp32")
     assert torch.equal(again.module(tokens).logits, theirs["logits"])
@@ -192,7 +192,7 @@ def test_an_environment_without_this_package_gets_the_same_bits_and_texts(
 
 @pytest.fixture(scope="module")
 def registered(exported: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) by the classes of this package."""
+    """(model, tokenizer) of the export, loaded with this package's classes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import ovq.hf
@@ -209,13 +209,13 @@ def test_generate_gives_our_texts_however_it_is_batched_and_searched(run: Path, 
     width = inputs.input_ids.shape[1]
     made = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert made[:, width:].tolist() == greedy(run)
-    # Another turn goes on from the cache of the first.
+    # A second call continues from the cache of the first.
     first = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     cache = first.cache
     mask = torch.cat([inputs.attention_mask, inputs.attention_mask.new_ones(3, 6)], dim=1)
     more = model.generate(first.sequences, attention_mask=mask, cache=cache, max_new_tokens=6, do_sample=False)
     going = [row for row in range(3) if model.config.eos_token_id not in made[row, width : width + 6].tolist()]
-    assert len(going) > 1 and torch.equal(more[going], made[going])  # the others had ended
+    assert len(going) > 1 and torch.equal(more[going], made[going])  # the other rows had already ended
     beams = [
         model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=use) for use in (True, False)
     ]
@@ -293,7 +293,7 @@ def test_the_exported_tokenizer_gives_our_ids(kind: str, sentencepiece_model: by
     made.save_pretrained(tmp_path)
     fast = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     texts = [prose(300, 1), *SPECIAL, "", " ", "\n\n  \n", "  a  b ", "\u65e5\u672c \U0001f9ea", "<unk>a<0x0A>b<s>"]
-    odd = {"<document>"} if kind == "byte" else {"<document>", "\u2581"}  # as the card says
+    odd = {"<document>"} if kind == "byte" else {"<document>", "\u2581"}  # as the model card says
     for text in texts:
         ids = own.encode(text).tolist()
         assert fast.decode(ids) == own.decode(ids) == text
@@ -304,7 +304,7 @@ def test_the_exported_tokenizer_gives_our_ids(kind: str, sentencepiece_model: by
     assert fast.padding_side == "left" and len(fast) == own.vocab_size
 
 
-# --- back again ------------------------------------------------------------------------------------------------------
+# --- loading an export -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Claims about the command line: it takes the paths that exist, shows every setting, and options of one's own."""
+"""Claims about the command line: it accepts any path, shows every setting, and takes user-defined options."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_a_pattern_in_runs_stands_for_the_run_folders_it_matches(
     assert out.stat().st_size > 1000
 
 
-# --- options of one's own --------------------------------------------------------------------------------------------
+# --- user-defined options --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A config directory with an option of every kind that a user adds."""
+    """A config directory with one option of every kind that a user can add."""
     files = {
         "model/mine.yaml": "defaults:\n  - size: small\n  - mixer@mixers.near: near\nname: mine\npattern: [near]\n",
         "model/size/small.yaml": "# @package model\nsize: small\nnum_layers: 1\ndim: 32\nnum_heads: 2\n"
@@ -134,13 +134,13 @@ def test_a_config_directory_that_is_wrong_is_one_line(own: Path) -> None:
 
 
 def programs() -> list[str]:
-    """The modules that `python -m` runs."""
+    """The modules that can be run with `python -m`."""
     files = [ROOT / "train.py", *(f for room in ("ovq", "data", "eval", "launch") for f in (ROOT / room).rglob("*.py"))]
     named = [file for file in files if file.name == "__main__.py" or 'if __name__ == "__main__"' in file.read_text()]
     return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in named]
 
 
-NO_COMMAND = {  # set-up, children of other programs, and other names of the same
+NO_COMMAND = {  # set-up, child processes of other programs, and aliases
     *("launch.install", "launch.lock", "launch.__main__", "ovq.__main__", "eval.bench.gpu.__main__"),
     *("ovq.ops.ovq_attention.verify", "eval.bench.gpu.group"),
 }

@@ -1,4 +1,4 @@
-"""Claims about data under faults: no process is left, no wait is endless, no changed file is read in silence."""
+"""Claims about data under faults: no process is left behind, no wait is endless, no changed file is silently read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ovq.config import Config
 from tests.data_helpers import config, loader, steps, text_of, tokens_of, write_jsonl, write_parquet
 from tests.faults import Fault, children_of, command, running, truncate, wait_until
 
-LONG = 1 << 17  # tokens in a row that does not fit into a pipe
+LONG = 1 << 17  # tokens per row: more than fits into a pipe's buffer
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def workers() -> list[Any]:
 
 
 def command_of(books: Path, run_dir: Path, faults: list[Fault], *overrides: str) -> list[str]:
-    """A run whose loader has one worker, a few rows ahead of the trainer."""
+    """The command of a run whose loader has one worker, a few rows ahead of the trainer."""
     settings = [
         "data=parquet", f"data.train=[{books}]", "model/size=tiny", "model.num_layers=1", "model.dim=32",
         "trainer.device=cpu", "trainer.context=2048", "trainer.global_batch=1", "trainer.micro_batch=1",
@@ -91,7 +91,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method,platform", [("fork", sys.platform), ("spawn", sys.platform), ("fork", "another")])
 def test_a_child_dies_with_its_parent_whatever_it_waits_for(tmp_path: Path, method: str, platform: str) -> None:
-    """By the kernel, or by a watching thread; siblings hold each other's pipes open, which must not keep them alive."""
+    """Killed by the kernel or a watching thread, even though siblings hold each other's pipes open."""
     (tmp_path / "orphan.py").write_text(ORPHAN)
     parent = subprocess.Popen(
         [sys.executable, str(tmp_path / "orphan.py"), method, platform],
@@ -100,7 +100,7 @@ def test_a_child_dies_with_its_parent_whatever_it_waits_for(tmp_path: Path, meth
     assert parent.stdout is not None
     children = [int(parent.stdout.readline()) for _ in range(2)]
     for child in children:
-        os.kill(child, signal.SIGTERM)  # ignored: it reaches every process of a job
+        os.kill(child, signal.SIGTERM)  # workers ignore it: it reaches every process of a job
     parent.kill()
     parent.wait()
     wait_until(lambda: gone(children), 10)
@@ -130,7 +130,7 @@ def test_a_stopped_worker_is_ended_with_the_loader(books: Path, context: int) ->
 
 
 def stop_worker(made: Any) -> Any:
-    """An iterator past the first step whose only worker has been stopped, in the middle of sending a long row."""
+    """(an iterator after two steps, its only worker); the worker has been stopped, with long rows while sending one."""
     batches = iter(made)
     list(islice(batches, 2 * made.micro_batches_per_step))
     (worker,) = workers()
@@ -221,7 +221,7 @@ def test_a_run_whose_worker_hangs_saves_on_sigterm_and_resumes(books: Path, tmp_
     assert "has delivered nothing for 2 s (trainer.timeout_s) while making row 8 of lane 0" in lines[-1]
 
 
-# --- files that change under a run -----------------------------------------------------------------------------------
+# --- files that change during a run ----------------------------------------------------------------------------------
 
 
 def write_shard(kind: str, path: Path, letter: str) -> Path:
@@ -242,7 +242,7 @@ def replace(kind: str, path: Path, letter: str) -> None:
 def overwrite(kind: str, path: Path, letter: str) -> None:
     path.write_bytes(write_shard(kind, path.with_suffix(".new"), letter).read_bytes())
     path.with_suffix(".new").unlink()
-    os.utime(path, (1, 1))  # another time than before, however coarse the clock of the file system
+    os.utime(path, (1, 1))  # a different mtime, however coarse the file system's clock
 
 
 def reading(kind: str, folder: Path, *overrides: str) -> Any:
@@ -251,7 +251,7 @@ def reading(kind: str, folder: Path, *overrides: str) -> Any:
     files = f"data.train=[{folder}/a.{kind},{folder}/b.{kind}]"
     made = loader(config(f"data={kind}", files, "data.num_workers=0", "data.shuffle=false", *overrides))
     batches = iter(made)
-    next(batches)  # both kinds of shards: one that is open already and one that is not
+    next(batches)  # now one shard is open and the other is not
     return batches
 
 
@@ -262,7 +262,7 @@ def reading(kind: str, folder: Path, *overrides: str) -> Any:
 def test_a_shard_that_changes_in_mid_run_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, bad_shard: str, name: str, change: Any
 ) -> None:
-    """Not a single wrong token is handed out, whether the shard was open or not, replaced or overwritten."""
+    """Not a single wrong token is returned, whether the shard was open or not, replaced or overwritten."""
     monkeypatch.setattr("data.corpus._OPEN_FILES", 1)
     batches = reading(kind, tmp_path, f"data.on_bad_shard={bad_shard}")
     change(kind, tmp_path / f"{name}.{kind}", "z")
@@ -292,7 +292,7 @@ def test_a_shard_cut_short_in_mid_run_is_refused_by_name(tmp_path: Path) -> None
 def test_a_prepared_part_replaced_in_mid_run_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records and tokens of another preparation fit each other, so only the record's own hash can tell."""
+    """Records and tokens of another preparation match each other, so only the records' own hash reveals the change."""
     monkeypatch.setattr("data.prepared._OPEN_PARTS", 1)
     for name in "ab":
         source = write_jsonl(tmp_path / f"{name}.jsonl", [name * 40, name * 40])

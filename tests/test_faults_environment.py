@@ -1,4 +1,4 @@
-"""Claims about where a run finds itself: a busy machine, a folder with names of ours, no launcher."""
+"""Claims about a run's environment: a busy machine, folders with our packages' names, no launcher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, most: int, busy: float) -> None:
-    """A machine of `most` cores, of which a share is busy."""
+    """Simulate a machine with `most` cores, of which a fraction `busy` is in use."""
     torch.set_num_threads(most)
     monkeypatch.setattr(cpu, "cores", lambda: most)
     monkeypatch.setattr(os, "cpu_count", lambda: most)
@@ -61,7 +61,7 @@ def test_what_the_user_chooses_stands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_keeps_its_number_of_threads_when_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another number would round sums differently, and the losses would not be the same to the last bit."""
+    """Another number would round sums differently, so the losses would not be bit-identical."""
     first, second = compose(["seed=1"]), compose(["seed=1"])
     machine(monkeypatch, 4, 0.5)
     train.choose_threads(first, tmp_path)

@@ -1,4 +1,4 @@
-"""Claims about the files that are given as data: they are looked at, whatever they are called and wherever they lie."""
+"""Claims about data files: their content is inspected, whatever their names and wherever they are."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_compressed_files_are_read_at_random_whatever_they_are_called(tmp_path: 
     whole = write_jsonl(tmp_path / "plain.jsonl", texts()).read_bytes()
     half = len(whole.splitlines(keepends=True)) // 2
     parts = whole.splitlines(keepends=True)
-    content = COMPRESS[name](b"".join(parts[:half])) + COMPRESS[name](b"".join(parts[half:]))  # two streams in a row
+    content = COMPRESS[name](b"".join(parts[:half])) + COMPRESS[name](b"".join(parts[half:]))  # two joined streams
     for called in (f"a.jsonl.{name}", f"a.JSONL.{name.upper()}", "a.jsonl"):
         folder = tmp_path / called.replace(".", "_")
         folder.mkdir()

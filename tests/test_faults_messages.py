@@ -1,4 +1,4 @@
-"""Claims about messages on data: one short line with the file, the line, what is wrong and what to do about it."""
+"""Claims about error messages on data: one short line with the file, line, what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GOOD = b'{"text": "one", "title": "t"}\n'
 
 
 def said(kind: str, path: Path, *overrides: str) -> str:
-    """What reading all documents of a file ends with."""
+    """The message of the error that reading all documents of a file raises."""
     with pytest.raises(Failure) as error:
         corpus = build_corpus(config(f"data={kind}", f"data.train=[{path}]", *overrides), "train")
         for index in range(len(corpus)):

@@ -51,7 +51,7 @@ TASK = [
     *("trainer.progress=false", "trainer.checkpoint_every=1", "optim.lr=1e-2", "optim.warmup_steps=1"),
 ]
 RUN = ["model=sw", *TINY, *TASK]
-VOCAB = 21  # of this task
+VOCAB = 21  # vocabulary size of TASK
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -79,7 +79,7 @@ def trained(run_dir: Path, steps: int, *overrides: str, **how: Any) -> Path:
 
 
 def seal(path: Path) -> None:
-    """Write a checkpoint's manifest anew, as someone who tampers with it would."""
+    """Rewrite a checkpoint's manifest, as someone who tampers with the checkpoint would."""
     written = json.loads((path / "manifest.json").read_bytes())
     files = {k: v for name in written["files"] for k, v in fingerprints(path, name).items()}
     write_manifest(path, written["step"], files, written["seconds"])
@@ -99,11 +99,11 @@ def recall_run(tmp_path: Path) -> Path:
     return run_dir
 
 
-# --- what is loaded is data ------------------------------------------------------------------------------------------
+# --- only data is loaded ---------------------------------------------------------------------------------------------
 
 
 class Trap:
-    """Unpickling it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, made: Path) -> None:
         self.made = made
@@ -127,7 +127,7 @@ def extra_trap(run_dir: Path, made: Path) -> Path:
 
 
 def value_trap(run_dir: Path, made: Path) -> Path:
-    """In the place of a value of the optimizer, which PyTorch's own planner unpickles without restriction."""
+    """A trap in place of an optimizer value, which PyTorch's own planner unpickles without restriction."""
     model = small_model("sw", *RUN, vocab_size=VOCAB)
     model_state, optimizer_state = get_state_dict(model, torch.optim.AdamW(model.parameters()))
     moments = next(iter(optimizer_state["state"].values()))
@@ -145,7 +145,7 @@ def test_a_trap_in_a_checkpoint_is_refused_by_name_at_resume_and_nothing_runs(
     seal(folder(recall_run, 1))
     model = small_model("sw", *RUN, vocab_size=VOCAB)
     path = choose(recall_run)
-    assert path is not None  # the sums are right: only reading can tell
+    assert path is not None  # the checksums match: only reading the file reveals the trap
     with pytest.raises(CheckpointError, match=rf"{re.escape(str(file))} names (posix|os)\.mkdir"):
         checkpoint.load(path, model, torch.optim.AdamW(model.parameters()))
     assert not made.exists()
@@ -189,12 +189,12 @@ def test_a_manifest_of_another_shape_is_damage(recall_run: Path) -> None:
             verify(folder(recall_run, 1))
 
 
-# --- classes that a stored config names ------------------------------------------------------------------------------
+# --- classes named by a stored config --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run folder whose config names a mixer of a module on the import path, which leaves a trace when imported."""
+    """A run folder whose config names a mixer of an outside module on the import path; importing it leaves a trace."""
     outside, run_dir = tmp_path / "outside", tmp_path / "run"
     outside.mkdir()
     trace = f"import pathlib\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\n"
@@ -275,7 +275,7 @@ def test_a_run_folder_among_the_packages_is_not_ours(tmp_path: Path, monkeypatch
     assert is_ours("data.mine.Task", run_dir)
     assert not is_ours("data.runs.evil.Task", run_dir)
     (run_dir / "__init__.py").unlink()
-    assert not is_ours("data.runs.evil.Task", tmp_path / "another run")  # not a package of ours
+    assert not is_ours("data.runs.evil.Task", tmp_path / "another run")  # not one of our packages
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_text_from_the_environment_is_stored_as_written(tmp_path: Path, monkeypa
     stored = config.save(cfg, tmp_path).read_text()
     assert "hf_secret" not in stored and "${oc.env:HF_TOKEN}" in stored and "hf_secret" not in str(config.to_dict(cfg))
     assert config.to_dict(cfg)["logger"]["tags"] == ["${oc.env:TEAM}", "default"]
-    assert config.to_dict(cfg)["seed"] == 7  # a number is no secret, and decides what is computed
+    assert config.to_dict(cfg)["seed"] == 7  # a number is no secret, and affects the results
     made = config.load(tmp_path)
     assert identity.changed(made, cfg) == []
     assert list(made.logger.tags) == ["${oc.env:TEAM}", "default"]
@@ -425,7 +425,7 @@ def test_a_requeued_branch_in_its_own_folder_goes_on_from_what_it_made(tmp_path:
         "aside_step_00000003",
         "aside_step_00000004",
     ]
-    # Also once the checkpoint it branched from has been removed, as keep_last does; and in another place.
+    # The same after the checkpoint it branched from is removed, as keep_last does, and after the run is moved.
     shutil.rmtree(folder(run_dir, 1))
     shutil.rmtree(folder(run_dir, 2))
     assert choose(run_dir, resume) == folder(run_dir, 3)
@@ -453,7 +453,7 @@ def test_a_branch_killed_before_its_first_checkpoint_starts_from_its_origin_agai
 def test_a_branch_never_falls_back_to_another_history(tmp_path: Path) -> None:
     run_dir, other = trained(tmp_path / "run", 4), trained(tmp_path / "other", 3, "seed=1")
     trained(other, 5, resume=str(folder(run_dir, 3)))
-    assert steps_on_disk(other) == [4, 5]  # its own, of another history, were set aside
+    assert steps_on_disk(other) == [4, 5]  # its own checkpoints, from another history, were set aside
     for step in (4, 5):
         faults.truncate(folder(other, step) / "extra.pt", 10)
     assert choose(other) == folder(run_dir, 3)
@@ -508,10 +508,10 @@ def test_lines_missing_from_the_metrics_are_reported(tmp_path: Path, capsys: pyt
     assert "8 step(s) up to step 20 have no line (5, 6, 7, 8, 9, ...)" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 20, "eval/loss": 1.0}\n{"step": 21, "lo')
     Metrics(tmp_path, small_config("sw"), start_step=20).close()
-    assert capsys.readouterr().err == ""  # a last line that a kill has cut short is expected
+    assert capsys.readouterr().err == ""  # a last line cut short by a kill is expected
 
 
-# --- what is not finite is not saved ---------------------------------------------------------------------------------
+# --- non-finite states are not saved ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -550,7 +550,7 @@ def test_large_finite_weights_are_saved(tmp_path: Path) -> None:
 def test_the_advice_after_a_divergence_can_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = tmp_path / "default,lr=1e-2"  # a name as train.py makes them
+    run_dir = tmp_path / "default,lr=1e-2"  # a name like those that train.py generates
     line = [*RUN, "trainer.steps=4"]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "lr_at", lambda step, cfg: 1e38 if step > 2 else 1e-2)
@@ -561,7 +561,7 @@ def test_the_advice_after_a_divergence_can_be_followed(
     new = tmp_path / "new"
     assert train.main([*line, "optim.lr=1e-3", resume, f"run_dir={new}"]) == 0, capsys.readouterr().err
     assert [row["step"] for row in read_rows(new / "metrics.jsonl")] == [3, 4]
-    assert train.main([*line, "trainer.nonfinite=skip", f"run_dir='{run_dir}'"]) == 0  # the other way it names
+    assert train.main([*line, "trainer.nonfinite=skip", f"run_dir='{run_dir}'"]) == 0  # the error's other suggestion
 
 
 # --- repaired at the next start --------------------------------------------------------------------------------------
@@ -579,7 +579,7 @@ def test_a_kill_between_rename_and_link_is_repaired_at_the_next_start(tmp_path: 
     root = tmp_path / "checkpoints"
     assert steps_on_disk(tmp_path) == [2, 3] and os.readlink(root / "latest") == "step_00000002"
     (root / "latest").unlink()
-    (root / "latest").symlink_to("step_00000001")  # older still: it dangles
+    (root / "latest").symlink_to("step_00000001")  # older still, and dangling
     assert choose(tmp_path, keep_last=1) == folder(tmp_path, 3)
     assert steps_on_disk(tmp_path) == [3] and os.readlink(root / "latest") == "step_00000003"
 
@@ -601,7 +601,7 @@ def test_temporary_files_of_killed_writers_are_removed_and_those_of_living_ones_
         choose(run_dir)
         assert (run_dir / "plots" / name).exists()
         process.kill()
-    (run_dir / "metrics.jsonl.0123abcd.tmp").touch()  # by an earlier version: no writer in its name
+    (run_dir / "metrics.jsonl.0123abcd.tmp").touch()  # from an earlier version: its name has no writer
     (run_dir / "mine.tmp").touch()
     choose(run_dir)
     assert sorted(path.name for path in run_dir.rglob("*.tmp")) == ["metrics.jsonl.0123abcd.tmp", "mine.tmp"]
@@ -661,7 +661,7 @@ def test_a_checkpoint_that_is_being_evaluated_is_not_removed_by_the_trainer(reca
 def test_a_checkpoint_removed_while_it_is_chosen_gives_way_to_the_newer_one(
     recall_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """keep_last=1: between looking and locking, the trainer finishes its next one and removes the one seen."""
+    """keep_last=1: between finding and locking, the trainer saves its next checkpoint and removes the one found."""
     model = small_model("sw", *RUN, vocab_size=VOCAB)
 
     @contextlib.contextmanager
@@ -680,7 +680,7 @@ def test_a_checkpoint_removed_while_it_is_chosen_gives_way_to_the_newer_one(
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
     recall_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inference, "load_run", None)  # the work
+    monkeypatch.setattr(inference, "load_run", None)  # the work: calling it would fail
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:

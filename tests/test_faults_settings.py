@@ -1,4 +1,4 @@
-"""Claims about settings: they are checked by type and by meaning, before anything is loaded, in one line."""
+"""Claims about settings: type and meaning are checked before anything is loaded, and errors are one line long."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_zero_means_never() -> None:
     assert [step for step in range(1, 9) if due(step, 3)] == [3, 6]
 
 
-# --- every setting there is ------------------------------------------------------------------------------------------
+# --- every setting ---------------------------------------------------------------------------------------------------
 
 
 def leaves(schema: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -1,6 +1,6 @@
 """Claims about runs whose signals, output or peers fail: nothing saved is lost, and one line says what happened.
 
-Faults are injected at a named moment (tests/faults.py), never after a time.
+Faults are injected at a named moment (tests/faults.py), never after a delay.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def train_alone(run_dir: Path, *planned: Fault, **how: Any) -> subprocess.Comple
 
 
 class Ranks:
-    """A job of several ranks without a launcher; whatever is left of it is killed at the end."""
+    """A job of several ranks without a launcher; processes still running at the end are killed."""
 
     def __init__(self, folder: Path, processes: int, *planned: Fault) -> None:
         self.run_dir, self.logs = folder / "run", folder / "logs"
@@ -70,7 +70,7 @@ class Ranks:
             process.wait()
 
     def error(self, rank: int) -> str:
-        """The only line that is an error in what a rank printed, once it has exited with status 1."""
+        """The only error line in a rank's output, once it has exited with status 1."""
         status = self.processes[rank].wait(timeout=120)
         text = (self.logs / f"{rank}.log").read_text()
         assert status == 1, text

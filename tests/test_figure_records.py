@@ -1,4 +1,4 @@
-"""Claims about what a figure takes from earlier work: only results of the same settings and text, and never fewer."""
+"""Claims about what a figure reuses from earlier work: only results for the same settings and text, and never fewer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT, LONG = declare.Test(128, 20), declare.Test(256, 20)
 
 
 class Known(Accuracy):
-    """Tests whose outcome is given, on a text whose fingerprint is given."""
+    """A measure with given test results, on text with a given fingerprint."""
 
     def __init__(self, fingerprint: str, **found: float) -> None:
         self.fingerprint, self.found = fingerprint, found

@@ -1,4 +1,4 @@
-"""Claims about the figures: rates are chosen on other sequences, runs are shared, and what is missing is named."""
+"""Claims about the figures: rates are chosen on separate sequences, runs are shared, and missing results are named."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Ended:
 
 @pytest.fixture
 def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains in this process, which takes a tenth of the time of a fresh one."""
+    """Trains in this process, which takes a tenth of the time that a new process takes."""
 
     def start(job: sweep.Job, slot: list[int], at_once: int) -> Ended:
         job.status = "running"
@@ -97,7 +97,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Contents of the runs' metrics, by run folder: a run that is trained again changes them."""
+    """Contents of the runs' metrics.jsonl, by run folder; training a run again changes them."""
     return {path.parent.name: path.read_bytes() for path in folder.glob("*/metrics.jsonl")}
 
 
@@ -180,7 +180,7 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
 
 
 def interrupted_after(count: int) -> Any:
-    """`measure`, as if Ctrl-C were pressed after so many calls."""
+    """`measure`, but as if Ctrl-C were pressed after `count` calls."""
     measure, calls = measures.accuracy.measure, iter(range(count))
 
     def measured(*args: Any) -> Any:
@@ -303,7 +303,7 @@ def test_records_replace_runs_of_the_same_settings_and_no_others(
 
 
 def begun_with(runs: Path) -> dict[Path, Path]:
-    """Run folder -> the one with whose weights it began, if it did."""
+    """Run folder -> the run folder whose weights it started from, for the runs that have one."""
     found = {path.parent: config.load(path.parent).init_from.path for path in runs.glob("*/config.yaml")}
     return {run: Path(first) for run, first in found.items() if first}
 
@@ -407,7 +407,7 @@ def test_memories_of_equal_bytes_take_at_most_those_of_ovq() -> None:
             (held,) = {by_name[name].state(test)[1] for test in equal if test.length == 65536}
             assert held <= of_ovq
             if (name, capacity) == ("sw_compression", 16384):
-                continue  # a slot for every four tokens of 65,536: more capacity would stay empty
+                continue  # one slot per four of the 65,536 tokens: more capacity would stay empty
             assert held > 0.99 * of_ovq
             assert equal[0].num_centroids == pytest.approx((1 if name == "sw_kvm" else 2) * capacity, rel=0.02)
 
@@ -445,7 +445,7 @@ def test_parts_hold_all_the_work_within_their_time(figure: Any) -> None:
     parts, work = plan.parts(), plan.work
     assert {unit for part in parts for unit in part} == set(work)
     begun: set[Any] = set()
-    for part in parts:  # of a unit that an earlier part began, only the last few minutes are left
+    for part in parts:  # if an earlier part began a unit, only its last few minutes are left
         minutes = [unit.minutes % 9 if unit in begun else unit.minutes for unit in part]
         assert len(part) == 1 or sum(minutes) <= 9
         begun.update(part)

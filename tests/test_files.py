@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def untouched(path: Path) -> bool:
-    """Whether the file has its old content and nothing was left beside it."""
+    """Whether the file has its old content and no other file was left next to it."""
     return path.read_bytes() == OLD and os.listdir(path.parent) == [path.name]
 
 
@@ -122,7 +122,7 @@ def write_often(path: Path, letter: bytes, times: int = 50) -> None:
 
 
 def test_concurrent_writers_leave_one_complete_file(path: Path) -> None:
-    """Two threads of this process and two processes; every read finds a complete file, the reader's or another's."""
+    """Two threads of this process and two other processes; every read finds a complete file of one of the writers."""
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=write_often, args=(path, letter)) for letter in (b"a", b"b")]
     for process in processes:

@@ -1,21 +1,21 @@
-"""Claims about the baselines: with the same weights, each equals the layer that flash-linear-attention publishes.
+"""Claims about the baselines: with the same weights, each equals the published flash-linear-attention layer.
 
-What runs is the published layer's own `forward`, except its Triton kernels, which need a GPU. Each is replaced by a
-definition in torch: the recurrences, the decay gate and the norms by flash-linear-attention's own references, and the
+The published layer's own `forward` runs, except for its Triton kernels, which need a GPU. Each kernel is replaced by a
+torch implementation: the recurrences, the decay gate and the norms by flash-linear-attention's own references, and the
 short convolution, elu + 1, SiLU and unit norm by functions below. That its kernels equal these is not tested here.
 
-Differences, which the settings and weights of the cases remove:
+Differences, which the settings and weights of the test cases remove:
 
 - Mesa-Net: the published decay is sigmoid(a) with a = W x + b. Ours is Mamba's, exp(-A softplus(a)), which is
-  sigmoid(-a) where A = 1. At the start the published decay is near 1/2 per token; ours is slow, and A is learned.
-- Linear attention: the published layer's default has features that are products of two projections, no normaliser, and
-  an RMSNorm of the output. Ours is that of arXiv 2006.16236, which the published layer has as settings.
-- Gated DeltaNet: A starts uniform in 1 .. 16, as in Mamba-2; the published layer's starts in 0 .. 16.
+  sigmoid(-a) where A = 1. At initialisation the published decay is near 1/2 per token; ours is slow, and A is learned.
+- Linear attention: by default, the published layer's features are products of two projections, with no normaliser and
+  an RMSNorm of the output. Ours follows arXiv 2006.16236, which the published layer offers through its settings.
+- Gated DeltaNet: A is initialised uniformly in 1 .. 16, as in Mamba-2; the published layer's in 0 .. 16.
 - Sizes: ours follow from model.num_heads and model.head_dim, so that models are comparable.
-- Epsilons: the unit norm's is 1e-6 under the root there, a floor of 1e-12 here; the normaliser's of linear attention is
-  1e-10 there, 1e-6 here. In these cases both change results by less than the tolerance.
-- Initial weights: ours are normal with model.init_std, smaller for output projections; convolutions start as nn.Conv1d
-  does, as in the published layers. The published models draw projections and convolutions with deviation 0.02.
+- Epsilons: the published unit norm adds 1e-6 under the root, ours has a floor of 1e-12; linear attention's normaliser
+  has 1e-10 there, 1e-6 here. In these cases both change results by less than the tolerance.
+- Initial weights: ours are normal with model.init_std, smaller for output projections; convolutions are initialised as
+  in nn.Conv1d, like the published layers. The published models draw projections and convolutions with std 0.02.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def unit(x: Tensor) -> Tensor:
 def short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str, **unused: Any
 ) -> tuple[Tensor, None]:
-    """nn.Conv1d, of which the published ShortConvolution is a subclass, without the outputs after the last token."""
+    """nn.Conv1d, the base class of the published ShortConvolution, without the outputs after the last token."""
     assert activation == "silu" and not any(unused.get(name) for name in ("residual", "initial_state", "cu_seqlens"))
     y = F.conv1d(x.mT, weight[:, None], bias, padding=weight.shape[1] - 1, groups=len(weight))
     return F.silu(y[..., : x.shape[1]].mT), None
@@ -105,7 +105,7 @@ def norm_then_gate(x: Tensor, g: Tensor, weight: Tensor, bias: None, *, eps: flo
 
 @pytest.fixture(scope="module")
 def fla() -> Iterator[ModuleType]:
-    """`fla.layers`, with definitions in torch in place of every kernel that the forward passes below would call."""
+    """`fla.layers`, with every kernel that the forward passes below would call replaced by a torch implementation."""
     layers = pytest.importorskip("fla.layers", reason=NEEDED)
     from fla.modules.norm.layernorm_gated import rms_norm_ref as gated_norm
 
@@ -132,7 +132,7 @@ def fla() -> Iterator[ModuleType]:
 
 
 def published(fla: ModuleType, mixer: SequenceMixer) -> nn.Module:
-    """The published layer of the same sizes; settings that are not sizes are its defaults, if nothing else is said."""
+    """The published layer of the same sizes; other settings have its defaults unless given here."""
     common = {"hidden_size": mixer.shape.dim, "norm_eps": mixer.shape.norm_eps}
     if isinstance(mixer, GatedDeltaNet):
         return fla.GatedDeltaNet(
@@ -217,7 +217,7 @@ def in_published(mixer: SequenceMixer, ours: Weights) -> dict[str, Tensor]:
 
 
 def randomised(mixer: SequenceMixer, seed: int) -> SequenceMixer:
-    """The mixer with every parameter drawn at random, also those that start at 0 or 1; for Mesa-Net, A = 1."""
+    """The mixer with every parameter randomised, including those initialised to 0 or 1; for Mesa-Net, A = 1."""
     torch.manual_seed(seed)
     mixer.init_weights(0.4)
     with torch.no_grad():

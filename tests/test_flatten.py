@@ -1,4 +1,4 @@
-"""Claims about the one file that an export writes, as far as they need no transformers: see tests/test_export.py."""
+"""Claims about an export's single file that do not need transformers; for the others see tests/test_export.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import MIXERS, relative_error, small_config
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_mixer_in_a_file_of_its_own_computes_what_the_packages_does(name: str, tmp_path: Path) -> None:
-    """In one pass, its gradients, and from a carried state."""
+    """Outputs of one pass, their gradients, and outputs from a carried state."""
     added = [] if name == "sliding_window" else [f"+model/mixer@model.mixers.{name}={name}", f"model.pattern=[{name}]"]
     cfg = small_config("sw", *added)
     own = build_mixer(cfg.model, 0)

@@ -1,4 +1,4 @@
-"""Claims about using a trained model: what is generated is what its logits say, whatever the batch and the pieces."""
+"""Claims about using a trained model: it generates what its logits say, whatever the batch and piece size."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.helpers import MODELS, Largest, small_model
 from tests.test_per_position import run_folder
 
 PROMPTS = ["a", "some longer prompt", "three", "x" * 30]
-# One for each mixer. Recurrences are tested alone, and so need no test beside a sliding window.
+# One model per mixer. Recurrences have a model of their own, and so are not also tested beside a sliding window.
 ALONE = [name for name in MODELS if name.removeprefix("sw_") == name or name.removeprefix("sw_") not in MODELS]
 
 
 @torch.no_grad()
 def by_hand(model: Transformer, prompt: Sequence[int], count: int, choose: Any) -> list[int]:
-    """A whole pass for each token, without a state."""
+    """Generate token by token with a full forward pass each, without a state."""
     ids = list(prompt)
     for step in range(count):
         ids.append(choose(model(torch.tensor([ids])).logits[0, -1], step))
@@ -39,7 +39,7 @@ def by_hand(model: Transformer, prompt: Sequence[int], count: int, choose: Any) 
 
 
 def greedy(model: Transformer, prompts: Sequence[Sequence[int]], lengths: Sequence[int], piece: int) -> list[list[int]]:
-    """What greedy decoding makes of prompts that are continued together, each for its own number of tokens."""
+    """Greedy continuations of prompts that are processed together, each of its own number of tokens."""
     new: list[list[int]] = [[] for _ in prompts]
 
     def take(row: int, token: int) -> bool:
@@ -64,7 +64,7 @@ def test_prompts_of_any_lengths_are_continued_as_if_alone_in_pieces_of_any_lengt
 
 
 def test_a_long_prompt_takes_no_more_memory_than_a_short_one() -> None:
-    """Of operators the largest result, and of tensors those alive when a token is chosen."""
+    """Compares the largest result of any operator, and the tensors alive when each token is chosen."""
     model = small_model("sw_ovq", vocab_size=257).eval()
     found = []
     for tokens in (64, 512):
@@ -108,7 +108,7 @@ def test_draws_follow_the_probabilities_that_the_settings_leave() -> None:
         assert counts.sum() == 4000
         expected = np.array(want) / sum(want)
         assert (counts[expected == 0] == 0).all()
-        # Five standard errors of a share.
+        # Within five standard errors of each fraction.
         assert (abs(counts / 4000 - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000)).all()
 
     near(share(), [0.4, 0.05, 0.3, 0.05, 0.2])
@@ -153,7 +153,7 @@ def test_settings_out_of_range_are_named(settings: Any, words: str) -> None:
 
 
 def grown(text: str | bytes, stop: Sequence[str] = ()) -> tuple[list[str], Growing]:
-    """What becomes certain with each byte of a text, and at its end."""
+    """(the text that becomes final with each byte and at the end, the `Growing` object)."""
     growing = Growing(ByteTokenizer(), stop)
     shown = []
     for byte in text.encode() if isinstance(text, str) else text:

@@ -1,12 +1,12 @@
 """Golden losses: eight training steps of every named model in float64, compared with the losses on file.
 
-A change that must not alter results is proved by these files staying as they are. One that must alter them rewrites
-them with `OVQ_UPDATE_GOLDEN=1 pytest tests/test_golden.py`, and the diff shows by how much.
+If a change must not alter results, these files staying unchanged proves that it does not. If it must, rewrite them with
+`OVQ_UPDATE_GOLDEN=1 pytest tests/test_golden.py`; the diff shows by how much the results change.
 
-A loss can be golden on every processor only if rounding decides nothing. Models that choose (the nearest centroid, the
-keys that found new ones) take another path when the last bit of a tie differs, as it does between AVX2 and AVX-512.
-The smallest margin of any choice is therefore checked, and models that meet ties in repeated text read text without
-repeats.
+A loss can be golden on every processor only if no choice depends on rounding. Models that choose (the nearest centroid,
+the keys that start new ones) diverge when the last bit of a tie differs, as it does between AVX2 and AVX-512.
+The smallest margin of any choice is therefore checked, and models that have ties on repeated text are tested on text
+without repeats.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def losses(name: str, *, repeats: bool) -> list[float]:
     """The mean loss per token of each step, on text with or without repeated tokens."""
     vocab_size, texts = (31, noisy_phrase()) if repeats else (128, distinct_tokens())
     model = build_model(small_config(name).model, vocab_size=vocab_size).double()
-    model.init_weights(0)  # drawn in float64: in float32, processors differ in the last bit of a normal number
+    model.init_weights(0)  # drawn in float64: in float32, normal draws differ in the last bit between processors
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     out = []
     for _, text in zip(range(STEPS), texts):
@@ -64,7 +64,7 @@ def distinct_tokens() -> Iterator[Tensor]:
     """int64 [BATCH, TOKENS], the same for each step, in which no token appears twice.
 
     Equal context gives equal keys, and equal keys give ties. OVQ and KVM: a key's similarity to a centroid made of that
-    key alone is 1 before rounding, so that among several such keys rounding picks the one that founds a new centroid.
+    key alone is 1 before rounding, so among several such keys, rounding picks the one that starts a new centroid.
     VQ: two dead codes replaced by equal keys are equally near to every key.
     """
     text = torch.randperm(128, generator=torch.Generator().manual_seed(0))[: BATCH * TOKENS].view(BATCH, TOKENS)
@@ -73,10 +73,10 @@ def distinct_tokens() -> Iterator[Tensor]:
 
 
 class Margins(TorchDispatchMode):
-    """Records by how much every choice was made: each max, argmax and sort of floating-point values along a dimension.
+    """Records the margin of every choice: each max, argmax and sort of floating-point values along a dimension.
 
     `smallest` is the smallest difference between the two best candidates, or between neighbours in a sort (wherever its
-    result is cut), relative to the largest magnitude among the candidates; infinite while nothing has been chosen.
+    result is cut), relative to the largest magnitude among the candidates; infinite until a choice is made.
     """
 
     smallest = float("inf")

@@ -1,6 +1,6 @@
-"""Claims about OVQ-attention on a real GPU, in every dtype: those tested in the interpreter, and those it cannot test.
+"""Claims about OVQ-attention on a real GPU, in every dtype: the interpreter's tests, and those it cannot run.
 
-Skipped where there is no CUDA device. `python -m pytest tests/test_gpu.py` takes a few minutes, mostly to compile.
+Skipped where there is no CUDA device. `python -m pytest tests/test_gpu.py` takes a few minutes, mostly for compilation.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_kernels_pass_every_check(name: str, sizes: Sizes, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("heads", [1, 8, 25, 32, 200])
 def test_programs_that_share_a_head_agree_however_many_there_are(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The barrier between programs, from 16 per head to one: 256 chunks, bit-equal between runs and to one program."""
+    """The barrier between 16 down to 1 programs per head, over 256 chunks: bit-equal over runs and to one program."""
     sizes = Sizes(tokens=256 * 64, chunk_size=64, heads=heads, kv_heads=heads, num_centroids=1500)
     tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
     do = torch.randn_like(tensors[0])
@@ -91,7 +91,7 @@ def test_offsets_beyond_two_to_the_31_elements_are_right() -> None:
 
 
 def test_streams_that_share_a_plan_read_it_whole() -> None:
-    """A new plan, used at once from a second stream, and dropped while that stream still runs: the same bits."""
+    """A new plan, used at once from a second stream and dropped while that stream still runs, gives the same bits."""
     sizes = Sizes(tokens=4000, num_centroids=1000)
     tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
     settings = {"num_centroids": 1000, "backend": "triton"}

@@ -1,4 +1,4 @@
-"""Claims about lm-evaluation-harness: a run's scores are what its logits say token by token, and what is written."""
+"""Claims about lm-evaluation-harness: scores equal those of the logits token by token, and are saved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.test_per_position import run_folder
 
 
 class Request(NamedTuple):
-    """What the adapter reads of the harness's own class."""
+    """The part of the harness's own class that the adapter reads."""
 
     args: tuple[Any, ...]
 
@@ -36,7 +36,7 @@ TRAINED_AT = 24  # tokens; far shorter than the texts below
 
 
 def text_of(length: int, seed: int) -> str:
-    """Random text that ends in a letter. (If one letter fills a text, OVQ's keys tie exactly, and rounding breaks
+    """Random text that ends in a letter. (In a text of one repeated letter, OVQ's keys tie exactly, and rounding breaks
     the ties.)"""
     rng = random.Random(seed)
     return "".join(rng.choice("abcdefghijklm  \n.") for _ in range(length - 1)) + "x"
@@ -51,18 +51,18 @@ def wrap(model: Any, tokenizer: Tokenizer | None = None, **settings: Any) -> Any
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    """Its weights are large, so that its logits differ enough to tell one token, or one position, from another."""
+    """A model with large weights, so that its logits differ enough to tell one token, or one position, from another."""
     return small_model("sw_ovq", "model.init_std=0.3", vocab_size=257, seed=3).double().eval()
 
 
 @torch.no_grad()
 def logits_after(model: Transformer, ids: Sequence[int]) -> torch.Tensor:
-    """What the model makes of a whole sequence of ids, in one pass without a state: logits [V] of the next one."""
+    """Logits [V] of the next token after a sequence of ids, computed in one pass without a state."""
     return model(torch.tensor([list(ids)])).logits[0, -1]
 
 
 def by_hand(model: Transformer, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
-    """Log-probability of a continuation, and whether it is greedy; a pass for each token."""
+    """Log-probability of a continuation, and whether it is greedy; computed with one pass per token."""
     total, greedy, ids = 0.0, True, list(context)
     for token in continuation:
         logits = logits_after(model, ids)
@@ -120,7 +120,7 @@ def test_neither_batch_nor_piece_changes_a_score(name: str, settings: dict[str, 
 
 
 def test_a_long_context_is_read_from_its_first_token(model: Transformer) -> None:
-    """Many times the training's length and the window's; the state has no end at which it could be cut."""
+    """Many times longer than the training length and the window; the state has no length at which to truncate it."""
     long = text_of(20 * TRAINED_AT, 5)
     lm = wrap(model, piece=50)
     (got,) = lm.loglikelihood([Request((long, " end"))])
@@ -169,7 +169,7 @@ def test_a_split_between_words_is_that_of_the_joint_encoding(pieces: SentencePie
 def test_what_is_scored_is_the_continuation_wherever_the_text_is_split(
     kind: str, pieces: SentencePieceTokenizer, request: pytest.FixtureRequest
 ) -> None:
-    """Also where the joint encoding has a token across the split, and nothing, or less, would be left of it."""
+    """Also where a token of the joint encoding spans the split, leaving less of the continuation, or nothing."""
     tokenizer: Tokenizer = ByteTokenizer() if kind == "bytes" else pieces
     lm = wrap(None, tokenizer)
     whole, across = "bade alo miguna, caf\u00e9 bidu", 0
@@ -196,7 +196,7 @@ def test_rolling_scores_every_token_once_whatever_the_piece(model: Transformer, 
 
 
 class Successor(torch.nn.Module):
-    """The next token is the last one plus 1; counts the tokens it was fed. Needs its state."""
+    """Predicts the last token plus 1, and counts the tokens it was fed. Its state must be passed on."""
 
     fed = 0
 
@@ -211,8 +211,8 @@ class Successor(torch.nn.Module):
 
 def test_generation_ends_at_the_first_stop_string_the_limit_or_the_separator() -> None:
     cases = [
-        ("xa", {"until": ["ef"]}, "bcd"),  # made of two tokens
-        ("xyza", {"until": ["hi", "fgh", "f"]}, "bcde"),  # the first in the text, not in the list
+        ("xa", {"until": ["ef"]}, "bcd"),  # a stop string of two tokens
+        ("xyza", {"until": ["hi", "fgh", "f"]}, "bcde"),  # the first match in the text, not the first in the list
         ("a", {"until": "d"}, "bc"),
         ("a", {"until": ["zz"], "max_gen_toks": 3}, "bcd"),
         ("a", {"until": [], "max_gen_toks": 0}, ""),
@@ -226,14 +226,14 @@ def test_generation_ends_at_the_first_stop_string_the_limit_or_the_separator() -
 
 
 def test_generation_is_greedy_and_streams(model: Transformer) -> None:
-    """Equal to whole passes over all that came before; each token is fed once."""
+    """Equal to full passes over all preceding tokens; each token is fed once."""
     prompts = [text_of(length, length) for length in (60, 9, 50, 33)]
     got = wrap(model, batch=4, piece=20).generate_until([Request((prompt, {"max_gen_toks": 7})) for prompt in prompts])
     made = [greedy_by_hand(model, [256, *prompt.encode()], 7) for prompt in prompts]
     assert got == [ByteTokenizer().decode(ids) for ids in made]
     successor = Successor()
     wrap(successor, piece=20).generate_until([Request(("a" * 50, {"max_gen_toks": 7}))])
-    assert successor.fed == 51 + 6  # the last one that is made is not fed
+    assert successor.fed == 51 + 6  # the last generated token is not fed
 
 
 def test_a_task_that_asks_for_sampling_is_refused() -> None:
@@ -286,7 +286,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of tasks and their data; no connection can be made."""
+    """A folder of tasks and their data; any network connection fails."""
     pytest.importorskip("lm_eval", exc_type=ImportError)
     import datasets
 
@@ -316,7 +316,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def accuracies(model: Transformer) -> tuple[float, float]:
-    """acc and acc_norm of the questions by hand."""
+    """acc and acc_norm of the questions, computed by hand."""
     right = [0, 0]
     for question in QUESTIONS:
         context, choices = [256, *f"Question: {question['question']}\nAnswer:".encode()], question["choices"]
@@ -371,7 +371,7 @@ def test_tasks_join_their_evaluation_and_other_settings_begin_another(folder: Pa
 
 @pytest.mark.slow
 def test_two_processes_share_the_model_and_give_the_same_results(folder: Path, run_dir: Path) -> None:
-    """With all kinds of request in one process, as the model is sharded."""
+    """All kinds of request in one launch, with the model sharded."""
     tasks = "tasks=[tiny_cloze,tiny_qa,tiny_text,tiny_acc]"
     arguments = [f"run={run_dir}", f"include_path={folder}", tasks]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -380,7 +380,7 @@ def test_two_processes_share_the_model_and_give_the_same_results(folder: Path, r
     given = [*command, "-m", "eval.harness", *arguments, f"out={folder}/two.json"]
     done = subprocess.run(given, cwd=REPO, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tiny_cloze") == 1  # one process prints
+    assert done.stdout.count("tiny_cloze") == 1  # only one process prints
     assert harness.main(arguments) == 0
     (two,), (one,) = (json.loads(file.read_text()) for file in (folder / "two.json", run_dir / harness.FILE))
     for name, task in one["tasks"].items():
@@ -418,7 +418,7 @@ def test_impossible_requests_are_one_line(
     from eval import harness_model
 
     class Own(harness_model.Tasks):
-        """Without the harness's own tasks, whose index takes seconds."""
+        """Without the harness's own tasks, which take seconds to index."""
 
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings | {"include_defaults": False})

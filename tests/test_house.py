@@ -1,4 +1,4 @@
-"""Claims about the layout: which module may import which, read from the source, imports inside functions included."""
+"""Claims about the layout: which module may import which, read from the source, including imports inside functions."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_there_is_no_import_cycle() -> None:
         visit(module, ())
 
 
-# Modules of data that build their parts from a config.
+# Modules of the data package that build their parts from a config.
 BUILDERS = ("data.build", "data.describe", "data.prepare", "data.train_tokenizer")
 
 

@@ -1,4 +1,4 @@
-"""Claims about who a run is: what may change at a resume, what is refused, and that each message's advice works."""
+"""Claims about a run's identity: what may change on resume, what is refused, and that each message's advice works."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def book(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with books and `run`, which has made two steps."""
+    """A folder with books and the run folder `run`, which has trained for two steps."""
     folder = tmp_path_factory.mktemp("made")
     for name in ("books", "copy/books"):
         write(folder / f"{name}.jsonl", *map(book, range(6)))
@@ -74,14 +74,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of it, as the current folder."""
+    """A copy of `made`, as the current folder."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True, symlinks=True)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
 
 RESUMED, DIFFERS, REFUSED = "run/checkpoints/step_00000002 at step 2", "the data differ", "other settings"
-# What follows `train.py ...` of the run, the exit status, and what stderr says.
+# Name -> (settings added to the run's command, exit status, what stderr contains).
 STARTS: dict[str, tuple[list[str], int, str]] = {
     "another path to the same data": (["data.train=[copy/../books.jsonl]"], 0, RESUMED),
     "an absolute path": (["data.train=[HERE/books.jsonl]"], 0, RESUMED),
@@ -120,7 +120,7 @@ def test_what_a_refusal_of_other_data_advises_works(folder: Path, capsys: pytest
 
 
 def test_the_advice_about_a_bad_line_continues_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without run_dir: the setting must not change the name of the folder either."""
+    """Without run_dir, since the setting must not change the folder's name either."""
     write(folder / "bad.jsonl", *map(book, range(3)), '{"text": "cut', *map(book, range(4, 8)))
     line = [*BASE, "data.train=[bad.jsonl]", "data.shuffle=false", "trainer.steps=9"]
     assert train.main(line) == 1
@@ -199,7 +199,7 @@ def test_settings_that_are_no_part_of_a_run_are_no_part_of_its_folder_name() -> 
 @pytest.mark.parametrize("path", ["runs/x,model=sw", "a b", "größe", "a'b"])
 def test_an_advised_path_can_be_typed(path: str) -> None:
     words = shlex.split(typed("run_dir", path))
-    if "'" not in path:  # Hydra has another way to quote these
+    if "'" not in path:  # Hydra quotes these differently
         assert compose(words).run_dir == path
     assert len(words) == 1
 

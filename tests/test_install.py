@@ -52,7 +52,7 @@ def test_locks_differ_only_in_triton_and_cuda_packages() -> None:
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
 def test_locks_are_as_the_lock_command_writes_them(path: Path) -> None:
-    """An edit by hand, of a line or of the header, would be lost at the next `make lock`."""
+    """A manual edit, of a line or of the header, would be lost at the next `make lock`."""
     text = path.read_text()
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
     assert lock.undated(lock.render(path, body, "2000-01-01")) == lock.undated(text)
@@ -78,7 +78,7 @@ def test_installed_distributions_are_those_of_the_lock() -> None:
     if not named:
         pytest.skip(f"{sys.prefix} was not made by make setup from a lock")
     locked = versions(ROOT / named)
-    own = {"pip", PROJECT["name"]}  # pip is Python's own
+    own = {"pip", PROJECT["name"]}  # pip comes with Python
     installed = {
         install.canonical(found.name): found.version.partition("+")[0] for found in importlib.metadata.distributions()
     }
@@ -118,7 +118,7 @@ def test_lock_is_rewritten_only_when_a_version_changes(tmp_path, monkeypatch, ca
 
 
 def test_lock_command_resolves_both_locks_or_writes_neither(tmp_path, monkeypatch, capfd) -> None:
-    """With a resolver that fails at the second of the two."""
+    """With a resolver that fails on the second lock."""
     uv = tmp_path / "uv"
     uv.write_text('#!/bin/sh\necho "$@" | grep -q -- --excludes && exit 1\nexit 0\n')
     uv.chmod(0o755)
@@ -163,7 +163,7 @@ def test_setup_refuses_a_lock_that_contradicts_pyproject(tmp_path, monkeypatch) 
 
 
 def test_failed_installation_names_the_line_of_the_lock(tmp_path, monkeypatch) -> None:
-    """With pip itself and no package index: one package is locked, the other is not."""
+    """Runs pip itself without a package index: one package is locked, the other is not."""
     path = tmp_path / "constraints.txt"
     path.write_text("# header\nabsent-one==1.0\nAbsent_Two==2.0\n")
     monkeypatch.setattr(install, "python", lambda: sys.executable)

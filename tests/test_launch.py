@@ -18,7 +18,7 @@ from tests.helpers import TINY
 QUICK = ["experiment=cpu_demo", *TINY, "trainer.global_batch=4", "trainer.micro_batch=2"]
 ROOT = Path(__file__).resolve().parent.parent
 
-# Stands in for train.py: what a rank does is the Python text that FAKE_RANK holds.
+# Stands in for train.py: each rank executes the Python text in FAKE_RANK.
 FAKE_TRAIN = """
 import os, pathlib, signal, sys, time
 sys.path.insert(0, os.environ["FAKE_ROOT"])
@@ -33,7 +33,7 @@ def fake_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setenv("FAKE_ROOT", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # torchrun changes it
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # torchrun changes it; monkeypatch restores it
     return tmp_path
 
 
@@ -44,7 +44,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, rank: str) -> int:
 
 
 def forked(body: Callable[[], int]) -> int:
-    """Run `body` in a copy of this process, which has imported torch already; its process id."""
+    """Run `body` in a fork of this process, which has imported torch already, and return the child's process id."""
     child = os.fork()
     if child == 0:
         status = 99
@@ -105,7 +105,7 @@ while True:
 def test_ranks_that_save_on_a_signal_are_not_killed_and_the_status_is_theirs(
     fake_train: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "SHUTDOWN_S", 0)  # torchrun's own patience
+    monkeypatch.setattr(run, "SHUTDOWN_S", 0)  # how long torchrun itself waits for its ranks
     assert launched(monkeypatch, SAVING) == 0
     assert (fake_train / "saved0").exists() and (fake_train / "saved1").exists()
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
@@ -145,7 +145,7 @@ def test_two_launches_at_once_on_one_machine_do_not_clash(fake_train: Path, monk
 
 @pytest.fixture
 def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run folder; a launch would be an error."""
+    """The path of a run folder; starting a launch fails the test."""
     monkeypatch.setattr(run, "launch", lambda *_, **__: pytest.fail("a run was started"))
     return tmp_path / "run"
 

@@ -1,4 +1,4 @@
-"""Claims about counted memory: what is predicted without running a model is what running it takes."""
+"""Claims about counted memory: memory predicted without running a model matches what running it takes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def measured(cfg: Config) -> int:
             loss.backward()
             del out, loss
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)  # as while gradients of several micro-batches are summed
+            optimizer.zero_grad(set_to_none=False)  # as when gradients of several micro-batches are summed
     return meter.peak + sum(4 * p.numel() for p in model.parameters())
 
 
@@ -81,7 +81,7 @@ def test_the_meter_counts_what_is_alive_once() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("step", ["count", 0.1])
 def test_ovq_keeps_what_the_kernels_keep(step: str | float) -> None:
-    """The stand-in of the kernels keeps tensors of the shapes and dtypes that the custom operator says it returns."""
+    """The stand-in for the kernels saves tensors of the shapes and dtypes that the custom operator declares."""
     pytest.importorskip("ovq.ops.ovq_attention.kernels")
     B, T, H, G, K, V, N = 2, 96, 4, 2, 16, 24, 32
     spec = OVQSpec(N, 16, step_size=step)
@@ -125,7 +125,7 @@ def test_the_plan_of_a_cluster_follows_from_the_settings() -> None:
     assert f"{tokens:,} tokens (64 x {TOKENS})" in text
     assert f"{tokens / seconds:,.0f} tokens/s" in text
     assert f"{16 * 1000 * seconds / 3600:,.0f} GPU-hours" in text
-    # Two micro-batches a GPU gather bf16 weights twice each; gradients are reduced once, over two nodes' network.
+    # Two micro-batches per GPU gather bf16 weights twice each; gradients are reduced once, over two nodes' network.
     moved = 15 / 16 * count_parameters(network)[0] * (2 * 2 * 2 + 4) / 50e9
     assert communication(cfg, network, 16, 8, CARDS["h100"], 2) == pytest.approx(moved)
     cfg.trainer.context_parallel, cfg.trainer.activation_checkpointing = 2, "none"

@@ -18,7 +18,7 @@ T = 45  # odd: several chunks of 8, a partial one, several windows of 7
 
 
 def make(name: str, *, kv_heads: int = 2, seed: int = 0) -> SequenceMixer:
-    base = "std_att" if name != "full_attention" else "sw"  # a model without this mixer
+    base = "std_att" if name != "full_attention" else "sw"  # a model that lacks this mixer
     cfg = small_config(base, f"+model/mixer@model.mixers.{name}={name}", f"model.pattern=[{name}]")
     cfg.model.num_kv_heads = kv_heads
     mixer = build_mixer(cfg.model, 0)
@@ -119,7 +119,7 @@ def test_every_parameter_and_the_input_get_a_finite_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_state_size_is_what_is_held(name: str) -> None:
-    """Exactly, at every fill of chunk, window and memory, whether the tokens came in one piece or in two."""
+    """Exact at every fill level of chunk, window and memory, whether the tokens come in one piece or two."""
     mixer, x = make(name), random_input(7, batch=1)
     with torch.no_grad():
         for length in (1, 5, 6, 7, 8, 9, 16, 17, 24, T):
@@ -133,7 +133,7 @@ def test_state_size_is_what_is_held(name: str) -> None:
 
 
 def held(state: Any) -> int:
-    """Elements of all storages that the state keeps alive: a view of a piece's keys holds all of them."""
+    """Elements of all storages that the state keeps alive: a view of some keys keeps their whole storage alive."""
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
     storages = {leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in leaves}
     return sum(storages.values())

@@ -43,7 +43,7 @@ SHAPE = MixerShape(dim=24, num_heads=2, num_kv_heads=2, head_dim=12, num_layers=
 
 
 def inputs(op: str, seed: int, T: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Random inputs of an operator at widths that are not multiples of any tile."""
+    """Random inputs of an operator with widths that are not multiples of any tile size."""
     generator = torch.Generator().manual_seed(seed)
     B, H, K, V = 2, 2, 7, 5
 
@@ -306,7 +306,7 @@ def test_vq_codebook_moves_only_in_training_and_once_per_pass() -> None:
     once = averages()
     assert not torch.equal(once, before)
 
-    # With activation checkpointing the pass is repeated in the backward pass: same averages, same gradient.
+    # Activation checkpointing repeats the forward pass during backward: same averages, same gradient.
     results = []
     for repeat in (False, True):
         other = vq_mixer().train()

@@ -146,7 +146,7 @@ def test_one_failure_is_recorded_and_does_not_end_the_rest(
     monkeypatch.setattr(bench_models, "run_child", run_child)
     command = ["models=[sw]", "contexts=[512,1024,2048]", f"out={tmp_path}"]
     assert bench_models.main(command) == 0  # running out of memory is a result, not a failure
-    assert calls == [(512, None), (1024, 3.0), (2048, 3.0)]  # one peak for all
+    assert calls == [(512, None), (1024, 3.0), (2048, 3.0)]  # the first child's peak is used for all
     rows = json.loads((tmp_path / "bench_models.json").read_text())["measured"]
     assert [row.get("error") for row in rows] == [None, "out of memory", None]
     outcomes[1024] = {"error": "ValueError: broken"}
@@ -178,7 +178,7 @@ def test_a_child_that_dies_says_why(outcome: Any, error: str, monkeypatch: pytes
 
 
 def settings_of(*overrides: str) -> dict[str, Any]:
-    """What a child process is given."""
+    """The settings that a child process is given."""
     settings = {"model": "sw", "size": "tiny", "context": 64, "batch": 2, "vocab_size": 16, "steps": 2}
     return settings | {"peak_tflops": 1.0, "overrides": [*TINY, "trainer.device=cpu", *overrides]}
 

@@ -1,4 +1,4 @@
-"""Claims about needles: they are where they should be, only the context answers, and every cell is measured."""
+"""Claims about needles: they lie at their depth, only the context gives the answer, and every cell is measured."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def task_of(kind: str, depth: float | None = None, tokenizer: Tokenizer = BYTES)
 
 @dataclass
 class Parts:
-    """A sequence taken apart. `rest`: the haystack that is left without `hidden` needles, each (key, value, its offset
-    in `rest`). `reminders`: those that the question repeats. In a haystack of needles all are hidden."""
+    """The parts of a sequence. `hidden`: the needles in the haystack, each as (key, value, offset in `rest`). `rest`:
+    the haystack without them. `reminders`: those the question repeats. In a haystack of needles, all are hidden."""
 
     hidden: list[tuple[str, str, int]]
     reminders: list[tuple[str, str]]
@@ -120,7 +120,7 @@ def test_depth_moves_the_needle_and_nothing_else(kind: str) -> None:
         offset = found.hidden[place][2] / len(found.rest) if len(found.rest) > 200 else place / (len(found.hidden) - 1)
         shares.append(offset)
         others.append((found.rest, found.reminders, [needle for n, needle in enumerate(found.hidden) if n != place]))
-    # To within a word of the text, or a sentence of the passage or of the needles.
+    # Accurate to a word of the text, or to a sentence of the passage or of the needles.
     assert np.allclose(shares, [0, 0.25, 0.5, 1], atol=0.01 if KINDS[kind].haystack == "text" else 0.03), shares
     assert all(other == others[0] for other in others)
 
@@ -161,9 +161,9 @@ def test_in_pieces_too_an_oracle_answers_everything(kind: str, length: int, piec
 
 
 def test_a_question_alone_predicts_no_better_than_chance() -> None:
-    """The best guess of each digit, by its place alone or with the question's last letters, learned from others."""
+    """The best guess of a digit from its position, alone or with the question's last letters, learned from others."""
     task = task_of("niah_single_2")
-    # Of 8 bytes the space is sure, the first digit one of nine, the others of ten. 3,200 labels: 0.7%.
+    # Of 8 bytes, the space is certain, the first digit one of 9, the others one of 10. 3,200 labels: deviation 0.7%.
     chance = (1 + 1 / 9 + 6 / 10) / 8
     for feature in (lambda x, at: at, lambda x, at: (at, x[-16:-12].tobytes())):
         assert abs(learned_guess(task, 150, feature, learn=1500, test=400) - chance) < 0.025
@@ -368,7 +368,7 @@ def test_a_run_without_ids_for_text_or_without_a_dictionary_is_refused(
 
 
 def test_options_that_are_no_settings_of_a_run_do_not_reach_it(run_dir: Path) -> None:
-    """`sequences` and `seed` are the tool's; `piece` and `split` replace the run's. Other tools' options still do."""
+    """`sequences` and `seed` are the tool's own; `piece` and `split` override the run's, as other tools' options do."""
     options = needle.Options(run=str(run_dir), piece=33, split="test", seed=9)
     run = options.open()
     assert (run.cfg.eval.piece, run.cfg.eval.split, run.cfg.seed) == (33, "test", 0)

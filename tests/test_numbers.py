@@ -1,4 +1,4 @@
-"""Claims about numbers for people: few digits, no powers of ten, and a word where a picture alone would mislead."""
+"""Claims about numbers shown to people: few digits, and words where a plot alone would mislead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.test_plot import curves_in, make_run, table
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures saved so far, without writing them."""
+    """The figures passed to `style.save` so far, which are not written."""
     kept: list[Any] = []
     monkeypatch.setattr(style, "save", lambda fig, path: (kept.append(fig), Path(path))[1])
     return kept
@@ -24,7 +24,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 # A result, and how it is shown.
 SHOWN = {
-    3.85e15: "over a million",  # word perplexity of a model of bytes
+    3.85e15: "over a million",  # word perplexity of a byte-level model
     float("inf"): "over a million",
     20.085536923187668: "20.086",
     2.9957322735539909: "2.9957",
@@ -57,7 +57,7 @@ def test_an_evaluation_of_a_model_of_bytes_has_no_powers_of_ten(tmp_path: Path) 
 
 
 def short_buckets(context: int) -> list[loss_table.Row]:
-    """Rows of an evaluation at step 10 of one document, in buckets that begin with single tokens."""
+    """Rows of an evaluation of one document at step 10; the first buckets hold a single token each."""
     edges = [0, 1, 2, 4, 16, 32, context]
     like = table(10, context=context)[0]
     spans = list(zip(edges, edges[1:]))
@@ -76,7 +76,7 @@ def test_perplexity_is_printed_in_few_digits_and_stored_with_all(
     assert "20.085536923187668" in path.read_text()
 
 
-# Evaluations as (step, documents) -> the step that is drawn, and what is said of a newer one.
+# Name -> evaluations as (step, documents), the step that is drawn, and what is printed about a newer one.
 CHOICES: dict[str, tuple[list[tuple[int, int]], int, str]] = {
     "the newest of the same size": ([(10, 4), (20, 4)], 20, ""),
     "more documents before the newest": ([(10, 32), (20, 4)], 10, "for step 20, over 4: step=20"),

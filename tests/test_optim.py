@@ -1,4 +1,4 @@
-"""Claims about optimizers, averaged weights and schedules beyond plain AdamW under a cosine."""
+"""Claims about optimizers, averaged weights and schedules other than plain AdamW with a cosine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def named_groups(model: str, *settings: str) -> dict[str, dict[str, Any]]:
 
 
 class Lion(torch.optim.Optimizer):
-    """The sign of an average of gradients; with state in its groups, which a checkpoint must restore."""
+    """Steps along the sign of averaged gradients; its groups hold state, which a checkpoint must restore."""
 
     def __init__(self, params: Any, lr: float = 1e-3, *, beta: float = 0.9, weight_decay: float = 0.0) -> None:
         if not 0 <= beta < 1:
@@ -72,7 +72,7 @@ class Sawtooth(Schedule):
 
 @pytest.fixture(autouse=True)
 def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The two classes above as a module from outside the package."""
+    """Make the two classes above importable from a module outside the package."""
     module = types.ModuleType("outside")
     module.Lion, module.Sawtooth, module.SGD = Lion, Sawtooth, torch.optim.SGD  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "outside", module)
@@ -201,7 +201,7 @@ def test_averaged_weights_that_are_not_there_are_one_line(tmp_path: Path) -> Non
         CheckpointError, match="holds no averaged weights, as optim.ema was 0; use eval.weights=trained"
     ):
         checkpoint.load(path, small_model("sw_ovq", vocab_size=31), weights="ema")
-    again = trainer_for(tmp_path, "optim.ema=0.9", resume=str(path))  # an average may begin later
+    again = trainer_for(tmp_path, "optim.ema=0.9", resume=str(path))  # averaging may begin later
     assert again.ema is not None
     assert torch.equal(again.ema.weights["head.weight"], again.model.head.weight)
 
@@ -332,7 +332,7 @@ def test_a_checkpoint_resumed_with_other_settings_trains_with_those(tmp_path: Pa
 
 
 def test_rates_scale_with_width_and_depth_as_documented() -> None:
-    scaled = ("optim.base_dim=8", "optim.base_layers=1")  # of models of width 32 with two layers: w = 4, d = 2
+    scaled = ("optim.base_dim=8", "optim.base_layers=1")  # for models of width 32 with two layers: w = 4, d = 2
     for how, width in (
         ("optim=adamw", 1 / 4),
         ("optim=muon", 1 / 2),
@@ -351,7 +351,7 @@ def test_rates_scale_with_width_and_depth_as_documented() -> None:
             "layers.1.mlp.out_proj.weight": width / 2,
         }
         assert {name: groups[name]["lr_scale"] for name in want} == pytest.approx(want)
-        for name in ("head.weight", "layers.0.mixer.out_proj.weight"):  # a step decays as before
+        for name in ("head.weight", "layers.0.mixer.out_proj.weight"):  # the decay per step is unchanged
             assert groups[name]["lr_scale"] * groups[name]["weight_decay"] == pytest.approx(0.1)
 
 

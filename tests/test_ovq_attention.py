@@ -1,6 +1,6 @@
-"""Claims about OVQ-attention: the reference equals a second one written from the formulas, the fast form the reference.
+"""Claims about OVQ-attention: the fast form equals the reference, which equals a second one written from the formulas.
 
-Inputs are new on every run; a failure prints the seed, and OVQ_TEST_SEED=<seed> reproduces it.
+Inputs differ on every run; a failure prints the seed, and OVQ_TEST_SEED=<seed> reproduces it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# B, T, H, G, K, V, N, L: whole and partial chunks, less than one, K != V, grouped heads, one centroid, chunks of one.
+# B, T, H, G, K, V, N, L: whole and partial chunks, less than a chunk, K != V, grouped heads, one centroid, chunks of 1.
 SHAPES = [
     (2, 45, 4, 2, 8, 6, 12, 8),
     (1, 40, 2, 2, 5, 9, 64, 8),
@@ -144,7 +144,7 @@ def by_formula(
         first = not count
         seen = [(k[0], v[0])] if first else list(zip(mu_k, mu_v))
         score = {t: [similarity(t, key, value) for key, value in seen] for t in tokens}
-        home = {t: int(np.argmax(score[t])) for t in tokens}  # argmax takes the first of equals
+        home = {t: int(np.argmax(score[t])) for t in tokens}  # argmax takes the first of equal values
         rank = {t: max(score[t]) for t in tokens}
         if options.get("seeding") == "random":
             rank = {t: float(position_hash(options.get("seed", 0), torch.tensor(t))) for t in tokens}
@@ -197,9 +197,9 @@ def test_five_tokens_equal_a_computation_by_hand() -> None:
     beta = torch.tensor([math.log(2)], dtype=torch.float64)
     root = 2**0.5
     # Tokens 0 and 1 see only their chunk. n(2) = 2*4/6 -> 1: both become one centroid, (1/2, 1/2), value 2, count 2.
-    # Weights of token 2: centroid 2^(1/2) * 2, itself 1. Of token 3: centroid 2^(1/2) * 2, token 2 2, itself 1/2.
+    # Weights at token 2: centroid: 2^(1/2) * 2, itself: 1. At token 3: centroid: 2^(1/2) * 2, token 2: 2, itself: 1/2.
     # n(4) = 4*4/8 = 2: token 3, whose product -1/2 is lowest, founds centroid 1; token 2 joins centroid 0, now
-    # (2/3, 1/3), value 10/3, count 3. Weights of token 4: centroid 0 2^(2/3) * 3, centroid 1 1/2, itself 1.
+    # (2/3, 1/3), value 10/3, count 3. Weights at token 4: centroid 0: 2^(2/3) * 3, centroid 1: 1/2, itself: 1.
     third = 2 ** (2 / 3)
     want = [
         1,
@@ -240,7 +240,7 @@ def test_the_torch_backend_equals_the_reference(variant: str, shape: tuple[int, 
 
 @pytest.mark.parametrize("variant", ["default", "key and value"])
 def test_large_products_equal_the_reference(variant: str) -> None:
-    """Those that are computed one by one (`table.product`), with several heads in a piece."""
+    """Products large enough to be computed one by one (`table.product`), with several heads in a piece."""
     shape = (1, 300, 4, 2, 64, 48)
     assert LARGE < 128 * 64 * 256
     inputs, spec = make_inputs(shape, seed=5), spec_of(160, 128, **VARIANTS[variant])
@@ -272,7 +272,7 @@ def test_low_precision_is_near_float64(variant: str, dtype: torch.dtype, output:
     got = run(fast, inputs, spec)
     assert got["key_sum"].dtype == torch.float32 and got["dk"].dtype == dtype
     assert_close(got, run(reference, inputs, spec, dtype=torch.float64, forced=got["a"]), output=output, grad=grad)
-    # In this dtype both assign alike except at near-ties.
+    # In this dtype, both make the same assignments except at near-ties.
     own = run(reference, inputs, spec)["a"]
     assert (own == got["a"]).double().mean() > 0.97, NOTE
 
@@ -315,7 +315,7 @@ def test_streamed_in_pieces_equals_one_pass(variant: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("variant", ["default", "constant step"])
 @pytest.mark.parametrize("position", [16, 21])
 def test_backends_agree_on_gradients_after_a_carried_state(variant: str, position: int) -> None:
-    """Also from the middle of a chunk."""
+    """Also when the state ends in the middle of a chunk."""
     spec = spec_of(12, 8, **VARIANTS[variant])
     q, k, v, beta = make_inputs((2, 50, 4, 2, 8, 6), seed=8)
     start = position - position % 8
@@ -332,7 +332,7 @@ def test_backends_agree_on_gradients_after_a_carried_state(variant: str, positio
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradients_through_a_carried_state_equal_those_of_one_pass(backend: str, variant: str) -> None:
-    """Of the outputs, and of the last state itself; cut on chunk bounds, and in the middle of chunks."""
+    """Gradients of the outputs and of the last state itself; cut at chunk boundaries and in the middle of chunks."""
     T, settings = 50, {"num_centroids": 12, "chunk_size": 8, "backend": backend, **VARIANTS[variant]}
     inputs = make_inputs((2, T, 4, 2, 8, 6), seed=8)
     weight = torch.randn(2, T, 4, 6, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
@@ -403,11 +403,11 @@ def saved_elements(backend: ModuleType, T: int, spec: OVQSpec) -> int:
 @pytest.mark.parametrize("step", ["count", 0.3])
 def test_saved_memory_is_a_few_elements_per_token_and_never_a_dictionary_per_chunk(step: str | float) -> None:
     spec = OVQSpec(num_centroids=256, chunk_size=16, step_size=step)
-    queries, keys = 4 * (8 + 1), 2 * (8 + 6 + 2)  # with the highest logits; with values, assignment and count
+    queries, keys = 4 * (8 + 1), 2 * (8 + 6 + 2)  # q and its highest logit; k, v, assignment and count
     overwritten = 0 if step == "count" else 2 * (8 + 6 + 1)
     growth = saved_elements(fast, 512, spec) - saved_elements(fast, 256, spec)
     assert growth == 256 * (queries + keys + overwritten)
-    # The measurement does detect what it rules out: autograd through the reference saves dictionaries.
+    # The measurement would detect saved dictionaries: autograd through the reference does save them.
     dictionary = 2 * 256 * (8 + 6)
     assert saved_elements(reference, 512, spec) - saved_elements(reference, 256, spec) > 16 * dictionary
 
@@ -434,9 +434,9 @@ def test_ties_go_to_the_lowest_index(backend: ModuleType, dtype: torch.dtype) ->
     spec = OVQSpec(num_centroids=8, chunk_size=8)
     v = make_inputs((1, 24, 1, 1, 4, 4), seed=13)[2].to(dtype)
     a = backend.forward(same, same, v, torch.ones(1), spec, empty(same, v, 8))[2].flatten().tolist()
-    # n = 4, 5, 6: the earliest of equally dissimilar keys found centroids; the others join the lowest equal centroid.
+    # n = 4, 5, 6: of equally dissimilar keys, the earliest become centroids; the others join the lowest equal centroid.
     assert a == [0, 1, 2, 3, 0, 0, 0, 0] + [4] + [0] * 7 + [5] + [0] * 7
-    # Centroids 1 and 2 are equal; a key equal to both is not a tie with 0.
+    # Centroids 1 and 2 are equal; a key equal to both does not tie with centroid 0.
     k = same.clone()
     k[:, 1:3] = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=dtype)
     k[:, 3] = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=dtype)
@@ -521,7 +521,7 @@ def test_heads_on_several_cores_give_the_same_results(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for piece in (1, 3 * 8 * 20, 10**9):  # one head; a few; as few pieces as threads
+        for piece in (1, 3 * 8 * 20, 10**9):  # pieces of one head; of a few; as few pieces as threads
             monkeypatch.setattr(pieces, "PIECE", piece)
             assert_close(run(fast, inputs, spec), whole, output=1e-13, grad=1e-12)
             with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""Claims about the host arrays that the kernels read on the device: streams, eviction and CUDA-graph capture.
+"""Claims about device copies of the host arrays that the kernels read: streams, eviction and CUDA-graph capture.
 
-CUDA is a fake that records what would be queued. Only a card can show that the events and the allocator do their part:
-`tests/test_gpu.py` has those claims.
+CUDA is replaced by a fake that records what would be queued. Only a GPU can show that the events and the allocator do
+their part: `tests/test_gpu.py` tests that.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FakeCuda(copies.Streams):
         return ("event", stream, sum(what[0] == "copy" for what in self.queued))
 
     def wait(self, stream: Any, event: Any) -> None:
-        assert not self.in_capture  # a wait for an event from outside breaks a capture
+        assert not self.in_capture  # waiting for an event recorded outside a capture breaks it
         self.queued.append(("wait", stream, event))
 
     def use(self, stream: Any, tensor: torch.Tensor) -> None:
@@ -88,7 +88,7 @@ def test_a_first_call_within_a_capture_is_refused_and_keeps_nothing(cuda: FakeCu
 
 
 def test_copies_in_a_captured_graph_outlive_their_owner(cuda: FakeCuda) -> None:
-    """A graph holds addresses: what it reads must not be freed when a plan is evicted. What it does not read is."""
+    """A graph holds addresses: what it reads must survive the eviction of a plan. What it does not read is freed."""
     made = copies.Copies()
     read = weakref.ref(made.get("read", CARD, two)["a"])
     unread = weakref.ref(made.get("unread", CARD, two)["a"])
@@ -100,7 +100,7 @@ def test_copies_in_a_captured_graph_outlive_their_owner(cuda: FakeCuda) -> None:
 
 
 def test_every_cache_of_a_plan_is_made_before_a_capture_and_found_in_it(cuda: FakeCuda) -> None:
-    """All that a forward and a backward pass ask of a plan, on a device, twice."""
+    """Everything that a forward and a backward pass request from a plan on one device, requested twice."""
     plan = plans.make_plan(OVQSpec(100, 16, seeding="random", seed=11), 0, 0, (0, 5, 37, 69))
 
     def everything() -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Claims about OVQ-attention's kernels without a GPU: the cases in `ovq_triton_cases.py`, and the host's decisions.
+"""Claims about OVQ-attention's kernels without a GPU: the cases in `ovq_triton_cases.py`, and host-side decisions.
 
-Those cases run in Triton's interpreter, which must be selected before Triton is imported, and so in a separate process.
-On a machine with a GPU they run there instead, compiled.
+The cases run in Triton's interpreter, which must be selected before Triton is imported: hence the separate process. On
+a machine with a GPU they run compiled, on the GPU.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def test_random_seeding_ranks_give_the_order_of_the_definition() -> None:
 
 @pytest.mark.parametrize("D, N, L", [(64, 2048, 128), (64, 16384, 128), (128, 16384, 128), (64, 2048, 16)])
 def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: int, L: int) -> None:
-    """Live at once in the forward pass: its inputs and outputs, its copy of the means, and a table; in the backward
-    pass: what the forward operator saved, the gradients, delta, and a table."""
+    """Memory in use at once. Forward pass: inputs and outputs, its copy of the means, and a table. Backward pass: what
+    the forward operator saved, the gradients, delta, and a table."""
     importlib.import_module("ovq.ops.ovq_attention.kernels")
     T, spec = 65536, OVQSpec(N, L)
     plan = plans.make_plan(spec, 0, 0, (0, T))

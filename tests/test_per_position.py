@@ -1,4 +1,4 @@
-"""Claims about loss by position: what is measured, what the run folder gets, and what happens when evaluation fails."""
+"""Claims about loss by position: what is measured, what is written to the run folder, and how failures are handled."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run_folder(root: Path, model: str, texts: list[str], *overrides: str, steps:
 
 
 class Ruler(torch.nn.Module):
-    """Stands in for a model: the loss at position p of a document is p + its first letter's code. Needs its state."""
+    """Stands in for a model: the loss at position p of a document is p + its first letter's code. Needs the state."""
 
     def mixers(self) -> list[Any]:
         return []
@@ -118,7 +118,7 @@ def test_rows_of_unequal_length_do_not_affect_each_other() -> None:
 
 @pytest.mark.parametrize("piece", [16, 4096])
 def test_context_is_withheld_up_to_what_a_window_sees(piece: int) -> None:
-    """Two layers with windows of 4 see 6 tokens back: with 6 kept nothing changes, with fewer it does."""
+    """Two layers with windows of 4 see 6 tokens back: keeping 6 or more changes nothing, keeping fewer does."""
     common = {"positions": 61, "piece": piece, "device": torch.device("cpu"), "should_stop": lambda: False}
     rows = [torch.randint(61, (length,)).numpy().astype(np.int32) for length in (62, 62, 40)]
     model = small_model("sw", "model.num_layers=2", "model.init_std=0.3").double().eval()
@@ -133,7 +133,7 @@ def test_context_is_withheld_up_to_what_a_window_sees(piece: int) -> None:
     by_hand = losses_by_position(model, [rows[0][5:12]], **common | {"positions": 6})  # type: ignore[arg-type]
     got = losses_with_restarts(model, rows, restart=5, **common)  # type: ignore[arg-type]
     assert by_hand is not None and got is not None
-    # Positions 10 to 14 of the document are run from token 5 on.
+    # Positions 10 to 14 of the document are computed from token 5 on.
     np.testing.assert_allclose(got[0, 10], by_hand[0, 5], rtol=1e-9)
 
 
@@ -147,7 +147,7 @@ def test_buckets_partition_the_positions(edges_of: Any, context: int) -> None:
 
 def test_log_buckets_are_half_octaves_and_linear_ones_equal() -> None:
     assert log_edges(64) == [0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64]
-    assert log_edges(65)[-2:] == [45, 65]  # no sliver
+    assert log_edges(65)[-2:] == [45, 65]  # no sliver of a bucket at the end
     assert set(np.diff(linear_edges(4096))) == {128}
 
 
@@ -311,7 +311,7 @@ def test_stopped_evaluation_returns_none_and_leaves_the_folder_unchanged(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     answers = iter([False] * (calls - 1) + [True])
     assert evaluate(Ruler(), cfg, tokenizer, World(), tmp_path, 2, lambda: next(answers)) is None  # type: ignore[arg-type]
-    assert next(answers, None) is None  # every answer was used, the last of which said stop
+    assert next(answers, None) is None  # every answer was used, including the last, which said stop
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -407,7 +407,7 @@ processes.shutdown()
 
 
 def two_processes(root: Path) -> list[list[str]]:
-    """What each process printed when stopped and when not: should_stop calls, whether there is a table, the result."""
+    """What each process printed when stopped and when not: calls of should_stop, whether a table exists, the result."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -439,7 +439,7 @@ def test_two_processes_give_the_same_table_as_one(tmp_path: Path, texts: list[st
     """Three documents for two processes: in the second round one makes dummy passes, without which FSDP would hang."""
     run_dir = run_folder(tmp_path, "sw_ovq", texts)
     (stopped, finished), other = two_processes(run_dir)
-    assert [stopped, finished] == other  # equally many calls, the same results
+    assert [stopped, finished] == other  # the same number of calls, the same results
     assert stopped == "[5, False, None]"
     two = loss_table.read(run_dir)
 

@@ -94,7 +94,7 @@ def test_memory_falls_with_sharding_and_recomputation() -> None:
     assert weights[0] == pytest.approx(16 * total / MIB, rel=1e-3)  # float32: weights, gradients, two moments
     matrices = LAYERS * (4 * D * HEADS * K + 3 * D * FFN)
     for settings, numbers in (
-        (["optim=muon"], 4 * total - matrices),  # one moment a matrix
+        (["optim=muon"], 4 * total - matrices),  # one moment per matrix
         (["optim.ema=0.999"], 5 * total),
         (["optim=muon", "optim.ema=0.999"], 5 * total - matrices),
     ):

@@ -222,7 +222,7 @@ def test_errors_are_one_line(
 
 
 def accuracies(folder: Path, *, settings: str = "{}", capacity: int | None = None, **by_length: float) -> None:
-    """Add made-up totals to a run's accuracies, each length with one index, which is not drawn."""
+    """Add made-up accuracies to a run: a total for each length, and one for a single index, which is not drawn."""
     rows = []
     for name, value in by_length.items():
         row: dict[str, Any] = dict.fromkeys(TABLE.schema.names)

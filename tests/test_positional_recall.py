@@ -27,7 +27,7 @@ TASKS = {
 
 
 def read(task: PositionalRecallTask, inputs: np.ndarray) -> tuple[list[tuple], list[tuple]]:
-    """(key, value) of every pair and (key, occurrence, value) of every query, in the order of the text."""
+    """(key, value) of every pair and (key, occurrence, value) of every query, in the order of the sequence."""
     words = inputs[(inputs > 0) & ~np.isin(inputs, task.filler_ids)].tolist()
     pairs, queries = [], []
     k, v = task.key_tokens, task.value_tokens
@@ -86,7 +86,7 @@ def test_a_short_sequence_is_full_and_has_a_query() -> None:
         lambda x, at: (x[at - 1], x[at]),  # key and mark: the whole query
         lambda x, at: x[at - 1],
         lambda x, at: at,
-        lambda x, at: x[at - 2],  # the answer before
+        lambda x, at: x[at - 2],  # the previous answer
     ],
     ids=["query", "key", "place", "answer before"],
 )

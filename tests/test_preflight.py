@@ -1,4 +1,4 @@
-"""Claims about what is found before the first step: what is certain to fail is refused, the rest is told in a line."""
+"""Claims about checks before the first step: what is certain to fail is refused, the rest is reported in one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BASE = [
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two small data sets, in the current folder, and no training: a start that gets that far has passed."""
+    """Small data sets in the current folder, and no training: a run that gets as far as training has passed."""
     monkeypatch.chdir(tmp_path)
     for name, key in (("books", "text"), ("held-out", "text"), ("no-text", "body")):
         lines = [json.dumps({key: f"document {i} " * 5}) + "\n" for i in range(3)]
@@ -58,7 +58,7 @@ def base() -> Config:
     return compose(BASE)
 
 
-# What is wrong, the settings, the exit status of a start, and what it and a dry run say.
+# What is wrong -> the settings, the exit status of train.py, and what it and a dry run print.
 WRONG: dict[str, tuple[list[str], int, str]] = {
     "a mistyped validation path": (["data.validation=[held-uot.jsonl]"], 2, "held-uot.jsonl"),
     "no validation files": (["data.validation=[]"], 2, "data.validation is empty"),
@@ -113,7 +113,7 @@ def test_a_start_finds_it_before_the_first_step_and_a_dry_run_says_it(
 
 def test_a_run_folder_without_permission_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert claim.unwritable(folder / "new" / "run") == ""
-    monkeypatch.setattr(claim.os, "access", lambda *_: False)  # the superuser of a container may write anywhere
+    monkeypatch.setattr(claim.os, "access", lambda *_: False)  # root in a container may write anywhere
     assert claim.unwritable(folder / "new" / "run").startswith(
         f"{folder}/new/run cannot be the run folder: no permission"
     )
@@ -169,7 +169,7 @@ def test_a_hub_out_of_reach_is_asked_and_named_once(monkeypatch: pytest.MonkeyPa
     assert asked == ["a/b"]
     assert "no network" in found["train"]["error"]
     assert found["validation"] == found["test"] == {"error": "not looked for, see data train"}
-    with pytest.raises(Exception, match="no network"):  # only a description leaves it at that
+    with pytest.raises(Exception, match="no network"):  # only `describe` does not raise
         find_files(compose(["data=parquet", *names]).data, "test")
 
 
@@ -177,7 +177,7 @@ def test_a_hub_out_of_reach_is_asked_and_named_once(monkeypatch: pytest.MonkeyPa
     ("source", "measured_again", "achieved", "share", "told"),
     [
         (machine.MEASURED, None, 5e11, 0.5, ""),
-        (machine.MEASURED, 4e12, 2e12, 0.5, ""),  # the cores were busy when it was measured first
+        (machine.MEASURED, 4e12, 2e12, 0.5, ""),  # the cores were busy at the first measurement
         (machine.MEASURED, 1e12, 12.09e12, None, "so its share is left out; set trainer.peak_tflops"),
         ("trainer.peak_tflops", None, 2e12, None, "(trainer.peak_tflops), so its share is left out; it is too low"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import two_ranks
 
-# Handlers run in reverse order: the first one registered sees the process after the last other one.
+# Handlers run in reverse order: the one registered first sees the process after all others have run.
 LEAVES_A_GROUP = """
 import atexit, json, os, sys
 from pathlib import Path
@@ -40,7 +40,7 @@ main()
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists its threads in /proc")
 def test_no_gloo_thread_outlives_the_interpreter(tmp_path: Path) -> None:
-    """A thread that releases a tensor while Python finalizes ends the process with status 134."""
+    """A thread that releases a tensor while Python finalizes aborts the process with status 134."""
     ranks = two_ranks(LEAVES_A_GROUP, tmp_path)
     for rank in ranks:
         out, error = rank.communicate(timeout=300)

@@ -17,7 +17,7 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three packages of small files, importable, one of them with a file that is not UTF-8."""
+    """Three importable packages of small files, one of them with a file that is not UTF-8."""
     site = tmp_path / "site"
     for name in ("ovq_one", "ovq_two", "ovq_three"):
         for folder in (".", "b", "a"):

@@ -1,4 +1,4 @@
-"""Claims about the in-context recall task: it is solvable, only by looking back, and fully deterministic."""
+"""Claims about the in-context recall task: it is solvable, but only by looking back, and fully deterministic."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_keys_are_unique_and_each_is_queried_at_most_once(task: RecallTask) -> N
 
 
 def test_keys_of_two_tokens_are_enough_for_64k_tokens() -> None:
-    """Unique keys, all of them found again, where each token of a key is in many keys; and far beyond, with more."""
+    """Keys are unique and all found, though a token is in many of them; a larger vocabulary allows far more."""
     for task, length, pairs in (
         (RecallTask(key_tokens=2, key_vocab=128), 65_536, 10_922),
         (RecallTask(key_vocab=16_384), 65_536, 16_384),

@@ -1,4 +1,4 @@
-"""Claims about regression in context: the functions are the paper's, and only earlier examples tell which they are."""
+"""Claims about in-context regression: the functions are the paper's, and only earlier examples tell which they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FUNCTIONS = [(a, b, p) for a, b in itertools.product(range(1, 5), repeat=2) for 
 
 
 def read(task: RegressionTask, inputs: np.ndarray) -> list[tuple[int, list[int], list[int]]]:
-    """(label, x, y) of every example, in the order of the text."""
+    """(label, x, y) of every example, in the order of the sequence."""
     rows = inputs[len(inputs) % task.item :].reshape(-1, task.item)
     d = task.dimensions
     return [(int(row[0]), (row[1 : 1 + d] - 1).tolist(), (row[1 + d :] - 1).tolist()) for row in rows]
@@ -83,7 +83,7 @@ def test_labels_are_the_y_of_all_but_the_first_example_of_a_function() -> None:
 
 
 def test_a_query_alone_predicts_no_better_than_chance() -> None:
-    """Who sees only x and the label, and knows the distribution of functions, is right on a twelfth of the tokens."""
+    """A guess from x and the label alone, given the distribution of functions, is right on a twelfth of the tokens."""
     task = RegressionTask(functions=4)
     right = expected = total = 0.0
     for row in range(150):
@@ -98,14 +98,14 @@ def test_a_query_alone_predicts_no_better_than_chance() -> None:
                 right, expected, total = right + (guess == y[j]), expected + count / len(FUNCTIONS), total + 1
     chance = expected / total
     assert 0.07 < chance < 0.10
-    # 15,600 answers, many of one function of 600: the share is known to about 1%.
+    # 15,600 answers, but only 600 functions: the share is known to about 1%.
     assert abs(right / total - chance) < 0.03
-    for feature in (lambda x, at: x[at - at % 9], lambda x, at: at):  # the label, and the place in the sequence
+    for feature in (lambda x, at: x[at - at % 9], lambda x, at: at):  # the label; the position in the sequence
         assert learned_guess(task, 90, feature, learn=300, test=150) < 0.10
 
 
 def test_the_end_of_an_example_follows_from_its_beginning() -> None:
-    """The docstring's warning: 44% of tokens are right for who sees nothing but the example they are in."""
+    """The warning in the task's docstring: a model that sees only the current example gets 44% of tokens right."""
     task, rng = RegressionTask(), np.random.default_rng(0)
     codes = np.arange(len(FUNCTIONS))
     right = np.zeros(4)
@@ -129,7 +129,7 @@ def test_with_more_functions_than_exist_several_labels_have_the_same() -> None:
 
 
 def test_with_repeated_entries_more_examples_tell_more() -> None:
-    """The oracle's curve with distinct=false: right where all functions that are left agree, and soon everywhere."""
+    """The oracle's curve with distinct=false: right where all functions that still fit agree, and soon everywhere."""
     task = RegressionTask(functions=4, distinct=False)
     right, total = np.zeros(8), np.zeros(8)
     for row in range(40):

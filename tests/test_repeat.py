@@ -13,7 +13,7 @@ from ovq.errors import ConfigError
 
 
 def is_in(part: bytes, split: str) -> bool:
-    """Whether a document of the built-in corpus holds these bytes."""
+    """Whether a document in a split of the built-in corpus contains these bytes."""
     corpus = BuiltinCorpus(split)
     return any(part in corpus.read(index).text.encode() for index in range(len(corpus)))
 

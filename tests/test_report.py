@@ -1,4 +1,4 @@
-"""Claims about the report over several runs: its numbers are those of the folders, and it stands alone."""
+"""Claims about the report over several runs: its numbers are those of the run folders, and it is self-contained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEVEL = {"sw": 3.0, "sw_ovq": 2.9}  # nats per token
 def make_run(
     folder: Path, model: str, seed: int, *, steps: int = 20, finished: bool = True, document: float = 0.1
 ) -> Path:
-    """A run folder with a made-up history: documents differ by `document` each, and seeds by a hundredth."""
+    """A run folder with a made-up history: losses rise by `document` per document and by 0.01 per seed."""
     cfg = compose(["experiment=cpu_demo", f"model={model}", f"seed={seed}", f"trainer.steps={steps}"])
     config.save(cfg, folder)
     done = steps if finished else steps // 2
@@ -65,7 +65,7 @@ def data_of(html: str) -> list[dict[str, Any]]:
 
 
 def rows_of(html: str, title: str) -> list[list[str]]:
-    """The cells of the table under the heading that begins so."""
+    """The cells of the table under the heading that begins with `title`."""
     table = html.split(f"<h2>{title}")[1].split("</table>")[0]
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in table.split("</tr>")[:-1]]
 
@@ -86,7 +86,7 @@ def test_numbers_are_those_of_the_run_folders(tmp_path: Path) -> None:
     html = report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]", "positions=[2048,4096,65536]")
     head, first, second = rows_of(html, "Runs")
     assert head[7:9] == ["loss at 2k", "loss at 4k"] and "loss at 64k" not in head
-    # The mean of three documents: the level, 0.1, and the fall with position.
+    # The mean over three documents: the level, plus 0.1, minus the fall with position.
     assert first[7:9] == ["3.0898 ± 0.0500", "3.0795 ± 0.0500"] and second[8] == "2.9795 ± 0.0500"
     assert first[:4] == ["sw", "finished", "20", "2,000"] and first[6] == "4.0000"
     assert first[9:] == ["3 validation documents of 4,096 tokens", "1,010", "0.50 GiB"]
@@ -101,7 +101,7 @@ def test_models_are_compared_document_by_document_and_seed_by_seed(tmp_path: Pat
     html = report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]")
     head, row = rows_of(html, "Difference to sw on the same documents")
     assert head[1:4] == ["0 to 128", "512 to 2,048", "2,048 to 4,096"]
-    # Documents differ by 0.1 to 0.2, and cancel: what is left is the models' difference, without any error.
+    # The differences between documents, 0.1 to 0.2, cancel: only that between the models is left, without any error.
     assert row[0] == "sw_ovq" and [cell.strip() for cell in row[1:4]] == ["-100.0 ± 0.0"] * 3
 
 

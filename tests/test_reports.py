@@ -1,4 +1,4 @@
-"""Claims about reports: a picture, a table, a print or a service that fails is told in one line, and costs no run."""
+"""Claims about reports: a plot, table, print or service that fails is reported in one line and does not end the run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def nothing_told() -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A training command, all but its run folder; the current folder is an empty one."""
+    """A training command without its run folder; the current folder holds only the data."""
     monkeypatch.chdir(tmp_path)
     for name in ("train", "held-out"):
         (tmp_path / f"{name}.txt").write_text("a text that is long enough for a row of it, " * 9)
@@ -57,7 +57,7 @@ def fail(error: BaseException) -> Any:
 
 
 class Throws:
-    """A wandb run that takes the first row and no other."""
+    """A wandb run that accepts the first row and raises `error` from then on."""
 
     def __init__(self, error: BaseException) -> None:
         self.error, self.rows = error, 0
@@ -70,7 +70,7 @@ class Throws:
     finish = log
 
 
-# What fails while an evaluation is stored, with which error, and the one line that says so.
+# What fails while an evaluation is stored, with which error, and the one line that reports it.
 PLOT, TABLES = "the plot of the evaluation: not made", "the tables of the evaluation: not made"
 FAULTS: dict[str, tuple[Any, str, BaseException, str]] = {
     "a plot raises": (plot, "loss_by_position", RuntimeError("no fonts"), f"{PLOT} (no fonts)"),
@@ -116,7 +116,7 @@ def test_an_evaluation_without_memory_names_what_to_change(run: list[str], monke
 
 
 def followed(shown: str) -> list[int]:
-    """Exit statuses of the eval.plot commands that lines of stderr advise."""
+    """Run the eval.plot commands that lines of stderr recommend; returns their exit statuses."""
     advice = [line.partition("make it later: python -m eval.plot ")[2] for line in shown.splitlines()]
     return [plot.main(shlex.split(words)) for words in advice if words]
 
@@ -157,7 +157,7 @@ def test_wandb_that_fails_in_mid_run_is_left_behind_in_one_line(
 
 
 def test_a_run_folder_that_stdout_cannot_encode_is_trained_in_and_summed_up(tmp_path: Path) -> None:
-    """As under PYTHONIOENCODING=ascii with stdout closed; and MPLBACKEND as Jupyter exports it, without its package."""
+    """With PYTHONIOENCODING=ascii, and MPLBACKEND as Jupyter exports it, without its package."""
     code = (
         "import sys; from pathlib import Path; from ovq.cli import guarded; from eval import style\n"
         "def work():\n"

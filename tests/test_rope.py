@@ -1,4 +1,4 @@
-"""Claims about rotary positions: what each way of stretching them over a longer context does to the frequencies."""
+"""Claims about rotary positions: what each way of scaling them to a longer context does to the frequencies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_ntk_leaves_the_highest_frequency_and_divides_the_lowest_by_the_factor()
 
 
 def test_yarn_divides_slow_frequencies_and_leaves_fast_ones() -> None:
-    """Frequency i = K ln(ORIGINAL / (2 pi turns)) / (2 ln BASE) turns so many times over the original context."""
+    """Frequency i = K ln(ORIGINAL / (2 pi turns)) / (2 ln BASE) makes `turns` turns over the original context."""
     got = frequencies(rope_type="yarn") / plain()
     turns = ORIGINAL * plain() / (2 * math.pi)
     low, high = (K * math.log(ORIGINAL / (2 * math.pi * t)) / (2 * math.log(BASE)) for t in (32, 1))

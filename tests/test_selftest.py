@@ -1,4 +1,4 @@
-"""Claims about the self-test of the Triton kernels, with wrong kernels in Triton's interpreter and without a GPU."""
+"""Claims about the self-test of the Triton kernels, run on wrong kernels in Triton's interpreter, without a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers import small_config, small_model
 CPU = torch.device("cpu")
 WRONG = "tests.wrong_kernels"
 TINY = Problem(1, 1, 1, 16, 16, "float32", 24, False, OVQSpec(8, 16).text)
-SECONDS = 300.0  # the test's own patience: this machine may be busy
+SECONDS = 300.0  # generous, because this machine may be busy
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def verdict_with(fault: str, monkeypatch: pytest.MonkeyPatch, problem: Problem =
 def test_right_kernels_pass_and_are_not_tested_again(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     first = selftest.check(TINY, CPU, seconds=SECONDS)
     assert first.passed and not first.remembered and "first chunks: o " in first.what and "dbeta" in first.what
-    monkeypatch.setattr(selftest, "run_bounded", None)  # any attempt to start one fails
+    monkeypatch.setattr(selftest, "run_bounded", None)  # any attempt to start a test fails
     assert selftest.check(TINY, CPU) == Verdict(True, first.what, remembered=True)
     for name, change in (
         ("code_hash", lambda kernels: "other code"),
@@ -99,7 +99,7 @@ def test_wrong_kernels_fail_with_what_is_wrong(
 
 
 def test_kernels_that_hang_are_stopped_and_named(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time is cut short as soon as the hanging kernel is running, however long the imports take."""
+    """The timeout expires as soon as the hanging kernel is running, however long the imports take."""
     communicate = subprocess.Popen.communicate
 
     def until_it_hangs(process: Any, timeout: float | None = None) -> Any:
@@ -165,7 +165,7 @@ def test_a_cache_that_is_damaged_or_takes_no_file_costs_a_test_and_no_more(
         selftest.check(TINY, CPU)
     assert len(ran) == 1
     (file,) = selftest.folder().rglob("*.json")
-    assert json.loads(file.read_text())["problem"]["context"] == 24  # says in the clear what passed
+    assert json.loads(file.read_text())["problem"]["context"] == 24  # states in plain text what passed
     for damage in ("", "[]", "{}", '{"passed": '):
         file.write_text(damage)
         assert selftest.check(TINY, CPU) == Verdict(True, "fine")
@@ -213,7 +213,7 @@ def test_the_code_hash_covers_the_kernels_and_what_they_are_compared_with(
     ],
 )
 def test_every_result_is_compared(said: str, change: Any) -> None:
-    """With the torch backend in the place of the kernels."""
+    """With the torch backend in place of the kernels."""
 
     class Changed:
         @staticmethod
@@ -260,7 +260,7 @@ def test_the_judge_accepts_the_definition_and_no_other_assignment(variant: dict[
 def run_with(
     verdict: Any, monkeypatch: pytest.MonkeyPatch, *overrides: str, rank: int = 0, local_rank: int = 0
 ) -> tuple[list[str], list[Problem]]:
-    """The backends of the OVQ layers after `choose_backends`, and what was tested. `verdict`: one, or a `check`."""
+    """The backends of the OVQ layers after `choose_backends`, and what was tested. `verdict` may also be a `check`."""
     tested: list[Problem] = []
 
     def check(problem: Problem, device: torch.device, **options: Any) -> Verdict:
@@ -284,7 +284,7 @@ BAD = Verdict(False, "the last chunks: dq is off by 3.0e-01, its bar is 2e-02")
 
 def test_kernels_that_pass_are_used_and_are_tested_at_the_shape_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     backends, tested = run_with(Verdict(True, "fine"), monkeypatch)
-    assert set(backends) == {"auto"} and len(tested) == 1  # equal layers are one problem
+    assert set(backends) == {"auto"} and len(tested) == 1  # identical layers are tested once
     (problem,) = tested
     cfg = small_config("sw_ovq")
     assert (problem.batch, problem.heads, problem.context) == (4, cfg.model.num_heads, 64)
@@ -330,7 +330,7 @@ def test_from_wrong_kernels_to_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Nothing between them is replaced but the card. (Three seconds may pass before the kernels are even imported.)"""
+    """Everything in between is real except the GPU. (Three seconds may pass before the kernels are even imported.)"""
     monkeypatch.setenv("OVQ_TEST_FAULT", fault)
     real = selftest.check
 
@@ -355,7 +355,7 @@ def test_nothing_is_tested_where_the_kernels_are_not_used(monkeypatch: pytest.Mo
 def test_the_first_rank_of_a_machine_tests_and_all_follow_its_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 5 is the second of its machine; the kernels fail on the first one, or on no machine."""
+    """Rank 5 is the second on its machine. The kernels fail on the first machine, on none, or (rank 4) on its own."""
     monkeypatch.setattr(before_training, "gather_objects", lambda own: ["there (bad)", None, own])
     backends, tested = run_with(BAD, monkeypatch, rank=5, local_rank=1)
     assert set(backends) == {"torch"} and not tested and capsys.readouterr().err == ""
@@ -367,7 +367,7 @@ def test_the_first_rank_of_a_machine_tests_and_all_follow_its_verdict(
 
 
 def test_without_a_gpu_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even the choice of a backend, with any name."""
+    """Not even the choice of a backend, whatever its name."""
     monkeypatch.setattr(before_training, "problem_of", None)
     monkeypatch.setattr(before_training, "gather_objects", None)
     for backend in ("auto", "triton"):
@@ -412,13 +412,13 @@ def test_a_program_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
     assert ended.status is None and time.monotonic() - began < 60
     if (tmp_path / "pid").exists():
         pid = int((tmp_path / "pid").read_text() or 0)
-        while pid and runs(pid) and time.monotonic() - began < 60:  # a busy machine takes a while to end it
+        while pid and runs(pid) and time.monotonic() - began < 60:  # a busy machine takes a while to kill it
             time.sleep(0.1)
         assert not pid or not runs(pid)
 
 
 def test_a_program_ends_soon_after_the_process_that_waits_for_it(tmp_path: Path) -> None:
-    """As when a trainer is killed during the test: no process is left on the card."""
+    """As when a trainer is killed during the test: no process is left on the GPU."""
     child = (
         "import os, time\n"
         "from ovq.bounded import end_with_parent\n"

@@ -1,4 +1,4 @@
-"""Claims about a rank that all others wait for: who it is, and why, is said once."""
+"""Claims about a slow rank that all others wait for: which one it is, and why, is reported once."""
 
 from __future__ import annotations
 

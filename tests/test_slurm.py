@@ -1,6 +1,6 @@
-"""Claims about jobs under SLURM: the file that is submitted, what is queued again, and that no work is lost.
+"""Claims about jobs under SLURM: the script that is submitted, what is requeued, and that no work is lost.
 
-SLURM is tests/fake_slurm.py, which runs the ranks on this machine.
+SLURM is replaced by tests/fake_slurm.py, which runs the ranks on this machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def launcher(folder: Path, body: str) -> list[str]:
-    """Options that put a shell script in the place of `python`."""
+    """Options that put a shell script in place of `python`."""
     (folder / "launcher.sh").write_text(body)
     return ["--python", f"bash {shlex.quote(str(folder / 'launcher.sh'))}"]
 
@@ -162,7 +162,7 @@ def test_a_save_that_takes_longer_than_the_grace_allows_is_a_warning(
 def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_losses_of_an_unbroken_run(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Two nodes of one CPU rank each. The unbroken run is of one process: equal up to the rounding of sums."""
+    """Two nodes with one CPU rank each. The unbroken run has one process: equal up to the rounding of sums."""
     settings = [*QUICK, "model=sw_ovq", "trainer.steps=40", "trainer.context=64", "trainer.micro_batch=1"]
     settings += ["trainer.health_every=0", "eval.at_end=false", "trainer.eval_every=0", "trainer.device=cpu"]
     assert train.main([*settings, f"run_dir={tmp_path / 'whole'}"]) == 0
@@ -178,7 +178,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_losses_of_an_un
     assert slurm.main([*line, *settings, f"run_dir={run}"]) == 0
     assert cluster.run(meanwhile=preempt) == [0, 0]
     log = (run / "slurm.log").read_text()
-    # The ranks get the signal itself and, from their launcher, SIGTERM: they name the one that comes first.
+    # The ranks get the signal itself and, from their launcher, SIGTERM: they report whichever comes first.
     assert re.search("stopped by SIG(USR1|TERM) at step", log), log
     assert "resumed from" in log and log.endswith("job 100: finished\n")
     assert read_finished(run) is not None

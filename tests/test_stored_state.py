@@ -1,4 +1,4 @@
-"""Claims about dictionaries stored in fewer bytes: what the formats keep, and what a run is tested with."""
+"""Claims about dictionaries stored in fewer bytes: how much the formats round, and how a run is tested with them."""
 
 from __future__ import annotations
 

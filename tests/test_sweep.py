@@ -96,7 +96,7 @@ def test_a_finished_job_with_changed_settings_is_rejected_before_anything_starts
     assert (fake_train / "starts").read_text().split() == ["default,seed=2"]
 
 
-# Stands for a train.py in the middle of a run: sends the sweep a signal, and saves when it is stopped itself.
+# Stands in for train.py in the middle of a run: sends the sweep a signal, and saves when it is itself stopped.
 FAKE_RUNNING = """
 import os, pathlib, signal, sys
 here = pathlib.Path(__file__).parent
@@ -148,9 +148,9 @@ def test_a_summary_that_is_damaged_does_not_count_as_finished(fake_train, conten
     assert json.loads(path.read_text())["stopped_by"] is None
 
 
-# --- sweeps at once --------------------------------------------------------------------------------------------------
+# --- concurrent sweeps -----------------------------------------------------------------------------------------------
 
-# Stands in for train.py: notes its start, and ends once the file `go` is there: in failure if `status` is there too.
+# Stands in for train.py: records its start, and ends once the file `go` exists, with an error if `status` exists too.
 FAKE_WAITING = """
 import os, pathlib, sys, time
 here, overrides = pathlib.Path(__file__).parent, sys.argv[1:]
@@ -200,7 +200,7 @@ def test_two_sweeps_at_once_share_the_jobs_and_agree_on_the_outcome(
     with other_sweep(waiting_train, line) as other:
         wait_until(lambda: (waiting_train / "starts").exists())
         ending = threading.Thread(target=end_the_jobs, args=(waiting_train,))
-        ending.start()  # once each sweep runs one
+        ending.start()  # ends the jobs once each sweep runs one
         assert sweep.main(line) == int(failing)
         assert other.wait(timeout=60) == int(failing)
         ending.join()
@@ -216,7 +216,7 @@ def test_a_sweep_that_was_killed_is_continued_by_the_same_command_while_its_job_
         wait_until(lambda: (waiting_train / "starts").exists())
         other.kill()
     jobs = sweep.expand(line)
-    assert claims.claim(jobs[0].run_dir / sweep.LOCK) is None  # its job has kept the lock
+    assert claims.claim(jobs[0].run_dir / sweep.LOCK) is None  # its job still holds the lock
     (waiting_train / "go").touch()
     assert sweep.main(line) == 0
     assert starts(waiting_train) == ["seed=0", "seed=1"]

@@ -319,7 +319,7 @@ def test_muon_and_the_average_are_the_same_on_two_processes(two_ranks: Any, one_
     a, b = (trainer_for(folder / "muon", *how) for folder in (two_ranks[0], one_rank))
     assert a.ema is not None and b.ema is not None
     for (name, x), y in zip(a.ema.weights.items(), b.ema.weights.values()):
-        assert float((x - y).norm()) <= 3e-2 * float(y.norm()), name  # Muon enlarges the rounding of sums in bf16
+        assert float((x - y).norm()) <= 3e-2 * float(y.norm()), name  # Muon amplifies the rounding of sums in bf16
     assert two_ranks[1]["orthogonalised"] == [True, True]
     momenta = [state["momentum_buffer"] for state in a.optimizer.state.values() if "momentum_buffer" in state]
     assert len(momenta) == sum(p.ndim == 2 for p in a.model.layers.parameters())

@@ -1,4 +1,4 @@
-"""The contract of all generated tasks: solvable from the context, deterministic, of any length. Needles included."""
+"""The contract of all generated tasks, needles included: solvable from the context, deterministic, of any length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.data_helpers import rank_of
 
 NAMES = options("data/task")
 LONG = 65_536
-# Settings with which a task fits 64k tokens, where its defaults do not.
+# Settings for 64k tokens, for tasks whose defaults do not allow that length.
 FOR_LONG = {"recall": ["data.task.key_tokens=2", "data.task.key_vocab=128"]}
 
 
@@ -83,7 +83,7 @@ def test_an_oracle_that_reads_only_the_context_answers_everything(name: str, len
 
 @EVERY
 def test_an_oracle_cannot_see_the_answer_it_gives(name: str) -> None:
-    """The last token of a sequence ends an answer: with another in its place, everything that is predicted stays."""
+    """The last token of a sequence ends an answer: replacing it changes no prediction."""
     task = task_of(name)
     inputs, targets = task.make(1025, 5, TRAIN, 0, 0)
     assert targets[-2] == inputs[-1]
@@ -135,7 +135,7 @@ def test_a_run_stopped_twice_reads_what_an_unbroken_one_reads(name: str) -> None
 
     whole = steps(loader(name, "trainer.micro_batch=4"), 6)
     parts, states = [], []
-    for rank in range(2):  # two ranks for two steps, of which the curriculum makes shorter sequences
+    for rank in range(2):  # two ranks for two steps, in which the curriculum shortens the sequences
         part = loader(name, rank=rank, world_size=2)
         parts.append([batch for batch in islice(part, 2)])
         states.append(part.state_dict())

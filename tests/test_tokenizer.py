@@ -78,7 +78,7 @@ def of(model: Path, *overrides: str) -> Config:
 
 
 def byte_level(**changes: Any) -> dict[str, Any]:
-    """A tokenizer.json as of GPT-2, with what others add: NFC, a space in front, a first token, a cut, dropout."""
+    """A tokenizer.json like GPT-2's, with what others add: NFC, a prefix space, a first token, truncation, dropout."""
     return json.loads(_byte_level()) | changes
 
 
@@ -103,7 +103,7 @@ def _byte_level() -> str:
 
 
 def llama(**changes: Any) -> dict[str, Any]:
-    """A tokenizer.json as of Llama 2: spaces are U+2581, one is put in front, other characters fall back to bytes."""
+    """A tokenizer.json like Llama 2's: spaces are U+2581, one is prepended, other characters fall back to bytes."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"etaoin", "th", "\u2581t"]
     special = [{"id": i, "content": pieces[i], "special": True} for i in range(3)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -124,7 +124,7 @@ def llama(**changes: Any) -> dict[str, Any]:
 
 
 def unigram() -> dict[str, Any]:
-    """As of SentencePiece's unigram models, whose Viterbi search would take a written "</s>" for the token."""
+    """Like SentencePiece's unigram models, whose Viterbi search would take "</s>" in the text for the token."""
     pieces = llama()["model"]["vocab"]
     model = {"type": "Unigram", "unk_id": 0, "byte_fallback": True, "vocab": [[p, -1.0 - i] for p, i in pieces.items()]}
     space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
@@ -278,7 +278,7 @@ def test_ids_are_those_of_the_tokenizers_package(make: Callable[..., dict[str, A
     spec = make()
     theirs = Tokenizer.from_str(json.dumps(spec | {"truncation": None, "model": spec["model"] | {"dropout": None}}))
     text = prose(300, 5)
-    # Theirs puts a space in front of a text.
+    # Theirs prepends a space to a text.
     assert hf(spec, separator).encode(" " + text).tolist() == theirs.encode(text, add_special_tokens=False).ids
 
 

@@ -1,6 +1,6 @@
 """The README's tour: every command in it, run in a clean clone, one after the other.
 
-What needs a GPU, a hub, an optional package or minutes is made small, asked for a plan, or must end with one line.
+What needs a GPU, a hub, an optional package or minutes is made small, run as a dry run, or must end with one line.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PLAN = "dry_run=true"
 
 
 class Part(NamedTuple):
-    """What becomes of the commands that begin with `words`: `more` is added, `changes` are made, and `refusal` is what
-    the last line says if they cannot run here. Parts are in the order in which they depend on each other."""
+    """How the commands that begin with `words` are run: `more` is appended, `changes` are made, and `refusal` is what
+    the last line says if they cannot run here. Parts are listed in the order of their dependencies."""
 
     words: str
     more: str = ""
@@ -130,7 +130,7 @@ def part_of(line: str) -> Part | None:
 
 
 def words_of(line: str, part: Part) -> list[str]:
-    """The arguments of Python, with what the part adds and changes."""
+    """The arguments of Python, with the part's additions and changes."""
     for old, new in part.changes:
         line = line.replace(old, new)
     return [*shlex.split(line)[1:], *shlex.split(part.more)]

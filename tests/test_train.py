@@ -1,4 +1,4 @@
-"""Claims about the training loop, its optimizer, its metrics and how it stops, on one process."""
+"""Claims about the training loop, its optimizer, its metrics and how it stops, in one process."""
 
 from __future__ import annotations
 
@@ -242,12 +242,12 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
 
 
 def noisy(model: nn.Module) -> None:
-    """Add dropout, so that a wrongly restored generator shows."""
+    """Add dropout, so that a wrongly restored random generator changes the losses."""
     model.layers[0].mlp.register_forward_hook(lambda m, _, out: F.dropout(out, 0.2, m.training))  # type: ignore
 
 
 def drawing(model: nn.Module, step: int, should_stop: Any) -> dict[str, float]:
-    """An evaluation that draws from every generator."""
+    """An evaluation that draws from every random generator."""
     return {"drawn": random.random() + np.random.rand() + float(torch.rand(()))}
 
 

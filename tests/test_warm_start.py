@@ -1,4 +1,4 @@
-"""Claims about starting from another run's weights, and about going on with more steps than were planned."""
+"""Claims about starting from another run's weights, and about training for more steps than planned."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_a_run_begins_with_the_weights_of_another(
     first: Path, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = first if source == "run" else next((first / "checkpoints").glob("step_*"))
-    # A rate of 0 leaves the weights as they began; context, batch and rate may differ.
+    # A learning rate of 0 leaves the initial weights unchanged; context, batch and rate may differ.
     line = [*RUN, "model=sw_nope", "trainer.steps=1", "optim.lr=0", "trainer.context=64", f"init_from={path}"]
     assert train.main([*line, f"run_dir={tmp_path}/second"]) == 0
     before, after = weights(first), weights(tmp_path / "second")
     assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
     assert f"began with {len(list(ovq.load(first).module.parameters()))} of " in capsys.readouterr().err
-    # The run is its own from then on: it resumes from its own checkpoint.
+    # From then on it is a run of its own: it resumes from its own checkpoint.
     assert train.main([*line[:-1], "trainer.steps=2", line[-1], f"run_dir={tmp_path}/second"]) == 0
     assert "resumed from" in capsys.readouterr().err
 
@@ -70,7 +70,6 @@ def test_a_swapped_mixer_is_named_and_taken_as_far_as_it_fits(
     before, after = weights(first), weights(tmp_path / "loose")
     assert torch.equal(before["embed.weight"], after["embed.weight"])
     assert torch.equal(before["layers.1.mlp.out_proj.weight"], after["layers.1.mlp.out_proj.weight"])
-    # With more tokens in the vocabulary, only the embedding and the head are new.
     assert not [name for name in after if not torch.isfinite(after[name]).all()]
 
 

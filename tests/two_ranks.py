@@ -1,4 +1,4 @@
-"""Run under torchrun by test_system.py: behaviour that only several processes show, all in one launch. Writes JSON.
+"""Run under torchrun by test_system.py: behaviour that takes several processes to test, all in one launch. Writes JSON.
 
 torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER
 """
@@ -26,7 +26,7 @@ from tests.helpers import small_config
 from tests.test_train import send_at
 from tests.training import RUN, trainer_for
 
-TWO = "trainer.micro_batch=2"  # rows per process: four in total, as many as one process has
+TWO = "trainer.micro_batch=2"  # rows per process: four in total, as with one process
 SHARDING = {
     "full": ("trainer.shard=full",),
     "hybrid": ("trainer.shard=hybrid", "trainer.replicas=2", "trainer.activation_checkpointing=full"),
@@ -47,7 +47,7 @@ def main(out: Path) -> None:
     bf16 = dataclasses.replace(world, precision="bf16")
     trainer_for(out / "bf16", TWO, "trainer.precision=bf16", world=bf16).fit()
 
-    # A matrix is orthogonalised as a whole, whatever part of it each process has.
+    # A matrix is orthogonalised as a whole, whichever part of it each process holds.
     mesh = dist.init_device_mesh("cpu", (2,))
     matrix = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
     sharded = orthogonalised(distribute_tensor(matrix, mesh, [Shard(0)]), 5)
@@ -56,7 +56,7 @@ def main(out: Path) -> None:
         torch.equal(sharded.full_tensor(), orthogonalised(matrix, 5)),
     ]
 
-    # The averaged weights of all shards take the place of the model's and leave it again.
+    # The averaged weights of all shards replace the model's weights, which are then restored.
     trainer = trainer_for(out / "muon", TWO, *SHARDING["muon"], world=world)
     assert trainer.ema is not None
     probe = torch.arange(20)[None]
@@ -78,7 +78,7 @@ def main(out: Path) -> None:
     summary = trainer.fit()
     results["stopped"] = processes.gather_objects((summary["step"], summary["stopped_by"]))
 
-    # A disk that is full for one rank fails the checkpoint on both, and only the checkpoint.
+    # A full disk on one rank fails the checkpoint on both ranks, and nothing but the checkpoint.
     write = checkpoint.dcp.save
     if world.rank == 1:
         checkpoint.dcp.save = full_disk  # type: ignore[assignment]
@@ -101,7 +101,7 @@ def main(out: Path) -> None:
 
 
 def full_disk(state: Any, storage_writer: Any, **how: Any) -> None:
-    """Stands for dcp.save: what this rank writes does not fit on the disk."""
+    """Stands in for dcp.save: what this rank writes does not fit on the disk."""
 
     def write_data(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""The Triton kernels with a fault, named by $OVQ_TEST_FAULT: what the self-test must find."""
+"""The Triton kernels with the fault named by $OVQ_TEST_FAULT, which the self-test must find."""
 
 from __future__ import annotations
 
