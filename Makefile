@@ -1,4 +1,5 @@
-# The two main commands are `make train` and `make test`. Every target but one sets up .venv first (see launch/install.py).
+# The two main commands are `make train` and `make test`. Targets that depend on `setup` first install .venv if
+# necessary (see launch/install.py).
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
@@ -12,22 +13,22 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml launch/install.py $(LOCKS)
 	$(PYTHON) launch/install.py
 
-# An environment does not survive a move of its folder (its scripts have absolute paths), so it is set up again.
+# A virtual environment breaks when its folder is moved (its scripts contain absolute paths), so it is set up again.
 ifneq ($(CURDIR),$(shell sed -n 2p .venv/.installed 2>/dev/null))
 .PHONY: .venv/.installed
 endif
 
-lock:  ## resolve every version again after a change in pyproject.toml; ARGS=--upgrade takes the newest
+lock:  ## re-resolve the locked versions after a change in pyproject.toml; ARGS=--upgrade takes the newest
 	$(PYTHON) -m launch.lock $(ARGS)
 
-train: setup  ## train a small model on the embedded corpus, then `make repeat`; ARGS="seed=1 ..." only trains it, with other settings
+train: setup  ## train a small model on the built-in corpus, then run `make repeat`; ARGS="seed=1 ..." trains only
 	$(BIN)/python train.py experiment=cpu_demo $(ARGS)
 	$(if $(ARGS),,@$(MAKE) --no-print-directory repeat)
 
 ANSWERS ?= 62
 REPEAT = lengths=[64,1024,16384,65536] answers=$(ANSWERS)
 
-repeat: setup  ## what a memory is for: repeat a passage from far back, with OVQ and with a sliding window; ANSWERS=620 tests longer
+repeat: setup  ## show what a memory adds: repeat a distant passage, OVQ versus a window; ANSWERS=620 tests longer
 	$(BIN)/python -m launch.sweep --at-once 2 experiment=repeat,repeat_window
 	$(BIN)/python -m eval.accuracy run=runs/repeat_window $(REPEAT)
 	$(BIN)/python -m eval.accuracy run=runs/repeat $(REPEAT)
@@ -40,15 +41,15 @@ test: setup  ## run the whole test suite; ARGS="tests/test_model.py -k causal" s
 check: setup  ## check style and types
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy ovq data eval launch train.py
 
-bench: setup  ## speed of operators, training steps and inference on this CPU beside their peers; about 20 minutes
+bench: setup  ## benchmark operators, training steps and inference on this CPU against peers; about 20 minutes
 	$(BIN)/python -m eval.bench.cpu $(ARGS)
 
-bench-gpu:  ## make every figure that needs a GPU, in at most nine minutes; sets nothing up, so needs no network
+bench-gpu:  ## run all GPU checks and benchmarks, in at most nine minutes; skips setup, so needs no network
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m eval.bench.gpu $(ARGS)
 
-figures: setup  ## make the figures at CPU scale; stop it at any time, it goes on; PG19="data=... tokenizer..." adds those on text
+figures: setup  ## make the CPU-scale figures, resuming if interrupted; PG19="data=... tokenizer..." adds those on PG19
 	for figure in fig4 fig5 fig7 fig8 memory sensitivity; do $(BIN)/python -m eval.figures.$$figure $(ARGS) || exit; done
 	$(if $(PG19),for figure in fig6 memory_pg19; do $(BIN)/python -m eval.figures.$$figure $(PG19) $(ARGS) || exit; done)
 
-clean:  ## remove the environment and tool caches; runs/ is kept
+clean:  ## remove the environment and tool caches; keeps runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -86,7 +86,7 @@ def check_data(data: DataConfig) -> None:
         raise ConfigError(f"data.mixture is set, but data.kind={data.kind}; a mixture is chosen with data=mixture")
     if data.kind == "mixture" and not data.mixture:
         raise ConfigError(
-            "data.mixture is empty; give it data sets and weights: 'data.mixture={pg19: 0.7, code: 0.3}', or "
+            "data.mixture is empty; give it data sets and weights: 'data.mixture={pg19: 0.7, python_source: 0.3}', or "
             "'data.mixture={books: {data: parquet, train: [books/*.parquet], weight: 0.7}, ...}'"
         )
     for name, source in mixture_sources(data).items():
