@@ -386,6 +386,12 @@ def test_differences_between_documents_cancel_in_pairs() -> None:
     assert mean.error == pytest.approx(statistics.stdev(gains) / 20**0.5)
     assert fig6.differences(points, (128, 512)) == {}
 
+    points += [point("sw_ovq", d, s, 4 + book + 0.3 * s) for d, book in enumerate(books) for s in (0, 1)]
+    lines = [line.split(" | ") for line in fig6.findings(points) if ", seed " in line]
+    assert [line[0] for line in lines] == [f"| {m}, seed {s}" for m in ("sw_nope", "sw_ovq") for s in (0, 1)]
+    assert [line[1] for line in lines[2:]] == ["+0.0 ± 0.0 |", "+200.0 ± 0.0 |"]
+    assert not [line for line in fig6.findings([p for p in points if p.seed == 0]) if ", seed " in line]
+
     withheld = [replace(p, test=fig6.WITHHELD, value=p.value + (0.02 if p.model == "sw_nope" else 0)) for p in points]
     worth = fig6.worth(points + withheld, (0, 128))
     assert worth["sw_nope", None].value == pytest.approx(0.02) and worth["sw", None].value == 0

@@ -151,6 +151,7 @@ def findings(points: list[Point]) -> list[str]:
         f"Difference to `{BASE}` on the same documents, mean and its standard error over documents, in thousandths of "
         "a nat; negative is better, **bold** where it is more than two standard errors from zero:",
         *table({curve: [cell_of(mean) for mean in of] for curve, of in relative.items() if curve[0] != BASE}),
+        *by_seed(points, spans, head, rule),
     ]
     if not context:
         return lines
@@ -174,6 +175,22 @@ def findings(points: list[Point]) -> list[str]:
             *table(shares),
         ]
     return lines
+
+
+def by_seed(points: list[Point], spans: list[tuple[int, int]], head: str, rule: str) -> list[str]:
+    """A table of the differences to `sw` of each training seed, which may differ more than documents do; empty for one
+    seed."""
+    seeds = sorted({p.seed for p in points})
+    if len(seeds) < 2:
+        return []
+    of_seed = {seed: [differences([p for p in points if p.seed == seed], span) for span in spans] for seed in seeds}
+    lines = [
+        f"| {label(curve)}, seed {seed} | {' | '.join(str(of[curve]) for of in found)} |"
+        for curve in dict.fromkeys((p.model, p.num_centroids) for p in points if p.model != BASE)
+        for seed, found in of_seed.items()
+        if all(curve in of for of in found)
+    ]
+    return ["The same for each training seed:", "", head, rule, *lines, ""]
 
 
 def label(curve: Curve) -> str:
