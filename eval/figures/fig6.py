@@ -135,8 +135,8 @@ def findings(points: list[Point]) -> list[str]:
     rule = f"| {' | '.join('---' for _ in range(len(spans) + 1))} |"
     curves = list(dict.fromkeys((p.model, p.num_centroids) for p in points if p.test != WITHHELD))
 
-    def table(cells: dict[Curve, list[str]]) -> list[str]:
-        return ["", head, rule, *(f"| {label(curve)} | {' | '.join(of)} |" for curve, of in cells.items()), ""]
+    def table(cells: dict[str, list[str]]) -> list[str]:
+        return ["", head, rule, *(f"| {name} | {' | '.join(of)} |" for name, of in cells.items()), ""]
 
     def means(of_span: Callable[[list[Point], tuple[int, int]], dict[Curve, Mean]]) -> dict[Curve, list[Mean]]:
         found = [of_span(points, span) for span in spans]
@@ -147,23 +147,24 @@ def findings(points: list[Point]) -> list[str]:
     relative, context = means(differences), means(worth)
     lines = [
         f"Loss in nats per token by position, mean over {documents} documents and all seeds:",
-        *table({curve: [f"{fmean(of[curve].values()):.3f}" for of in absolute] for curve in curves}),
+        *table({label(curve): [f"{fmean(of[curve].values()):.3f}" for of in absolute] for curve in curves}),
         f"Difference to `{BASE}` on the same documents, mean and its standard error over documents, in thousandths of "
         "a nat; negative is better, **bold** where it is more than two standard errors from zero:",
-        *table({curve: [cell_of(mean) for mean in of] for curve, of in relative.items() if curve[0] != BASE}),
-        *by_seed(points, spans, head, rule),
+        *table({label(curve): [cell_of(mean) for mean in of] for curve, of in relative.items() if curve[0] != BASE}),
     ]
+    if of_seeds := by_seed(points, spans):
+        lines += ["The same for each training seed:", *table(of_seeds)]
     if not context:
         return lines
     lines += [
         "What the context is worth: by how much a model's loss rises where its state is restarted, so that it sees only"
         " the tokens just before (eval.restart), on the same tokens, in thousandths of a nat:",
-        *table({curve: [cell_of(mean) for mean in of] for curve, of in context.items()}),
+        *table({label(curve): [cell_of(mean) for mean in of] for curve, of in context.items()}),
     ]
     full = context.get((FULL, None))
     if full:
         shares = {
-            curve: [
+            label(curve): [
                 f"{100 * mean.value / most.value:.0f}%" if most.value > 2 * most.error else "-"
                 for mean, most in zip(of, full)
             ]
@@ -177,20 +178,19 @@ def findings(points: list[Point]) -> list[str]:
     return lines
 
 
-def by_seed(points: list[Point], spans: list[tuple[int, int]], head: str, rule: str) -> list[str]:
-    """A table of the differences to `sw` of each training seed, which may differ more than documents do; empty for one
-    seed."""
+def by_seed(points: list[Point], spans: list[tuple[int, int]]) -> dict[str, list[str]]:
+    """The differences from `sw` of each training seed, which may vary more than documents do: "curve, seed" -> a cell
+    for each span. Empty for a single seed."""
     seeds = sorted({p.seed for p in points})
     if len(seeds) < 2:
-        return []
+        return {}
     of_seed = {seed: [differences([p for p in points if p.seed == seed], span) for span in spans] for seed in seeds}
-    lines = [
-        f"| {label(curve)}, seed {seed} | {' | '.join(str(of[curve]) for of in found)} |"
+    return {
+        f"{label(curve)}, seed {seed}": [str(of[curve]) for of in found]
         for curve in dict.fromkeys((p.model, p.num_centroids) for p in points if p.model != BASE)
         for seed, found in of_seed.items()
         if all(curve in of for of in found)
-    ]
-    return ["The same for each training seed:", "", head, rule, *lines, ""]
+    }
 
 
 def label(curve: Curve) -> str:
