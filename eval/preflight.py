@@ -19,7 +19,7 @@ from data.sources import DataError, find_files
 from data.tokenizer import Tokenizer
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.model import Transformer, build_model, count_parameters
+from ovq.model import Transformer, build_model
 from ovq.plan import lacking_room
 from ovq.train.claim import elsewhere, unwritable
 
@@ -75,7 +75,7 @@ def in_words(found: tuple[float, str] | None) -> str:
 
 def check_room(cfg: Config, model: Transformer, run_dir: Path) -> None:
     """Raise ConfigError if the run's checkpoints would fill the disk. Call it before the model is sharded."""
-    if problem := lacking_room(cfg, count_parameters(model)[0], run_dir):
+    if problem := lacking_room(cfg, model, run_dir):
         raise ConfigError(problem)
 
 
@@ -89,8 +89,8 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
         broken: splits whose error the report already shows; it is not repeated.
     """
     with torch.device("meta"):
-        total = count_parameters(build_model(cfg.model, vocab_size))[0]
-    lines = [unwritable(run_dir), elsewhere(run_dir, cfg), lacking_room(cfg, total, run_dir)]
+        model = build_model(cfg.model, vocab_size)
+    lines = [unwritable(run_dir), elsewhere(run_dir, cfg), lacking_room(cfg, model, run_dir)]
     words = ""
     try:
         tokenizer = build_tokenizer(cfg)

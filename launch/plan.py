@@ -21,7 +21,7 @@ from ovq.cli import command
 from ovq.compose import compose
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.memory import LONGEST, MemoryPlan, measure_blocks, memory_of
+from ovq.memory import LONGEST, MemoryPlan, checkpoint_bytes, measure_blocks, memory_of
 from ovq.model import Transformer, build_model, count_parameters, flops_per_token
 from ovq.plan import format_bytes
 from ovq.schema import setting
@@ -101,10 +101,10 @@ def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]
             f"{options.gpus} GPUs: what is shown would need a larger batch or trainer.context_parallel"
         )
     yield from ["", *communication_lines(cfg, network, options)]
-    size = 12 * parameters
+    size = checkpoint_bytes(cfg, network)
     nodes = -(-options.gpus // options.gpus_per_node)
     yield from ["", "storage"]
-    yield f"  a checkpoint    {format_bytes(size)} (float32 weights and two moments); {trainer.keep_last} are kept"
+    yield f"  a checkpoint    {format_bytes(size)} (float32 weights and optimizer state); {trainer.keep_last} are kept"
     written = size / (nodes * options.disk_gb_per_s * 1e9)
     yield f"  to write one    {written:.2g} s with {nodes} nodes at {options.disk_gb_per_s:g} GB/s each"
     yield f"  data            {tokens / seconds:,.0f} tokens/s; prepared, {format_bytes(2 * tokens / seconds)}/s"

@@ -199,6 +199,20 @@ def compute_dtype(cfg: Config) -> torch.dtype:
     return torch.float32 if cfg.trainer.precision == "fp32" else torch.bfloat16
 
 
+def optimizer_bytes(cfg: Config, network: Transformer) -> float:
+    """Bytes of the optimizer's moments and of the average of `optim.ema`, over all processes, in float32."""
+    total = sum(p.numel() for p in network.parameters())
+    # Two moments per parameter, but one per matrix with Muon. A custom optimizer is assumed to be like AdamW.
+    matrices = [m.weight.numel() for m in network.layers.modules() if isinstance(m, nn.Linear)]
+    moments = 2 * total - (sum(matrices) if cfg.optim.name == "muon" else 0)
+    return 4.0 * (moments + (total if cfg.optim.ema else 0))
+
+
+def checkpoint_bytes(cfg: Config, network: Transformer) -> float:
+    """Bytes of one checkpoint: float32 weights, and what the optimizer holds."""
+    return 4.0 * sum(p.numel() for p in network.parameters()) + optimizer_bytes(cfg, network)
+
+
 def memory_of(
     cfg: Config,
     network: Transformer,
@@ -222,9 +236,6 @@ def memory_of(
     layers = [kinds[model.pattern[index % len(model.pattern)]] for index in range(model.num_layers)]
     total = sum(p.numel() for p in network.parameters())
     outside = total - sum(p.numel() for block in network.blocks() for p in block.parameters())
-    # Two per parameter, but one per matrix with Muon. A custom optimizer is assumed to be like AdamW.
-    matrices = [m.weight.numel() for m in network.layers.modules() if isinstance(m, nn.Linear)]
-    moments = 2 * total - (sum(matrices) if cfg.optim.name == "muon" else 0) + (total if cfg.optim.ema else 0)
     shards = {"full": world_size, "hybrid": max(1, world_size // trainer.replicas), "none": 1}[trainer.shard]
     ranks = trainer.context_parallel  # a process holds 1/ranks of the tokens or, within a mixer, of the heads
     tokens, size = rows * context // ranks, dtype.itemsize
@@ -239,7 +250,7 @@ def memory_of(
     largest = max(layer.gradients for layer in layers)
     return MemoryPlan(
         weights=4 * total / shards,
-        optimizer=4 * moments / shards,
+        optimizer=optimizer_bytes(cfg, network) / shards,
         gradients=4 * total / shards,
         # Two blocks (one is prefetched), what is outside the blocks, and one block's gradients in float32.
         gathered=2 * largest + outside * size + largest * 4 / size if sharded else 0,

@@ -14,8 +14,8 @@ import torch
 from ovq.config import Config
 from ovq.identity import digest
 from ovq.lengths import phases
-from ovq.memory import MemoryPlan, memory_of
-from ovq.model import build_model, count_parameters, flops_per_token, state_bytes, state_size, undivided
+from ovq.memory import MemoryPlan, checkpoint_bytes, memory_of
+from ovq.model import Transformer, build_model, count_parameters, flops_per_token, state_bytes, state_size, undivided
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -50,7 +50,7 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
         ("steps", f"{trainer.steps:,}" + (f", {epochs}" if epochs else "")),
         ("processes", _processes(cfg, world_size, undivided(model, trainer.context_parallel))),
         ("device memory", _memory(memory_of(cfg, model, world_size))),
-        ("checkpoints", "{} each, {} at most at once".format(*map(format_bytes, checkpoint_bytes(cfg, total)))),
+        ("checkpoints", "{} each, {} at most at once".format(*map(format_bytes, disk_bytes(cfg, model)))),
     ]
     rows += [(f"data {split}", _found(found)) for split, found in data.items()]
     rows += [] if data else [("data", "none: data.train is empty")]
@@ -125,16 +125,15 @@ def _memory(plan: MemoryPlan) -> str:
     return f"about {format_bytes(plan.total)} ({'; '.join(f'{n} {format_bytes(v)}' for n, v in parts.items() if v)})"
 
 
-def checkpoint_bytes(cfg: Config, total: int) -> tuple[float, float]:
-    """Bytes of one checkpoint of `total` parameters, and of all that are on disk at once: those kept and the one being
-    written. In float32: a weight, AdamW's two moments (Muon has fewer) and, with `optim.ema`, an average."""
-    each = (16.0 if cfg.optim.ema else 12.0) * total
+def disk_bytes(cfg: Config, model: Transformer) -> tuple[float, float]:
+    """Bytes of one checkpoint, and of all that are on disk at once: those kept and the one being written."""
+    each = checkpoint_bytes(cfg, model)
     return each, each * (cfg.trainer.keep_last + 1)
 
 
-def lacking_room(cfg: Config, total: int, run_dir: Path) -> str:
+def lacking_room(cfg: Config, model: Transformer, run_dir: Path) -> str:
     """A line if the disk has too little room for the run's checkpoints, less those already there; else empty."""
-    each, all_of_them = checkpoint_bytes(cfg, total)
+    each, all_of_them = disk_bytes(cfg, model)
     held = sum(file.stat().st_size for file in run_dir.glob("checkpoints/step_*/*") if file.is_file())
     place = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(place).free

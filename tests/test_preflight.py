@@ -20,9 +20,13 @@ from ovq import machine, report
 from ovq.compose import compose
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.plan import checkpoint_bytes, lacking_room
+from ovq.model import build_model
+from ovq.plan import disk_bytes, format_bytes, lacking_room
 from ovq.train import claim, loop, summary
-from tests.helpers import TINY, started
+from ovq.train.checkpoint import Checkpointer
+from ovq.train.ema import WeightAverage
+from ovq.train.optim import build_optimizer
+from tests.helpers import TINY, small_config, small_model, started
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 BASE = [
@@ -119,20 +123,34 @@ def test_a_run_folder_without_permission_is_refused(folder: Path, monkeypatch: p
     )
 
 
+@pytest.mark.parametrize("settings", [[], ["optim=muon"], ["optim.ema=0.9"], ["optim=muon", "optim.ema=0.9"]])
+def test_checkpoints_take_as_much_room_as_planned(folder: Path, settings: list[str]) -> None:
+    cfg = small_config("sw", "model.dim=64", "model.ffn_dim=128", *settings)
+    model = build_model(cfg.model, 500)
+    model.init_weights(0)
+    optimizer = build_optimizer(model, cfg)
+    model(tokens := torch.arange(16)[None], targets_BT=tokens).loss.backward()
+    optimizer.step()
+    average = WeightAverage(model, cfg.optim.ema) if cfg.optim.ema else None
+    checkpointer = Checkpointer(folder / "run")
+    checkpointer.save(1, model, optimizer, {}, average)
+    checkpointer.wait()
+    saved = sum(file.stat().st_size for file in folder.glob("run/checkpoints/step_*/*"))
+    each, most = disk_bytes(cfg, model)
+    assert each <= saved <= 1.2 * each, "the rest is names and hashes"
+    assert most == each * (cfg.trainer.keep_last + 1)
+
+
 def test_checkpoints_that_are_there_count_as_room(base: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, run_dir = base, folder / "run"
-    assert cfg.trainer.keep_last == 2
-    each, most = checkpoint_bytes(cfg, 1000)
-    assert (each, most) == (12_000, 36_000)  # float32: a weight and AdamW's two moments
-    assert checkpoint_bytes(compose([*BASE, "optim.ema=0.9"]), 1000)[0] == 16_000  # and an average
-    free = shutil.disk_usage(folder)._replace(free=30_000)
+    run_dir, model = folder / "run", small_model("sw")
+    each, most = map(int, disk_bytes(base, model))
+    free = shutil.disk_usage(folder)._replace(free=most - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    assert "29.3 KiB of free disk, and the checkpoints need 35.16 KiB (11.72 KiB each" in lacking_room(
-        cfg, 1000, run_dir
-    )
+    sizes = [format_bytes(number) for number in (most - 1, most, each)]
+    assert "{} of free disk, and the checkpoints need {} ({} each".format(*sizes) in lacking_room(base, model, run_dir)
     (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
-    (run_dir / "checkpoints" / "step_00000001" / "data").write_bytes(bytes(12_000))
-    assert lacking_room(cfg, 1000, run_dir) == ""
+    (run_dir / "checkpoints" / "step_00000001" / "data").write_bytes(bytes(each))
+    assert lacking_room(base, model, run_dir) == ""
 
 
 def test_large_files_are_looked_for_but_not_read_twice(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
