@@ -7,9 +7,9 @@
 
 This process is torchrun (torch.distributed.run), with these differences. Problems with the settings, the shards, the
 tokenizer, the run folder or the memory are reported before a GPU is taken. A signal is passed on to the ranks, which
-save and end with status 0; nothing kills them while they save. A failure is shown once: the first rank that failed,
-with its error or its traceback, and the exit status is that rank's. On one machine the system picks a free port, so two
-launches never clash; on several, --rendezvous names the port.
+save and end with status 0, however long that takes; only a third signal kills them. A failure is shown once: the first
+rank that failed, with its error or its traceback, and the exit status is that rank's. On one machine the system picks a
+free port, so two launches never clash; on several, --rendezvous names the port.
 
 Exit status: 0 finished, or stopped by a signal after saving; the first failing rank's, or 128 + the number of the
 signal that ended it; 2 refused before the start.
