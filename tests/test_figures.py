@@ -37,7 +37,7 @@ from eval.figures import (
     search,
     sensitivity,
 )
-from eval.figures.declare import COPYING, LABELS, PG19, RECALL, REGRESSION_4, REGRESSION_16, Point
+from eval.figures.declare import COPYING, LABELS, LOOKUP, PG19, POSITIONAL, RECALL, REGRESSION_4, REGRESSION_16, Point
 from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
 from eval.figures.runs import SCORE, FigureRun, minutes_of
@@ -54,6 +54,7 @@ SMALL = [
 ]
 COPYING_SMALL = replace(COPYING, overrides=("trainer.steps=2", "data.task.symbols=128", "trainer.device=cpu"))
 LABELS_SMALL = replace(LABELS, overrides=("trainer.steps=2", "data.task.short_steps=0", "trainer.device=cpu"))
+LOOKUP_SMALL = replace(LOOKUP, overrides=("trainer.steps=2", "data.task.short_steps=0", "trainer.device=cpu"))
 KEYS = ["data.task.key_vocab=64", "data.task.value_vocab=8", "trainer.context=64"]
 FEW = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "answers=20"]
 BASIC = [*FEW, "lengths=[64,128]", "num_centroids=[8]", "models=[sw,sw_ovq]"]
@@ -106,6 +107,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_figure_4_leaves_a_folder_that_can_be_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(fig4, "POSITIONAL", replace(POSITIONAL, first={"cpu": LOOKUP_SMALL}))
     used: list[int] = []
     sequences = answers.sequences_for_test
 
@@ -198,6 +200,7 @@ def test_figure_8_shares_its_runs_with_figure_4_and_names_a_failed_one(
 ) -> None:
     monkeypatch.setattr(measures, "ANSWERS", 20)
     monkeypatch.setattr(fig8, "REGRESSION_4", replace(REGRESSION_4, first={"cpu": LABELS_SMALL}))
+    monkeypatch.setattr(fig4, "POSITIONAL", replace(POSITIONAL, first={"cpu": LOOKUP_SMALL}))
     one = [*FEW, "lengths=[64]", "num_centroids=[]"]
     assert fig4.main(line_of(tmp_path, *one, "models=[sw_ovq]", "trainer.context=192")) == 0
     before = files(tmp_path / "runs")

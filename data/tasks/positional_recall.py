@@ -1,8 +1,9 @@
 """Positional in-context recall: keys occur several times with different values, and a query asks for one occurrence.
 
-    k1 v1 k2 v2 k1 v3 k3 v4 k2 v5 ... | k2 #1 v2 k1 #2 v3 k2 #2 v5 ...
+    k1 v1 k2 v2 k1 v3 k3 v4 k2 v5 ... | #1 k2 v2 #2 k1 v3 #2 k2 v5 ...
 
-A query names a key, and its mark says which occurrence of the key is meant, counted from the start of the sequence.
+A query consists of a mark and a key. The mark says which occurrence of the key is meant, counted from the start of the
+sequence. The key comes last, as in basic recall, whose solution is then part of this one's.
 Pairs and queries are in random order, and no two queries ask for the same pair. The values of a key all differ, so a
 model that finds a key's values but not their order is right once in `occurrences` times, and one that sees only the
 query guesses among all values.
@@ -12,6 +13,8 @@ known; this one is ours.
 """
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 
@@ -69,13 +72,19 @@ class PositionalRecallTask(RecallTask):
                 f"data.task.value_vocab ** data.task.value_tokens={values} must be at least "
                 f"data.task.occurrences={occurrences}, as a key's values all differ, and below 2 ** 63"
             )
-        self.occurrences = occurrences
+        self.occurrences = self.mark_count = occurrences
 
     @property
     def marks(self) -> range:
         """Ids of the marks of the first, second ... occurrence."""
         first = 1 + self.key_vocab + self.value_vocab
-        return range(first, first + self.occurrences)
+        return range(first, first + self.mark_count)
+
+    def shorter(self, count: int) -> PositionalRecallTask:
+        """Keys with fewer pairs, so that a short sequence has several keys too. The vocabulary is the same."""
+        task = copy.copy(self)
+        task.occurrences = max(1, self.occurrences // count)
+        return task
 
     @property
     def filler_ids(self) -> range:
@@ -119,7 +128,7 @@ class PositionalRecallTask(RecallTask):
         chosen = rng.permutation(pairs)[:queries]
         given = np.concatenate([keys[key_of], value_of], axis=1)
         marks = self.marks.start + occurrence[chosen, None]
-        asked = np.concatenate([keys[key_of[chosen]], marks, value_of[chosen]], axis=1)
+        asked = np.concatenate([marks, keys[key_of[chosen]], value_of[chosen]], axis=1)
         return lay_out(length, given, asked, self.value_tokens, rng, filler=filler, filler_ids=self.filler_ids)
 
     def indices(self, inputs: np.ndarray) -> np.ndarray:
@@ -135,15 +144,17 @@ class PositionalRecallTask(RecallTask):
         predicted = np.full(len(inputs), IGNORE, np.int64)
         at = 0
         while at + self.item <= len(inputs):
+            occurrence = int(inputs[at]) - self.marks.start
+            if asks := inputs[at] in self.marks:
+                at += 1
             key = inputs[at : at + key_tokens]
             if not ((key >= 1) & (key <= self.key_vocab)).all():
                 at += 1
                 continue
             at += key_tokens
             values = book.setdefault(tuple(key), [])
-            if inputs[at] in self.marks:
-                predicted[at : at + value_tokens] = values[inputs[at] - self.marks.start]
-                at += 1
+            if asks:
+                predicted[at - 1 : at - 1 + value_tokens] = values[occurrence]
             else:
                 values.append(inputs[at : at + value_tokens])
             at += value_tokens

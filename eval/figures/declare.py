@@ -88,7 +88,16 @@ def replaced(settings: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 RECALL = Subject("basic recall", "recall_64k")
-POSITIONAL = Subject("positional recall", "positional_recall")
+LOOKUP = Subject("lookup", "lookup", at={})
+_KEYS = tuple(f"data.task.{name}" for name in ("occurrences=", "key_", "value_", "filler"))
+POSITIONAL = Subject(
+    "positional recall",
+    "positional_recall",
+    first={"cpu": LOOKUP},
+    shared=("model.", "runs_root=", *_KEYS),
+    tuned="The format of a query, the number of layers and the curriculum were found with sw_nope and one seed, which "
+    "may favour it.",
+)
 _AT_2K = SCALED | {"paper": ("scale=paper", "trainer.context=2048")}
 _AT_160 = (
     "trainer.context=160",
