@@ -18,9 +18,11 @@ from data.describe import describe
 from data.loader import merge_states
 from data.tasks.base import IGNORE, TEST, TRAIN, Task, lay_out, spell
 from data.tasks.needle import KINDS, NeedleTask
+from data.tasks.recall import RecallTask
 from data.tasks.rows import sequences_for_test
 from data.tokenizer import ByteTokenizer
 from ovq.compose import CONFIG_DIR, compose, options
+from ovq.errors import ConfigError
 from ovq.instantiate import settings_of
 from tests.data_helpers import rank_of
 
@@ -147,6 +149,14 @@ def test_a_run_stopped_twice_reads_what_an_unbroken_one_reads(name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(steps(second, 1), whole[2:3]))
     third = loader(name, "trainer.micro_batch=4", state=merge_states([second.state_dict()]))
     assert all(torch.equal(a, b) for a, b in zip(steps(third, 3), whole[3:]))
+
+
+def test_no_run_continues_on_sequences_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = loader("recall").state_dict()
+    loader("recall", state=state)
+    monkeypatch.setattr(RecallTask, "version", RecallTask.version + 1)
+    with pytest.raises(ConfigError, match="task"):
+        loader("recall", state=state)
 
 
 # --- grading ---------------------------------------------------------------------------------------------------------

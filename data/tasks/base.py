@@ -37,6 +37,7 @@ class Task:
     """
 
     name: str  # of the task, used in fingerprints
+    version = 1  # raised when the sequences of a seed change, so that no run continues on other data
     whole_answers = False  # whether consecutive labels are one answer, right only if all are; otherwise each is one
     index_name: str | None = None  # what `indices` counts, for the axis of a plot; None: the task has no indices
 
@@ -163,6 +164,7 @@ def lay_out(
 
 
 def digest(task: Task, settings: dict[str, Any]) -> str:
-    """Hash of a task and all its settings, for the fingerprint of the data."""
+    """Hash of a task, its version and all its settings, for the fingerprint of the data."""
     listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    return hashlib.sha256(f"{type(task).__name__}({listed})".encode()).hexdigest()
+    version = f" version {task.version}" if task.version > 1 else ""
+    return hashlib.sha256(f"{type(task).__name__}({listed}){version}".encode()).hexdigest()

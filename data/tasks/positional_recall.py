@@ -37,6 +37,7 @@ class PositionalRecallTask(RecallTask):
     """
 
     name = "positional_recall"
+    version = 2  # 1: the mark followed the key
     index_name = "occurrence"
 
     def __init__(
