@@ -394,6 +394,10 @@ def test_differences_between_documents_cancel_in_pairs() -> None:
     assert [line[0] for line in lines] == [f"| {m}, seed {s}" for m in ("sw_nope", "sw_ovq") for s in (0, 1)]
     assert [line[1] for line in lines[2:]] == ["+0.0 ± 0.0 |", "+200.0 ± 0.0 |"]
     assert not [line for line in fig6.findings([p for p in points if p.seed == 0]) if ", seed " in line]
+    without = [p for p in points if (p.model, p.seed) != ("sw_ovq", 1)]
+    assert list(fig6.labels(points).values()) == ["sw", "sw_nope", "sw_ovq"]
+    assert list(fig6.labels(without).values()) == ["sw", "sw_nope", "sw_ovq (seed 0)"]
+    assert any(line.startswith("| sw_ovq (seed 0) | ") for line in fig6.findings(without))
 
     withheld = [replace(p, test=fig6.WITHHELD, value=p.value + (0.02 if p.model == "sw_nope" else 0)) for p in points]
     worth = fig6.worth(points + withheld, (0, 128))

@@ -133,24 +133,24 @@ def findings(points: list[Point]) -> list[str]:
     spans = [span for span in SPANS if any(p.index is not None and span[0] <= p.index < span[1] for p in points)]
     head = f"| position | {' | '.join(f'{start:,} to {end:,}' for start, end in spans)} |"
     rule = f"| {' | '.join('---' for _ in range(len(spans) + 1))} |"
-    curves = list(dict.fromkeys((p.model, p.num_centroids) for p in points if p.test != WITHHELD))
+    names = labels(points)
 
     def table(cells: dict[str, list[str]]) -> list[str]:
         return ["", head, rule, *(f"| {name} | {' | '.join(of)} |" for name, of in cells.items()), ""]
 
     def means(of_span: Callable[[list[Point], tuple[int, int]], dict[Curve, Mean]]) -> dict[Curve, list[Mean]]:
         found = [of_span(points, span) for span in spans]
-        return {curve: [of[curve] for of in found] for curve in curves if all(curve in of for of in found)}
+        return {curve: [of[curve] for of in found] for curve in names if all(curve in of for of in found)}
 
     absolute = [losses(points, span) for span in spans]
     documents = len({p.document for p in points})
     relative, context = means(differences), means(worth)
     lines = [
         f"Loss in nats per token by position, mean over {documents} documents and all seeds:",
-        *table({label(curve): [f"{fmean(of[curve].values()):.3f}" for of in absolute] for curve in curves}),
+        *table({name: [f"{fmean(of[curve].values()):.3f}" for of in absolute] for curve, name in names.items()}),
         f"Difference to `{BASE}` on the same documents, mean and its standard error over documents, in thousandths of "
         "a nat; negative is better, **bold** where it is more than two standard errors from zero:",
-        *table({label(curve): [cell_of(mean) for mean in of] for curve, of in relative.items() if curve[0] != BASE}),
+        *table({names[curve]: [cell_of(mean) for mean in of] for curve, of in relative.items() if curve[0] != BASE}),
     ]
     if of_seeds := by_seed(points, spans):
         lines += ["The same for each training seed:", *table(of_seeds)]
@@ -159,12 +159,12 @@ def findings(points: list[Point]) -> list[str]:
     lines += [
         "What the context is worth: by how much a model's loss rises where its state is restarted, so that it sees only"
         " the tokens just before (eval.restart), on the same tokens, in thousandths of a nat:",
-        *table({label(curve): [cell_of(mean) for mean in of] for curve, of in context.items()}),
+        *table({names[curve]: [cell_of(mean) for mean in of] for curve, of in context.items()}),
     ]
     full = context.get((FULL, None))
     if full:
         shares = {
-            label(curve): [
+            names[curve]: [
                 f"{100 * mean.value / most.value:.0f}%" if most.value > 2 * most.error else "-"
                 for mean, most in zip(of, full)
             ]
@@ -197,6 +197,19 @@ def label(curve: Curve) -> str:
     return curve[0] if curve[1] is None else f"{curve[0]}, N = {curve[1]:,}"
 
 
+def labels(points: list[Point]) -> dict[Curve, str]:
+    """Curve -> its label, with its seeds if it lacks some that others have: a mean over fewer seeds is another mean."""
+    seeds: dict[Curve, set[int]] = {}
+    for p in points:
+        if p.test != WITHHELD:
+            seeds.setdefault((p.model, p.num_centroids), set()).add(p.seed)
+    every = set().union(*seeds.values())
+    return {
+        curve: label(curve) if own == every else f"{label(curve)} (seed {', '.join(map(str, sorted(own)))})"
+        for curve, own in seeds.items()
+    }
+
+
 def cell_of(mean: Mean) -> str:
     return f"**{mean}**" if mean.clear else str(mean)
 
@@ -213,20 +226,20 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     shown = min(SHOWN_FROM, end // 4)
     buckets = [bucket for bucket in zip(starts, [*starts[1:], end]) if bucket[0] >= shown]
     middles = {bucket: math.sqrt((bucket[0] + 1) * bucket[1]) for bucket in buckets}
-    curves = list(dict.fromkeys((p.model, p.num_centroids) for p in points if p.test != WITHHELD))
-    looks = panels.looks(curves, figure.models)
+    curves = labels(points)
+    looks = panels.looks(list(curves), figure.models)
     by_bucket = {middle: losses(points, bucket) for bucket, middle in middles.items()}
-    for curve in curves:
+    for curve, name in curves.items():
         found = {middle: fmean(of[curve].values()) for middle, of in by_bucket.items() if curve in of}
-        axes[0].plot(list(found), list(found.values()), label=label(curve), **looks[curve])
+        axes[0].plot(list(found), list(found.values()), label=name, **looks[curve])
     panels_of_means = [(axes[1], differences), *([(axes[2], worth)] if tested else [])]
     for ax, of_span in panels_of_means:
         means = {middle: of_span(points, bucket) for bucket, middle in middles.items()}
-        for curve in curves:
+        for curve, name in curves.items():
             at = [(middle, of[curve]) for middle, of in means.items() if curve in of]
             x, y = [middle for middle, _ in at], [1000 * mean.value for _, mean in at]
             error = [1000 * mean.error for _, mean in at]
-            ax.plot(x, y, label=label(curve), **looks[curve])
+            ax.plot(x, y, label=name, **looks[curve])
             low, high = [a - e for a, e in zip(y, error)], [a + e for a, e in zip(y, error)]
             ax.fill_between(x, low, high, color=looks[curve]["color"], alpha=0.15, linewidth=0)
         ax.set_ylabel("thousandths of a nat per token")
