@@ -25,9 +25,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def unlocked(function: Function) -> Function:
     """Have TorchScript compile `function` at its first call, so that it runs without Python's global lock (the GIL).
 
-    Otherwise, the loops on two cores spend a quarter of their time waiting for the lock. TorchScript is deprecated, but
-    every successor needs a compiler at run time. Where it is unavailable (Python 3.14), or with PYTORCH_JIT=0 for
-    debugging, the function runs as plain Python, with the same results.
+    Otherwise, the loops on two cores spend up to a quarter of their time waiting for the lock. TorchScript is
+    deprecated, but every successor needs a compiler at run time. Where it is unavailable (Python 3.14), or with
+    PYTORCH_JIT=0 for debugging, the function runs as plain Python, with the same results.
     """
     if sys.version_info >= (3, 14):
         return function

@@ -104,7 +104,7 @@ def blocks_of(chunks: list[Chunk], G: int, most: int) -> Iterator[Block]:
 
 
 class Scratch:
-    """Named buffers that are reused from chunk to chunk: allocating them anew would double the time of a chunk."""
+    """Named buffers that are reused from chunk to chunk, because allocating them anew takes long."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.like, self.dtype, self.held = like, dtype, dict[str, Tensor]()

@@ -35,7 +35,7 @@ from ovq.ops.ovq_attention.kernels.predict import predict
 from ovq.ops.ovq_attention.kernels.tabulate import tabulate
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds, parse_spec
 
-LATEST_NVIDIA = 9  # compute capability; query_grad in half precision does not build for sm_100 with Triton 3.6
+LATEST_NVIDIA = 9  # compute capability; builds for sm_100 spill registers, and none has been tested
 
 MAX_HEADS = 65535  # batch x heads: the limit on a grid's second axis
 # A first call copies its plan to the device, which a CUDA graph must not capture (kernels/copies.py), so the
@@ -51,7 +51,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
     if not q.is_cuda and not INTERPRETED:
         return f"needs a GPU, got a tensor on {q.device.type} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] > LATEST_NVIDIA:
-        return f"has no tiles that compile for chips newer than sm_{LATEST_NVIDIA}0 (docs/kernels.md)"
+        return f"has not been tested on chips newer than sm_{LATEST_NVIDIA}0, where builds spill (docs/kernels.md)"
     if q.dtype not in DTYPES:
         return f"needs float32, float16 or bfloat16, got {q.dtype}"
     if INTERPRETED and q.dtype == torch.bfloat16:
