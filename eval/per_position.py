@@ -125,9 +125,12 @@ def measure(
         while excerpts := heldout.round(wanted.batch * world.data.size):
             first = heldout.given - len(excerpts)
             own = range(world.data.rank, len(excerpts), world.data.size)
+            rows = [excerpts[i].tokens for i in own]
+            # As many rows on every rank, because each costs collective forward passes.
+            rows += [excerpts[0].tokens] * (-(-len(excerpts) // world.data.size) - len(rows))
             nats_DT = losses(
                 model,
-                [excerpts[i].tokens for i in own] or [excerpts[0].tokens],
+                rows,
                 positions=wanted.context,
                 piece=wanted.piece,
                 device=world.device,

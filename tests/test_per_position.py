@@ -25,13 +25,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.build import build_tokenizer
 from eval import loss_table, per_position, perplexity
 from eval.heldout import HeldOut
-from eval.per_position import check_capacity, evaluate, evaluate_strictly, linear_edges, log_edges, standard_error
-from ovq import config
+from eval.per_position import (
+    check_capacity,
+    evaluate,
+    evaluate_strictly,
+    linear_edges,
+    log_edges,
+    measure,
+    standard_error,
+)
+from ovq import config, processes
 from ovq.errors import ConfigError
 from ovq.inference.losses import losses_by_position, losses_with_restarts
 from ovq.inference.run import choose, load_run, override
 from ovq.model import ModelOutput
-from ovq.processes import World
+from ovq.processes import Axis, World
 from ovq.train.checkpoint import Checkpointer
 from tests.helpers import relative_error, small_config, small_model
 
@@ -183,6 +191,25 @@ def test_table_holds_the_mean_and_the_error_of_every_bucket(tmp_path: Path, text
     assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / (4 * CONTEXT))  # a token is a byte here
     assert results["perplexity"] == math.exp(nats / (4 * CONTEXT))
     assert results["word_perplexity"] == (math.exp(nats / words) if nats / words < 700 else math.inf)
+
+
+@pytest.mark.parametrize("restart", ["null", "8"])
+def test_every_rank_makes_as_many_forward_passes(
+    texts: list[str], monkeypatch: pytest.MonkeyPatch, restart: str
+) -> None:
+    """With parameters in shards, each of them is a collective operation."""
+    cfg = small_config("sw", *texts, "eval.documents=3", "eval.batch=2", f"eval.restart={restart}")
+    model = small_model("sw", vocab_size=257).eval()
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(processes, "gather_objects", lambda own: [own])
+    made = []
+    for rank in range(2):
+        passes.clear()
+        measured = measure(model, cfg, build_tokenizer(cfg), World(rank, 2, data=Axis("data", rank, 2)), go_on)
+        assert measured is not None and len(measured.by_bucket["log"]) == 2 - rank
+        made.append(len(passes))
+    assert made[0] == made[1] > 0
 
 
 def test_documents_shorter_than_the_context_are_not_used(texts: list[str]) -> None:
