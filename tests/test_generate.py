@@ -181,6 +181,11 @@ def test_a_stop_string_is_never_shown_not_even_in_part() -> None:
     assert growing.text == "abc" and "".join(shown) == "abc"
     shown, growing = grown("ab", ["abc"])
     assert shown == ["", "", "ab"], "what only began like a stop string comes at the end"
+    for text, stop in (("xxabéyy", "abé"), ("Hi. «Fin» more", "«Fin»"), ("a… b", "a…"), ("né🧪", "é🧪")):
+        shown, growing = grown(text, [stop])
+        assert growing.stopped and growing.text == "".join(shown) == text[: text.index(stop)], "bytes come one by one"
+    shown, growing = grown("abèc", ["abé"])
+    assert "".join(shown) == growing.text == "abèc" and not growing.stopped
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +304,16 @@ def test_prompts_are_lines_of_text_or_of_json(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('"One"\n\n{"prompt": " Two, and", "other": 1}\n')
     for name in ("a.txt", "a.jsonl"):
         assert generate.prompts_of(generate.Options(prompts=str(tmp_path / name))) == ["One", " Two, and"]
+    (tmp_path / "b.jsonl").write_text('"line\u2028of one prompt"\r\n"Two"\n', encoding="utf-8")
+    assert generate.prompts_of(generate.Options(prompts=str(tmp_path / "b.jsonl"))) == [
+        "line\u2028of one prompt",
+        "Two",
+    ]
+
+
+def test_half_a_surrogate_pair_is_no_prompt() -> None:
+    with pytest.raises(ConfigError, match="a prompt is not text: character 3 is half a surrogate pair"):
+        generate.check_texts(["fine", "no\ud83d"], [])
 
 
 @pytest.mark.parametrize(

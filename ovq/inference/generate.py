@@ -130,12 +130,12 @@ class Growing:
         return new
 
     def _uncertain(self, whole: str) -> int:
-        cut = len(whole) - len(whole.rstrip(CUT))
+        known = whole.rstrip(CUT)  # a stop string may continue with the character that is incomplete
         longest = max((len(stop) - 1 for stop in self.stop), default=0)
         begun = next(
-            (n for n in range(min(longest, len(whole)), 0, -1) if any(s.startswith(whole[-n:]) for s in self.stop)), 0
+            (n for n in range(min(longest, len(known)), 0, -1) if any(s.startswith(known[-n:]) for s in self.stop)), 0
         )
-        return max(cut, begun)
+        return len(whole) - len(known) + begun
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,12 @@ def generate(
 
 
 def check_texts(prompts: Sequence[str], stop: Sequence[str]) -> None:
-    """Raise ConfigError if a prompt or a stop string is empty."""
+    """Raise ConfigError if a prompt or a stop string is empty, or a prompt cannot be encoded."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"a prompt is not text: character {error.start + 1} is half a surrogate pair") from None
     if "" in prompts:
         raise ConfigError("the prompt is empty; give it some text, a line break at least")
     if "" in stop:
@@ -323,7 +328,7 @@ def prompts_of(options: Options) -> list[str]:
         return [_text_of("file", options.file)]
     if options.prompts is None:
         return list(options.prompt or [])
-    lines = [(number, line) for number, line in enumerate(_text_of("prompts", options.prompts).splitlines(), 1)]
+    lines = [(number, line) for number, line in enumerate(_text_of("prompts", options.prompts).split("\n"), 1)]
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
         raise ConfigError(f"prompts={options.prompts} holds no prompt")
