@@ -26,10 +26,11 @@ SCHEMA = pa.schema(
         ("buckets", pa.string()),  # "log" or "linear"; each set partitions the context
         ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
         ("split", pa.string()),
+        ("changes", pa.string()),  # overrides of the model, its numerics or the text; empty: the run's own
     ]
 )
 # Rows of one evaluation share these columns; repeating an evaluation replaces its earlier rows.
-KEY = ("step", "context", "num_centroids", "split")
+KEY = ("step", "context", "num_centroids", "split", "changes")
 
 TABLE = RunTable(FILE, SCHEMA, KEY, "loss by position")
 read, write, key_of = TABLE.read, TABLE.write, TABLE.key_of
@@ -43,7 +44,7 @@ BY_DOCUMENT = RunTable(
             ("num_centroids", pa.int64()),  # as above
             ("split", pa.string()),
             ("restart", pa.int64()),  # eval.restart; null: all of the context is seen
-            ("changes", pa.string()),  # overrides of the model or its numerics
+            ("changes", pa.string()),  # as above
             ("asked", pa.int64()),  # eval.documents; the split may have fewer that are long enough
             ("document", pa.int64()),  # index among those that are long enough, in the order of the split
             ("position_start", pa.int64()),

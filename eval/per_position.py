@@ -195,7 +195,7 @@ def _none_long_enough(cfg: Config, heldout: HeldOut) -> str:
     )
 
 
-def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int) -> list[loss_table.Row]:
+def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int, changed: str) -> list[loss_table.Row]:
     """An evaluation as rows of `loss_table`."""
     common = {
         "run": run_dir.resolve().name,
@@ -203,6 +203,7 @@ def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int) -> 
         "context": cfg.eval.context,
         "num_centroids": cfg.eval.num_centroids,
         "split": cfg.eval.split,
+        "changes": changed,
     }
     rows = []
     for kind, make in EDGES.items():
@@ -260,7 +261,7 @@ def evaluate_strictly(
     Args:
         wandb_step: step to log the results under in wandb; None for a run reopened after its end.
         progress: as in `measure`.
-        changed: value of the "changes" column in the table of documents.
+        changed: value of the "changes" column in the tables.
 
     Raises:
         ConfigError, DataError: as in `measure`.
@@ -286,10 +287,10 @@ def publish(
     loss_table.BY_DOCUMENT.write(run_dir, document_rows(measured, cfg, step, changed))
     if cfg.eval.restart is not None:
         return  # context was withheld: the losses only serve for comparison with those of whole documents
-    rows = table_rows(measured, cfg, run_dir, step)
+    rows = table_rows(measured, cfg, run_dir, step, changed)
     loss_table.write(run_dir, rows)
     wanted = cfg.eval
-    picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
+    picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids, changed)
     again = " ".join(["python -m eval.plot", *map(shlex.quote, (f"runs=[{run_dir}]", f"out={picture}"))])
     with reporting("the plot of the evaluation", again):
         curves = plot.curves_of(
@@ -362,20 +363,21 @@ def main(options: Options, overrides: list[str]) -> int:
         run = options.open(overrides, shares=True)
         if run.cfg.logger.name == "wandb" and run.world.is_main:
             start_wandb(run.run_dir, run.cfg)  # reopens the run; closed when this process ends
+        changed = changes(overrides, text=True)
         results = evaluate_strictly(
             *(run.model, run.cfg, run.tokenizer, run.world, run.run_dir, run.step),
             should_stop=lambda: False,
             progress=run.world.is_main,
-            changed=changes(overrides),
+            changed=changed,
         )
         assert results is not None  # nothing could stop it
         if run.world.is_main:
-            print(report(run.run_dir, run.cfg, run.step, results))
+            print(report(run.run_dir, run.cfg, run.step, results, changed))
         processes.shutdown()
     return 0
 
 
-def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float]) -> str:
+def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float], changed: str = "") -> str:
     """An evaluation's results by position as text, and the paths they were written to."""
     wanted = cfg.eval
     if wanted.restart is not None:
@@ -383,7 +385,7 @@ def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float]) -> 
         return (
             f"{found}\nby position, with at least {wanted.restart} tokens seen: {run_dir / loss_table.BY_DOCUMENT.file}"
         )
-    key = (step, wanted.context, wanted.num_centroids, wanted.split)
+    key = (step, wanted.context, wanted.num_centroids, wanted.split, changed)
     rows = [row for row in loss_table.read(run_dir) if loss_table.key_of(row) == key and row["buckets"] == "log"]
     lines = [f"{run_dir} step {step}: {int(results['documents'])} {wanted.split} documents of {wanted.context} tokens"]
     lines.append(figures({name: value for name, value in results.items() if name != "documents"}))
@@ -392,7 +394,7 @@ def report(run_dir: Path, cfg: Config, step: int, results: dict[str, float]) -> 
     for row in plot.after_the_first(rows):
         error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
         lines.append(f"{row['position_start']:>8}-{row['position_end']:<8}  {row['loss']:.4f}{error}")
-    picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids)
+    picture = run_dir / "plots" / plot.picture_name(wanted.context, wanted.split, wanted.num_centroids, changed)
     return "\n".join([*lines, f"{run_dir / loss_table.FILE}", f"{picture}"])
 
 

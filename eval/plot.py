@@ -10,6 +10,7 @@ Runs are labelled by the settings in which they differ.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shlex
@@ -130,7 +131,7 @@ def documents_of(row: loss_table.Row) -> int:
 
 
 def curves_of(rows: list[loss_table.Row], *, scale: str, train_context: int, key: tuple[Any, ...]) -> list[Curve]:
-    """A run's evaluation `key` and earlier ones at the same context, capacity and split, one curve per step."""
+    """A run's evaluation `key` and earlier ones at the same context, capacity, split and changes, a curve per step."""
     step, *same = key
     of_step: dict[int, list[loss_table.Row]] = {}
     for row in rows:
@@ -139,13 +140,17 @@ def curves_of(rows: list[loss_table.Row], *, scale: str, train_context: int, key
     steps = sorted(of_step)
     if len(steps) > SHOWN_STEPS:  # the first, the last, and evenly spaced ones between
         steps = [steps[round(i * (len(steps) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]
-    return [Curve(f"step {number:,}", of_step[number], train_context) for number in steps]
+    changed = f", {same[-1]}" if same[-1] else ""
+    return [Curve(f"step {number:,}{changed}", of_step[number], train_context) for number in steps]
 
 
-def picture_name(context: int, split: str, num_centroids: int | None) -> str:
-    """File name of an evaluation's plot in its run folder."""
+def picture_name(context: int, split: str, num_centroids: int | None, changed: str = "") -> str:
+    """File name of an evaluation's plot in its run folder. That of a changed model or another text has a hash of the
+    changes."""
     parts = ["loss_by_position", style.short(context), *(["test"] if split == "test" else [])]
-    return "_".join([*parts, *([f"N{num_centroids}"] if num_centroids else [])]) + ".png"
+    parts += [f"N{num_centroids}"] if num_centroids else []
+    parts += [hashlib.sha256(changed.encode()).hexdigest()[:8]] if changed else []
+    return "_".join(parts) + ".png"
 
 
 # --- several runs ----------------------------------------------------------------------------------------------------
@@ -192,7 +197,8 @@ def _differ(flat: list[dict[str, Any]], key: str) -> bool:
 def compare(
     run_dirs: list[Path], out: Path, *, context: int | None, step: int | None, split: str | None, scale: str
 ) -> Path:
-    """Overlay the best evaluation of each run (one for each capacity it was evaluated with): see `best_steps`.
+    """Overlay the best evaluation of each run (one for each capacity and change it was evaluated with): see
+    `best_steps`.
 
     Args:
         context: context of the evaluations; None: the longest that all runs have.
@@ -227,10 +233,10 @@ def compare(
             )
         best = best_steps(rows)
         for same, (at, newer) in best.items():
-            capacity, of_split = same[1], same[2]
+            capacity, of_split, changed = same[1:]
             if newer:
                 print(f"{run_dir}: {newer}", file=sys.stderr)
-            parts = [label, *([f"N={capacity} in evaluation"] if capacity else [])]
+            parts = [label, *([f"N={capacity} in evaluation"] if capacity else []), *([changed] if changed else [])]
             parts += [of_split] if len(best) > 1 and len({other[2] for other in best}) > 1 else []
             chosen = [row for row in rows if loss_table.key_of(row) == (at, *same)]
             curves.append(Curve(", ".join(parts), chosen, cfg.trainer.context))
@@ -238,10 +244,10 @@ def compare(
 
 
 def best_steps(rows: list[loss_table.Row]) -> dict[tuple[Any, ...], tuple[int, str]]:
-    """The evaluation to draw for each context, capacity and split: the newest of those over the most documents.
+    """The evaluation to draw for each context, capacity, split and changes: the newest over the most documents.
 
     Returns:
-        (context, num_centroids, split) -> its step, and a note if there is a newer one over fewer documents.
+        (context, num_centroids, split, changes) -> its step, and a note if there is a newer one over fewer documents.
     """
     documents: dict[tuple[Any, ...], dict[int, int]] = {}
     for row in rows:
@@ -305,7 +311,8 @@ def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
             raise ConfigError(f"{run_dir} has no accuracies; make them with: python -m eval.accuracy run={run_dir}")
         for row in sorted(rows, key=lambda row: row["step"]):
             capacity = f", N={row['num_centroids']} in the test" if row["num_centroids"] else ""
-            curves.setdefault(label + capacity, {}).setdefault(run_dir, {})[row["length"]] = row
+            changed = f", {row['changes']}" if row["changes"] else ""
+            curves.setdefault(label + capacity + changed, {}).setdefault(run_dir, {})[row["length"]] = row
             tested.setdefault(f"{row['task']} {row['settings']}", run_dir)
     if len(tested) > 1:
         raise ConfigError(

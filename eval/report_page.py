@@ -138,14 +138,16 @@ def accuracies(runs: list[Facts], labels: list[str]) -> tuple[list[str], list[li
         return None
     rows = []
     for run, label in zip(runs, labels):
-        for capacity in dict.fromkeys(row["num_centroids"] for row in run.answers if not row["changes"]):
-            of = {
-                row["length"]: (row["accuracy"], row["answers"])
-                for row in run.answers
-                if row["num_centroids"] == capacity and not row["changes"]
-            }
-            name = label if capacity is None else f"{label}, N = {capacity:,}"
-            rows.append([name, *(percent(*of[length]) if length in of else "" for length in lengths)])
+        plain = [row for row in run.answers if not row["changes"]]
+        newest = [row for row in plain if row["step"] == max(row["step"] for row in plain)]
+        tests: dict[tuple[str, int | None], dict[int, str]] = {}
+        for row in newest:
+            of_length = tests.setdefault((row["settings"], row["num_centroids"]), {})
+            of_length[row["length"]] = percent(row["accuracy"], row["answers"])
+        several = len({settings for settings, _ in tests}) > 1
+        for (settings, capacity), of_length in tests.items():
+            parts = [label, *([settings] if several else []), *([] if capacity is None else [f"N = {capacity:,}"])]
+            rows.append([", ".join(parts), *(of_length.get(length, "") for length in lengths)])
     return ["run", *(f"{length:,} tokens" for length in lengths)], rows
 
 
@@ -192,8 +194,12 @@ def spans_of(base: Facts) -> list[tuple[int, int]]:
 
 
 def without_seed(run: Facts) -> dict[str, Any]:
+    """What identifies a run, except its seed, which also occurs in the name of the run whose weights it began with."""
     assert run.cfg is not None
-    return {key: value for key, value in identity.identity(run.cfg).items() if key != "seed"}
+    known = {key: value for key, value in identity.identity(run.cfg).items() if key != "seed"}
+    if began := known.get("init_from.path"):
+        known["init_from.path"] = re.sub(r"seed=\d+|-[0-9a-f]{8}$", "", Path(began).name)
+    return known
 
 
 def of_all_seeds(label: str) -> str:
@@ -235,13 +241,14 @@ def differences_to(
         else:
             groups.append((settings, of_all_seeds(label), [run]))
     own = next(members for _, _, members in groups if base in members)
+    with_base = [run for run in own if not same_text(run, base)]
     made = []
     for _, label, members in groups:
         if members is own:
             continue
         notes = list(dict.fromkeys(note for run in members if (note := same_text(run, base))))
         usable = [run for run in members if not same_text(run, base)]
-        found = [paired(together(usable, span), together(own, span)) for span in spans]
+        found = [paired(together(usable, span), together(with_base, span)) for span in spans]
         if usable and not any(found):
             notes.append("no seed in common")
         made.append(Difference(label, found, "; ".join(notes)))

@@ -142,7 +142,7 @@ def measure(facts: Facts) -> None:
 def best_evaluation(rows: list[Row]) -> list[Row]:
     """The log buckets of the evaluation to show: as trained, of the newest step, then the longest context, then the
     most documents."""
-    plain = [row for row in rows if row["buckets"] == "log" and row["num_centroids"] is None]
+    plain = [row for row in rows if row["buckets"] == "log" and row["num_centroids"] is None and not row["changes"]]
     if not plain:
         return []
     rank = {loss_table.key_of(row): (row["step"], row["context"], row["tokens"]) for row in plain}

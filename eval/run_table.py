@@ -17,6 +17,7 @@ from ovq.errors import ConfigError
 from ovq.files import replacing
 
 Row = dict[str, Any]
+NEUTRAL = ("trainer.device=", "trainer.timeout_s=")  # settings that change no result, but for rounding
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class RunTable:
             return []
         try:
             table = pq.read_table(path, page_checksum_verification=True)
+            if table.schema.names == [name for name in self.schema.names if name != "changes"]:  # an older table
+                at = self.schema.get_field_index("changes")
+                table = table.add_column(at, "changes", pa.array([""] * len(table), pa.string()))
             if table.schema.names != self.schema.names:
                 raise ValueError(f"its columns are {', '.join(table.schema.names)}")
             return table.cast(self.schema).to_pylist()
@@ -85,10 +89,15 @@ class RunTable:
         return path
 
 
-def changes(overrides: list[str]) -> str:
-    """The overrides that change the model or its numerics, as a column of a table; data and eval have other columns."""
-    about_model = [text for text in overrides if not text.startswith(("data.", "eval.", "logger."))]
-    return " ".join(sorted([*about_model, *(text for text in overrides if text.startswith("eval.weights="))]))
+def changes(overrides: list[str], *, text: bool = False) -> str:
+    """The overrides that change the model or its numerics, as a column of a table.
+
+    Args:
+        text: list those of the data, too, because the table has no other column for them.
+    """
+    others = ("eval.", "logger.", "logger=", *NEUTRAL, *(() if text else ("data.",)))
+    kept = [override for override in overrides if not override.startswith(others)]
+    return " ".join(sorted([*kept, *(override for override in overrides if override.startswith("eval.weights="))]))
 
 
 def _set_aside(path: Path) -> str:

@@ -34,6 +34,7 @@ from eval.per_position import (
     measure,
     standard_error,
 )
+from eval.run_table import changes
 from ovq import config, processes
 from ovq.errors import ConfigError
 from ovq.inference.losses import losses_by_position, losses_with_restarts
@@ -387,6 +388,42 @@ def test_damaged_table_is_renamed_in_one_line_and_the_evaluation_is_kept(
     assert line.endswith("it is now per_position_loss.damaged.parquet")
     assert path.with_name("per_position_loss.damaged.parquet").read_bytes() == damaged
     assert {row["step"] for row in loss_table.read(tmp_path)} == {5}
+
+
+def test_a_table_without_the_column_of_changes_is_read_as_the_runs_own(tmp_path: Path) -> None:
+    row = dict.fromkeys(loss_table.SCHEMA.names) | {"step": 1, "loss": 2.5, "changes": ""}
+    path = loss_table.write(tmp_path, [row])
+    pq.write_table(pq.read_table(path).drop_columns(["changes"]), path)
+    assert loss_table.read(tmp_path) == [row]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (["trainer.device=cpu", "eval.batch=2", "logger=none", "trainer.timeout_s=8"], ""),
+        (["trainer.precision=fp32", "data.validation=[a]"], "data.validation=[a] trainer.precision=fp32"),
+        (["eval.weights=ema"], "eval.weights=ema"),
+    ],
+)
+def test_changes_are_overrides_that_change_losses(overrides: list[str], kept: str) -> None:
+    assert changes(overrides, text=True) == kept
+    assert "data." not in changes(overrides)
+
+
+def test_an_evaluation_on_other_text_does_not_replace_the_runs_own(tmp_path: Path, texts: list[str]) -> None:
+    run_dir = run_folder(tmp_path, "sw", texts)
+    (tmp_path / "other.txt").write_text("some other text " * 50)
+    line = [f"run={run_dir}", "context=64"]
+    assert per_position.main(line) == 0
+    own = loss_table.read(run_dir)
+    pictures = {path: path.read_bytes() for path in run_dir.glob("plots/*.png")}
+    assert per_position.main([*line, f"data.validation=[{tmp_path}/other.txt]"]) == 0
+    both = loss_table.read(run_dir)
+    assert both[: len(own)] == own and {row["changes"] for row in both[len(own) :]} == {
+        f"data.validation=[{tmp_path}/other.txt]"
+    }
+    assert {path: path.read_bytes() for path in pictures} == pictures
+    assert len(list(run_dir.glob("plots/*.png"))) == 2
 
 
 def test_open_wandb_run_gets_the_plot_and_the_table(

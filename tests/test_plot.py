@@ -16,7 +16,7 @@ from ovq import config
 from ovq.compose import compose
 from ovq.values import split_paths
 
-EVALUATION = {"run": "r", "num_centroids": None, "split": "validation"}
+EVALUATION = {"run": "r", "num_centroids": None, "split": "validation", "changes": ""}
 
 
 def table(step: int, context: int = 1024, level: float = 2.0, **changes: Any) -> list[loss_table.Row]:
@@ -122,14 +122,14 @@ def test_a_single_document_is_drawn_without_a_standard_error(tmp_path: Path, dra
 def test_a_runs_plot_shows_only_earlier_steps_of_the_same_evaluation() -> None:
     rows = [row for step in (10, 20, 30) for row in table(step)]
     rows += table(20, context=2048) + table(20, num_centroids=64) + table(40) + table(20, split="test")
-    curves = curves_of(rows, scale="log", train_context=512, key=(30, 1024, None, "validation"))
+    curves = curves_of(rows, scale="log", train_context=512, key=(30, 1024, None, "validation", ""))
     assert [curve.label for curve in curves] == ["step 10", "step 20", "step 30"]
     assert {len(curve.rows) for curve in curves} == {4}
 
 
 def test_many_evaluations_are_thinned_to_five_with_the_first_and_the_last() -> None:
     rows = [row for step in range(1, 42) for row in table(step)]
-    curves = curves_of(rows, scale="linear", train_context=512, key=(41, 1024, None, "validation"))
+    curves = curves_of(rows, scale="linear", train_context=512, key=(41, 1024, None, "validation", ""))
     assert [curve.label for curve in curves] == ["step 1", "step 11", "step 21", "step 31", "step 41"]
 
 
@@ -165,6 +165,12 @@ def test_overlay_draws_the_newest_evaluation_of_each_run_at_the_context_they_sha
     found = {label: y[0] for label, (_, y) in curves_in(drawn[0]).items()}
     assert found == {"sw": 4.0, "sw_ovq": 5.0, "sw_ovq, N=64 in evaluation": 3.0}
     assert len(curves_in(drawn[0])["sw"][0]) == 8  # linear buckets of 128
+
+    changed = "model.mixers.ovq.chunk_size=64"
+    loss_table.write(b, table(15, level=6.0, changes=changed))
+    assert plot.main([f"runs=[{a},{b}]", f"out={out}", "x=linear"]) == 0
+    found = {label: y[0] for label, (_, y) in curves_in(drawn.pop()).items()}
+    assert found["sw_ovq"] == 5.0 and found[f"sw_ovq, {changed}"] == 7.0
 
     assert plot.main([f"runs={a}", f"out={out}", "step=10"]) == 0
     assert list(curves_in(drawn[1])) == ["sw"]

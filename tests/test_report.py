@@ -37,7 +37,7 @@ def make_run(
         return folder
     summary = {"step": done, "stopped_by": None, "tokens": 100 * done, "last_loss": 4.0, "first_loss": 5.0}
     finish(summary | {"checkpoint": "", "tokens_per_s": 1000.0, "memory_gib": 0.5, "evaluation": {}}, cfg, folder)
-    common = {"step": done, "context": CONTEXT, "num_centroids": None, "split": "validation"}
+    common = {"step": done, "context": CONTEXT, "num_centroids": None, "split": "validation", "changes": ""}
     by_document: list[Row] = []
     by_position: list[Row] = []
     for start, end in zip(EDGES, EDGES[1:]):
@@ -45,7 +45,7 @@ def make_run(
         bounds = {"position_start": start, "position_end": end}
         more = {"run": "x", "stderr": 0.05, "tokens": 3 * (end - start), "buckets": "log"}
         by_position.append(common | bounds | more | {"loss": sum(losses) / 3})
-        kind = {"restart": None, "changes": "", "asked": 4}
+        kind = {"restart": None, "asked": 4}
         by_document += [common | kind | bounds | {"document": d, "loss": loss} for d, loss in enumerate(losses)]
     loss_table.write(folder, by_position)
     loss_table.BY_DOCUMENT.write(folder, by_document)
@@ -105,6 +105,38 @@ def test_models_are_compared_document_by_document_and_seed_by_seed(tmp_path: Pat
     assert row[0] == "sw_ovq" and [cell.strip() for cell in row[1:4]] == ["-100.0 ± 0.0"] * 3
 
 
+def test_a_seed_of_the_base_that_was_tested_on_other_documents_is_left_out(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{model}{seed}", model, seed) for model in LEVEL for seed in (0, 1)]
+    for file in (loss_table, loss_table.BY_DOCUMENT):
+        rows = file.read(runs[1])
+        (runs[1] / (loss_table.FILE if file is loss_table else loss_table.BY_DOCUMENT.file)).unlink()
+        file.write(runs[1], [row | {"split": "test", "loss": row["loss"] - 1} for row in rows])
+    row = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference to sw")[1]
+    assert [cell.strip() for cell in row[1:4]] == ["-100.0 ± 0.0"] * 3
+
+
+def test_evaluations_of_a_changed_model_or_text_are_not_the_runs_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", "sw", 0), make_run(tmp_path / "b", "sw_ovq", 0)]
+    before = report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]")
+    for table in (loss_table, loss_table.BY_DOCUMENT):
+        changed = "data.validation=[other/*.txt]"
+        table.write(runs[1], [row | {"loss": 9.0, "changes": changed} for row in table.read(runs[1])])
+    after = report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]")
+    assert data_of(after) == data_of(before)
+    for title in ("Runs", "Difference to sw"):
+        assert rows_of(after, title) == rows_of(before, title)
+
+
+def test_seeds_that_began_with_weights_of_their_own_seed_are_one_model(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{model}{seed}", model, seed) for model in LEVEL for seed in (0, 1)]
+    for run in runs:
+        cfg = config.load(run)
+        cfg.init_from.path = f"runs/copying,model={cfg.model.name},seed={cfg.seed},lr=0.003-0000000{cfg.seed}"
+        config.save(cfg, run)
+    head, *rows = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference to")
+    assert len(rows) == 1 and [cell.strip() for cell in rows[0][1:4]] == ["-100.0 ± 0.0"] * 3
+
+
 def test_documents_of_other_text_are_not_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", "sw", 0), make_run(tmp_path / "b", "sw_ovq", 0)]
     cfg = config.load(runs[1])
@@ -144,6 +176,12 @@ def test_accuracies_stand_by_length_with_their_error(tmp_path: Path) -> None:
         ["sw", "90.0 ± 0.8", "50.0 ± 1.2"],
         ["sw, N = 4,096", "", "80.0 ± 1.0"],
     ]
+    old = common | {"step": 10, "num_centroids": None, "length": 128, "accuracy": 0.1}
+    other = common | {"settings": "functions=4", "num_centroids": None, "length": 128, "accuracy": 0.7}
+    ACCURACY.write(run, [{name: row[name] for name in ACCURACY.schema.names} for row in (old, other)])
+    found = [row[:2] for row in rows_of(report_of(tmp_path, f"runs=[{run}]"), "Accuracy")[1:]]
+    assert ["sw, functions=4", "70.0 ± 1.1"] in found and ["sw, {}", "90.0 ± 0.8"] in found
+    assert not [row for row in found if row[1].startswith("10.0")], "an older step"
 
 
 def test_a_sweep_is_named_by_its_own_words(tmp_path: Path) -> None:

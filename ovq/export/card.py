@@ -107,7 +107,8 @@ def losses(run_dir: Path, step: int) -> list[str]:
         rows = pq.read_table(run_dir / LOSSES).to_pylist()
     except Exception:  # missing or damaged: the card then has no table
         return ["", "Loss by position was not measured at this step."]
-    own = [row for row in rows if row["step"] == step and row["buckets"] == "log" and row["num_centroids"] is None]
+    plain = [row for row in rows if row["num_centroids"] is None and not row.get("changes")]
+    own = [row for row in plain if row["step"] == step and row["buckets"] == "log"]
     if not own:
         return ["", "Loss by position was not measured at this step."]
     key = ("context", "split")
