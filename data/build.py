@@ -43,6 +43,8 @@ def sources_of(cfg: Config) -> dict[str, Config]:
         shared, own = (OmegaConf.to_container(node, resolve=True) for node in (cfg.data, source))
         data = {**shared, **own, "mixture": {}, "words": {}}  # type: ignore[dict-item]
         del data["weight"]
+        if cfg.data.on_bad_shard == "skip":  # for the whole mixture
+            data["on_bad_shard"] = "skip"
         made[name] = cast(Config, OmegaConf.merge(cfg))
         made[name].data = cast(DataConfig, OmegaConf.merge(OmegaConf.structured(DataConfig), data))
     return made or {"": cfg}

@@ -56,7 +56,7 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
     for facts in found.values():
         if facts.get("error"):
             raise ConfigError(str(facts["error"]))
-    if "train" not in found:
+    if not any(split.partition(" ")[0] == "train" for split in found):  # a mixture has "train NAME"
         raise ConfigError("data.train is empty; give it files")
     if problem := indivisible(cfg, world_size):
         raise ConfigError(f"{world_size} processes: {problem}; change trainer.global_batch or trainer.micro_batch")

@@ -113,7 +113,9 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
     for override in parser.parse_overrides([literal(o) for o in directories(overrides)[1] if o]):
         key = override.get_key_element().lstrip("+~").split("@")[0]
         if not within(key, NAMELESS):
-            parts.append((key.replace("/", ".").rpartition(".")[2], override.get_value_element_as_str()))
+            parts.append((key.replace("/", "."), override.get_value_element_as_str()))
+    last = [key.rpartition(".")[2] for key, _ in parts]  # all that the name shows of a key that no other ends like
+    parts = [(end if last.count(end) == 1 else key, value) for end, (key, value) in zip(last, parts)]
     parts.sort(key=lambda part: (FIRST.index(part[0]) if part[0] in FIRST else len(FIRST), part))
     full = ",".join([cfg.name, *(f"{key}={value}" for key, value in parts)])
     name = file_name(full)

@@ -183,6 +183,10 @@ def check(cfg: Config) -> None:
         )
     if problem := lengths.problem(trainer):
         raise ConfigError(problem)
+    if trainer.lengths and cfg.data.kind == "task":
+        raise ConfigError(
+            "trainer.lengths would cut a generated task's questions off what they ask about; use data.task.short_steps"
+        )
     check_optim(cfg.optim)
     if cfg.eval.weights == "ema" and not cfg.optim.ema:
         raise ConfigError("eval.weights=ema needs averaged weights, which this run does not keep; set optim.ema=0.999")

@@ -22,7 +22,7 @@ class OptimConfig:
     eps: float = setting(1e-8, "AdamW's epsilon", at_least=0)
     weight_decay: float = setting(0.1, "decoupled weight decay, applied to matrices", at_least=0)
     fused: bool = setting(True, "use the fused AdamW kernel")
-    momentum: float = setting(0.95, "decay rate of Muon's momentum", at_least=0, at_most=1)
+    momentum: float = setting(0.95, "decay rate of Muon's momentum", at_least=0, below=1)
     ns_steps: int = setting(5, "Newton-Schulz iterations of a step of Muon", at_least=1, at_most=99)
     adjust_lr: str = one_of(
         "match_rms_adamw",

@@ -97,7 +97,10 @@ def sweep_values(override: str) -> list[str]:
     parsed = parse(override)
     if parsed is None or not parsed.is_sweep_override():
         return [override]
-    return [f"{override.partition('=')[0]}={value}" for value in parsed.sweep_string_iterator()]
+    try:
+        return [f"{override.partition('=')[0]}={value}" for value in parsed.sweep_string_iterator()]
+    except HydraException:
+        raise ConfigError(f"{override} lists no values; a sweep takes key=a,b, choice(a,b) or range(1,4)") from None
 
 
 def canonical(overrides: Iterable[str], dirs: Dirs = ()) -> list[str]:

@@ -123,13 +123,15 @@ def init(trainer: TrainerConfig) -> World:
     if kind == "cuda":
         torch.cuda.set_device(device)
     precision = "bf16" if (kind, trainer.precision) == ("cuda", "auto") else trainer.precision
+    if kind == "cpu" and size == 1:  # before the group is made, which compiled bf16 needs
+        precision = cpu.choose_precision(precision)
     timeout = datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s))
     if size > 1 or (precision == "bf16" and (kind == "cuda" or trainer.compile)):  # see `parallelize`
         alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout, **alone)
     if kind == "cpu":
         cpu.keep_freed_memory()
-        precision = cpu.choose_precision(on_main(lambda: cpu.choose_precision(trainer.precision)))
+        precision = cpu.choose_precision(on_main(lambda: cpu.choose_precision(precision)))
     data, context = axes(rank, size, trainer.context_parallel, timeout)
     return World(rank, size, local_rank, device, precision, data=data, context=context)
 

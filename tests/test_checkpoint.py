@@ -101,6 +101,28 @@ def test_loading_restores_every_bit_and_the_next_step_is_the_same(tmp_path: Path
     assert same(everything(model, optimizer), everything(other, other_optimizer))
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path: Path, name: str) -> None:
+    """torch's get_state_dict makes a step of zeros where there is no state yet, which would count as the first one."""
+
+    def fresh(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = small_model(NAME, seed=seed, vocab_size=31)
+        return model, build_optimizer(model, small_config(NAME, f"optim={name}"))
+
+    model, optimizer = fresh(0)
+    saver = Checkpointer(tmp_path)
+    saver.save(0, model, optimizer, EXTRA)
+    saver.wait()
+    other, other_optimizer = fresh(1)
+    load(folder(tmp_path, 0), other, other_optimizer)
+    unsaved, unsaved_optimizer = fresh(0)
+    for pair in ((model, optimizer), (other, other_optimizer), (unsaved, unsaved_optimizer)):
+        for step in range(2):
+            learn(*pair, step)
+    assert same(everything(unsaved, unsaved_optimizer), everything(other, other_optimizer))
+    assert same(everything(unsaved, unsaved_optimizer), everything(model, optimizer)), "nor does saving change the run"
+
+
 def test_an_optimizer_that_has_not_stepped_yet_gets_the_moments(tmp_path: Path) -> None:
     model, optimizer = saved(tmp_path, 3)
     other, other_optimizer = trained(1, steps=0)

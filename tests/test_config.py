@@ -71,6 +71,9 @@ def test_run_folders_are_named_by_model_size_and_seed_first_and_hide_no_setting(
     first, second = (run_dir_of(compose(made), made).name for made in ([*line, *paths[:1]], [*line, *paths[1:]]))
     assert first.startswith("default,model=sw_nope,size=tiny,seed=2,data=text,lr=0.01,train=orpora_corpora_a.txt-")
     assert len(second) == len(first) < 120 and "_b.txt-" in second
+    both = ["model=sw_reservoir", "seed=1", "model.mixers.reservoir.seed=0"]
+    names = {run_dir_of(compose(line), line).name for line in (both, [both[0], "seed=0", both[2].replace("0", "1")])}
+    assert names == {f"default,model=sw_reservoir,seed={a},model.mixers.reservoir.seed={1 - a}" for a in (0, 1)}
     deep = [f"+model.mixers.ovq.x{number}='长值'" for number in range(40)]
     assert len(run_dir_of(compose(line), [*line, *deep]).name.encode()) < 255  # the limit for a file name
 

@@ -226,6 +226,17 @@ def test_a_dry_run_tells_how_often_each_source_is_read(books: Path) -> None:
 # --- what else reads a mixture ---------------------------------------------------------------------------------------
 
 
+def test_bad_documents_of_every_source_can_be_skipped_at_a_resume(books: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a text"}\nno JSON\n{"text": "another"}\n')
+    cfg = mixture(books)
+    cfg.data.mixture.lower.train = [str(tmp_path / "bad.jsonl")]
+    assert {name: source.data.on_bad_shard for name, source in sources_of(cfg).items()} == dict.fromkeys(
+        ("upper", "lower"), "error"
+    )
+    cfg.data.on_bad_shard = "skip"  # as the error says
+    assert {source.data.on_bad_shard for source in sources_of(cfg).values()} == {"skip"}
+
+
 def test_held_out_documents_come_in_turns_from_the_sources_that_have_them(books: Path) -> None:
     cfg = mixture(books)
     given = list(heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=1, limit=4))

@@ -65,6 +65,9 @@ def test_a_dry_run_shows_the_folder_as_it_was_typed(tmp_path: Path, capsys: pyte
 def test_a_sweep_reads_a_path_as_one_value_and_a_list_as_several(tmp_path: Path) -> None:
     assert sweep_values("init_from=runs/x,model=sw") == ["init_from=runs/x,model=sw"]
     assert sweep_values("seed=0,1") == ["seed=0", "seed=1"]
+    for endless in ("optim.lr=interval(0,1)", "model=glob(*)"):
+        with pytest.raises(ConfigError, match="lists no values; a sweep takes key=a,b, choice"):
+            sweep_values(endless)
     assert sweep_values("init_from='a,b','c'") == ["init_from='a,b'", "init_from='c'"]
     jobs = jobs_of([f"runs_root={tmp_path}/ü,x=1", "seed=0,1"])
     assert [job.run_dir.parent for job in jobs] == [tmp_path / "ü,x=1"] * 2 and jobs[0].run_dir != jobs[1].run_dir

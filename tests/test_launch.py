@@ -208,6 +208,14 @@ def test_a_run_folder_that_is_in_use_is_refused_and_looking_does_not_disturb_its
     assert claims.trainer_of(tmp_path) == ""
 
 
+def test_a_mixture_has_training_data(tmp_path: Path) -> None:
+    parts = "{a: {data: builtin, weight: 1}, b: {data: builtin, weight: 1}}"
+    settings = [*QUICK, f"run_dir={tmp_path}", "data=mixture"]
+    assert check.check([*settings, f"data.mixture={parts}"], 1).warnings == ()
+    with pytest.raises(ConfigError, match="data.train is empty; give it files"):
+        check.check([*QUICK, f"run_dir={tmp_path}", "data=jsonl", "eval.at_end=false", "trainer.eval_every=0"], 1)
+
+
 def test_memory_that_cannot_suffice_is_refused_and_memory_that_may_not_is_a_warning(tmp_path: Path) -> None:
     settings = [*QUICK, f"run_dir={tmp_path}", "trainer.context=4096"]
     with pytest.raises(ConfigError, match="weights, gradients and moments need .* on each GPU and each GPU has 1 KiB"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data.loader import Batch
+from ovq.compose import compose
 from ovq.config import load, save
 from ovq.errors import ConfigError
 from ovq.lengths import length_at, phases
@@ -52,6 +53,11 @@ def test_lengths_that_cannot_be_are_one_line(settings: list[str], says: str) -> 
     with pytest.raises(ConfigError) as error:
         small_config("sw", *RUN, *settings)
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
+def test_questions_are_not_cut_off_what_they_ask_about() -> None:
+    with pytest.raises(ConfigError, match="trainer.lengths would cut a generated task's questions"):
+        compose(["experiment=recall", "trainer.lengths={0:32}"])
 
 
 def test_lengths_survive_the_run_folder(tmp_path: Path) -> None:

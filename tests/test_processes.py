@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,19 @@ def test_no_gloo_thread_outlives_the_interpreter(tmp_path: Path) -> None:
         assert rank.returncode == 0, error
         training, at_exit = json.loads(out.splitlines()[-1])
         assert training > 0 and at_exit == 0
+
+
+COMPILED = """
+import torch.distributed as dist
+from ovq import cpu, processes
+from ovq.config import TrainerConfig
+cpu.choose_precision = lambda precision: "bf16" if precision == "auto" else precision  # as on a CPU with AMX
+world = processes.init(TrainerConfig(device="cpu", compile=True))
+assert world.precision == "bf16" and dist.is_initialized()
+processes.shutdown()
+"""
+
+
+def test_a_compiled_model_in_bf16_gets_its_group_although_the_processor_chose_bf16() -> None:
+    made = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr

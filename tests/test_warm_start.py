@@ -122,6 +122,7 @@ def test_more_steps_do_not_raise_the_rate_unasked() -> None:
     check_extension(config("trainer.allow_rate_jump=true"), 100, 100)
     check_extension(cosine, 200, 100)
     check_extension(cosine, 400, 100), "fewer steps lower the rate"
+    check_extension(config("optim.schedule=inverse_sqrt", "optim.warmup_steps=0"), 100, 0), "no step has been made"
     check_extension(config("optim.schedule=constant"), 100, 100)
     check_extension(config("optim.schedule=wsd"), 100, 80), "before its decay"
     with pytest.raises(ConfigError, match="wsd"):

@@ -109,7 +109,11 @@ class Checkpointer:
         """
         self.wait()
         self._began = time.monotonic()
+        fresh = not optimizer.state
         model_state, optimizer_state = get_state_dict(model, optimizer)
+        if fresh:  # torch has made a step of zeros, which must not count as the first one
+            optimizer_state["state"] = {}
+            optimizer.state.clear()
         self._refuse_nonfinite(step, model_state, optimizer_state)
         scratch, trouble = self.root / f"saving_{name_of(step)}", ""
         if processes.rank() == 0:
@@ -300,6 +304,8 @@ def load(
         for group, loaded in zip(groups, state["optimizer"]["param_groups"]):
             group |= loaded
     set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    if optimizer is not None and _before_the_first_step(optimizer_state["param_groups"], stored):
+        optimizer.state.clear()
     if ema is not None and not keeps_average:
         ema.restart(model)
     return read_extra(path) | {"checkpoint": str(path)}
@@ -318,7 +324,15 @@ def _asked_of(optimizer: torch.optim.Optimizer | None, own: dict[str, Any], stor
         configured = getattr(optimizer, "configured", set(group)) | {"params", "lr"}
         asked = {key: value for key, value in group.items() if key not in configured}
         groups.append({key: v for key, v in asked.items() if f"optimizer.param_groups.{index}.{key}" in stored})
-    return {"state": own["state"], "param_groups": groups}
+    fresh = _before_the_first_step(own["param_groups"], stored)
+    return {"state": {} if fresh else own["state"], "param_groups": groups}
+
+
+def _before_the_first_step(groups: Any, stored: set[str]) -> bool:
+    """Whether a checkpoint holds no state of its optimizer, which has groups like these (another optimizer may have
+    none at any step)."""
+    keys = {f"optimizer.param_groups.{i}.{key}" for i, group in enumerate(groups) for key in group if key != "params"}
+    return keys <= stored and not any(key.startswith("optimizer.state.") for key in stored)
 
 
 def read_extra(path: Path | str) -> dict[str, Any]:

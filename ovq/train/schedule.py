@@ -90,6 +90,8 @@ def check_extension(cfg: Config, steps_before: int, step: int) -> None:
     Raises:
         ConfigError: the rate would jump, and trainer.allow_rate_jump is not set.
     """
+    if step == 0:  # no step has been made at any rate
+        return
     before = copy.deepcopy(cfg)
     before.trainer.steps = steps_before
     old, new = lr_at(step, before), lr_at(step, cfg)
