@@ -19,8 +19,9 @@ import torch
 
 from ovq.cli import command
 from ovq.compose import compose
-from ovq.config import Config
+from ovq.config import Config, TrainerConfig
 from ovq.errors import ConfigError
+from ovq.lengths import phases
 from ovq.memory import LONGEST, MemoryPlan, checkpoint_bytes, measure_blocks, memory_of
 from ovq.model import Transformer, build_model, count_parameters, flops_per_token
 from ovq.plan import format_bytes
@@ -85,7 +86,7 @@ def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]
     share = trainer.global_batch * trainer.context_parallel / options.gpus
     tokens = trainer.global_batch * trainer.context
     parameters = count_parameters(network)[0]
-    flops = flops_per_token(network, trainer.context) * tokens
+    flops = mean_flops_per_token(network, trainer) * tokens
     yield f"{cfg.name}: {cfg.model.name}, {parameters:,} parameters, {options.gpus} x {options.gpu}"
     yield f"a step: {tokens:,} tokens ({trainer.global_batch} x {trainer.context:,}), {flops:.3g} FLOPs"
     yield from ["", *memory_lines(cfg, network, options)]
@@ -109,6 +110,11 @@ def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]
     yield f"  to write one    {written:.2g} s with {nodes} nodes at {options.disk_gb_per_s:g} GB/s each"
     yield f"  data            {tokens / seconds:,.0f} tokens/s; prepared, {format_bytes(2 * tokens / seconds)}/s"
     yield from ["", "assumed", *(f"  {line}" for line in assumptions(options))]
+
+
+def mean_flops_per_token(network: Transformer, trainer: TrainerConfig) -> float:
+    """Training FLOPs per token, averaged over the steps, which may differ in length (`trainer.lengths`)."""
+    return sum(steps * flops_per_token(network, length) for steps, length in phases(trainer)) / trainer.steps
 
 
 def memory_lines(cfg: Config, network: Transformer, options: Options) -> Iterator[str]:
@@ -143,7 +149,7 @@ def largest(plan_of: Callable[[int], MemoryPlan], room: float, limit: int) -> in
 def communication_lines(cfg: Config, network: Transformer, options: Options) -> Iterator[str]:
     """Seconds of communication and of computation in a step, with the same global batch on increasingly many GPUs."""
     trainer, card = cfg.trainer, CARDS[options.gpu]
-    flops = flops_per_token(network, trainer.context) * trainer.global_batch * trainer.context
+    flops = mean_flops_per_token(network, trainer) * trainer.global_batch * trainer.context
     yield f"communication of a step, trainer.shard={trainer.shard}, the same global batch on all"
     yield f"  {'GPUs':>6}  {'micro-batches':>13}  {'computation':>12}  {'communication':>13}  ratio"
     for gpus in sorted({*SIZES, options.gpus}):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.plan import CARDS, Options, communication, largest, report
+from launch.plan import CARDS, Options, communication, largest, mean_flops_per_token, report
 from ovq import memory
 from ovq.compose import compose
 from ovq.config import Config
@@ -125,6 +125,10 @@ def test_the_plan_of_a_cluster_follows_from_the_settings() -> None:
     assert f"{tokens:,} tokens (64 x {TOKENS})" in text
     assert f"{tokens / seconds:,.0f} tokens/s" in text
     assert f"{16 * 1000 * seconds / 3600:,.0f} GPU-hours" in text
+    cfg.trainer.lengths = {0: cfg.trainer.context // 2}
+    half = flops_per_token(network, cfg.trainer.context // 2)
+    assert mean_flops_per_token(network, cfg.trainer) == half < flops_per_token(network, cfg.trainer.context)
+    assert f"{half * tokens:.3g} FLOPs" in "\n".join(report(cfg, network, Options(gpus=16, gpu="h100", mfu=0.5)))
     # Two micro-batches per GPU gather bf16 weights twice each; gradients are reduced once, over two nodes' network.
     moved = 15 / 16 * count_parameters(network)[0] * (2 * 2 * 2 + 4) / 50e9
     assert communication(cfg, network, 16, 8, CARDS["h100"], 2) == pytest.approx(moved)

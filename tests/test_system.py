@@ -238,7 +238,8 @@ def test_restarting_a_finished_run_trains_no_step(
     assert train.main([*SETTINGS, *corpus, f"run_dir={run_dir}"]) == 0
     assert f"finished: {STEPS} steps" in capsys.readouterr().out
     assert (run_dir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    assert (run_dir / "summary.json").exists()
+    again, first = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, whole))
+    assert again["tokens_per_s"] == first["tokens_per_s"] > 0 and again["memory_gib"] >= 0.9 * first["memory_gib"]
 
 
 @pytest.mark.parametrize(

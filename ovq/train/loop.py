@@ -14,7 +14,6 @@ import contextlib
 import gc
 import itertools
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -112,7 +111,6 @@ class Trainer:
         self.saved_step: int | None = None
         self.evaluated_step: int | None = None
         self.pending: list[StepRecord] = []
-        self.tokens_per_s: list[float] = []
         self.peak = (0.0, "")
         self.progress: Progress | None = None  # until `fit`
         self.signal = StopSignal(announce=world.is_main)
@@ -284,7 +282,6 @@ class Trainer:
             speed |= {} if share is None else {"mfu": round(share, 4)}
         self.slow_ranks.look(speed["data_wait"], elapsed / len(records))
         speed["memory_gib"] = round(peak_memory_gib(self.world.device), 3)
-        self.tokens_per_s.append(speed["tokens_per_s"])
         for record, results in zip(records, fetched):
             self._log_step(record, results, speed)
         if self.progress is not None:
@@ -385,14 +382,14 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
 
     def summary(self) -> dict[str, Any]:
-        """The outcome of the run; losses and evaluation include steps taken by earlier processes."""
+        """The outcome of the run, including the steps of earlier processes."""
+        before = recorded(read_rows(self.metrics.path) if self.world.is_main else [])
         return {
             "step": self.step,
             "stopped_by": (self.signal.name or "a signal to another process") if self.stopping else None,
-            **recorded(read_rows(self.metrics.path) if self.world.is_main else []),
+            **before,
             "tokens": self.tokens,
-            "tokens_per_s": statistics.median_high(self.tokens_per_s) if self.tokens_per_s else None,
-            "memory_gib": peak_memory_gib(self.world.device),
+            "memory_gib": max(before["memory_gib"], peak_memory_gib(self.world.device)),
             "checkpoint": str(self.checkpointer.last),
             "commit": code_commit(),
         }

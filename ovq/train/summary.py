@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ def read_finished(run_dir: Path) -> dict[str, Any] | None:
 def recorded(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The entries of a summary that are read from the rows of metrics.jsonl."""
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s") is not None]
     evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
     return {
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "evaluation": evaluations[-1] if evaluations else {},
+        "tokens_per_s": statistics.median_high(speeds) if speeds else None,
+        "memory_gib": max((row.get("memory_gib") or 0.0 for row in rows), default=0.0),
     }
 
 
