@@ -108,7 +108,10 @@ class LaneReader:
             if pairs < 2:
                 empties += 1
                 if empties > len(self.tokens):
-                    raise DataError("every document of the training data is empty or unreadable; see data.text_field")
+                    raise DataError(
+                        f"every document of the training data that lane {lane} of {self.global_batch} reads is empty "
+                        "or unreadable; see data.text_field (with data.shuffle=false, a lane may not read all of them)"
+                    )
                 ordinal, offset = ordinal + self.global_batch, 0
                 continue
             take = min(context - filled, pairs - offset)

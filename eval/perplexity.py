@@ -35,6 +35,8 @@ from ovq.processes import World
 from ovq.report import readable
 from ovq.schema import setting
 
+TOLERANCE = 0.1  # relative difference of a published word count from the count here that other rules may explain
+
 
 @dataclass
 class Options(RunOptions):
@@ -85,6 +87,14 @@ def measure(
     if not tokens:
         raise ConfigError(f"the {cfg.eval.split} split holds no text; set data.{cfg.eval.split}")
     published = cfg.data.words.get(cfg.eval.split) if documents is None else None
+    if published and abs(heldout.num_words / published - 1) > TOLERANCE:
+        if world.is_main:
+            print(
+                f"data.words.{cfg.eval.split}={published} is not the number of words of this text, {heldout.num_words},"
+                " which word_perplexity is over",
+                file=sys.stderr,
+            )
+        published = None
     words = published or heldout.num_words
     return {
         "split": cfg.eval.split,

@@ -124,7 +124,7 @@ def main(options: Options, overrides: list[str]) -> int:
     if any(layer.spec.chunk_size != chunk for layer in layers):
         raise ConfigError(f"{options.run} has layers with different chunk_size, which are not stored at the same time")
     task, rows = build_task(run.cfg), []
-    with other_capacity(run.model.mixers(), options.num_centroids):
+    with other_capacity(run.model.mixers(), run.cfg.eval.num_centroids):
         for length in options.lengths or [factor * run.cfg.trainer.context for factor in (1, 4, 16)]:
             for name in options.formats:
                 tally = test(

@@ -21,6 +21,7 @@ from ovq.inference import generate
 from ovq.inference.generate import Growing, batches_of, continue_prompts
 from ovq.inference.sampling import Sampling
 from ovq.model import Transformer
+from ovq.train.checkpoint import CheckpointError
 from tests.helpers import MODELS, Largest, small_model
 from tests.test_per_position import run_folder
 
@@ -255,6 +256,26 @@ def test_a_checkpoint_is_loaded_by_itself_and_with_another_dictionary(trained: P
         ovq.load(trained, num_centroids=0)
     with pytest.raises(ConfigError, match="is not a run folder"):
         ovq.load(trained / "no such folder")
+
+
+@pytest.mark.parametrize("option", ["num_centroids=3", "eval.num_centroids=3"])
+def test_both_names_of_the_capacity_set_it(trained: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    used: list[set[int | None]] = []
+
+    def made(run: Any, prompts: list[str], **_: Any) -> list[Any]:
+        used.append({mixer.capacity for mixer in run.model.mixers()})
+        return [generate.Continuation("", 0, "length") for _ in prompts]
+
+    monkeypatch.setattr(generate, "generate", made)
+    assert generate.main([f"run={trained}", "prompt=a", option]) == 0
+    assert used == [{None, 3}]
+
+
+def test_a_run_is_loaded_with_the_weights_that_it_evaluates(tmp_path: Path) -> None:
+    run_dir = run_folder(tmp_path, "sw", ["optim.ema=0.9", "eval.weights=ema"])  # the checkpoint has no average
+    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+        ovq.load(run_dir)
+    assert ovq.load(run_dir, weights="trained").step == 3
 
 
 def test_the_command_prints_the_prompt_and_its_continuation(

@@ -616,8 +616,12 @@ def test_overrides_of_a_run_are_typed_and_checked() -> None:
 # --- whole documents -------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_split_uses_the_published_word_count(tmp_path: Path, texts: list[str]) -> None:
-    cfg = small_config("sw", *texts, "+data.words.validation=40", "eval.batch=4")
+def test_the_whole_split_uses_the_published_word_count_if_it_can_be_that_of_this_text(
+    tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = sum(len(file.read_text().split()) for file in (tmp_path / "text").glob("*.txt"))
+    published = counted + 3
+    cfg = small_config("sw", *texts, f"+data.words.validation={published}", "eval.batch=4")
     tokenizer = build_tokenizer(cfg)
     model = small_model("sw_ovq", vocab_size=257).double().eval()
     whole = perplexity.measure(model, cfg, tokenizer, World(), go_on)
@@ -629,12 +633,19 @@ def test_the_whole_split_uses_the_published_word_count(tmp_path: Path, texts: li
         nats.append(float(model(tokens[:, :-1], targets_BT=tokens[:, 1:]).loss.detach()))
         words.append(len(file.read_text().split()))
     assert whole is not None and part is not None
-    assert (whole["documents"], whole["tokens"], whole["words"]) == (len(LENGTHS), sum(LENGTHS), 40)
+    assert (whole["documents"], whole["tokens"], whole["words"]) == (len(LENGTHS), sum(LENGTHS), published)
     assert whole["loss"] == pytest.approx(sum(nats) / sum(LENGTHS))
     assert whole["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / sum(LENGTHS))
-    assert whole["word_perplexity"] == pytest.approx(math.exp(sum(nats) / 40))
+    assert whole["word_perplexity"] == pytest.approx(math.exp(sum(nats) / published))
     assert (part["words"], part["words_are"]) == (sum(words[:2]), "counted")
     assert part["word_perplexity"] == pytest.approx(math.exp(sum(nats[:2]) / sum(words[:2])))
+
+    cfg.data.words["validation"] = 2 * counted  # of another text than data.validation names now
+    other = perplexity.measure(model, cfg, tokenizer, World(), go_on)
+    assert other is not None and (other["words"], other["words_are"]) == (counted, "counted")
+    assert f"data.words.validation={2 * counted} is not the number of words of this text, {counted}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_perplexity_from_the_command_line_is_saved_in_the_run_folder(

@@ -300,12 +300,12 @@ def main(options: Options, overrides: list[str]) -> int:
         options.seed,
     )
     run = options.open(overrides, writes=False)
-    if options.num_centroids is not None:
+    if run.cfg.eval.num_centroids is not None:
         try:
             with_dictionaries(run.model.mixers())
         except ValueError as error:
-            raise ConfigError(f"num_centroids={options.num_centroids}: {error}") from None
-    with other_capacity(run.model.mixers(), options.num_centroids):
+            raise ConfigError(f"num_centroids={run.cfg.eval.num_centroids}: {error}") from None
+    with other_capacity(run.model.mixers(), run.cfg.eval.num_centroids):
         if options.interactive:
             while prompt := ask():
                 respond(run, [prompt], options, sampling)

@@ -107,7 +107,7 @@ def load(
     checkpoint: str | int | None = None,
     device: str = "auto",
     precision: str | None = None,
-    weights: str = "trained",
+    weights: str | None = None,
     num_centroids: int | None = None,
     trust: Collection[str] = (),
 ) -> LoadedModel:
@@ -118,7 +118,8 @@ def load(
         checkpoint: in a run folder, the checkpoint's folder, name or step; None: the newest good one.
         device: auto | cpu | cuda.
         precision: fp32 | bf16 | auto; None: that of the run.
-        weights: trained, or ema: the moving average of the weights that a run with optim.ema keeps.
+        weights: trained, or ema: the moving average of the weights that a run with optim.ema keeps; None: those that
+            the run evaluates (`eval.weights`).
         num_centroids: capacity of the dictionaries, if not the one used in training.
         trust: what the config may use: classes outside this project, whose code then runs, and oc.env:NAME.
 
@@ -131,7 +132,7 @@ def load(
         path, checkpoint = path.parent.parent, str(path)
     settings = [
         f"trainer.device={device}",
-        f"eval.weights={weights}",
+        *([f"eval.weights={weights}"] if weights else []),
         *([f"trainer.precision={precision}"] if precision else []),
     ]
     run = load_run(path, settings, checkpoint_at=checkpoint, trust=trust)
