@@ -28,6 +28,7 @@ from data.sources import DataError
 from data.tokenizer import Tokenizer
 from eval import loss_table, plot
 from eval.heldout import HeldOut
+from eval.loss_table import Row
 from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
@@ -195,7 +196,7 @@ def _none_long_enough(cfg: Config, heldout: HeldOut) -> str:
     )
 
 
-def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int, changed: str) -> list[loss_table.Row]:
+def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int, changed: str) -> list[Row]:
     """An evaluation as rows of `loss_table`."""
     common = {
         "run": run_dir.resolve().name,
@@ -210,21 +211,13 @@ def table_rows(measured: Measurement, cfg: Config, run_dir: Path, step: int, cha
         edges, means = make(cfg.eval.context), measured.by_bucket[kind]
         error = standard_error(means)
         for i, (start, end) in enumerate(zip(edges, edges[1:])):
-            rows.append(
-                {
-                    **common,
-                    "buckets": kind,
-                    "position_start": start,
-                    "position_end": end,
-                    "loss": float(means[:, i].mean()),
-                    "stderr": None if error is None else float(error[i]),
-                    "tokens": measured.documents * (end - start),
-                }
-            )
+            bucket = {"buckets": kind, "position_start": start, "position_end": end, "loss": float(means[:, i].mean())}
+            stderr = None if error is None else float(error[i])
+            rows.append(common | bucket | {"stderr": stderr, "tokens": measured.documents * (end - start)})
     return [{name: row[name] for name in loss_table.SCHEMA.names} for row in rows]
 
 
-def document_rows(measured: Measurement, cfg: Config, step: int, changed: str) -> list[loss_table.Row]:
+def document_rows(measured: Measurement, cfg: Config, step: int, changed: str) -> list[Row]:
     """An evaluation as rows of `loss_table.BY_DOCUMENT`."""
     wanted, edges = cfg.eval, log_edges(cfg.eval.context)
     common = {
@@ -271,7 +264,6 @@ def evaluate_strictly(
     measured = measure(model, cfg, tokenizer, world, should_stop, progress=progress)
     if measured is None:
         return None
-
     processes.on_main(lambda: publish(measured, cfg, run_dir, step, wandb_step=wandb_step, changed=changed))
     return measured.summary()
 

@@ -21,7 +21,9 @@ from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.model import Transformer, build_model
 from ovq.plan import lacking_room
-from ovq.train.claim import elsewhere, unwritable
+from ovq.train.checkpoint_files import CheckpointError
+from ovq.train.claim import elsewhere, same_run, unwritable
+from ovq.train.warm_start import check_weights
 
 WITHOUT = "or set eval.at_end=false trainer.eval_every=0"
 OPENED = 1 << 30  # most bytes of JSON lines or text that are opened only for a check
@@ -92,6 +94,10 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
         model = build_model(cfg.model, vocab_size)
     lines = [unwritable(run_dir), elsewhere(run_dir, cfg), lacking_room(cfg, model, run_dir)]
     words = ""
+    try:
+        check_weights(cfg, model, same_run(run_dir, cfg))
+    except (ConfigError, CheckpointError) as error:
+        lines.append(str(error))
     try:
         tokenizer = build_tokenizer(cfg)
         if cfg.eval.split not in broken:

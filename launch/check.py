@@ -22,6 +22,7 @@ from ovq.memory import memory_of
 from ovq.model import build_model
 from ovq.plan import format_bytes, indivisible, report
 from ovq.train.claim import same_run
+from ovq.train.warm_start import check_weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
         raise ConfigError("data.train is empty; give it files")
     if problem := indivisible(cfg, world_size):
         raise ConfigError(f"{world_size} processes: {problem}; change trainer.global_batch or trainer.micro_batch")
+    with torch.device("meta"):
+        model = build_model(cfg.model, tokenizer.vocab_size)
+    check_weights(cfg, model, begun)
     text = report(cfg, tokenizer.vocab_size, found, world_size, run_dir)
     warnings = check_memory(cfg, tokenizer.vocab_size, world_size, gpu_bytes) if gpu_bytes else ()
     return Checked(cfg, run_dir, text, warnings)

@@ -208,6 +208,20 @@ def test_a_run_folder_that_is_in_use_is_refused_and_looking_does_not_disturb_its
     assert claims.trainer_of(tmp_path) == ""
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["init_from=nowhere"], "init_from=nowhere is neither a run folder nor a checkpoint"),
+        (["optim.groups={nope:{lr:2}}"], "optim.groups"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused_before_a_gpu_is_taken(
+    tmp_path: Path, settings: list[str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check.check([*QUICK, f"run_dir={tmp_path}", *settings], 1)
+
+
 def test_a_mixture_has_training_data(tmp_path: Path) -> None:
     parts = "{a: {data: builtin, weight: 1}, b: {data: builtin, weight: 1}}"
     settings = [*QUICK, f"run_dir={tmp_path}", "data=mixture"]

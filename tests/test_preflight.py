@@ -95,6 +95,12 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
         0,
         "trainer.steps=3 is longer than the data: about 2 epochs of data.train (3 documents)",
     ),
+    "no run to begin with": (
+        ["init_from.path=nowhere"],
+        2,
+        "init_from=nowhere is neither a run folder nor a checkpoint",
+    ),
+    "no checkpoint to branch from": (["resume=nowhere"], 1, "resume=nowhere: there is no checkpoint"),
     "nothing": ([], 0, ""),
 }
 

@@ -123,8 +123,7 @@ def _branch(root: Path, resume: str) -> Path | None:
             flush=True,
         )
         return chosen
-    if not path.is_dir():
-        raise CheckpointError(f"resume={resume}: there is no checkpoint {path}; name one, or a run folder with some")
+    check_branch(resume)
     step = int(verify(path)["step"])
     elsewhere = path.parent != root.resolve()
     for own in named(root):  # what is not part of the branch's history must not be counted, or called intact
@@ -133,6 +132,12 @@ def _branch(root: Path, resume: str) -> Path | None:
     # Last, so that after a kill before this line, the same command branches again.
     write_whole(root / ORIGIN, json.dumps(asdict(Origin(given, stored, step)), indent=1) + "\n")
     return path
+
+
+def check_branch(resume: str) -> None:
+    """Raise CheckpointError if resume= names no checkpoint to branch from."""
+    if not (path := _checkpoint_at(Path(resume)).resolve()).is_dir():
+        raise CheckpointError(f"resume={resume}: there is no checkpoint {path}; name one, or a run folder with some")
 
 
 def _checkpoint_at(path: Path) -> Path:

@@ -17,13 +17,15 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ovq import processes
-from ovq.config import InitConfig
+from ovq.config import Config, InitConfig
 from ovq.errors import ConfigError, one_line
 from ovq.export.stored import TOKENIZER, Folder, is_export
+from ovq.model import Transformer
 from ovq.train.checkpoint import FAILED, CheckpointError
-from ovq.train.checkpoint_choice import newest_good
+from ovq.train.checkpoint_choice import check_branch, newest_good
 from ovq.train.checkpoint_files import MANIFEST, SafePlanner, SafeReader, reading, verify
 from ovq.train.checkpoint_files import find as checkpoints_of
+from ovq.train.optim import parameter_groups
 
 SHOWN = 4  # names in a message
 
@@ -60,6 +62,25 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
     set_model_state_dict(model, fitting, options=StateDictOptions(strict=False, full_state_dict=folder is not None))
     rest = f"; {what(own, stored, fresh, unused)}" if fresh or unused else ""
     return f"began with {len(fitting)} of {len(own)} weights of {path}{rest}"
+
+
+def check_weights(cfg: Config, model: Transformer, begun: bool) -> None:
+    """Check what the settings say about weights without reading or training any.
+
+    Args:
+        begun: whether the run folder holds steps of this run, which then has its own weights.
+
+    Raises:
+        ConfigError: `optim.groups` names no parameter, or init_from.path is no run.
+        CheckpointError: there is no good checkpoint in init_from.path, or none where resume= says.
+    """
+    parameter_groups(model, cfg)
+    if begun:
+        return
+    if cfg.resume not in ("auto", "never"):
+        check_branch(cfg.resume)
+    elif cfg.init_from.path:
+        find(Path(cfg.init_from.path))
 
 
 def what(own: dict[str, Any], stored: dict[str, tuple[int, ...]], fresh: list[str], unused: list[str]) -> str:
