@@ -48,7 +48,7 @@ def caption(
         f"- Command: `{machine['command']}`",
         f"- Code: commit {commit}; finished {machine['date']}",
         f"- Machine: {machine.get('accelerator') or machine['processor']}, {machine['cores']} cores, "
-        f"torch {machine['torch']}, {machine['threads']} threads",
+        f"torch {machine['torch']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}",
         *(f"- Tests (in float32): {words}." for words in described),
         "- State sizes assume activations in bf16 and sums in float32.",
         *missing_section(missing),
