@@ -72,7 +72,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq import processes, stacks
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, loop
-    from ovq.train.claim import check_same_run, claim, elsewhere
+    from ovq.train.claim import check_continues, check_same_run, claim, elsewhere
     from ovq.train.ema import WeightAverage
     from ovq.train.metrics import Metrics
     from ovq.train.optim import build_optimizer
@@ -106,6 +106,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     start = checkpoint.choose(run_dir, cfg.resume, cfg.trainer.keep_last)
     extra = checkpoint.load(start, model, optimizer, ema) if start else None
     if extra:
+        check_continues(extra["config"], cfg)
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
     began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)

@@ -44,8 +44,8 @@ RULES = (
             *("trainer.context", "trainer.lengths", "trainer.global_batch", "init_from"),
         ),
         VALUE,
-        "Refused, with what differs: another `run_dir` is another run. In a run that is older than a setting of its "
-        "mixer, that setting counts as its default.",
+        "Refused, with what differs, in a branch too (but for `init_from`): another `run_dir` is another run. In a run "
+        "that is older than a setting of its mixer, that setting counts as its default.",
     ),
     Rule(
         ("optim", "trainer.grad_clip", "trainer.z_loss", "trainer.precision"),
@@ -103,6 +103,7 @@ RULES = (
         "They say where a run lies and how it starts; another folder is another run.",
     ),
 )
+BRANCHED = (*RULES[1].settings, "init_from")  # settings of a run's identity that a branch may change
 FREE_AT_RESUME = tuple(name for rule in RULES if rule.part == FREE for name in rule.settings)
 PATHS = ("data.train", "tokenizer.model_path", "init_from.path")
 

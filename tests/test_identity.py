@@ -95,6 +95,11 @@ STARTS: dict[str, tuple[list[str], int, str]] = {
     "another context": (["trainer.context=8"], 2, f"{REFUSED} (trainer.context: 16 -> 8)"),
     "another rate": (["optim.lr=0.1"], 2, f"{REFUSED} (optim.lr: 0.001 -> 0.1)"),
     "another rate in a branch": (["optim.lr=0.1", "resume=run", "run_dir=new"], 0, RESUMED),
+    "another model in a branch": (
+        ["model.logit_softcap=30", "resume=run", "run_dir=new"],
+        2,
+        "resume=run was made with other settings (model.logit_softcap: ",
+    ),
     "other data in a branch": (["data.train=[others.jsonl]", "resume=run", "run_dir=new"], 2, DIFFERS),
 }
 

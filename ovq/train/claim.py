@@ -14,6 +14,7 @@ from ovq import config, identity
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.processes import on_main, rank
+from ovq.renamed import upgrade
 from ovq.report import typed
 from ovq.train.checkpoint_choice import ORIGIN
 from ovq.train.checkpoint_files import hold
@@ -57,6 +58,20 @@ def same_run(run_dir: Path, cfg: Config) -> bool:
     if changed:
         raise ConfigError(f"{run_dir} was made with other settings ({'; '.join(changed)}); use another run_dir")
     return True
+
+
+def check_continues(stored: dict[str, Any], cfg: Config) -> None:
+    """Raise ConfigError if a checkpoint made with the `stored` settings would continue as another run: a branch may
+    change only `identity.BRANCHED`. The data are compared by content, when the loader resumes."""
+    before, after = (
+        {key: value for key, value in config.flatten(each).items() if not identity.within(key, identity.BRANCHED)}
+        for each in (upgrade(stored), cfg)
+    )
+    if changed := identity.differences(before, after, contents=False):
+        raise ConfigError(
+            f"resume={cfg.resume} was made with other settings ({'; '.join(changed)}), which a branch cannot change; "
+            "init_from starts a new run with its weights"
+        )
 
 
 def saved_in(run_dir: Path) -> list[Path]:
