@@ -19,7 +19,7 @@ from ovq.compose import compose, run_dir_of
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.memory import memory_of
-from ovq.model import build_model
+from ovq.model import Transformer, build_model
 from ovq.plan import format_bytes, indivisible, report
 from ovq.train.claim import same_run
 from ovq.train.warm_start import check_weights
@@ -65,18 +65,17 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
         model = build_model(cfg.model, tokenizer.vocab_size)
     check_weights(cfg, model, begun)
     text = report(cfg, tokenizer.vocab_size, found, world_size, run_dir)
-    warnings = check_memory(cfg, tokenizer.vocab_size, world_size, gpu_bytes) if gpu_bytes else ()
+    warnings = check_memory(cfg, model, world_size, gpu_bytes) if gpu_bytes else ()
     return Checked(cfg, run_dir, text, warnings)
 
 
-def check_memory(cfg: Config, vocab_size: int, world_size: int, gpu_bytes: int) -> tuple[str, ...]:
+def check_memory(cfg: Config, model: Transformer, world_size: int, gpu_bytes: int) -> tuple[str, ...]:
     """Refuse a run that cannot fit on a GPU; warn if it may not, as the memory of the step itself is only estimated.
 
     Raises:
         ConfigError: weights, gradients and moments need more than a GPU has.
     """
-    with torch.device("meta"):
-        plan = memory_of(cfg, build_model(cfg.model, vocab_size), world_size)
+    plan = memory_of(cfg, model, world_size)
     has, kept = f"each GPU has {format_bytes(gpu_bytes)}", plan.weights + plan.gradients + plan.optimizer
     if kept > gpu_bytes:
         raise ConfigError(

@@ -65,7 +65,7 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
 
 
 def check_weights(cfg: Config, model: Transformer, begun: bool) -> None:
-    """Check what the settings say about weights without reading or training any.
+    """Check what the settings say about weights, before any are loaded; checkpoints in init_from.path are verified.
 
     Args:
         begun: whether the run folder holds steps of this run, which then has its own weights.
