@@ -139,9 +139,9 @@ def accuracies(runs: list[Facts], labels: list[str]) -> tuple[list[str], list[li
     rows = []
     for run, label in zip(runs, labels):
         plain = [row for row in run.answers if not row["changes"]]
-        newest = [row for row in plain if row["step"] == max(row["step"] for row in plain)]
+        newest = max((row["step"] for row in plain), default=None)
         tests: dict[tuple[str, int | None], dict[int, str]] = {}
-        for row in newest:
+        for row in (row for row in plain if row["step"] == newest):
             of_length = tests.setdefault((row["settings"], row["num_centroids"]), {})
             of_length[row["length"]] = percent(row["accuracy"], row["answers"])
         several = len({settings for settings, _ in tests}) > 1

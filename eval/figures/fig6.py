@@ -38,8 +38,8 @@ MODELS = ("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
 CURVES = "Lines are means over documents and seeds; bands are one standard error over documents."
 SMALL = (
     "Every model's first layer sees 4 tokens, and every run starts from weights trained to copy random tokens: "
-    "otherwise, models of this size gain nothing from what lies beyond a window. Both choices were made with sw_nope "
-    "and sw on validation documents.",
+    "without both, models of this size gained nothing from what lies beyond a window. Both choices were made with "
+    "sw_nope and sw on validation documents.",
 )
 SHOWN_FROM = 64  # tokens; earlier losses are those of title pages
 BASE = "sw"  # the model that the others are compared with
