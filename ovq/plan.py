@@ -16,6 +16,7 @@ from ovq.identity import digest
 from ovq.lengths import phases
 from ovq.memory import MemoryPlan, checkpoint_bytes, memory_of
 from ovq.model import Transformer, build_model, count_parameters, flops_per_token, state_bytes, state_size, undivided
+from ovq.processes import wrong_replicas
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -85,9 +86,7 @@ def indivisible(cfg: Config, world_size: int) -> str:
             f"trainer.global_batch={trainer.global_batch} is not a multiple of "
             f"trainer.micro_batch={trainer.micro_batch} x {world_size // ranks}"
         )
-    if trainer.shard == "hybrid" and world_size % trainer.replicas:
-        return f"trainer.replicas={trainer.replicas} does not divide {world_size}"
-    return ""
+    return wrong_replicas(trainer.shard, trainer.replicas, world_size)
 
 
 def _found(found: dict[str, Any]) -> str:

@@ -150,6 +150,13 @@ def axes(rank: int, size: int, context: int, timeout: datetime.timedelta | None 
     return Axis("data", rank // context, data, groups[0]), Axis("context", rank % context, context, groups[1])
 
 
+def wrong_replicas(shard: str, replicas: int, size: int) -> str:
+    """Why `size` processes cannot hold this many copies of the model, or the setting has no effect; empty: neither."""
+    if shard == "hybrid":
+        return f"trainer.replicas={replicas} must divide the number of processes, {size}" if size % replicas else ""
+    return f"trainer.replicas={replicas} is only used with trainer.shard=hybrid; set both" if replicas > 1 else ""
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one; its threads are joined when the process exits.
 

@@ -484,6 +484,8 @@ def test_mesh_shapes_follow_the_sharding_and_must_fit_the_processes() -> None:
     assert mesh_shape("none", 1, 8) == ((8, 1), ("replicate", "shard"))
     with pytest.raises(ConfigError, match="trainer.replicas=3 must divide the number of processes, 8"):
         mesh_shape("hybrid", 3, 8)
+    with pytest.raises(ConfigError, match="trainer.replicas=2 is only used with trainer.shard=hybrid; set both"):
+        mesh_shape("full", 2, 8)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

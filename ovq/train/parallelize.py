@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ovq.config import TrainerConfig
 from ovq.errors import ConfigError
 from ovq.model import Transformer, divides_heads, undivided
-from ovq.processes import World
+from ovq.processes import World, wrong_replicas
 from ovq.train.hand_over import hand_over
 
 
@@ -35,8 +35,8 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
     nothing is wrapped in FSDP, unless a GPU or the compiler computes in bf16: these leave the casts to FSDP.
 
     Raises:
-        ConfigError: replicas do not divide the number of processes, a mixer can neither divide its heads over the
-            context axis nor hand over its state, or there is no C++ compiler.
+        ConfigError: replicas do not fit the sharding or the number of processes, a mixer can neither divide its heads
+            over the context axis nor hand over its state, or there is no C++ compiler.
     """
     if problem := undivided(model, world.context.size):
         raise ConfigError(problem)
@@ -97,13 +97,17 @@ def with_parameters_in(dtype: torch.dtype, module: nn.Module) -> Callable[..., A
 
 
 def mesh_shape(shard: str, replicas: int, size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(shape, names) of the device mesh: (shard,) or (replicate, shard)."""
+    """(shape, names) of the device mesh: (shard,) or (replicate, shard).
+
+    Raises:
+        ConfigError: replicas do not divide the number of processes, or are not used by this way of sharding.
+    """
+    if problem := wrong_replicas(shard, replicas, size):
+        raise ConfigError(problem)
     if shard == "full":
         return (size,), ("shard",)
     if shard == "none":
         return (size, 1), ("replicate", "shard")
-    if size % replicas:
-        raise ConfigError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
     return (replicas, size // replicas), ("replicate", "shard")
 
 
