@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.tasks.recall import RecallTask
 from eval.figures import declare, equal_bytes, fig4, fig5, fig7, make, measures, memory, runs, search
 from eval.figures.measures import Accuracy, Loss, Value
 from eval.figures.plan import make_plan
@@ -121,6 +122,13 @@ def test_runs_that_began_with_the_same_run_elsewhere_are_the_same() -> None:
     assert runs.same_settings(here, there)
     assert not runs.same_settings(here, {"init_from.path": "runs/copying,seed=1"})
     assert not runs.same_settings(here, {"init_from.path": None})
+
+
+def test_a_task_is_identified_by_its_version_once_its_sequences_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose(["experiment=recall_64k"])
+    assert Accuracy().text(cfg) == {}  # as in records from before versions were kept
+    monkeypatch.setattr(RecallTask, "version", 2)
+    assert Accuracy().text(cfg) == {"version of the task": "2"}
 
 
 def test_text_is_identified_by_its_content(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class Measure(Protocol):
         """The vocabulary size. Raises ConfigError if it depends on a file that is missing."""
 
     def text(self, cfg: Config) -> dict[str, str]:
-        """What identifies the text that a run with this config is trained and tested on; empty for a task.
+        """What identifies the text or the task's sequences that a run with this config is trained and tested on, apart
+        from its settings.
 
         Raises:
             ConfigError: the text is missing.
@@ -117,7 +118,8 @@ class Accuracy:
         return build_task(cfg).vocab_size
 
     def text(self, cfg: Config) -> dict[str, str]:
-        return {}
+        version = build_task(cfg).version
+        return {"version of the task": str(version)} if version > 1 else {}
 
     def settings(self, test: Test) -> list[str]:
         return [*PRECISION, *test.overrides, *capacity_of(test)]
