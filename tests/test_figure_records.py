@@ -100,6 +100,23 @@ def test_a_record_of_other_text_or_settings_counts_for_nothing(
     assert run_in(tmp_path, Known("a"), "data.task.key_vocab=99").values(SHORT) == []
 
 
+def test_a_record_is_found_under_another_name_and_path_of_the_same_text(
+    tmp_path: Path, trained: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in(tmp_path, Known("a", at_128=0.5), "data.train=[here]")
+    train(run, 1.0)
+    run.write_record([SHORT])
+    monkeypatch.setattr(runs, "read_finished", lambda run_dir: None)
+
+    def elsewhere(fingerprint: str, *settings: str) -> list[float]:
+        other = run_in(tmp_path, Known(fingerprint), "data.train=[there]", *settings)
+        other.job.run_dir = tmp_path / "another"
+        return [value.value for value in other.values(SHORT)]
+
+    assert elsewhere("a") == [0.5] * 4
+    assert elsewhere("b") == elsewhere("a", "seed=7") == []
+
+
 def test_a_run_folder_of_other_text_is_refused(tmp_path: Path, trained: None) -> None:
     class Text(Known):
         def text(self, cfg: Any) -> dict[str, str]:

@@ -21,7 +21,7 @@ from ovq import config
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.files import write_whole
-from ovq.identity import FREE, default_of, identity, part_of
+from ovq.identity import VALUE, default_of, identity, part_of
 from ovq.machine import processor_name
 from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
@@ -53,16 +53,26 @@ class FigureRun:
     def run_dir(self) -> Path:
         return self.job.run_dir
 
-    @property
+    @functools.cached_property
     def record_file(self) -> Path | None:
-        return None if self.records is None else self.records / f"{self.run_dir.name}.json"
+        """The file of the run's record, named after the run folder. If there is none, that of the same run in another
+        folder: the name of a folder contains the path of the text."""
+        if self.records is None:
+            return None
+        own = self.records / f"{self.run_dir.name}.json"
+        others = () if own.exists() else sorted(self.records.glob("*.json"))
+        return next((path for path in others if self.is_of(read_json(path))), own)
 
     def record(self) -> dict[str, Any] | None:
         """The committed record, if there is one with the same settings and the same text."""
         found = read_json(self.record_file) if self.record_file else None
-        if found is None or not same_settings(found.get("settings", {}), self.settings()):
-            return None
-        return found if found.get("text", {}) == self.text else None  # the text is opened only if all else is equal
+        return found if self.is_of(found) else None
+
+    def is_of(self, record: dict[str, Any] | None) -> bool:
+        """Whether a record is of this run: with the same settings and the same text."""
+        if record is None or not same_settings(record.get("settings", {}), self.settings()):
+            return False
+        return record.get("text", {}) == self.text  # the text is opened only if all else is equal
 
     @functools.cached_property
     def text(self) -> dict[str, str]:
@@ -169,12 +179,15 @@ class FigureRun:
 
 
 def same_settings(recorded: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether a record is of the run that is asked for. A setting that is newer than the record must be at its default,
-    and one that no longer identifies a run is ignored."""
-    recorded, asked = ({**settings, BEGAN: name_of_run(settings.get(BEGAN))} for settings in (recorded, asked))
-    kept = {key: value for key, value in recorded.items() if key == STEPS or part_of(key) != FREE}
-    known = all(asked.get(key) == value for key, value in kept.items())
-    return known and all(value == default_of(key, asked) for key, value in asked.items() if key not in kept)
+    """Whether a record is of the run that is asked for, if its text is the same (settings say only where that lies). A
+    setting that is newer than the record must be at its default, and one that no longer identifies a run is ignored."""
+    recorded, asked = (
+        {key: value for key, value in settings.items() if key == STEPS or part_of(key) == VALUE}
+        | {BEGAN: name_of_run(settings.get(BEGAN))}
+        for settings in (recorded, asked)
+    )
+    known = all(asked.get(key) == value for key, value in recorded.items())
+    return known and all(value == default_of(key, asked) for key, value in asked.items() if key not in recorded)
 
 
 def name_of_run(path: str | None) -> str | None:
