@@ -23,6 +23,8 @@ from data.train_tokenizer import train_sentencepiece
 from eval import answers
 from eval.accuracy import TABLE
 from eval.figures import (
+    caption,
+    declare,
     equal_bytes,
     fig4,
     fig5,
@@ -37,7 +39,20 @@ from eval.figures import (
     search,
     sensitivity,
 )
-from eval.figures.declare import COPYING, LABELS, LOOKUP, PG19, POSITIONAL, RECALL, REGRESSION_4, REGRESSION_16, Point
+from eval.figures.declare import (
+    COPYING,
+    LABELS,
+    LOOKUP,
+    PG19,
+    POSITIONAL,
+    RECALL,
+    REGRESSION_4,
+    REGRESSION_16,
+    Figure,
+    Model,
+    Panel,
+    Point,
+)
 from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
 from eval.figures.runs import SCORE, FigureRun, minutes_of
@@ -309,6 +324,20 @@ def begun_with(runs: Path) -> dict[Path, Path]:
     """Run folder -> the run folder whose weights it started from, for the runs that have one."""
     found = {path.parent: config.load(path.parent).init_from.path for path in runs.glob("*/config.yaml")}
     return {run: Path(first) for run, first in found.items() if first}
+
+
+def test_a_model_may_need_more_steps_for_its_initial_weights() -> None:
+    slow = Model("std_att", first=("trainer.steps=1500",))
+    panel = Panel(POSITIONAL.name, POSITIONAL, (Model("sw"), Model("sw_nope"), slow), lambda cfg, own: [])
+    figure = Figure("a", "A", (panel,), {"cpu": 1}, (), lambda figure, points: None)
+    plan = make_plan(figure, declare.Options(), [])
+    steps = [line.first.cfg.trainer.steps for line in plan.lines if line.first]
+    assert steps == [500, 500, 1500]
+    names = {line.model: first.run_dir.name for line in plan.lines if (first := line.beginning(0))}
+    assert names["std_att"] == "lookup,model=std_att,seed=0,lr=0.003,steps=1500"
+    (sentence, _) = caption.beginnings(plan)
+    assert sentence.count("`std_att`") == 1 and "500 steps, 4,096,000 tokens" in sentence
+    assert "; for `std_att`, on lookup (`experiment=lookup`: 1,500 steps" in sentence
 
 
 @pytest.mark.slow

@@ -72,14 +72,23 @@ def caption(
 
 def beginnings(plan: Plan) -> list[str]:
     """Which weights runs start from, if not from fresh ones."""
-    found = dict.fromkeys(
-        f"Every run on {line.subject.name}, including trials, starts from the weights of a run of the same model and "
-        f"seed on {first.subject.name} (`experiment={first.subject.experiment}`: {first.cfg.trainer.steps:,} steps, "
-        f"{tokens_of(first.cfg):,} tokens, learning rate {first.cfg.optim.lr:g})."
-        for line in plan.lines
-        if (first := line.first)
-    )
-    return [*found, *([""] if found else [])]
+    found: dict[str, dict[str, list[str]]] = {}  # subject -> (how its runs begin -> models)
+    for line in plan.lines:
+        if first := line.first:
+            of_first = (
+                f"on {first.subject.name} (`experiment={first.subject.experiment}`: {first.cfg.trainer.steps:,} steps, "
+                f"{tokens_of(first.cfg):,} tokens, learning rate {first.cfg.optim.lr:g})"
+            )
+            found.setdefault(line.subject.name, {}).setdefault(of_first, []).append(line.model)
+    sentences = []
+    for subject, ways in found.items():
+        usual, *others = sorted(ways, key=lambda way: -len(ways[way]))
+        exceptions = [f"for {' and '.join(f'`{model}`' for model in ways[way])}, {way}" for way in others]
+        sentences.append(
+            f"Every run on {subject}, including trials, starts from the weights of a run of the same model and seed "
+            f"{'; '.join([usual, *exceptions])}."
+        )
+    return [*sentences, *([""] if sentences else [])]
 
 
 def missing_section(missing: list[str]) -> list[str]:

@@ -149,11 +149,13 @@ class Model:
     Args:
         overrides: the settings that define it; empty: `model=NAME`.
         rate_of: name of the model of the same figure whose trials choose its learning rate; None: its own trials.
+        first: changes to the run that provides its initial weights, where there is one (`Subject.first`).
     """
 
     name: str
     overrides: tuple[str, ...] = ()
     rate_of: str | None = None
+    first: tuple[str, ...] = ()
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -166,10 +168,16 @@ def models(*names: str) -> tuple[Model, ...]:
 
 
 def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
-    """The same, for text. At CPU scale the window of every model's first layer is short, and sw's second layer has a
-    wider one."""
-    wide = Model("sw", ("model=sw", "model.pattern=[sliding_window,wide_window]"))
-    return tuple(wide if (name, scale) == ("sw", "cpu") else Model(name) for name in names)
+    """The same, for text. At CPU scale the window of every model's first layer is short, sw's second layer has a wider
+    one, and std_att is trained to copy for three times as many steps, which it needs (docs/results/fig6/copying.json).
+    """
+    if scale != "cpu":
+        return models(*names)
+    special = {
+        "sw": Model("sw", ("model=sw", "model.pattern=[sliding_window,wide_window]")),
+        "std_att": Model("std_att", first=("trainer.steps=1440", "data.task.short_steps=900")),
+    }
+    return tuple(special.get(name, Model(name)) for name in names)
 
 
 def variant(name: str, *changes: str) -> Model:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -263,7 +263,8 @@ def line_of(
     line = Line(subject, model.name, settings, cfg, compose(trial), network, capacity, measure, records)
     if first := subject.first.get(scale.name):
         shared = [text for text in overrides if text.startswith(subject.shared)]
-        line.first = line_of(first, model, scale, options, shared, trials=False)
+        begins = replace(model, overrides=(*model.settings, *model.first))
+        line.first = line_of(first, begins, scale, options, shared, trials=False)
         check_vocabulary(line, line.first)
     if trials and model.rate_of is None:
         for rate in options.rates:
