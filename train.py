@@ -103,8 +103,8 @@ def train(cfg: Config, run_dir: Path) -> None:
     check_capacity(model, cfg)
     rehearse(model, cfg, tokenizer.vocab_size, world)
 
-    start = checkpoint.choose(run_dir, cfg.resume, cfg.trainer.keep_last)
-    extra = checkpoint.load(start, model, optimizer, ema) if start else None
+    start = checkpoint.choose(run_dir, cfg.resume)
+    extra = checkpoint.load(start.path, model, optimizer, ema) if start.path else None
     if extra:
         check_continues(extra["config"], cfg)
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
@@ -112,6 +112,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
     hints += processes.on_main(lambda: check_training_data(cfg, loader.tokens, tokenizer))
     hints.append(elsewhere(run_dir, cfg))
+    checkpoint.settle(run_dir, start, cfg.trainer.keep_last)
     claim(run_dir, cfg, tokenizer)
 
     def loss_by_position(model: Transformer, step: int, should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -134,7 +135,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     )
     if extra:
         trainer.resume(extra)
-        began = f"resumed from {start} at step {trainer.step}"
+        began = f"resumed from {start.path} at step {trainer.step}"
     for line in filter(None, [began, *hints]):
         trainer.say(line)
     with trainer.signal:  # until the end: a launcher may pass the signal on after the last step

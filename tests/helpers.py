@@ -24,6 +24,7 @@ from ovq.compose import CONFIG_DIR, compose, options
 from ovq.config import Config
 from ovq.model import Transformer, build_model
 from ovq.ops.ovq_attention import OVQSpec
+from ovq.train import checkpoint
 
 TINY = [
     "model.num_layers=2",
@@ -51,6 +52,13 @@ SMALL_MIXER = {
 
 MODELS = options("model")
 MIXERS = options("model/mixer")
+
+
+def chosen(run_dir: Path | str, resume: str = "auto", keep_last: int | None = None) -> Path | None:
+    """The checkpoint that a run resumes from; the folder is made to fit, as at a start that is not refused."""
+    choice = checkpoint.choose(run_dir, resume)
+    checkpoint.settle(run_dir, choice, keep_last)
+    return choice.path
 
 
 def small_config(model: str, *overrides: str) -> Config:

@@ -20,9 +20,9 @@ from torch import nn
 
 from ovq import processes
 from ovq.train import checkpoint, checkpoint_choice, checkpoint_files
-from ovq.train.checkpoint import Checkpointer, CheckpointError, choose, load, verify
+from ovq.train.checkpoint import Checkpointer, CheckpointError, load, verify
 from ovq.train.optim import build_optimizer
-from tests.helpers import small_config, small_model
+from tests.helpers import chosen, small_config, small_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 NAME = "sw_vq"  # has buffers that change in training
@@ -154,7 +154,7 @@ def test_a_checkpoint_is_the_state_at_save_while_training_continues(
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(3, model, optimizer, EXTRA)  # returns although nothing can be written yet
     learn(model, optimizer, 1)
-    assert choose(tmp_path) is None
+    assert chosen(tmp_path) is None
     (tmp_path / "checkpoints" / "saving_step_00000003").mkdir(exist_ok=True)  # choose removed it as a leftover
     go.set()
     checkpointer.wait()
@@ -235,61 +235,63 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
-    assert choose(run_dir) == folder(run_dir, 1)
+    assert chosen(run_dir) == folder(run_dir, 1)
     assert "step_00000002/__0_0.distcp is damaged" in capsys.readouterr().err
     # The run saves step 2 again, in place of the damaged one.
     model, optimizer = trained(0)
     checkpointer = Checkpointer(run_dir)
     checkpointer.save(2, model, optimizer, EXTRA)
     checkpointer.wait()
-    assert choose(run_dir) == folder(run_dir, 2)
+    assert chosen(run_dir) == folder(run_dir, 2)
     assert (run_dir / "checkpoints" / "aside_step_00000002").is_dir()
 
 
 def test_a_checkpoint_without_a_manifest_is_not_complete(run_dir: Path) -> None:
     (folder(run_dir, 2) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        choose(run_dir, str(folder(run_dir, 2)))
-    assert choose(run_dir) == folder(run_dir, 1)
+        chosen(run_dir, str(folder(run_dir, 2)))
+    assert chosen(run_dir) == folder(run_dir, 1)
 
 
 def test_no_good_checkpoint_left_is_an_error_and_not_a_fresh_start(run_dir: Path) -> None:
     for step in (1, 2):
         (folder(run_dir, step) / "extra.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
-        choose(run_dir)
+        chosen(run_dir)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
 def test_auto_takes_the_newest_and_never_takes_none(run_dir: Path) -> None:
-    assert choose(run_dir, "auto") == folder(run_dir, 2)
-    assert choose(run_dir, "never") is None
-    assert choose(run_dir.parent / "another", "auto") is None
+    assert chosen(run_dir, "auto") == folder(run_dir, 2)
+    assert chosen(run_dir, "never") is None
+    assert chosen(run_dir.parent / "another", "auto") is None
 
 
 def test_a_named_checkpoint_sets_newer_ones_aside(run_dir: Path) -> None:
-    assert choose(run_dir, str(folder(run_dir, 1))) == folder(run_dir, 1)
+    assert chosen(run_dir, str(folder(run_dir, 1))) == folder(run_dir, 1)
     assert steps_on_disk(run_dir) == [1]
     assert (run_dir / "checkpoints" / "aside_step_00000002").is_dir()
-    assert choose(run_dir, "auto") == folder(run_dir, 1)
+    assert chosen(run_dir, "auto") == folder(run_dir, 1)
 
 
 def test_a_named_checkpoint_that_is_damaged_or_missing_is_an_error(run_dir: Path) -> None:
     (folder(run_dir, 2) / "extra.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"step_00000002/extra\.pt is damaged"):
-        choose(run_dir, str(folder(run_dir, 2)))
+        chosen(run_dir, str(folder(run_dir, 2)))
     with pytest.raises(CheckpointError, match="^resume=.*step_00000007: there is no checkpoint .*; name one"):
-        choose(run_dir, str(folder(run_dir, 7)))
+        chosen(run_dir, str(folder(run_dir, 7)))
 
 
 def test_rank_0_chooses_and_the_others_do_not_look(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "distributed", lambda: True)
     monkeypatch.setattr(processes, "rank", lambda: 1)
-    monkeypatch.setattr(processes, "broadcast_object", lambda value, group=None: (True, Path("what rank 0 says")))
+    says = checkpoint_choice.Choice(Path("what rank 0 says"))
+    monkeypatch.setattr(processes, "broadcast_object", lambda value, group=None: (True, says))
     monkeypatch.setattr(checkpoint_choice, "_choose", None)
-    assert choose(run_dir) == Path("what rank 0 says")
+    monkeypatch.setattr(checkpoint_choice, "_settle", None)
+    assert chosen(run_dir) == Path("what rank 0 says")
 
 
 def test_a_run_folder_in_use_by_another_process_is_rejected(run_dir: Path) -> None:
@@ -302,9 +304,9 @@ def test_a_run_folder_in_use_by_another_process_is_rejected(run_dir: Path) -> No
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         checkpoint_files._HELD.pop(Path(lock).resolve(), None)
         with pytest.raises(CheckpointError, match=r"in use by another process \(process 7\)"):
-            choose(run_dir)
+            chosen(run_dir)
         process.communicate("\n")
-    assert choose(run_dir) == folder(run_dir, 2)
+    assert chosen(run_dir) == folder(run_dir, 2)
 
 
 # --- interrupted -----------------------------------------------------------------------------------------------------
@@ -353,10 +355,10 @@ def test_a_save_killed_at_any_moment_leaves_a_good_checkpoint(run_dir: Path, tmp
             except Killed:
                 finished = False
         pointed_at = (copy / "checkpoints" / "latest").resolve()
-        chosen = choose(copy)
-        assert chosen in (folder(copy, 2), folder(copy, 3)), (nth, reached)
+        found = chosen(copy)
+        assert found in (folder(copy, 2), folder(copy, 3)), (nth, reached)
         assert verify(pointed_at)["step"] in (2, 3), (nth, reached)
-        assert chosen == folder(copy, 3) or not finished
+        assert found == folder(copy, 3) or not finished
         assert not [*(copy / "checkpoints").glob("saving_*"), *(copy / "checkpoints").glob("removing_*")]
         if finished:
             break
@@ -369,7 +371,7 @@ def test_leftovers_of_killed_saves_are_removed_at_the_next_start(run_dir: Path) 
         (root / name).mkdir()
         (root / name / "__0_0.distcp").write_bytes(b"half")
     (root / "saving_latest").symlink_to("step_00000003")
-    assert choose(run_dir) == folder(run_dir, 2)
+    assert chosen(run_dir) == folder(run_dir, 2)
     assert sorted(path.name for path in root.iterdir()) == [".lock", "latest", "step_00000001", "step_00000002"]
 
 
@@ -391,10 +393,10 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_previous_checkpoint(run_dir
     assert "the checkpoint of step 3 could not be written" in message and "the disk is full" in message
     assert "step_00000002 is intact" in message and "\n" not in message
     assert steps_on_disk(run_dir) == [1, 2] and not list((run_dir / "checkpoints").glob("saving_*"))
-    assert choose(run_dir) == folder(run_dir, 2)
+    assert chosen(run_dir) == folder(run_dir, 2)
     checkpointer.save(3, model, optimizer, EXTRA)  # there is room again, and the error was reported only once
     checkpointer.wait()
-    assert choose(run_dir) == folder(run_dir, 3)
+    assert chosen(run_dir) == folder(run_dir, 3)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -411,7 +413,7 @@ def test_a_failure_after_the_tensors_are_written_surfaces_at_the_next_save(
         checkpointer.save(3, model, optimizer, EXTRA)
         with pytest.raises(CheckpointError, match=os.strerror(number)):
             checkpointer.save(4, model, optimizer, EXTRA)
-    assert steps_on_disk(run_dir) == [1, 2] and choose(run_dir) == folder(run_dir, 2)
+    assert steps_on_disk(run_dir) == [1, 2] and chosen(run_dir) == folder(run_dir, 2)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -35,12 +35,12 @@ from ovq.inference import run as inference
 from ovq.inference.run import RunOptions, load_run
 from ovq.instantiate import is_ours
 from ovq.train import checkpoint, loop
-from ovq.train.checkpoint import Checkpointer, CheckpointError, choose, verify, write_manifest
+from ovq.train.checkpoint import Checkpointer, CheckpointError, verify, write_manifest
 from ovq.train.checkpoint_files import fingerprints, manifest_text, reading
 from ovq.train.metrics import Metrics, read_rows, start_wandb
 from tests import faults
 from tests.faults import Fault
-from tests.helpers import TINY, small_config, small_model
+from tests.helpers import TINY, chosen, small_config, small_model
 from tests.test_toy_mixer import ADDED, MODULE
 from tests.training import trainer_for
 
@@ -144,7 +144,7 @@ def test_a_trap_in_a_checkpoint_is_refused_by_name_at_resume_and_nothing_runs(
     file = trap(recall_run, made)
     seal(folder(recall_run, 1))
     model = small_model("sw", *RUN, vocab_size=VOCAB)
-    path = choose(recall_run)
+    path = chosen(recall_run)
     assert path is not None  # the checksums match: only reading the file reveals the trap
     with pytest.raises(CheckpointError, match=rf"{re.escape(str(file))} names (posix|os)\.mkdir"):
         checkpoint.load(path, model, torch.optim.AdamW(model.parameters()))
@@ -417,10 +417,10 @@ def test_a_requeued_branch_goes_on_from_its_own_checkpoints(tmp_path: Path, caps
 def test_a_requeued_branch_in_its_own_folder_goes_on_from_what_it_made(tmp_path: Path) -> None:
     run_dir = trained(tmp_path / "run", 4)
     resume = str(folder(run_dir, 2))
-    assert choose(run_dir, resume) == folder(run_dir, 2)
+    assert chosen(run_dir, resume) == folder(run_dir, 2)
     assert steps_on_disk(run_dir) == [1, 2]
     trained(run_dir, 3, resume=resume)
-    assert choose(run_dir, resume) == choose(run_dir) == folder(run_dir, 3)
+    assert chosen(run_dir, resume) == chosen(run_dir) == folder(run_dir, 3)
     assert [name for name in names(run_dir) if name.startswith("aside")] == [
         "aside_step_00000003",
         "aside_step_00000004",
@@ -428,9 +428,9 @@ def test_a_requeued_branch_in_its_own_folder_goes_on_from_what_it_made(tmp_path:
     # The same after the checkpoint it branched from is removed, as keep_last does, and after the run is moved.
     shutil.rmtree(folder(run_dir, 1))
     shutil.rmtree(folder(run_dir, 2))
-    assert choose(run_dir, resume) == folder(run_dir, 3)
+    assert chosen(run_dir, resume) == folder(run_dir, 3)
     moved = run_dir.rename(tmp_path / "moved")
-    assert choose(moved) == folder(moved, 3)
+    assert chosen(moved) == folder(moved, 3)
 
 
 def test_a_branch_from_a_moving_latest_is_made_once(tmp_path: Path) -> None:
@@ -438,16 +438,16 @@ def test_a_branch_from_a_moving_latest_is_made_once(tmp_path: Path) -> None:
     latest = str(other / "checkpoints" / "latest")
     branch = trained(tmp_path / "branch", 3, resume=latest)
     trained(other, 5)
-    assert choose(branch, latest) == folder(branch, 3) and steps_on_disk(branch) == [3]
+    assert chosen(branch, latest) == folder(branch, 3) and steps_on_disk(branch) == [3]
 
 
 def test_a_branch_killed_before_its_first_checkpoint_starts_from_its_origin_again(tmp_path: Path) -> None:
     run_dir, branch = trained(tmp_path / "run", 2), tmp_path / "branch"
-    assert choose(branch, str(folder(run_dir, 2))) == folder(run_dir, 2)
-    assert choose(branch, "auto") == folder(run_dir, 2)  # not step 0
+    assert chosen(branch, str(folder(run_dir, 2))) == folder(run_dir, 2)
+    assert chosen(branch, "auto") == folder(run_dir, 2)  # not step 0
     shutil.rmtree(folder(run_dir, 2))
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        choose(branch, "auto")
+        chosen(branch, "auto")
 
 
 def test_a_branch_never_falls_back_to_another_history(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_a_branch_never_falls_back_to_another_history(tmp_path: Path) -> None:
     assert steps_on_disk(other) == [4, 5]  # its own checkpoints, from another history, were set aside
     for step in (4, 5):
         faults.truncate(folder(other, step) / "extra.pt", 10)
-    assert choose(other) == folder(run_dir, 3)
+    assert chosen(other) == folder(run_dir, 3)
 
 
 def test_a_branch_killed_before_it_is_recorded_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,16 +465,16 @@ def test_a_branch_killed_before_it_is_recorded_is_made_again(tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr("ovq.train.checkpoint_choice.write_whole", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            choose(run_dir, resume)
-    assert choose(run_dir, resume) == folder(run_dir, 2) and steps_on_disk(run_dir) == [1, 2]
+            chosen(run_dir, resume)
+    assert chosen(run_dir, resume) == folder(run_dir, 2) and steps_on_disk(run_dir) == [1, 2]
 
 
 def test_a_damaged_record_of_the_origin_is_named(tmp_path: Path) -> None:
     run_dir = trained(tmp_path / "run", 2)
-    choose(run_dir, str(folder(run_dir, 1)))
+    chosen(run_dir, str(folder(run_dir, 1)))
     faults.truncate(run_dir / "checkpoints" / "origin.json", 20)
     with pytest.raises(CheckpointError, match=r"origin\.json is damaged"):
-        choose(run_dir)
+        chosen(run_dir)
 
 
 # --- metrics.jsonl ---------------------------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, settings: lis
     message = str(caught.value)
     assert re.search(r"^after step 3, embed\.weight \(and \d+ more\) is not finite\. This state was not saved", message)
     assert f"the last good checkpoint is {folder(tmp_path, 2)}" in message
-    assert steps_on_disk(tmp_path) == [1, 2] and choose(tmp_path) == folder(tmp_path, 2)
+    assert steps_on_disk(tmp_path) == [1, 2] and chosen(tmp_path) == folder(tmp_path, 2)
 
 
 def test_a_moment_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
@@ -580,7 +580,7 @@ def test_a_kill_between_rename_and_link_is_repaired_at_the_next_start(tmp_path: 
     assert steps_on_disk(tmp_path) == [2, 3] and os.readlink(root / "latest") == "step_00000002"
     (root / "latest").unlink()
     (root / "latest").symlink_to("step_00000001")  # older still, and dangling
-    assert choose(tmp_path, keep_last=1) == folder(tmp_path, 3)
+    assert chosen(tmp_path, keep_last=1) == folder(tmp_path, 3)
     assert steps_on_disk(tmp_path) == [3] and os.readlink(root / "latest") == "step_00000003"
 
 
@@ -598,15 +598,15 @@ def test_temporary_files_of_killed_writers_are_removed_and_those_of_living_ones_
     ) as process:
         assert process.stdout is not None
         name = process.stdout.readline().strip()
-        choose(run_dir)
+        chosen(run_dir)
         assert (run_dir / "plots" / name).exists()
         process.kill()
     (run_dir / "metrics.jsonl.0123abcd.tmp").touch()  # from an earlier version: its name has no writer
     (run_dir / "mine.tmp").touch()
-    choose(run_dir)
+    chosen(run_dir)
     assert sorted(path.name for path in run_dir.rglob("*.tmp")) == ["metrics.jsonl.0123abcd.tmp", "mine.tmp"]
     os.utime(run_dir / "metrics.jsonl.0123abcd.tmp", (0, 0))
-    choose(run_dir)
+    chosen(run_dir)
     assert [path.name for path in run_dir.rglob("*.tmp")] == ["mine.tmp"]
 
 

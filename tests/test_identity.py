@@ -116,6 +116,18 @@ def test_a_start_in_the_folder_of_a_run(name: str, folder: Path, capsys: pytest.
         assert {path: path.read_bytes() for path in before} == before, "a start that is refused changes nothing"
 
 
+@pytest.mark.parametrize("resume", ["auto", "run/checkpoints/step_00000001"])
+def test_a_start_that_is_refused_late_leaves_the_checkpoints_alone(
+    resume: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert {"step_00000001", "step_00000002"} < {*before}
+    assert start("data.train=[others.jsonl]", f"resume={resume}", "trainer.keep_last=1") == 2
+    assert DIFFERS in capsys.readouterr().err
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == before
+    assert start() == 0 and RESUMED in capsys.readouterr().err
+
+
 def test_what_a_refusal_of_other_data_advises_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     others = ["data.train=[others.jsonl]", "run_dir=NEW"]
     assert start(*others, "resume=run") == 2

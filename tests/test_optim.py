@@ -22,7 +22,7 @@ from ovq.train.checkpoint import CheckpointError
 from ovq.train.ema import WeightAverage
 from ovq.train.optim import build_optimizer, parameter_groups
 from ovq.train.schedule import Schedule, lr_at
-from tests.helpers import small_config, small_model
+from tests.helpers import chosen, small_config, small_model
 from tests.training import losses, trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -183,7 +183,7 @@ def test_a_checkpoint_gives_either_weights(tmp_path: Path, tied: str) -> None:
     tie = f"model.tie_embeddings={tied}"
     trainer = trainer_for(tmp_path, "optim.ema=0.9", "trainer.steps=3", tie, model="sw_vq")
     trainer.fit()
-    path, ema = checkpoint.choose(tmp_path), trainer.ema
+    path, ema = chosen(tmp_path), trainer.ema
     assert path is not None and ema is not None
     for weights in ("trained", "ema"):
         model = small_model("sw_vq", tie, vocab_size=31, seed=5)
@@ -195,7 +195,7 @@ def test_a_checkpoint_gives_either_weights(tmp_path: Path, tied: str) -> None:
 
 def test_averaged_weights_that_are_not_there_are_one_line(tmp_path: Path) -> None:
     trainer_for(tmp_path, "trainer.steps=1").fit()
-    path = checkpoint.choose(tmp_path)
+    path = chosen(tmp_path)
     assert path is not None
     with pytest.raises(
         CheckpointError, match="holds no averaged weights, as optim.ema was 0; use eval.weights=trained"

@@ -24,7 +24,7 @@ import torch
 import train
 from ovq.train import checkpoint
 from ovq.train.metrics import read_rows
-from tests.helpers import TINY
+from tests.helpers import TINY, chosen
 from tests.training import losses, trainer_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -211,7 +211,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing_saved(
     error = last_error(job.lines())
     assert "the checkpoint of step 45 could not be written" in error and "the disk is full" in error
     assert "step_00000040 is intact" in error and "Traceback" not in job.lines()
-    assert checkpoint.choose(run_dir) == run_dir / "checkpoints" / "step_00000040"
+    assert chosen(run_dir) == run_dir / "checkpoints" / "step_00000040"
 
 
 # --- in this process: runs that end before or soon after they start --------------------------------------------------
@@ -228,7 +228,7 @@ def test_an_absurd_learning_rate_stops_with_step_documents_and_last_good_checkpo
     assert f"step {last}: loss " in error and "nan" in error and "optim.lr" in error
     assert "documents: train" in error
     assert f"the last good checkpoint is {run_dir / 'checkpoints' / checkpoint.name_of(last - 1)}" in error
-    assert checkpoint.verify(checkpoint.choose(run_dir) or "")["step"] == last - 1
+    assert checkpoint.verify(chosen(run_dir) or "")["step"] == last - 1
 
 
 def test_restarting_a_finished_run_trains_no_step(

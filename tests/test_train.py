@@ -32,7 +32,7 @@ from ovq.train.progress import Progress
 from ovq.train.schedule import lr_at
 from ovq.train.stop import SIGNALS, StopSignal
 from ovq.train.summary import summary_text
-from tests.helpers import relative_error, small_config, small_model
+from tests.helpers import chosen, relative_error, small_config, small_model
 from tests.training import losses, rows, trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -206,7 +206,7 @@ def test_a_non_finite_gradient_stops_the_run_before_the_update(tmp_path: Path) -
     assert "lesson 5.0, lesson 5.1, lesson 5.2, lesson 5.3" in message
     assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step_00000004'}" in message
     assert same(after[5], after[4]) and not same(after[4], after[3])
-    assert checkpoint.choose(tmp_path) == tmp_path / "checkpoints" / "step_00000004"
+    assert chosen(tmp_path) == tmp_path / "checkpoints" / "step_00000004"
     assert (
         read_rows(tmp_path / "metrics.jsonl")[-1] | {"skipped": True, "grad_norm": None}
         == read_rows(tmp_path / "metrics.jsonl")[-1]
@@ -217,7 +217,7 @@ def test_a_bad_step_found_late_is_never_saved(tmp_path: Path) -> None:
     trainer = poisoned(trainer_for(tmp_path, "trainer.checkpoint_every=3", "trainer.log_every=100"), 2)
     with pytest.raises(TrainingError, match="^step 2: .* there is no checkpoint yet"):
         trainer.fit()
-    assert checkpoint.choose(tmp_path) is None
+    assert chosen(tmp_path) is None
 
 
 def test_a_skipped_step_changes_no_parameter_or_codebook_and_training_continues(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(tmp_path: Path) -> None
 
     first = trainer_for(tmp_path, "trainer.eval_every=4", evaluate=evaluate)
     assert (first.fit()["step"], finished, evaluation_rows(tmp_path)) == (4, [-4], [])
-    assert checkpoint.choose(tmp_path) == tmp_path / "checkpoints" / "step_00000004"
+    assert chosen(tmp_path) == tmp_path / "checkpoints" / "step_00000004"
     second = trainer_for(tmp_path, "trainer.eval_every=4", evaluate=evaluate)
     assert second.fit()["step"] == 6 and finished == [-4, 4, 6]
     assert evaluation_rows(tmp_path) == [{"step": 4, "eval/loss": 1.5}, {"step": 6, "eval/loss": 1.5}]

@@ -17,7 +17,7 @@ from ovq.train.loop import Trainer
 from ovq.train.metrics import Metrics, read_rows
 from ovq.train.optim import build_optimizer
 from ovq.train.parallelize import parallelize
-from tests.helpers import small_config, small_model
+from tests.helpers import chosen, small_config, small_model
 
 VOCAB = 31
 RUN = [
@@ -94,7 +94,7 @@ def trainer_for(
     built = parallelize(built, cfg.trainer, world)
     optimizer = build_optimizer(built, cfg)
     ema = WeightAverage(built, cfg.optim.ema) if cfg.optim.ema else None
-    start = checkpoint.choose(run_dir, resume)
+    start = chosen(run_dir, resume)
     extra = checkpoint.load(start, built, optimizer, ema) if start else None
     trainer = Trainer(
         cfg,

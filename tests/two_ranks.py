@@ -22,7 +22,7 @@ from ovq import processes
 from ovq.train import checkpoint
 from ovq.train.muon import orthogonalised
 from ovq.train.optim import persistent_buffers
-from tests.helpers import small_config
+from tests.helpers import chosen, small_config
 from tests.test_train import send_at
 from tests.training import RUN, trainer_for
 
@@ -88,7 +88,7 @@ def main(out: Path) -> None:
 
     # An error on rank 0 is raised on every rank.
     results["on_main"] = processes.gather_objects(error_of(lambda: processes.on_main(lambda: int("no number"))))
-    results["choice"] = processes.gather_objects(str(checkpoint.choose(out / "signal")))
+    results["choice"] = processes.gather_objects(str(chosen(out / "signal")))
 
     # Only the collectives that training waits for get the short timeout.
     background = processes.background_group()

@@ -46,6 +46,7 @@ from ovq.files import sync
 from ovq.report import typed
 from ovq.train.checkpoint_choice import choose as choose
 from ovq.train.checkpoint_choice import point_latest
+from ovq.train.checkpoint_choice import settle as settle
 from ovq.train.checkpoint_files import (
     EXTRA,
     MANIFEST,

@@ -1,4 +1,5 @@
-"""Choose the checkpoint that a run resumes from, and clean up what a killed process left in the folder."""
+"""Choose the checkpoint that a run resumes from (`choose`) and, once the start is not refused any more, make the folder
+fit that choice (`settle`)."""
 
 from __future__ import annotations
 
@@ -38,39 +39,69 @@ class Origin:
     step: int
 
 
-def choose(run_dir: Path | str, resume: str = "auto", keep_last: int | None = None) -> Path | None:
-    """The checkpoint to resume from, chosen by rank 0 for every rank; None: start at step 0.
+@dataclass(frozen=True)
+class Choice:
+    """What a run starts from.
 
-    - "auto": the newest one in the run folder whose files match its manifest. Damaged newer ones are named in a warning
-      and set aside. A run that branched from a checkpoint elsewhere and has none of its own yet starts from that.
+    Args:
+        path: the checkpoint; None: step 0.
+        aside: checkpoints of the run folder that are no longer part of its history, and why.
+        origin: the record of a branch that is to be written.
+        keeps_folder: whether nothing else in the folder changes (resume=never).
+    """
+
+    path: Path | None
+    aside: tuple[tuple[Path, str], ...] = ()
+    origin: Origin | None = None
+    keeps_folder: bool = False
+
+
+def choose(run_dir: Path | str, resume: str = "auto") -> Choice:
+    """The checkpoint to resume from, chosen by rank 0 for every rank. No checkpoint of the folder is changed yet.
+
+    - "auto": the newest one in the run folder whose files match its manifest. Damaged newer ones are to be set aside. A
+      run that branched from a checkpoint elsewhere and has none of its own yet starts from that.
     - a checkpoint's folder, or a run's, whose newest is used: the run branches from it. Other checkpoints of this run
-      folder are set aside, unless the one named is among them and they are older.
-      The branch is recorded: the same command started again resumes from the newest checkpoint made since.
+      folder are to be set aside, unless the one named is among them and they are older.
+      The branch is to be recorded: the same command started again then resumes from the newest checkpoint made since.
     - "never": none.
 
-    Also locks the run folder for this process, and cleans up what a kill has left: partial saves, temporary files, a
-    stale `latest`, and checkpoints beyond the newest `keep_last` (None: all stay).
+    Also locks the run folder for this process, and removes the partial saves and temporary files that a kill has left.
 
     Raises:
         CheckpointError: the named checkpoint is damaged; all in the folder are damaged, or were set aside; or another
             process trains in this run folder.
     """
-    return processes.on_main(lambda: _choose(Path(run_dir) / "checkpoints", resume, keep_last))
+    return processes.on_main(lambda: _choose(Path(run_dir) / "checkpoints", resume))
 
 
-def _choose(root: Path, resume: str, keep_last: int | None) -> Path | None:
+def _choose(root: Path, resume: str) -> Choice:
     hold(root)
     for leftover in [*root.glob("saving_*"), *root.glob("removing_*")]:
         remove(leftover)
     remove_leftovers(root.parent)
     if resume == "never":
+        return Choice(None, keeps_folder=True)
+    return _to_resume_from(root) if resume == "auto" else _branch(root, resume)
+
+
+def settle(run_dir: Path | str, choice: Choice, keep_last: int | None = None) -> None:
+    """Make the folder fit a choice: set checkpoints aside with a message, record a branch, mend `latest`, and remove
+    checkpoints beyond the newest `keep_last` (None: all stay). Collective."""
+    processes.on_main(lambda: _settle(Path(run_dir) / "checkpoints", choice, keep_last))
+
+
+def _settle(root: Path, choice: Choice, keep_last: int | None) -> None:
+    if choice.keeps_folder:
         (root / ORIGIN).unlink(missing_ok=True)
-        return None
-    chosen = _to_resume_from(root) if resume == "auto" else _branch(root, resume)
+        return
+    for path, why in choice.aside:
+        print(f"{why}, set aside as {set_aside(path)}", file=sys.stderr, flush=True)
+    if choice.origin:  # last, so that after a kill before this line, the same command branches again
+        write_whole(root / ORIGIN, json.dumps(asdict(choice.origin), indent=1) + "\n")
     if keep_last is not None:
         prune(root, keep_last)
     point_latest(root)
-    return chosen
 
 
 def newest_good(candidates: list[Path]) -> tuple[Path | None, dict[Path, CheckpointError]]:
@@ -87,16 +118,14 @@ def newest_good(candidates: list[Path]) -> tuple[Path | None, dict[Path, Checkpo
     return None, damaged
 
 
-def _to_resume_from(root: Path) -> Path | None:
+def _to_resume_from(root: Path) -> Choice:
     candidates, origin = named(root), read_origin(root)
     if origin and root / origin.checkpoint not in candidates:
         # Checkpoints in the folder that are not newer than the origin belong to another history.
         candidates = [root / origin.checkpoint, *(path for path in candidates if step_of(path) > origin.step)]
     path, damaged = newest_good(candidates)
-    if path:
-        for bad, why in damaged.items():  # only now: if all are damaged, the folder stays as it is
-            print(f"{why}; not used, set aside as {set_aside(bad)}", file=sys.stderr, flush=True)
-        return path
+    if path:  # if all are damaged, the folder stays as it is
+        return Choice(path, tuple((bad, f"{why}; not used") for bad, why in damaged.items()))
     if damaged:
         raise CheckpointError(
             f"every checkpoint in {root} is damaged, the newest so: {next(iter(damaged.values()))}. Nothing was "
@@ -107,17 +136,17 @@ def _to_resume_from(root: Path) -> Path | None:
             f"{root} holds only checkpoints that were set aside ({', '.join(aside)}), and training does not go back to "
             "step 0 by itself; name one of them with resume=, or start again with another run_dir"
         )
-    return None
+    return Choice(None)
 
 
-def _branch(root: Path, resume: str) -> Path | None:
+def _branch(root: Path, resume: str) -> Choice:
     given, path, origin = os.path.abspath(resume), _checkpoint_at(Path(resume)).resolve(), read_origin(root)
     stored = path.name if path.parent == root.resolve() else str(path)
     again = origin is not None and (given == origin.given or stored == origin.checkpoint)
     if origin and again and any(step_of(own) > origin.step for own in named(root)):
         chosen = _to_resume_from(root)
         print(
-            f"{root.parent} has branched from {resume} already and resumes from {chosen}; to branch again, use "
+            f"{root.parent} has branched from {resume} already and resumes from {chosen.path}; to branch again, use "
             f"another run_dir or remove {root / ORIGIN}",
             file=sys.stderr,
             flush=True,
@@ -126,12 +155,12 @@ def _branch(root: Path, resume: str) -> Path | None:
     check_branch(resume)
     step = int(verify(path)["step"])
     elsewhere = path.parent != root.resolve()
-    for own in named(root):  # what is not part of the branch's history must not be counted, or called intact
-        if own.resolve() != path and (elsewhere or step_of(own) >= step):
-            print(f"resuming from step {step}: {own} is set aside as {set_aside(own)}", file=sys.stderr, flush=True)
-    # Last, so that after a kill before this line, the same command branches again.
-    write_whole(root / ORIGIN, json.dumps(asdict(Origin(given, stored, step)), indent=1) + "\n")
-    return path
+    aside = tuple(  # what is not part of the branch's history must not be counted, or called intact
+        (own, f"resuming from step {step}: {own} is not part of that history")
+        for own in named(root)
+        if own.resolve() != path and (elsewhere or step_of(own) >= step)
+    )
+    return Choice(path, aside, Origin(given, stored, step))
 
 
 def check_branch(resume: str) -> None:
