@@ -114,7 +114,7 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
         key = override.get_key_element().lstrip("+~").split("@")[0]
         if not within(key, NAMELESS):
             parts.append((key.replace("/", "."), override.get_value_element_as_str()))
-    last = [key.rpartition(".")[2] for key, _ in parts]  # all that the name shows of a key that no other ends like
+    last = [_end(key, cfg) for key, _ in parts]  # all that the name shows of a key that no other ends like
     parts = [(end if last.count(end) == 1 else key, value) for end, (key, value) in zip(last, parts)]
     parts.sort(key=lambda part: (FIRST.index(part[0]) if part[0] in FIRST else len(FIRST), part))
     full = ",".join([cfg.name, *(f"{key}={value}" for key, value in parts)])
@@ -127,6 +127,16 @@ def run_dir_of(cfg: Config, overrides: list[str]) -> Path:
     if kept != full:
         kept = f"{kept}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
     return Path(cfg.runs_root).expanduser() / kept
+
+
+def _end(key: str, cfg: Config) -> str:
+    """The last part of a key, after the mixer's name if another mixer of the model has such a setting, or the run."""
+    *before, end = key.split(".")
+    if before[:2] == ["model", "mixers"] and len(before) == 3:
+        others = (cfg.model.mixers[name] for name in cfg.model.pattern if name != before[2])
+        if end == "seed" or any(end in other for other in others):
+            return f"{before[2]}.{end}"
+    return end
 
 
 def file_name(text: str) -> str:

@@ -73,7 +73,15 @@ def test_run_folders_are_named_by_model_size_and_seed_first_and_hide_no_setting(
     assert len(second) == len(first) < 120 and "_b.txt-" in second
     both = ["model=sw_reservoir", "seed=1", "model.mixers.reservoir.seed=0"]
     names = {run_dir_of(compose(line), line).name for line in (both, [both[0], "seed=0", both[2].replace("0", "1")])}
-    assert names == {f"default,model=sw_reservoir,seed={a},model.mixers.reservoir.seed={1 - a}" for a in (0, 1)}
+    assert names == {f"default,model=sw_reservoir,seed={a},reservoir.seed={1 - a}" for a in (0, 1)}
+    alike = [["model=sw_nope", f"model.mixers.{mixer}.qk_norm=true"] for mixer in ("sliding_window", "full_attention")]
+    first, second = (run_dir_of(compose(line), line).name for line in alike)
+    assert first == "default,model=sw_nope,sliding_window.qk_norm=True"
+    assert second == "default,model=sw_nope,full_attention.qk_norm=True"
+    for one in ("model=sw_reservoir seed=1", "model=sw_reservoir model.mixers.reservoir.seed=1"):
+        assert run_dir_of(compose(one.split()), one.split()).name.endswith("seed=1")
+    own = ["model=sw_ovq", "model.mixers.ovq.num_centroids=8"]
+    assert run_dir_of(compose(own), own).name == "default,model=sw_ovq,num_centroids=8"
     deep = [f"+model.mixers.ovq.x{number}='长值'" for number in range(40)]
     assert len(run_dir_of(compose(line), [*line, *deep]).name.encode()) < 255  # the limit for a file name
 
