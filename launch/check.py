@@ -19,7 +19,7 @@ from ovq.compose import compose, run_dir_of
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.memory import memory_of
-from ovq.model import Transformer, build_model
+from ovq.model import Transformer, build_model, undivided
 from ovq.plan import format_bytes, indivisible, report
 from ovq.train.claim import same_run
 from ovq.train.warm_start import check_weights
@@ -43,7 +43,7 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
 
     Raises:
         ConfigError: a setting, a data file, the tokenizer or the run folder cannot be used, the batch cannot be divided
-            among the processes, or weights, gradients and moments alone do not fit on a GPU.
+            or the heads among the processes, or weights, gradients and moments alone do not fit on a GPU.
     """
     cfg = compose(overrides)
     run_dir = run_dir_of(cfg, overrides)
@@ -60,9 +60,11 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
     if not any(split.partition(" ")[0] == "train" for split in found):  # a mixture has "train NAME"
         raise ConfigError("data.train is empty; give it files")
     if problem := indivisible(cfg, world_size):
-        raise ConfigError(f"{world_size} processes: {problem}; change trainer.global_batch or trainer.micro_batch")
+        raise ConfigError(f"{world_size} processes: {problem}")
     with torch.device("meta"):
         model = build_model(cfg.model, tokenizer.vocab_size)
+    if problem := undivided(model, cfg.trainer.context_parallel):
+        raise ConfigError(problem)
     check_weights(cfg, model, begun)
     text = report(cfg, tokenizer.vocab_size, found, world_size, run_dir)
     warnings = check_memory(cfg, model, world_size, gpu_bytes) if gpu_bytes else ()

@@ -23,8 +23,8 @@ from ovq.config import Config, TrainerConfig
 from ovq.errors import ConfigError
 from ovq.lengths import phases
 from ovq.memory import LONGEST, MemoryPlan, checkpoint_bytes, measure_blocks, memory_of
-from ovq.model import Transformer, build_model, count_parameters, flops_per_token
-from ovq.plan import format_bytes
+from ovq.model import Transformer, build_model, count_parameters, flops_per_token, undivided
+from ovq.plan import format_bytes, indivisible
 from ovq.schema import setting
 
 GIB = 2**30
@@ -101,6 +101,8 @@ def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]
             f"  trainer.global_batch={trainer.global_batch} has no sequence, or part of one, for each of "
             f"{options.gpus} GPUs: what is shown would need a larger batch or trainer.context_parallel"
         )
+    elif problem := indivisible(cfg, options.gpus) or undivided(network, trainer.context_parallel):
+        yield f"  training would refuse {options.gpus} GPUs: {problem}"
     yield from ["", *communication_lines(cfg, network, options)]
     size = checkpoint_bytes(cfg, network)
     nodes = -(-options.gpus // options.gpus_per_node)

@@ -84,7 +84,13 @@ def expand(overrides: list[str]) -> list[Job]:
     folders = [job.run_dir for job in jobs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise ConfigError(f"two jobs of the sweep would share the run folder {folder}; leave run_dir out")
+            if any(text.startswith("run_dir=") for text in overrides):
+                raise ConfigError(f"two jobs of the sweep would share the run folder {folder}; leave run_dir out")
+            swept = ", ".join(text.partition("=")[0] for text, values in zip(overrides, axes) if len(values) > 1)
+            raise ConfigError(
+                f"two jobs of the sweep would share the run folder {folder}: their values of {swept} are the same, or "
+                "do not make another run; give each job a name of its own in a command of its own, as in name=a"
+            )
     return jobs
 
 

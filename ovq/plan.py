@@ -84,7 +84,7 @@ def indivisible(cfg: Config, world_size: int) -> str:
     if trainer.global_batch % (trainer.micro_batch * world_size // ranks):
         return (
             f"trainer.global_batch={trainer.global_batch} is not a multiple of "
-            f"trainer.micro_batch={trainer.micro_batch} x {world_size // ranks}"
+            f"trainer.micro_batch={trainer.micro_batch} x {world_size // ranks}; change one of them"
         )
     return wrong_replicas(trainer.shard, trainer.replicas, world_size)
 

@@ -150,6 +150,9 @@ def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
+THREE_HEADS = ("model.num_heads=3", "model.num_kv_heads=3")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -162,6 +165,8 @@ def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ["--cpu-ranks", "1", "--", "tokenizer=sentencepiece", "tokenizer.model_path=a.model"],
             "a.model does not exist",
         ),
+        (["--cpu-ranks", "2", "--", "trainer.replicas=2"], "is only used with trainer.shard=hybrid; set both\n"),
+        (["--cpu-ranks", "2", "--", "trainer.context_parallel=2", "model=sw_vq", *THREE_HEADS], "context_parallel=2"),
         (["--gpus", "1", "--cpu-ranks", "1"], "give --gpus or --cpu-ranks, not both"),
         (["--cpu-ranks", "1", "--nodes", "2"], "--nodes 2 needs --rendezvous HOST:PORT"),
         (["--gpus", "99"], "--gpus 99, but this machine shows"),

@@ -56,6 +56,13 @@ def test_a_sweep_is_the_cartesian_product_of_its_lists() -> None:
     assert len({job.run_dir for job in jobs}) == 4
 
 
+def test_jobs_that_would_be_the_same_run_are_refused_with_a_mend_that_fits() -> None:
+    with pytest.raises(ConfigError, match="would share .*: their values of trainer.micro_batch are the"):
+        sweep.expand(["model=sw_ovq", "trainer.micro_batch=1,2"])
+    with pytest.raises(ConfigError, match="would share the run folder here; leave run_dir out"):
+        sweep.expand(["seed=0,1", "run_dir=here"])
+
+
 def test_a_wrong_job_is_rejected_before_the_first_one_starts() -> None:
     with pytest.raises(ConfigError, match="model=nope"):
         sweep.expand(["model=sw,nope"])

@@ -38,7 +38,7 @@ def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Tra
         ConfigError: replicas do not fit the sharding or the number of processes, a mixer can neither divide its heads
             over the context axis nor hand over its state, or there is no C++ compiler.
     """
-    if problem := undivided(model, world.context.size):
+    if problem := undivided(model, world.context.size) or wrong_replicas(trainer.shard, trainer.replicas, world.size):
         raise ConfigError(problem)
     if trainer.compile and world.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
         raise ConfigError("trainer.compile=true needs a C++ compiler on a CPU and found none; install g++ or set CXX")
@@ -97,13 +97,7 @@ def with_parameters_in(dtype: torch.dtype, module: nn.Module) -> Callable[..., A
 
 
 def mesh_shape(shard: str, replicas: int, size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(shape, names) of the device mesh: (shard,) or (replicate, shard).
-
-    Raises:
-        ConfigError: replicas do not divide the number of processes, or are not used by this way of sharding.
-    """
-    if problem := wrong_replicas(shard, replicas, size):
-        raise ConfigError(problem)
+    """(shape, names) of the device mesh: (shard,) or (replicate, shard)."""
     if shard == "full":
         return (size,), ("shard",)
     if shard == "none":
