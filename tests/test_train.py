@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import train
 from data.order import token_hash
 from ovq import machine, processes
 from ovq.errors import ConfigError
-from ovq.processes import World
+from ovq.model import Transformer
+from ovq.processes import World, wrong_replicas
 from ovq.train import checkpoint, progress
 from ovq.train import stop as stop_module
 from ovq.train.loop import Trainer, TrainingError
@@ -32,7 +34,7 @@ from ovq.train.progress import Progress
 from ovq.train.schedule import lr_at
 from ovq.train.stop import SIGNALS, StopSignal
 from ovq.train.summary import summary_text
-from tests.helpers import chosen, relative_error, small_config, small_model
+from tests.helpers import TINY, chosen, relative_error, small_config, small_model
 from tests.training import losses, rows, trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -475,6 +477,25 @@ def test_the_peak_rate_is_the_setting_or_measured() -> None:
     assert [progress.duration(s) for s in (5, 95, 3700)] == ["0:05", "1:35", "1:01:40"]
 
 
+def test_the_auxiliary_loss_is_a_mean_over_all_tokens_even_if_few_have_a_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, seen = Transformer._auxiliary_loss, []
+
+    def spy(self: Transformer, tokens: int) -> Any:
+        total = usual(self, tokens)
+        seen.append(None if total is None else float(total) / tokens)
+        return total
+
+    monkeypatch.setattr(Transformer, "_auxiliary_loss", spy)
+    task = ["data=task", "data/task=recall", "data.task.key_vocab=32", "data.task.value_vocab=16", "trainer.context=64"]
+    line = [*TINY, *task, "model=sw_vq", "model.mixers.vq.commitment=1", "trainer.steps=1", "trainer.device=cpu"]
+    line += ["trainer.precision=fp32", "trainer.global_batch=4", "trainer.micro_batch=4", "trainer.log_every=1"]
+    assert train.main([*line, "eval.at_end=false", f"run_dir={tmp_path}"]) == 0
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert row["tokens"] < 4 * 64 and row["aux_loss"] == pytest.approx(seen[-1])
+
+
 # --- parallelism, as far as one process can show it ------------------------------------------------------------------
 
 
@@ -482,10 +503,11 @@ def test_mesh_shapes_follow_the_sharding_and_must_fit_the_processes() -> None:
     assert mesh_shape("full", 1, 8) == ((8,), ("shard",))
     assert mesh_shape("hybrid", 2, 8) == ((2, 4), ("replicate", "shard"))
     assert mesh_shape("none", 1, 8) == ((8, 1), ("replicate", "shard"))
-    with pytest.raises(ConfigError, match="trainer.replicas=3 must divide the number of processes, 8"):
-        mesh_shape("hybrid", 3, 8)
-    with pytest.raises(ConfigError, match="trainer.replicas=2 is only used with trainer.shard=hybrid; set both"):
-        mesh_shape("full", 2, 8)
+    assert wrong_replicas("hybrid", 3, 8) == "trainer.replicas=3 must divide the number of processes, 8"
+    assert wrong_replicas("full", 2, 8) == "trainer.replicas=2 is only used with trainer.shard=hybrid; set both"
+    cfg = small_config("sw", "trainer.shard=hybrid", "trainer.replicas=2")
+    with pytest.raises(ConfigError, match="trainer.replicas=2 must divide the number of processes, 1"):
+        parallelize(small_model("sw"), cfg.trainer, World())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
