@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
-FASTER = 3.0  # how many times faster bfloat16 products must be for a whole step to gain clearly
+FASTER = 1.5  # AMX makes bfloat16 products 6 or more times as fast; without leave to use it, they are slower or equal
 
 
 def quiet_threads() -> None:
@@ -78,19 +78,28 @@ def keep_freed_memory() -> None:
 def choose_precision(wanted: str) -> str:
     """Set how this process computes on a CPU, and return it: "fp32" or "bf16".
 
-    "auto" is bf16 if a measurement of a few milliseconds shows bf16 products to be several times faster than float32
-    ones, as on processors with matrix units for bf16 (AMX). It then also affects the operators that work in float32:
-    oneDNN rounds the inputs of their products to bfloat16 and accumulates in float32.
+    "auto" is bf16 on a processor with matrix units for it (AMX), unless a measurement of a few milliseconds shows that
+    they are not used, as with ONEDNN_MAX_CPU_ISA=AVX2. Without AMX nothing is measured: on a busy machine the outcome
+    could differ from process to process. bf16 also affects the operators that work in float32: oneDNN rounds the inputs
+    of their products to bfloat16 and accumulates in float32.
     """
     import torch
 
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     setting.fp32_precision = "none"
     if wanted == "auto":
-        wanted = "bf16" if _seconds(torch.float32) > FASTER * _seconds(torch.bfloat16) else "fp32"
+        faster = has_amx() and _seconds(torch.float32) > FASTER * _seconds(torch.bfloat16)
+        wanted = "bf16" if faster else "fp32"
     if wanted == "bf16":
         setting.fp32_precision = "bf16"
     return wanted
+
+
+def has_amx() -> bool:
+    """Whether the processor has AMX, of which torch has no public test."""
+    import torch
+
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def _seconds(dtype: object, size: int = 512) -> float:
