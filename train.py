@@ -104,9 +104,10 @@ def train(cfg: Config, run_dir: Path) -> None:
     rehearse(model, cfg, tokenizer.vocab_size, world)
 
     start = checkpoint.choose(run_dir, cfg.resume)
+    if start.path:
+        check_continues(checkpoint.read_extra(start.path)["config"], cfg)
     extra = checkpoint.load(start.path, model, optimizer, ema) if start.path else None
     if extra:
-        check_continues(extra["config"], cfg)
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
     began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)

@@ -50,8 +50,8 @@ RULES = (
     Rule(
         ("optim", "trainer.grad_clip", "trainer.z_loss", "trainer.precision"),
         VALUE,
-        "Refused in the run's own folder. A branch takes them up, a changed rate from its first step on: "
-        "`resume=CHECKPOINT run_dir=NEW`.",
+        "Refused in the run's own folder. A branch takes them up, a changed rate from its first step on, but not "
+        "another optimizer: `resume=CHECKPOINT run_dir=NEW`.",
     ),
     Rule(
         (
@@ -86,7 +86,8 @@ RULES = (
             *("trainer.activation_checkpointing", "trainer.loss_chunk_tokens", "trainer.deterministic"),
         ),
         FREE,
-        "The same steps on the same tokens, equal up to the rounding of sums.",
+        "The same steps on the same tokens, equal up to the rounding of sums; not so with VQ, whose codebook is "
+        "updated after each micro-batch.",
     ),
     Rule(
         (

@@ -95,6 +95,16 @@ STARTS: dict[str, tuple[list[str], int, str]] = {
     "another context": (["trainer.context=8"], 2, f"{REFUSED} (trainer.context: 16 -> 8)"),
     "another rate": (["optim.lr=0.1"], 2, f"{REFUSED} (optim.lr: 0.001 -> 0.1)"),
     "another rate in a branch": (["optim.lr=0.1", "resume=run", "run_dir=new"], 0, RESUMED),
+    "another optimizer in a branch": (
+        ["optim.name=muon", "resume=run", "run_dir=new"],
+        2,
+        "resume=run holds the state of another optimizer (optim.name: adamw -> muon)",
+    ),
+    "weights to begin with in a branch": (
+        ["init_from.path=run", "resume=run", "run_dir=new"],
+        2,
+        "init_from=run would have no effect, because resume=run continues from",
+    ),
     "another model in a branch": (
         ["model.logit_softcap=30", "resume=run", "run_dir=new"],
         2,

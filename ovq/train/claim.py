@@ -21,6 +21,9 @@ from ovq.train.checkpoint_files import hold
 from ovq.train.metrics import read_rows
 from ovq.train.summary import FILE
 
+OPTIMIZER = ("optim.name", "optim.custom._target_")
+BEGAN = "init_from.path"
+
 
 def check_same_run(run_dir: Path, cfg: Config) -> bool:
     """`same_run`, after locking the folder for this process. Collective.
@@ -63,9 +66,22 @@ def same_run(run_dir: Path, cfg: Config) -> bool:
 def check_continues(stored: dict[str, Any], cfg: Config) -> None:
     """Raise ConfigError if a checkpoint made with the `stored` settings would continue as another run: a branch may
     change only `identity.BRANCHED`. The data are compared by content, when the loader resumes."""
+    before, after = (config.flatten(each) for each in (upgrade(stored), cfg))
+    if kinds := [
+        f"{key}: {before.get(key)} -> {after.get(key)}" for key in OPTIMIZER if before.get(key) != after.get(key)
+    ]:
+        raise ConfigError(
+            f"resume={cfg.resume} holds the state of another optimizer ({'; '.join(kinds)}), which a branch cannot "
+            "change; init_from starts a new run with its weights"
+        )
+    if (began := after[BEGAN]) and identity.meant(BEGAN, began) != identity.meant(BEGAN, before.get(BEGAN)):
+        raise ConfigError(
+            f"init_from={began} would have no effect, because resume={cfg.resume} continues from that checkpoint's "
+            "weights; leave one of them out"
+        )
     before, after = (
-        {key: value for key, value in config.flatten(each).items() if not identity.within(key, identity.BRANCHED)}
-        for each in (upgrade(stored), cfg)
+        {key: value for key, value in each.items() if not identity.within(key, identity.BRANCHED)}
+        for each in (before, after)
     )
     if changed := identity.differences(before, after, contents=False):
         raise ConfigError(
