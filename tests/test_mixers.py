@@ -132,6 +132,19 @@ def test_state_size_is_what_is_held(name: str) -> None:
     assert mixer.mixing_flops(T) > 0
 
 
+@pytest.mark.parametrize("context", [1, 5, 8, 9, 24, T])
+def test_flops_count_what_each_token_sees(context: int) -> None:
+    ovq, fifo = make("ovq"), make("fifo")
+    query, L = 4 * ovq.shape.num_heads * ovq.shape.head_dim, 8
+    key, whole = 2 * ovq.shape.num_kv_heads * ovq.shape.head_dim, context - context % L
+    sizes = [ovq.spec.size_at(t - t % L) for t in range(context)]
+    own = [t % L + 1 for t in range(context)]
+    predict = query * (sum(sizes) + sum(own))
+    assert ovq.mixing_flops(context) == pytest.approx((predict + key * sum(sizes[:whole])) / context)
+    kept = [min(12, t - t % L) for t in range(context)]
+    assert fifo.mixing_flops(context) == pytest.approx(query * (sum(kept) + sum(own)) / context)
+
+
 def held(state: Any) -> int:
     """Elements of all storages that the state keeps alive: a view of some keys keeps their whole storage alive."""
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]

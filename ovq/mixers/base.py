@@ -175,6 +175,12 @@ def check_backend(mixer: str, backend: str, *legal: str) -> None:
         raise ValueError(f"backend={backend} of {mixer} is not a legal value; legal: {', '.join(legal)}")
 
 
+def keys_in_chunk(context: int, chunk_size: int) -> float:
+    """Keys of a query's own chunk up to the query itself, averaged over a sequence of `context` tokens."""
+    chunks, rest = divmod(context, chunk_size)
+    return (chunks * chunk_size * (chunk_size + 1) + rest * (rest + 1)) / 2 / context
+
+
 @contextmanager
 def other_capacity(mixers: Sequence[SequenceMixer], capacity: int | None) -> Iterator[None]:
     """Within the `with` block, set the dictionaries of all `mixers` to `capacity`; None leaves them unchanged.

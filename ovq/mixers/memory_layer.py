@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape, check_backend
+from ovq.mixers.base import MixerShape, check_backend, keys_in_chunk
 from ovq.ops.common import each_document, work_dtype
 from ovq.ops.memory_attention import memory_attention
 
@@ -183,6 +183,7 @@ class MemoryLayer(AttentionLayer):
 
     def mixing_flops(self, context: int) -> float:
         """Two products of each query with the memory and with its chunk."""
-        L, chunks = self.chunk_size, -(-context // self.chunk_size)
-        held = sum(min(self.capacity, self.entries_after(c)) for c in range(chunks)) / chunks
-        return 4 * self.shape.num_heads * self.shape.head_dim * (held + (min(L, context) + 1) / 2)
+        L = self.chunk_size
+        held = (min(self.capacity, self.entries_after(c)) for c in range(-(-context // L)))
+        seen = sum(min(L, context - L * c) * entries for c, entries in enumerate(held)) / context
+        return 4 * self.shape.num_heads * self.shape.head_dim * (seen + keys_in_chunk(context, L))

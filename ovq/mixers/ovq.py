@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape, check_backend
+from ovq.mixers.base import MixerShape, check_backend, keys_in_chunk
 from ovq.ops.ovq_attention import OVQSpec, OVQState, attend
 
 
@@ -119,8 +119,9 @@ class OVQ(AttentionLayer):
     def mixing_flops(self, context: int) -> float:
         """Assignment (a product of each key with the centroids), prediction (two per query), and the current chunk."""
         shape, L = self.shape, self.spec.chunk_size
-        starts = range(0, context, L)
-        mean_size = sum(self.spec.size_at(start) for start in starts) / len(starts)
-        assign = 2 * shape.num_kv_heads * shape.head_dim * mean_size
-        predict = 4 * shape.num_heads * shape.head_dim * (mean_size + (min(L, context) + 1) / 2)
+        sizes = {start: self.spec.size_at(start) for start in range(0, context, L)}
+        seen = sum(min(L, context - start) * size for start, size in sizes.items()) / context
+        assigned = sum(L * size for start, size in sizes.items() if start + L <= context) / context  # by whole chunks
+        assign = 2 * shape.num_kv_heads * shape.head_dim * assigned
+        predict = 4 * shape.num_heads * shape.head_dim * (seen + keys_in_chunk(context, L))
         return assign + predict

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape, check_backend
+from ovq.mixers.base import MixerShape, check_backend, keys_in_chunk
 from ovq.ops.common import work_dtype
 from ovq.ops.vq_attention import VQState, assign, vq_attention
 
@@ -201,9 +201,8 @@ class VQ(AttentionLayer):
     def mixing_flops(self, context: int) -> float:
         """The nearest code of each key, and two products of each query with the codes and with about 1.5 blocks."""
         shape, L = self.shape, self.block_size
-        blocks, rest = divmod(context, L)
-        # Keys in the query's own block and, from the second block on, in the previous one, summed over all queries.
-        near = (blocks * L * (L + 1) / 2 + rest * (rest + 1) / 2 + L * max(0, context - L)) / context
+        # Keys in the query's own block and, from the second block on, in the previous one.
+        near = keys_in_chunk(context, L) + L * max(0, context - L) / context
         assigned = 2 * shape.num_kv_heads * shape.head_dim * self.num_codes
         return assigned + 4 * shape.num_heads * shape.head_dim * (self.num_codes + near)
 
