@@ -167,6 +167,7 @@ def test_an_answer_is_correct_only_if_all_its_tokens_are() -> None:
         (["data.task.filler=1"], "data.task.filler=1"),
         (["data.task.key_vocab=3"], "8 different keys in 32 tokens"),
         (["+data.task.colour=3"], "no setting 'data.task.colour'; legal: key_tokens, "),
+        (["data.task.key_vocab=5", "data.task.short_steps=4"], "8 different keys in 32 tokens"),  # 2 in the first 8
         (["data.task.key_tokens=20"], "no room for a pair"),
         (["data.task.key_tokens=7"], "key_vocab=4096 \\*\\* data.task.key_tokens=7 must be below 2 \\*\\* 63"),
         (["data.task.short_factor=5"], "data.task.short_factor=5 must be a power of two"),

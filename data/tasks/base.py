@@ -118,8 +118,10 @@ class Task:
             raise ConfigError(
                 f"trainer.context={context} must be a multiple of data.task.short_factor={self.short_factor}"
             )
-        factor = self.short_factor if self.short_steps else 1
-        self.shorter(factor).describe(context // factor)
+        count = self.short_factor if self.short_steps else 1
+        while count:
+            self.shorter(count).describe(context // count)
+            count //= 2
 
 
 def spell(codes: np.ndarray, base: int, tokens: int) -> np.ndarray:
