@@ -58,11 +58,24 @@ def splits_of(cfg: Config) -> list[str]:
     if data.kind == "mixture":
         found = [splits_of(source) for source in sources_of(cfg).values()]
         return [split for split in SPLITS if any(split in splits for splits in found)]
+    try:
+        return _splits(data)
+    except ConfigError:
+        return ["train"]  # describing it reports the error
+
+
+def has_split(source: Config, split: str) -> bool:
+    """Whether one data set has a split; true of a prepared folder that cannot be read, as opening it reports why."""
+    try:
+        return split in _splits(source.data)
+    except ConfigError:
+        return True
+
+
+def _splits(data: DataConfig) -> list[str]:
     if data.kind == "memmap" and data.train:
-        try:
-            return list(load_index(data.train[0])["splits"])
-        except ConfigError:
-            return ["train"]  # describing it reports the error
+        inside = load_index(data.train[0])["splits"]
+        return [split for split in SPLITS if split in inside or (split != "train" and getattr(data, split))]
     return [split for split in SPLITS if data.kind == "builtin" or getattr(data, split)]
 
 
@@ -73,13 +86,14 @@ def check_held_out(cfg: Config) -> None:
         ConfigError: the config asks for an evaluation but names no data for it.
     """
     split = cfg.eval.split
-    if not (cfg.eval.at_end or cfg.trainer.eval_every):
+    if is_task(cfg) or not (cfg.eval.at_end or cfg.trainer.eval_every):
         return
     sources = sources_of(cfg)
-    if any(source.data.kind not in NAMED_SPLITS or getattr(source.data, split) for source in sources.values()):
+    if any(has_split(source, split) for source in sources.values()):
         return
     where = "data" if "" in sources else f"data.mixture.{next(iter(sources))}"
-    what = "splits" if next(iter(sources.values())).data.kind == "datasets" else "files"
+    kinds = {"datasets": "splits", "memmap": f"a folder that has a {split} split"}
+    what = kinds.get(next(iter(sources.values())).data.kind, "files")
     raise ConfigError(
         f"{where}.{split} is empty, so loss by position cannot be evaluated; give it {what}, "
         "or set eval.at_end=false trainer.eval_every=0"
@@ -138,7 +152,7 @@ def heldout_documents(
     Raises:
         ConfigError: the split does not exist.
     """
-    sources = {name: source for name, source in sources_of(cfg).items() if not name or split in splits_of(source)}
+    sources = {name: source for name, source in sources_of(cfg).items() if not name or has_split(source, split)}
     found = {name: _tokens_of(name, source, tokenizer, split)[0] for name, source in sources.items()}
     separator = np.array([tokenizer.separator_id], np.int64)
     # In turns, so that the first documents of a mixture include some from each of its data sets.

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import data.prepare as preparing
-from data.build import build_tokenizer, heldout_documents
+from data.build import build_tokenizer, check_held_out, heldout_documents, splits_of
 from data.describe import describe
 from data.loader import merge_states
 from data.prepare import main, prepare
@@ -115,6 +115,25 @@ def test_held_out_documents_come_from_the_same_folder(source: Config, prepared: 
         assert (one.title, one.num_bytes, one.num_words) == (other.title, other.num_bytes, other.num_words)
     with pytest.raises(ConfigError, match="has no test split; it has: train, validation"):
         list(heldout_documents(from_memmap(prepared), build_tokenizer(source), split="test", min_tokens=1))
+
+
+def test_a_mixture_reads_the_held_out_folders_that_its_data_sets_name(
+    source: Config, prepared: Path, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "only", splits=["train"], processes=1)
+    alone = f"{{data: memmap, train: [{tmp_path}/only]}}"
+    cfg = config("data=mixture", f"data.mixture={{a: {alone}}}")
+    with pytest.raises(ConfigError, match="data.mixture.a.validation is empty, .* give it a folder that has a valid"):
+        check_held_out(cfg)
+    cfg.data.mixture.a.validation = [str(prepared)]
+    check_held_out(cfg)
+    found = list(heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=1))
+    assert len(found) == 3 and splits_of(cfg) == ["train", "validation"]
+    cfg.data.mixture.a.train = ["nowhere"]
+    assert splits_of(cfg) == ["train"]
+    check_held_out(cfg)  # opening it reports what is wrong
+    with pytest.raises(ConfigError, match="data.mixture.a: nowhere is not completely prepared"):
+        loader(cfg)
 
 
 def test_several_folders_are_concatenated(source: Config, prepared: Path) -> None:
