@@ -59,7 +59,8 @@ def dry_run(cfg: Config, run_dir: Path) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     vocab_size = cfg.tokenizer.vocab_size or build_tokenizer(cfg).vocab_size
     found = describe(cfg)
-    epochs, lines = look_ahead(cfg, run_dir, vocab_size, [split for split in found if "error" in found[split]])
+    broken = [split.partition(" ")[0] for split in found if "error" in found[split]]  # a mixture has "train NAME"
+    epochs, lines = look_ahead(cfg, run_dir, vocab_size, broken)
     print("\n".join([report(cfg, vocab_size, found, world_size, run_dir, epochs), *lines]))
 
 

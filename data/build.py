@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -134,8 +135,15 @@ def _tokens_of(
     name: str, source: Config, tokenizer: Tokenizer, split: str, commit: str | None = None
 ) -> tuple[Tokens, Identified]:
     """`build_tokens` for one data set of a mixture, whose name its errors mention."""
-    try:
+    with named(name):
         return build_tokens(source, tokenizer, split, commit)
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors mention the data set of a mixture; the empty name stands for any other data."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"data.mixture.{name}: {error}" if name else str(error)) from None
 

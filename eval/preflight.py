@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 import data.build
-from data.build import FROM_FILES, build_tokenizer, build_tokens, is_task
+from data.build import FROM_FILES, build_tokenizer, build_tokens, has_split, is_task, named, sources_of
 from data.corpus import TokenisedCorpus, Tokens
+from data.dataset_corpus import is_remote as is_on_hub
 from data.describe import epochs, is_remote
 from data.prepared import PreparedTokens
 from data.sources import DataError, find_files
@@ -88,7 +89,7 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
     """For a dry run: the epochs in words, if they are known, and a line for everything a start would refuse or report.
 
     Args:
-        broken: splits whose error the report already shows; it is not repeated.
+        broken: splits whose error the report already shows, in any data set of a mixture; it is not repeated.
     """
     with torch.device("meta"):
         model = build_model(cfg.model, vocab_size)
@@ -105,7 +106,8 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
     except (ConfigError, DataError, OSError) as error:
         lines.append(str(error))
     try:
-        if not is_task(cfg) and "train" not in broken and not is_remote(cfg, "train"):
+        known = is_task(cfg) or cfg.data.kind == "mixture"  # the report has a mixture's epochs
+        if not known and "train" not in broken and not is_remote(cfg, "train"):
             tokens = open_split(cfg, tokenizer := build_tokenizer(cfg), "train")
             words = in_words(epochs(cfg, tokens, tokenizer)) if tokens is not None else ""
             lines += check_training_data(cfg, tokens, tokenizer)
@@ -119,13 +121,20 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
 
 def open_split(cfg: Config, tokenizer: Tokenizer, split: str) -> Tokens | None:
     """A split's documents, after reading the first one (`read_first`). Files that are remote, or so large that opening
-    them takes minutes of hashing, are only looked for, and None is returned, as it is for mixtures and data=datasets.
+    them takes minutes of hashing, are only looked for, and None is returned, as it is for data=datasets on the Hub,
+    which is left alone, and for a mixture, whose data sets are checked one by one.
 
     Raises:
         ConfigError: a path is mistyped, a field is missing, the split is empty or was prepared with another tokenizer.
         DataError: the first document cannot be read.
     """
-    if cfg.data.kind in ("mixture", "datasets"):
+    if cfg.data.kind == "mixture":
+        for name, source in sources_of(cfg).items():
+            with named(name):
+                if has_split(source, split):
+                    open_split(source, tokenizer, split)
+        return None
+    if cfg.data.kind == "datasets" and is_on_hub(str(cfg.data.path)):
         return None
     if cfg.data.kind in FROM_FILES:
         size = sum(file.size for file in find_files(cfg.data, split)[0])

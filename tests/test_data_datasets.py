@@ -17,6 +17,7 @@ from data.build import build_corpus, build_tokenizer, check_held_out, heldout_do
 from data.describe import describe
 from data.prepare import prepare
 from data.sources import ChangedError
+from eval import preflight
 from ovq.compose import compose
 from ovq.config import Config
 from ovq.errors import ConfigError
@@ -102,6 +103,17 @@ def test_splits_slices_titles_and_held_out_documents(books: Path) -> None:
     with pytest.raises(ConfigError, match="data.validation is empty, so loss by position .* give it splits"):
         check_held_out(of(books / "json"))
     assert describe(held)["validation"] == {"shards": 0, "documents": 8, "bytes": sum(map(len, DOCUMENTS[5:]))}
+
+
+def test_a_mistyped_split_is_found_before_the_first_step(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = of(books / "several", "data.validation=[hedl]")
+    with pytest.raises(ConfigError, match="^data.validation: there is no split hedl; legal: train, held"):
+        preflight.check_held_out(cfg, build_tokenizer(cfg))
+    cfg.data.validation = ["held"]
+    assert preflight.check_held_out(cfg, build_tokenizer(cfg)) == []
+    monkeypatch.setattr(preflight, "build_tokens", lambda *_: pytest.fail("opened"))
+    on_hub = of("owner/name", "data.validation=[validation]")
+    assert preflight.check_held_out(on_hub, build_tokenizer(on_hub)) == []
 
 
 def test_the_fingerprint_is_of_the_documents_not_of_the_cache(books: Path, cache: Path, tmp_path: Path) -> None:

@@ -168,6 +168,18 @@ def test_large_files_are_looked_for_but_not_read_twice(base: Config, monkeypatch
         preflight.open_split(base, build_tokenizer(base), "validation")
 
 
+def test_the_held_out_files_of_every_data_set_of_a_mixture_are_opened() -> None:
+    parts = [
+        f"{name}: {{data: jsonl, train: [books.jsonl], validation: [{held}]}}"
+        for name, held in (("a", "held-out.jsonl"), ("b", "held-uot.jsonl"), ("c", ""))
+    ]
+    cfg = compose(["data=mixture", f"data.mixture={{{', '.join(parts)}}}"])
+    with pytest.raises(ConfigError, match=r"^data.mixture.b: data.validation: .*held-uot.jsonl: missing.*at_end=false"):
+        preflight.check_held_out(cfg, build_tokenizer(cfg))
+    cfg.data.mixture.b.validation = ["held-out.jsonl"]
+    assert preflight.check_held_out(cfg, build_tokenizer(cfg)) == []
+
+
 def test_a_dry_run_speaks_once_from_rank_0(
     base: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
