@@ -125,7 +125,8 @@ def build_corpus(cfg: Config, split: str, commit: str | None = None) -> Corpus:
 def build_tokens(cfg: Config, tokenizer: Tokenizer, split: str, commit: str | None = None) -> tuple[Tokens, Identified]:
     """The split's tokenised documents, and the corpus that identifies them."""
     if cfg.data.kind == "memmap":
-        prepared = PreparedTokens(list(getattr(cfg.data, split) or cfg.data.train), split, tokenizer)
+        folders, skip_bad = list(getattr(cfg.data, split) or cfg.data.train), cfg.data.on_bad_shard == "skip"
+        prepared = PreparedTokens(folders, split, tokenizer, skip_bad=skip_bad)
         return prepared, prepared
     corpus = build_corpus(cfg, split, commit)
     return TokenisedCorpus(corpus, tokenizer), corpus

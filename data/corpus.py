@@ -12,6 +12,7 @@ both costs once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -183,8 +184,7 @@ class ShardCorpus:
     def fingerprint(self) -> dict[str, Any]:
         identity = [f"{shard.file.name}:{shard.file.size}:{shard.digest}" for shard in self.shards]
         field_ = None if self.kind == "text" else self.text_field
-        # The hub commit of the files, if they come from the hub.
-        commit = next((shard.file.commit for shard in self.shards if shard.file.commit), None)
+        commit = next((shard.file.commit for shard in self.shards if shard.file.commit), None)  # if from the hub
         return fingerprint_of(self.kind, identity, len(self), text_field=field_, commit=commit)
 
     @property
@@ -282,15 +282,16 @@ class ShardCorpus:
 
     def _place(self, s: int, number: int) -> str:
         """The position of document `number` in its shard, for messages: "line 12" in JSON lines, else "document 11"."""
-        shard = self.shards[s]
-        if shard.lines is None:
-            return f"document {number}"
-        stream, left, newlines = self._reader(s), int(shard.lines[number]), 0
-        stream.seek(0)
-        while left > 0 and (block := stream.read(min(left, _READ_BYTES))):
-            newlines += block.count(b"\n")
-            left -= len(block)
-        return f"line {newlines + 1}"
+        lines = self.shards[s].lines
+        with contextlib.suppress(Exception):  # of a file that is gone, no line can be counted
+            if lines is not None:
+                stream, left, newlines = self._reader(s), int(lines[number]), 0
+                stream.seek(0)
+                while left > 0 and (block := stream.read(min(left, _READ_BYTES))):
+                    newlines += block.count(b"\n")
+                    left -= len(block)
+                return f"line {newlines + 1}"
+        return f"document {number}"
 
     def _text(self, s: int, group: int, row: int) -> tuple[bytes, str | None, int]:
         stream = self._reader(s)

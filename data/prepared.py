@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -57,14 +58,18 @@ class PreparedTokens:
 
     A single folder has the fingerprint of the files it was made from, because a run sees the same rows with either.
 
+    Args:
+        skip_bad: a document that cannot be read counts as empty and unreadable.
+
     Raises:
         ConfigError: no folder is given, or one is incomplete, lacks the split, was made with another tokenizer, or has
             a file of the wrong size.
     """
 
-    def __init__(self, folders: list[str], split: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, folders: list[str], split: str, tokenizer: Tokenizer, *, skip_bad: bool = False) -> None:
         if not folders:
             raise ConfigError("data.train is empty; give it a folder made by: python -m data.prepare ... out=DIR")
+        self.skip_bad = skip_bad
         self.folders = [Path(folder).expanduser() for folder in folders]
         indices = [load_index(folder) for folder in self.folders]
         for folder, index in zip(self.folders, indices):
@@ -114,8 +119,17 @@ class PreparedTokens:
         """Document `index` in 0..len-1.
 
         Raises:
-            DataError: a file is missing or damaged.
+            DataError: a file is missing or damaged, unless `skip_bad`.
         """
+        try:
+            return self._read(index)
+        except DataError as error:
+            if not self.skip_bad:
+                raise
+            print(f"warning: {self.locate(index)} left out: {error}", file=sys.stderr)
+            return TokenisedDocument(np.empty(0, self.dtype), self.locate(index), 0, 0, {"unreadable_documents": 1})
+
+    def _read(self, index: int) -> TokenisedDocument:
         p = int(np.searchsorted(self._starts, index, side="right")) - 1
         folder, part = self._parts[p]
         opened = self._part(p)

@@ -232,6 +232,21 @@ def test_a_broken_line_of_json_is_named_or_skipped_and_counted(tmp_path: Path) -
     assert read_all(cfg) == ["one", "", "three", ""]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
+def test_documents_of_a_file_that_vanishes_are_named_or_skipped_and_counted(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.file"
+    writers: dict[str, Any] = {"jsonl": write_jsonl, "parquet": write_parquet}
+    writers.get(kind, lambda path, _: path.write_text("text"))(path, ["one", "two"])
+    cfg = config(f"data={kind}", f"data.train=[{path}]")
+    strict = build_corpus(cfg, "train")
+    cfg.data.on_bad_shard = "skip"
+    corpus = build_corpus(cfg, "train")
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.file document 0: .*No such file.* \(data.on_bad_shard=skip"):
+        strict.read(0)
+    assert corpus.read(0).flags == {"unreadable_documents": 1}
+
+
 # --- bad documents ---------------------------------------------------------------------------------------------------
 
 

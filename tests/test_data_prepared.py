@@ -296,6 +296,20 @@ def test_a_changed_byte_is_an_error_that_names_the_file(prepared: Path, tmp_path
 
 
 @pytest.mark.parametrize("suffix", ["tokens", "documents", "titles"])
+def test_documents_of_a_damaged_part_can_be_skipped_and_counted(
+    prepared: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy(prepared, tmp_path / "out")
+    damage(out / f"train-00002.{suffix}", 3)
+    made = loader(from_memmap(out, overrides=("data.on_bad_shard=skip",)))
+    list(islice(made, 40))
+    assert made.counts["unreadable_documents"] >= 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {out}/train-00002.tokens document ")
+    assert f"left out: {out}/train-00002.{suffix} is damaged" in said
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "documents", "titles"])
 def test_a_truncated_or_missing_file_is_named_at_once(prepared: Path, tmp_path: Path, suffix: str) -> None:
     out = copy(prepared, tmp_path / "out")
     path = out / f"train-00002.{suffix}"
