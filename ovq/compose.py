@@ -22,7 +22,7 @@ from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ovq.config import Config, check
-from ovq.config_data import DataConfig, MixtureSource
+from ovq.config_data import DataConfig, MixtureSource, check_used
 from ovq.environment import plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.identity import FREE_AT_RESUME, within
@@ -50,6 +50,7 @@ def compose(overrides: list[str]) -> Config:
                 name: _source(name, values, dirs) for name, values in plain(cfg.data)["mixture"].items()
             }
     check(cfg)
+    check_used(cfg.data)
     # An experiment may configure mixers that the chosen model does not use; a run's config keeps only those it builds.
     with open_dict(composed):
         cfg.model.mixers = {name: cfg.model.mixers[name] for name in dict.fromkeys(cfg.model.pattern)}

@@ -16,6 +16,9 @@ FROM_FILES = ("parquet", "jsonl", "text")  # kinds whose splits are the files th
 NAMED_SPLITS = (*FROM_FILES, "datasets")  # kinds that have the splits which data.train etc. name, and no others
 KINDS = ("builtin", *FROM_FILES, "datasets", "memmap", "task", "mixture")
 
+# Ignored by the built-in corpus, and by a mixture, whose data sets have their own.
+IGNORED = ("train", "validation", "test", "path", "config_name", "data_files", "text_field", "title_field", "revision")
+
 
 @dataclass
 class SourceConfig:
@@ -96,6 +99,19 @@ def check_data(data: DataConfig) -> None:
         if source.kind in ("task", "mixture"):
             raise ConfigError(f"{where} is a {source.kind}; a mixture is made of data sets of text")
         _check_source(source, where)
+
+
+def check_used(data: DataConfig) -> None:
+    """Raise ConfigError if a command sets what its kind of data ignores. A stored config may hold such a setting."""
+    if data.kind not in ("builtin", "mixture"):
+        return
+    defaults = DataConfig()
+    for key in IGNORED:
+        if getattr(data, key) != getattr(defaults, key):
+            mend = "leave it out, or choose what your data are, as in data=jsonl"
+            if data.kind == "mixture":
+                mend = f"set it for one of its data sets: data.mixture.NAME.{key}"
+            raise ConfigError(f"data.{key} is ignored with data.kind={data.kind}; {mend}")
 
 
 def _check_source(source: SourceConfig, where: str) -> None:

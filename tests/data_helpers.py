@@ -84,7 +84,7 @@ def _base(overrides: tuple[str, ...]) -> Config:
         "trainer.global_batch=4",
         "trainer.micro_batch=1",
         "tokenizer.model_path=unset",
-        "data.path=unset",
+        *(["data.path=unset"] if "data=datasets" in overrides else []),
     ]
     return compose([*small, *overrides])
 

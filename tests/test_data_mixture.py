@@ -192,6 +192,16 @@ def test_a_mistake_in_a_mixture_is_one_line(given: str, words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("setting", ["train=[a.txt]", "text_field=body", "title_field=name", "revision=abc", "path=a"])
+def test_a_setting_that_only_the_data_sets_of_a_mixture_have_is_refused_for_the_whole(setting: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"data.{key} is ignored with .* data sets: data.mixture.NAME.{key}$"):
+        compose(["data=mixture", "data.mixture={builtin: 1}", f"data.{setting}"])
+    cfg = compose(["data=mixture", "data.mixture={builtin: 1}"])
+    setattr(cfg.data, key, ["a.txt"] if key == "train" else "a")
+    settings.from_dict(settings.to_dict(cfg), stored=True)  # an older run may have it
+
+
 def test_a_mixture_must_be_chosen() -> None:
     with pytest.raises(
         ConfigError, match="data.mixture is set, but data.kind=builtin; a mixture is chosen with data=mix"

@@ -54,6 +54,7 @@ WRONG = {
     "data.train=null": "data.train=null: a list is expected, as in data.train=[a,b]",
     "data.words={train:abc}": "data.words={train:abc}: Value 'abc' of type 'str' could not be converted to Integer",
     "logger.project=${oc.env:OVQ_UNSET}": "logger.project: the environment variable OVQ_UNSET is not set; set it, or",
+    "data.train=[a.txt]": "data.train is ignored with data.kind=builtin; leave it out, or choose what your data are",
     "+trainer.steps=3": "+trainer.steps=3: the setting exists already; leave the + out",
 }
 
