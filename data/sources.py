@@ -110,7 +110,7 @@ def find_files(data: SourceConfig, split: str, commit: str | None = None) -> tup
         if pattern.startswith(HUB):
             here = _hub_files(pattern, data.kind, commit or data.revision)
         elif "://" in pattern:
-            here = _remote_files(pattern, data.kind)
+            here = _remote_files(pattern, data.kind, split)
         else:
             here = _local_files(pattern, data.kind, split)
         if not here.files and not here.missing:
@@ -245,7 +245,7 @@ def _list_hub(repo: str, revision: str | None) -> tuple[str, list[Any]]:
     return str(commit), sorted(files, key=lambda entry: entry.path)
 
 
-def _remote_files(pattern: str, kind: str) -> _Found:
+def _remote_files(pattern: str, kind: str, split: str) -> _Found:
     from fsspec.core import url_to_fs
 
     try:
@@ -261,6 +261,8 @@ def _remote_files(pattern: str, kind: str) -> _Found:
         return _Found(files, [], folder)
     except ImportError as error:
         raise ConfigError(f"{pattern} needs a package that is not installed: {one_line(error)}") from None
+    except ValueError as error:  # an unknown protocol
+        raise ConfigError(f"data.{split}: {pattern}: {one_line(error)}; write it like s3://bucket/*.txt") from None
 
 
 def _local_files(pattern: str, kind: str, split: str) -> _Found:

@@ -314,6 +314,8 @@ def test_buckets_are_read_like_files(tmp_path: Path) -> None:
     assert read_all(config("data=jsonl", "data.train=[memory://bucket/x/a.jsonl]")) == texts()
     with pytest.raises(ConfigError, match="memory://bucket/x/b.parquet: missing"):
         loader(parquet("memory://bucket/x/b.parquet"))
+    with pytest.raises(ConfigError, match=r"^data.train: S3://bucket/\*.parquet: .*Protocol not known: S3; write it"):
+        loader(parquet("S3://bucket/*.parquet"))
     bucket, disk = (build_corpus(parquet(p), "train").fingerprint() for p in ("memory://bucket/x/*.parquet", local))
     assert bucket == disk, "a file's content matters, not its location"
 
