@@ -43,6 +43,9 @@ def main(options: Options, overrides: list[str]) -> int:
     cfg = compose([*overrides, "tokenizer=byte"])
     shares = shares_of(cfg) or {"": 1.0}
     corpora = {name: build_corpus(source, "train") for name, source in sources_of(cfg).items()}
+    for name, corpus in corpora.items():
+        if not len(corpus):
+            raise ConfigError(f"{f'data.mixture.{name}' if name else 'data'}.train holds no documents")
     lines = itertools.chain.from_iterable(
         sample_lines(corpus, round(shares[name] * options.sample_mb * (1 << 20)), cfg.seed)
         for name, corpus in corpora.items()

@@ -464,6 +464,17 @@ def test_command_line_mistakes_are_reported(
     assert main(arguments) == 2 and words in capsys.readouterr().err and not Path("x").exists()
 
 
+def test_data_without_documents_are_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    empty, other = f"data: jsonl, train: [{tmp_path}/empty.jsonl]", "data: builtin"
+    for words, where in (
+        (["data=jsonl", f"data.train=[{tmp_path}/empty.jsonl]"], "data.train"),
+        (["data=mixture", f"data.mixture={{a: {{{other}}}, b: {{{empty}}}}}"], "data.mixture.b.train"),
+    ):
+        assert main([*words, f"out={tmp_path}/x.model"]) == 2
+        assert capsys.readouterr().err == f"error: {where} holds no documents\n"
+
+
 def test_a_vocabulary_too_large_for_its_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocab_size=5000 cannot be trained: .*5000"):
         train_sentencepiece(iter(["a few words"]), 5000, tmp_path / "x.model")
