@@ -313,7 +313,8 @@ def _holes(files: list[File], pattern: str) -> list[str]:
     holes = []
     for (stem, total), present in series.items():
         like = next(iter(present.values()))
-        for index in range(int(total)):
+        first = int(0 not in present and int(total) in present)  # some series begin with 1
+        for index in range(first, first + int(total)):
             name = f"{stem}{index:0{len(like['index'])}d}-of-{total}"
             wanted = fnmatch.fnmatchcase(os.path.basename(name + like["rest"]), os.path.basename(pattern))
             if index not in present and wanted:

@@ -148,6 +148,16 @@ def test_shards_that_a_pattern_excludes_are_not_missing(shards: Path) -> None:
         read_all(two)
 
 
+def test_a_numbered_series_may_begin_with_one(tmp_path: Path) -> None:
+    for index in (1, 2, 3):
+        (tmp_path / f"part-{index}-of-3.txt").write_text(f"text {index}")
+    cfg = config("data=text", f"data.train=[{tmp_path}/*.txt]")
+    assert read_all(cfg) == ["text 1", "text 2", "text 3"]
+    (tmp_path / "part-2-of-3.txt").unlink()
+    with pytest.raises(ConfigError, match=r"^data.train: [^;]*/part-2-of-3: missing \(data"):
+        read_all(cfg)
+
+
 def test_a_missing_file_is_an_error_or_skipped(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = shards / "train-00000-of-00004.parquet"
     write_parquet(shards / "a.parquet", ["one", "two"])
