@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -24,7 +25,10 @@ from ovq.files import replacing
 HEAD = 8192  # bytes at the start of a file that are examined
 BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# Text may begin with BZh: the digit and the mark of a block, or of the end of an empty file, must follow.
+_BZ2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
+MAGIC = 10  # bytes at the start of a file that tell how it is compressed
 # What is often given as text by mistake, and what to do about it.
 _OTHERS = (
     (b"PAR1", "a Parquet file", "read it with data=parquet"),
@@ -44,7 +48,9 @@ class Unreadable(Failure):
 
 
 def compression_of(head: bytes) -> str | None:
-    """The compression that the first bytes of a file indicate: "gzip", "zstd", "bz2", "xz" or None."""
+    """The compression that the first MAGIC bytes of a file indicate: "gzip", "zstd", "bz2", "xz" or None."""
+    if _BZ2.match(head):
+        return "bz2"
     return next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
 
 
@@ -82,7 +88,7 @@ def plain(path: str) -> str:
         OSError: it cannot be read, or its copy cannot be written.
     """
     with open(path, "rb") as stream:
-        compression = compression_of(stream.read(8))
+        compression = compression_of(stream.read(MAGIC))
     if compression is None:
         return path
     status = os.stat(path)

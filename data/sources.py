@@ -142,7 +142,7 @@ def open_file(file: File) -> BinaryIO | str:
     import fsspec
 
     stream: BinaryIO = fsspec.open(file.path, "rb").open()
-    compression = contents.compression_of(stream.read(8))
+    compression = contents.compression_of(stream.read(contents.MAGIC))
     stream.seek(0)
     if compression is None:
         return stream

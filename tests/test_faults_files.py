@@ -127,6 +127,13 @@ def test_compressed_files_are_read_at_random_whatever_they_are_called(tmp_path: 
     assert len(list((cache / "decompressed").iterdir())) == kept, "a file is decompressed once"
 
 
+def test_text_that_begins_as_bzip2_does_is_text_and_an_empty_bzip2_file_is_compressed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("BZhang wrote this, and BZh91 more")
+    (tmp_path / "b.txt").write_bytes(bz2.compress(b""))
+    (tmp_path / "c.txt").write_bytes(bz2.compress(b"a book", 1))
+    assert read_all(data("text", tmp_path)) == ["BZhang wrote this, and BZh91 more", "", "a book"]
+
+
 @pytest.mark.parametrize("name", COMPRESS)
 def test_a_compressed_file_that_is_cut_short_is_a_bad_shard(tmp_path: Path, name: str) -> None:
     write_jsonl(tmp_path / "b.jsonl", ["good"])
