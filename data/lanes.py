@@ -81,7 +81,7 @@ class LaneReader:
     def document_of(self, ordinal: int) -> int:
         """Index in the corpus of the document with this ordinal."""
         epoch, position = divmod(ordinal, len(self.tokens))
-        # Every epoch has its own permutation; seeds of different runs and epochs never coincide below 2**32.
+        # Every epoch has its own permutation, as has every seed below 2**31; seeds s and s + 2**31 share theirs.
         return permute(position, len(self.tokens), self.seed << 32 | epoch) if self.shuffle else position
 
     def describe(self, lane: int, state: LaneState) -> str:
