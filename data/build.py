@@ -350,5 +350,6 @@ def _task_loader(cfg: Config, tokenizer: Tokenizer, common: dict[str, Any]) -> T
         "context": trainer.context,
         "global_batch": trainer.global_batch,
         "seed": cfg.seed,
+        **({"content": content} if (content := task.content()) else {}),
     }
     return TaskLoader(task, TaskRows(task, trainer.context, cfg.seed), fingerprint, **common)

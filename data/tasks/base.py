@@ -58,6 +58,10 @@ class Task:
         """Accuracy possible without using anything before the question, if that is far from chance; else None."""
         return None
 
+    def content(self) -> str:
+        """Identity of what sequences are made of besides the settings, such as a text; empty if there is nothing."""
+        return ""
+
     def sequence(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One sequence: inputs and targets, int64 [length]. A target is the next token if that is part of an answer,
         else IGNORE."""
