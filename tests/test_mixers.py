@@ -57,6 +57,17 @@ def test_streamed_in_pieces_equals_one_pass(name: str, pieces: list[int]) -> Non
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_a_pass_over_nothing_is_refused(name: str) -> None:
+    mixer, x = make(name), random_input(3)
+    state = mixer(x[:, :5], return_state=True)[1]
+    for nothing in (x[:, :0], x[:0]):
+        with pytest.raises(ValueError, match="needs at least one token, got shape"):
+            mixer(nothing)
+    with pytest.raises(ValueError, match="needs at least one token, got shape"):
+        mixer(x[:, :0], state=state, return_state=True)
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_a_state_is_not_modified_by_using_it(name: str) -> None:
     mixer, x = make(name), random_input(3)
     with torch.no_grad():

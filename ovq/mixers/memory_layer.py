@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ovq.mixers.attention_layer import AttentionLayer
 from ovq.mixers.base import MixerShape, check_backend, keys_in_chunk
-from ovq.ops.common import each_document, work_dtype
+from ovq.ops.common import each_document, require_tokens, work_dtype
 from ovq.ops.memory_attention import memory_attention
 
 
@@ -147,6 +147,7 @@ class MemoryLayer(AttentionLayer):
         state: MemoryState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, MemoryState | None]:
+        require_tokens(x_BTD, type(self).__name__)
         q, k, v = self.project(x_BTD)
         if cu_seqlens is not None:
             return self.project_out(each_document(lambda *x: self.mix(*x)[0], cu_seqlens, (q, k, v), state)), None

@@ -15,6 +15,12 @@ class BackendError(ValueError):
     """The requested backend cannot run here; the message is one line that names one that can."""
 
 
+def require_tokens(x: Tensor, op: str) -> None:
+    """Raise ValueError if there are no rows or no tokens, [B, T, ...], which kernels would divide by."""
+    if not (x.shape[0] and x.shape[1]):
+        raise ValueError(f"{op} needs at least one token, got shape {tuple(x.shape)}")
+
+
 def each_document(
     run: Callable[..., Tensor], cu_seqlens: Tensor, tensors: Sequence[Tensor], state: object = None
 ) -> Tensor:

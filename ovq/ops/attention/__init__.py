@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops.attention import chunked, flex, reference
-from ovq.ops.common import each_document
+from ovq.ops.common import each_document, require_tokens
 
 __all__ = ["full_attention"]
 
@@ -53,6 +53,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: s
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(BACKENDS)}")
+    require_tokens(q, op)
     T, S = q.shape[1], k.shape[1]
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(f"{op} got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: shapes do not match")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops import fla_backend
-from ovq.ops.common import each_document
+from ovq.ops.common import each_document, require_tokens
 from ovq.ops.gated_delta_rule import chunked, reference
 
 
@@ -37,8 +37,9 @@ def gated_delta_rule(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, no tokens, or cu_seqlens with a state or B > 1.
     """
+    require_tokens(q_BTHK, "gated_delta_rule")
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
     if fla_backend.uses_fla(backend, q_BTHK, "gated_delta_rule"):
         return _kernel(*tensors, cu_seqlens, state)

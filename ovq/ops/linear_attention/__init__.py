@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops import fla_backend
-from ovq.ops.common import each_document
+from ovq.ops.common import each_document, require_tokens
 from ovq.ops.linear_attention import chunked, reference
 from ovq.ops.simple_gla import chunked as gla
 
@@ -36,8 +36,9 @@ def linear_attention(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, no tokens, or cu_seqlens with a state or B > 1.
     """
+    require_tokens(q_BTHK, "linear_attention")
     numerator = _kernel if fla_backend.uses_fla(backend, q_BTHK, "linear_attention") else gla.forward
     if cu_seqlens is not None:
         # For the kernels too: in some fla versions their own normaliser runs across document boundaries.

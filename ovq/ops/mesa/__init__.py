@@ -7,7 +7,7 @@ import functools
 from torch import Tensor
 
 from ovq.ops import fla_backend
-from ovq.ops.common import each_document
+from ovq.ops.common import each_document, require_tokens
 from ovq.ops.mesa import chunked, reference
 
 State = tuple[Tensor, Tensor]
@@ -45,8 +45,9 @@ def mesa(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, no tokens, or cu_seqlens with a state or B > 1.
     """
+    require_tokens(q_BTHK, "mesa")
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
     if fla_backend.uses_fla(backend, q_BTHK, "mesa"):
         return _kernel(*tensors, lamb_HK, iterations, cu_seqlens, state)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.common import BackendError, each_document, work_dtype
+from ovq.ops.common import BackendError, each_document, require_tokens, work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState, check_step_size, document_bounds
 
 MODULES = {"reference": "reference", "torch": "chunked", "triton": "kernels"}  # sibling module of each backend
@@ -204,8 +204,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> None:
             f"q {_shape(q)}, k {_shape(k)} and v {_shape(v)} must agree in batch and tokens, k and v in heads, "
             "q and k in width"
         )
-    if k.shape[1] == 0:
-        raise ValueError("ovq_attention needs at least one token, got none")
+    require_tokens(k, "ovq_attention")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads")
     if beta.shape != q.shape[2:3]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops import fla_backend
-from ovq.ops.common import each_document
+from ovq.ops.common import each_document, require_tokens
 from ovq.ops.simple_gla import chunked, reference
 
 
@@ -35,8 +35,9 @@ def simple_gla(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, no tokens, or cu_seqlens with a state or B > 1.
     """
+    require_tokens(q_BTGK, "simple_gla")
     if fla_backend.uses_fla(backend, q_BTGK, "simple_gla"):
         return _kernel(q_BTGK, k_BTGK, v_BTHV, g_BTH, cu_seqlens, state)
     if cu_seqlens is not None:

@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from ovq.ops.common import each_document
+from ovq.ops.common import each_document, require_tokens
 from ovq.ops.vq_attention import chunked, reference
 from ovq.ops.vq_attention.state import VQState, assign
 
@@ -50,10 +50,11 @@ def vq_attention(
         (o [B, T, H, V] in v's dtype, the state after the last token; None with cu_seqlens).
 
     Raises:
-        ValueError: an invalid backend, or cu_seqlens with a state or B > 1.
+        ValueError: an invalid backend, no tokens, or cu_seqlens with a state or B > 1.
     """
     if backend not in ("auto", "reference", "torch"):
         raise ValueError(f"backend={backend} of vq_attention is not a legal value; legal: auto, reference, torch")
+    require_tokens(q_BTHK, "vq_attention")
     forward = reference.forward if backend == "reference" else chunked.forward
     attend = functools.partial(
         forward, codebook_GNK=codebook_GNK, beta_H=beta_H, block_size=block_size, quantize_recent=quantize_recent
