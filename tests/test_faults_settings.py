@@ -82,7 +82,7 @@ RIGHT: list[tuple[str, str, Any]] = [
 
 
 def test_a_value_is_read_by_the_type_of_its_setting() -> None:
-    cfg = compose([override for override, _, _ in RIGHT])
+    cfg = compose(["data=jsonl", *(override for override, _, _ in RIGHT)])
     for override, key, expected in RIGHT:
         found: Any = cfg
         for part in key.split("."):
