@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from data.build import sources_of
 from eval import plot, style
 from eval.paired import Losses, Mean, paired
 from eval.run_facts import Facts, as_json
 from ovq import config, identity
+from ovq.config import Config
+from ovq.config_data import NAMED_SPLITS
 from ovq.plan import format_bytes
 from ovq.train.metrics import finite
 
@@ -215,12 +218,25 @@ def same_text(run: Facts, base: Facts) -> str:
         if own[name] != other[name]:
             return f"evaluated with another {name}: {own[name]}"
     assert run.cfg is not None and base.cfg is not None
-    of, of_base = config.flatten(run.cfg), config.flatten(base.cfg)
     if run.fingerprint != base.fingerprint:
         return "another tokenizer"
-    if of.get(f"data.{own['split']}") != of_base.get(f"data.{own['split']}"):
-        return f"another data.{own['split']}"
-    return ""
+    of, of_base = held_out(run.cfg, own["split"]), held_out(base.cfg, own["split"])
+    differ = [key for key in {**of, **of_base} if of.get(key) != of_base.get(key)]
+    return f"another {differ[0]}" if differ else ""
+
+
+def held_out(cfg: Config, split: str) -> dict[str, Any]:
+    """The settings that select the text of a held-out split, by their full names."""
+    sources = sources_of(cfg)
+    used = {name: s for name, s in sources.items() if s.data.kind not in NAMED_SPLITS or getattr(s.data, split)}
+    found: dict[str, Any] = {} if "" in sources else {"data.mixture": list(used)}  # which take turns in this order
+    for name, source in used.items():
+        data = config.to_dict(source)["data"]
+        keys = ["kind", split, "path", "config_name", "data_files", "text_field", "revision"]
+        if source.data.kind == "memmap" and not data[split]:  # then all splits are in the folders of data.train
+            keys.append("train")
+        found |= {f"data.mixture.{name}.{key}" if name else f"data.{key}": data[key] for key in keys}
+    return found
 
 
 def differences_to(

@@ -137,14 +137,39 @@ def test_seeds_that_began_with_weights_of_their_own_seed_are_one_model(tmp_path:
     assert len(rows) == 1 and [cell.strip() for cell in rows[0][1:4]] == ["-100.0 ± 0.0"] * 3
 
 
-def test_documents_of_other_text_are_not_compared(tmp_path: Path) -> None:
+MIXED = {"one": {"name": "text", "kind": "text", "train": ["a"], "validation": ["b"], "weight": 1.0}}
+
+
+@pytest.mark.parametrize(
+    "both, of_second, differs",
+    [
+        ({"kind": "text", "validation": ["a"]}, {"validation": ["b"]}, "data.validation"),
+        ({}, {"kind": "text", "validation": ["a"]}, "data.kind"),
+        ({"kind": "memmap", "train": ["a"]}, {"train": ["b"]}, "data.train"),
+        ({"kind": "datasets", "path": "a", "validation": ["v"]}, {"config_name": "b"}, "data.config_name"),
+        ({"kind": "datasets", "path": "a", "validation": ["v"]}, {"text_field": "b"}, "data.text_field"),
+        (
+            {"kind": "mixture", "mixture": MIXED},
+            {"mixture": {"one": {**MIXED["one"], "validation": ["c"]}}},
+            "data.mixture.one.validation",
+        ),
+        # What a run is trained on does not matter.
+        ({"kind": "text", "train": ["a"], "validation": ["v"]}, {"train": ["b"]}, None),
+        ({"kind": "mixture", "mixture": MIXED}, {"mixture": {"one": {**MIXED["one"], "weight": 2.0}}}, None),
+    ],
+)
+def test_documents_of_other_text_are_not_compared(
+    tmp_path: Path, both: dict[str, Any], of_second: dict[str, Any], differs: str | None
+) -> None:
     runs = [make_run(tmp_path / "a", "sw", 0), make_run(tmp_path / "b", "sw_ovq", 0)]
-    cfg = config.load(runs[1])
-    cfg.data.validation = ["other/*.txt"]
-    config.save(cfg, runs[1])
+    for run, settings in zip(runs, (both, {**both, **of_second})):
+        cfg = config.load(run)
+        for name, value in settings.items():
+            setattr(cfg.data, name, value)
+        config.save(cfg, run)
     row = rows_of(report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]"), "Difference to sw")[1]
-    assert [cell.strip() for cell in row[1:4]] == [""] * 3
-    assert row[-1] == "another data.validation"
+    assert [cell.strip() for cell in row[1:4]] == ([""] * 3 if differs else ["-100.0 ± 0.0"] * 3)
+    assert row[-1] == (f"another {differs}" if differs else "")
 
 
 def test_unfinished_failed_and_missing_runs_are_listed_with_the_reason(tmp_path: Path) -> None:
