@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data.build import sources_of
-from eval import plot, style
+from eval import plot, run_labels, style
 from eval.paired import Losses, Mean, paired
 from eval.run_facts import Facts, as_json
 from ovq import config, identity
@@ -85,7 +85,7 @@ def page(runs: list[Facts], base: Facts, positions: list[int], points: int, comm
 def labels_of(runs: list[Facts]) -> list[str]:
     """For each run the settings in which it differs, as in `eval.plot`; the folder's name if they are unknown."""
     known = [run for run in runs if run.cfg is not None]
-    made = plot.labels([run.cfg for run in known if run.cfg is not None], [run.run_dir.name for run in known])
+    made = run_labels.labels([run.cfg for run in known if run.cfg is not None], [run.run_dir.name for run in known])
     of = dict(zip((id(run) for run in known), made))
     return [of.get(id(run), run.run_dir.name) for run in runs]
 

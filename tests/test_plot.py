@@ -11,7 +11,8 @@ import pytest
 
 from eval import loss_table, plot, style
 from eval.accuracy_table import TABLE
-from eval.plot import Curve, curves_of, labels, running_mean
+from eval.plot import Curve, curves_of, running_mean
+from eval.run_labels import labels
 from ovq import config
 from ovq.compose import compose
 from ovq.values import split_paths
