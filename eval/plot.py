@@ -252,8 +252,8 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
 
 
 def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
-    """Draw each run's accuracy on its generated task by length, from its newest test at each capacity. Runs that differ
-    only in the seed are thin lines of one colour, and their mean is a thick one.
+    """Draw each run's accuracy on its generated task by length, at each capacity from the tests of its newest step.
+    Runs that differ only in the seed are thin lines of one colour, and their mean is a thick one.
 
     Returns:
         `out`, and a sentence with the accuracies at the longest length that all curves have.
@@ -267,10 +267,11 @@ def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
     tested: dict[str, Path] = {}
     for run_dir, label in zip(run_dirs, labels(configs, [d.name for d in run_dirs])):
         label = re.sub(r", seed=\d+", "", label)
-        rows = [row for row in TABLE.read(run_dir) if row["index"] is None]
+        rows = sorted((row for row in TABLE.read(run_dir) if row["index"] is None), key=lambda row: row["step"])
         if not rows:
             raise ConfigError(f"{run_dir} has no accuracies; make them with: python -m eval.accuracy run={run_dir}")
-        for row in sorted(rows, key=lambda row: row["step"]):
+        newest = {(row["num_centroids"], row["changes"]): row["step"] for row in rows}
+        for row in (row for row in rows if row["step"] == newest[row["num_centroids"], row["changes"]]):
             capacity = f", N={row['num_centroids']} in the test" if row["num_centroids"] else ""
             changed = f", {row['changes']}" if row["changes"] else ""
             curves.setdefault(label + capacity + changed, {}).setdefault(run_dir, {})[row["length"]] = row

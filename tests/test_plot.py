@@ -228,12 +228,14 @@ def test_errors_are_one_line(
     assert line.startswith("error: ") and says in line and not (tmp_path / "x.png").exists()
 
 
-def accuracies(folder: Path, *, settings: str = "{}", capacity: int | None = None, **by_length: float) -> None:
+def accuracies(
+    folder: Path, *, settings: str = "{}", capacity: int | None = None, step: int = 1, **by_length: float
+) -> None:
     """Add made-up accuracies to a run: a total for each length, and one for a single index, which is not drawn."""
     rows = []
     for name, value in by_length.items():
         row: dict[str, Any] = dict.fromkeys(TABLE.schema.names)
-        row |= {"run": folder.name, "step": 1, "task": "repeat", "settings": settings, "num_centroids": capacity}
+        row |= {"run": folder.name, "step": step, "task": "repeat", "settings": settings, "num_centroids": capacity}
         row |= {"changes": "", "length": int(name[1:]), "accuracy": value, "answers": 1000, "train_context": 128}
         rows += [row, row | {"index": 3, "accuracy": 0.0}]
     TABLE.write(folder, rows)
@@ -269,3 +271,12 @@ def test_accuracies_of_runs_are_curves_by_length_and_a_sentence(
     c = make_run(tmp_path / "c", ["data=task", "data/task=repeat"])
     assert plot.main([f"runs=[{c}]", "kind=accuracy"]) == 2
     assert f"make them with: python -m eval.accuracy run={c}" in capsys.readouterr().err
+
+
+def test_a_curve_of_accuracies_is_of_one_checkpoint(tmp_path: Path, drawn: list[Any]) -> None:
+    run = make_run(tmp_path / "a", ["data=task", "data/task=repeat", "model=sw_ovq"])
+    accuracies(run, step=2, n128=1.0)
+    accuracies(run, n128=0.25, n1024=0.5)
+    accuracies(run, capacity=99, n1024=0.75)
+    assert plot.main([f"runs=[{run}]", "kind=accuracy", f"out={tmp_path}/a.png"]) == 0
+    assert curves_in(drawn[-1]) == {"sw_ovq": ([128], [100]), "sw_ovq, N=99 in the test": ([1024], [75])}
