@@ -17,12 +17,13 @@ import torch
 import ovq
 from data.tokenizer import ByteTokenizer
 from ovq.errors import ConfigError
+from ovq.export.stored import to_settings
 from ovq.inference import generate
 from ovq.inference.generate import Growing, batches_of, continue_prompts
 from ovq.inference.sampling import Sampling
 from ovq.model import Transformer
 from ovq.train.checkpoint import CheckpointError
-from tests.helpers import MODELS, Largest, small_model
+from tests.helpers import MODELS, Largest, small_config, small_model
 from tests.test_per_position import run_folder
 
 PROMPTS = ["a", "some longer prompt", "three", "x" * 30]
@@ -276,6 +277,13 @@ def test_a_run_is_loaded_with_the_weights_that_it_evaluates(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="holds no averaged weights"):
         ovq.load(run_dir)
     assert ovq.load(run_dir, weights="trained").step == 3
+
+
+def test_an_exported_folder_has_one_set_of_weights(tmp_path: Path) -> None:
+    cfg = small_config("sw", "data=builtin", "tokenizer=byte")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ovq", "vocab_size": 257, **to_settings(cfg)}))
+    with pytest.raises(ConfigError, match=r"eval.weights=ema: .* holds one set of weights \(eval.weights=trained\)"):
+        ovq.load(tmp_path, weights="ema")
 
 
 def test_the_command_prints_the_prompt_and_its_continuation(

@@ -132,6 +132,7 @@ def load_run(
     no_imports_from(run_dir)
     folder = Folder(run_dir) if is_export(run_dir) else None
     stored = folder.config(trust) if folder else config.load(run_dir, trust)
+    stored_weights = stored.eval.weights  # `override` changes `stored`
     cfg = override(stored, [*(f"{key}={_typed(value)}" for key, value in COMPUTED.items()), *overrides])
     if not any(text.startswith("logger.") for text in overrides):
         cfg.logger.mode = "offline"  # the project that a stored config names may not be this user's
@@ -144,6 +145,11 @@ def load_run(
     if folder:
         if checkpoint_at is not None:
             raise ConfigError(f"checkpoint={checkpoint_at}: {run_dir} is an exported model, which has no checkpoints")
+        if cfg.eval.weights != stored_weights:
+            raise ConfigError(
+                f"eval.weights={cfg.eval.weights}: {run_dir} is an exported model, which holds one set of weights "
+                f"(eval.weights={stored_weights}); open the run folder for others"
+            )
         tokenizer = build_tokenizer(cfg)
         if folder.fingerprint not in (None, tokenizer.fingerprint):
             raise ConfigError(f"the tokenizer in {run_dir} is not the one that the model was trained with")
