@@ -5,8 +5,9 @@
 
 Every document is processed from its first token to its last with the state carried along, so a model with a
 constant-size state needs no more memory for a book than for a page. The word count is the one published for the data
-set (data.words) when the whole split is measured; otherwise words are counted at whitespace. Writes
-perplexity_<split>.json to the run folder.
+set (data.words) when the whole split is measured; otherwise words are counted at whitespace. Adds the result to
+perplexity_<split>.json in the run folder, a list; it replaces only one of the same checkpoint, weights, capacity,
+changed settings and number of documents.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any
 from data.tokenizer import Tokenizer
 from eval.heldout import HeldOut
 from eval.per_position import check_capacity
+from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
 from ovq.inference.losses import exp, losses_by_position
 from ovq.inference.run import RunOptions
@@ -35,6 +37,7 @@ from ovq.processes import World
 from ovq.report import readable
 from ovq.schema import setting
 
+KEY = ("step", "weights", "num_centroids", "changes", "asked")  # what identifies a result in a file
 TOLERANCE = 0.1  # relative difference of a published word count from the count here that other rules may explain
 
 
@@ -116,11 +119,13 @@ def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     with peers.watched(Path(options.run) / "checkpoints"):
         run = options.open(overrides, shares=True)
+        processes.on_main(lambda: read(path_of(run.run_dir, run.cfg.eval.split)))  # raises now, not after the work
         results = measure(run.model, run.cfg, run.tokenizer, run.world, lambda: False, documents=options.documents)
         assert results is not None  # nothing could stop it
         if run.world.is_main:
-            path = save(run.run_dir, {"step": run.step, **results})
-            show(results, path)
+            model = {"step": run.step, "weights": run.cfg.eval.weights, "changes": changes(overrides, text=True)}
+            results = {**model, "asked": options.documents, **results}
+            show(results, save(run.run_dir, results))
         processes.shutdown()
     return 0
 
@@ -132,10 +137,33 @@ def show(results: dict[str, Any], path: Path) -> None:
     print(path)
 
 
+def path_of(run_dir: Path, split: str) -> Path:
+    return run_dir / f"perplexity_{split}.json"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The results in a file; none if there is no file.
+
+    Raises:
+        ConfigError: the file contains something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_bytes())
+        results = [content] if isinstance(content, dict) else content  # a file once held a single result
+        if not isinstance(results, list) or not all(isinstance(each["perplexity"], float) for each in results):
+            raise ValueError("not a list of results")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} holds no results of this command ({one_line(error)}); move it away") from None
+    return results
+
+
 def save(run_dir: Path, results: dict[str, Any]) -> Path:
-    """Write perplexity_<split>.json atomically; returns its path."""
-    path = run_dir / f"perplexity_{results['split']}.json"
-    write_whole(path, json.dumps(results, indent=1) + "\n")
+    """Add a result to perplexity_<split>.json, in place of one with the same `KEY`, atomically; returns the path."""
+    path = path_of(run_dir, results["split"])
+    kept = [each for each in read(path) if any(each.get(name, "") != results.get(name, "") for name in KEY)]
+    write_whole(path, json.dumps([*kept, results], indent=1) + "\n")
     return path
 
 

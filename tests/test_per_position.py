@@ -653,8 +653,31 @@ def test_perplexity_from_the_command_line_is_saved_in_the_run_folder(
 ) -> None:
     run_dir = run_folder(tmp_path, "sw", texts)
     assert perplexity.main([f"run={run_dir}", "piece=64"]) == 0
-    left = json.loads((run_dir / "perplexity_validation.json").read_text())
+    (left,) = json.loads((run_dir / "perplexity_validation.json").read_text())
     assert (left["step"], left["documents"], left["words_are"]) == (3, len(LENGTHS), "counted")
     assert f"{left['loss']:.5g}" in capsys.readouterr().out
     assert perplexity.main([f"run={run_dir}", "context=64"]) == 2
     assert "there is no option 'context'" in capsys.readouterr().err
+
+
+def test_a_perplexity_replaces_only_one_of_the_same_measurement(
+    tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = run_folder(tmp_path, "sw_ovq", texts)
+    file = run_dir / "perplexity_validation.json"
+    older = {"step": 3, "split": "validation", "perplexity": 9.0}  # alone in its file, as results once were
+    file.write_text(json.dumps(older))
+    for more in ([], ["documents=1"], ["num_centroids=7"], ["trainer.precision=fp32"], ["documents=1", "piece=64"]):
+        assert perplexity.main([f"run={run_dir}", *more]) == 0
+    first, *left = json.loads(file.read_text())
+    assert first == older
+    assert [tuple(each[name] for name in perplexity.KEY) for each in left] == [
+        (3, "trained", None, "", None),
+        (3, "trained", 7, "", None),
+        (3, "trained", None, "trainer.precision=fp32", None),
+        (3, "trained", None, "", 1),
+    ]
+    file.write_text("[3]")
+    capsys.readouterr()
+    assert perplexity.main([f"run={run_dir}"]) == 2
+    assert f"{file} holds no results of this command" in capsys.readouterr().err and file.read_text() == "[3]"
