@@ -63,7 +63,7 @@ def main(options: Options, overrides: list[str]) -> int:
         tasks = find(options)
         path = Path(options.out) if options.out else Path(options.run) / FILE
         read(path)
-        run = options.open(overrides)
+        run = options.open(overrides, own=["batch"])
         if is_task(run.cfg):
             raise ConfigError(f"{options.run} was trained on a generated task, whose ids stand for no text")
         results = measure(run, options, tasks, path, changes(overrides))

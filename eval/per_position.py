@@ -352,7 +352,7 @@ class Options(RunOptions):
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     with peers.watched(Path(options.run) / "checkpoints"):
-        run = options.open(overrides, shares=True)
+        run = options.open(overrides, shares=True, reads=["restart"])
         if run.cfg.logger.name == "wandb" and run.world.is_main:
             start_wandb(run.run_dir, run.cfg)  # reopens the run; closed when this process ends
         changed = changes(overrides, text=True)

@@ -118,7 +118,7 @@ def measure(
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     with peers.watched(Path(options.run) / "checkpoints"):
-        run = options.open(overrides, shares=True)
+        run = options.open(overrides, shares=True, own=["documents"])
         processes.on_main(lambda: read(path_of(run.run_dir, run.cfg.eval.split)))  # raises now, not after the work
         results = measure(run.model, run.cfg, run.tokenizer, run.world, lambda: False, documents=options.documents)
         assert results is not None  # nothing could stop it

@@ -109,6 +109,15 @@ def test_impossible_requests_are_one_line(
     assert words in said and said.count("\n") == 1 and not (run_dir / "accuracy.parquet").exists()
 
 
+@pytest.mark.parametrize("unread", ["eval.restart=16", "eval.piece=16", "eval.at_end=false"])
+def test_settings_of_other_evaluations_are_refused(
+    tmp_path: Path, unread: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = trained(tmp_path / "run", "sw", *TASK)
+    assert accuracy.main([f"run={run_dir}", unread]) == 2
+    assert "does not read eval." in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
 def test_a_run_on_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = trained(tmp_path / "run", "sw", "data=builtin")
     assert accuracy.main([f"run={run_dir}"]) == 2

@@ -658,6 +658,13 @@ def test_perplexity_from_the_command_line_is_saved_in_the_run_folder(
     assert f"{left['loss']:.5g}" in capsys.readouterr().out
     assert perplexity.main([f"run={run_dir}", "context=64"]) == 2
     assert "there is no option 'context'" in capsys.readouterr().err
+    for unread, says in (
+        ("eval.documents=1", "use documents="),
+        ("eval.restart=16", "legal: eval.split, eval.piece, eval.batch, eval.num_centroids, eval.weights"),
+    ):
+        assert perplexity.main([f"run={run_dir}", unread]) == 2
+        name = unread.partition("=")[0]
+        assert capsys.readouterr().err == f"error: {unread}: this tool does not read {name}; {says}\n"
 
 
 def test_a_perplexity_replaces_only_one_of_the_same_measurement(

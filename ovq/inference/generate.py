@@ -299,7 +299,7 @@ def main(options: Options, overrides: list[str]) -> int:
         options.repetition_penalty,
         options.seed,
     )
-    run = options.open(overrides, writes=False)
+    run = options.open(overrides, writes=False, own=["batch"])
     if run.cfg.eval.num_centroids is not None:
         try:
             with_dictionaries(run.model.mixers())

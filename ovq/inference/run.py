@@ -60,21 +60,37 @@ class RunOptions:
         [], "what the run's config may use: classes outside this project, whose code then runs, and oc.env:NAME"
     )
 
-    def open(self, overrides: Sequence[str] = (), *, writes: bool = True, shares: bool = False) -> Run:
+    def open(
+        self,
+        overrides: Sequence[str] = (),
+        *,
+        writes: bool = True,
+        shares: bool = False,
+        reads: Collection[str] = (),
+        own: Collection[str] = (),
+    ) -> Run:
         """Open the run; the options that are settings, and `overrides` (by full name), replace its own settings.
 
         Args:
             writes: whether the tool writes its results to the run folder.
             shares: whether the tool lets trainer.context_parallel ranks share every document.
+            reads: settings below `eval` that the tool reads, besides eval.weights and those that are options.
+            own: options that have the name of a setting below `eval` but are read only as options.
 
         Raises:
-            ConfigError, CheckpointError: as in `load_run`; or the results go to the run folder, which is not writable.
+            ConfigError, CheckpointError: as in `load_run`; an override that the tool does not read; or the results go
+                to the run folder, which is not writable.
         """
         names = [item.name for item in fields(self)]
+        settings = [item.name for item in fields(EvalConfig)]
+        read = [name for name in settings if name in ("weights", *reads) or (name in names and name not in own)]
         for text in overrides:
             if "." not in (key := text.partition("=")[0]):
                 raise ConfigError(f"there is no option '{key}'; legal: {', '.join(names)}, and settings by full name")
-        settings = [item.name for item in fields(EvalConfig)]
+            group, _, name = key.lstrip("+").partition(".")
+            if group == "eval" and name in settings and name not in read:
+                legal = f"use {name}=" if name in names else "legal: " + ", ".join(f"eval.{each}" for each in read)
+                raise ConfigError(f"{text}: this tool does not read eval.{name}; {legal}")
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in settings}
         short = [f"eval.{name}={value}" for name, value in own.items() if value is not None]
         if not is_export(self.run):
