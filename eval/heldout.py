@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.build import heldout_documents
+from data.build import heldout_documents, is_task
 from data.tokenizer import Tokenizer
 from ovq import processes
 from ovq.config import Config
+from ovq.errors import ConfigError
 
 
 @dataclass
@@ -42,9 +43,13 @@ class HeldOut:
 
     Totals over all rounds so far, the same on every rank: `given` documents returned of `seen` examined, the
     `num_bytes` and `num_words` of those returned, and `longest`, the number of ids in the longest document examined.
+
+    Raises ConfigError if the config is of a generated task.
     """
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, context: int | None, limit: int | None) -> None:
+        if is_task(cfg):
+            raise ConfigError("the run was trained on a generated task, which has no text; see python -m eval.accuracy")
         self.cfg, self.tokenizer, self.context, self.limit = cfg, tokenizer, context, limit
         self.given = self.seen = self.longest = self.num_bytes = self.num_words = 0
         self._excerpts = self._read()  # runs on rank 0 only

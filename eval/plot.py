@@ -187,10 +187,13 @@ def compare(
         if not rows:
             have = ", ".join(map(str, sorted({row["context"] for row in loss_table.read(run_dir)}))) or "none"
             wanted = "at a context that all runs share" if context is None else f"at context={context}"
+            if cfg.data.kind == "task":
+                raise ConfigError(f"{run_dir} was trained on a generated task; plot its accuracy with kind=accuracy")
+            asked = {"context": context or cfg.eval.context, "split": split, "checkpoint": step}
+            words = [f"run={run_dir}", *(f"{name}={value}" for name, value in asked.items() if value is not None)]
             raise ConfigError(
                 f"{run_dir} has no such evaluation {wanted} (contexts it has: {have}); "
-                f"make one with: python -m eval.per_position {shlex.quote(f'run={run_dir}')} "
-                f"context={context or cfg.eval.context}"
+                f"make one with: python -m eval.per_position {shlex.join(words)}"
             )
         best = best_steps(rows)
         for same, (at, newer) in best.items():

@@ -13,11 +13,12 @@ import torch
 
 from data.build import build_task
 from data.tasks.rows import sequences_for_test
-from eval import accuracy
+from eval import accuracy, per_position, perplexity
 from eval.answers import TEST_SEED, Tally
 from ovq import config
 from ovq.inference.run import load_run
 from ovq.train.checkpoint import Checkpointer
+from ovq.train.summary import summary_text
 from tests.helpers import small_config, small_model
 
 TASK = ["data=task", "data/task=regression", "data.task.functions=3", "trainer.context=108"]
@@ -116,6 +117,24 @@ def test_settings_of_other_evaluations_are_refused(
     run_dir = trained(tmp_path / "run", "sw", *TASK)
     assert accuracy.main([f"run={run_dir}", unread]) == 2
     assert "does not read eval." in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("tool", [per_position, perplexity])
+def test_a_run_on_a_task_has_no_loss_by_position(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = trained(tmp_path / "run", "sw", *TASK)
+    assert tool.main([f"run={run_dir}"]) == 2
+    said = capsys.readouterr().err
+    assert "a generated task, which has no text; see python -m eval.accuracy" in said and said.count("\n") == 1
+
+
+def test_the_summary_of_a_run_on_a_task_names_the_tools_for_it(tmp_path: Path) -> None:
+    summary = {"step": 3, "stopped_by": None, "tokens": 9, "first_loss": None, "tokens_per_s": None, "memory_gib": 0.5}
+    text = summary_text({**summary, "evaluation": {}}, small_config("sw", *TASK), tmp_path)
+    commands = [line.strip().partition("     ")[0] for line in text.partition("next:\n")[2].splitlines()]
+    assert commands == [
+        f"python -m eval.accuracy run={tmp_path}",
+        f"python -m eval.plot 'runs=[{tmp_path}]' kind=accuracy",
+    ]
 
 
 def test_a_run_on_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,8 @@ def test_run_folder_names_may_contain_commas(tmp_path: Path, monkeypatch: pytest
         ([], "runs= is required: run folders to plot"),
         (["runs=[no/run]"], "no/run is not a run folder"),
         (["runs=[RUN]", "context=999"], "no such evaluation at context=999 (contexts it has: 1024, 4096)"),
+        (["runs=[RUN]", "split=test", "context=512"], "python -m eval.per_position run=RUN context=512 split=test"),
+        (["runs=[RUN]", "step=20", "context=4096"], "run=RUN context=4096 checkpoint=20"),
         (["runs=[RUN,OTHER]"], "no such evaluation at a context that all runs share"),
         (["runs=[RUN]", "x=cubic"], "x=cubic is not a legal value; legal: log, linear"),
         (["runs=[RUN]", "kind=loss"], "kind=loss is not a legal value; legal: position, training"),
@@ -225,7 +227,7 @@ def test_errors_are_one_line(
     named = [arg.replace("RUN", str(run)).replace("OTHER", str(other)) for arg in arguments]
     assert plot.main([*named, f"out={tmp_path / 'x.png'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and says in line and not (tmp_path / "x.png").exists()
+    assert line.startswith("error: ") and says.replace("RUN", str(run)) in line and not (tmp_path / "x.png").exists()
 
 
 def accuracies(
@@ -271,6 +273,8 @@ def test_accuracies_of_runs_are_curves_by_length_and_a_sentence(
     c = make_run(tmp_path / "c", ["data=task", "data/task=repeat"])
     assert plot.main([f"runs=[{c}]", "kind=accuracy"]) == 2
     assert f"make them with: python -m eval.accuracy run={c}" in capsys.readouterr().err
+    assert plot.main([f"runs=[{c}]"]) == 2
+    assert f"{c} was trained on a generated task; plot its accuracy with kind=accuracy" in capsys.readouterr().err
 
 
 def test_a_curve_of_accuracies_is_of_one_checkpoint(tmp_path: Path, drawn: list[Any]) -> None:

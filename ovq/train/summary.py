@@ -70,8 +70,13 @@ def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:
     lines += [f"    {path}" for path in sorted((run_dir / "plots").glob("*.png"))]
     if not summary["stopped_by"]:
         lines.append("next:")
-        if cfg.data.kind != "task":  # loss by position is not defined for a task
-            longer = f"{shlex.quote(f'run={run_dir}')} context={4 * cfg.eval.context}"
-            lines.append(f"  python -m eval.per_position {longer}     loss at longer positions")
-        lines.append(f"  python -m eval.plot {shlex.quote(f'runs=[{run_dir}]')}     overlay several runs")
+        run, runs = shlex.quote(f"run={run_dir}"), shlex.quote(f"runs=[{run_dir}]")
+        if cfg.data.kind == "task":  # loss by position is not defined for it
+            lines.append(f"  python -m eval.accuracy {run}     accuracy by length")
+            lines.append(f"  python -m eval.plot {runs} kind=accuracy     then overlay several runs")
+        else:
+            lines.append(
+                f"  python -m eval.per_position {run} context={4 * cfg.eval.context}     loss at longer positions"
+            )
+            lines.append(f"  python -m eval.plot {runs}     overlay several runs")
     return "\n".join(lines)
