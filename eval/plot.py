@@ -334,9 +334,15 @@ class Options:
     split: str | None = setting(None, "split of the evaluations; null: any", choices=("validation", "test"))
 
 
+UNREAD = {"training": ("context", "step", "split"), "accuracy": ("context", "step", "split", "x")}  # kind -> options
+
+
 @command(Options)
 def main(options: Options) -> int:
     """The command line shown in the module docstring."""
+    for name in UNREAD.get(options.kind, ()):
+        if (value := getattr(options, name)) is not None:
+            raise ConfigError(f"{name}={value} has no effect with kind={options.kind}; leave it out")
     run_dirs, out = [Path(run) for run in expand(options.runs, holding="config.yaml")], Path(options.out)
     if options.kind == "training":
         path = training(run_dirs, out, scale=options.x or "linear")

@@ -215,6 +215,8 @@ def test_run_folder_names_may_contain_commas(tmp_path: Path, monkeypatch: pytest
         (["runs=[RUN,OTHER]"], "no such evaluation at a context that all runs share"),
         (["runs=[RUN]", "x=cubic"], "x=cubic is not a legal value; legal: log, linear"),
         (["runs=[RUN]", "kind=loss"], "kind=loss is not a legal value; legal: position, training"),
+        (["runs=[RUN]", "kind=training", "step=10"], "step=10 has no effect with kind=training; leave it out"),
+        (["runs=[RUN]", "kind=accuracy", "x=linear"], "x=linear has no effect with kind=accuracy; leave it out"),
         (["runs=[RUN]", "contxt=5"], "there is no option 'contxt'; did you mean context? legal:"),
         (["runs=[RUN]", "kind=training"], "has no training loss yet"),
     ],
