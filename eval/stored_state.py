@@ -6,7 +6,7 @@
 After every chunk the dictionary is stored and read back, as a smaller state would be; the computation within a chunk is
 unchanged. Formats: key and value sums in float32 (what the operator keeps); sums, or means, in bf16, rounded to nearest
 or stochastically (so that small additions are kept on average instead of always being lost); means as 8-bit integers
-with a scale for each centroid. Counts are float32. Prints a table and writes stored_state.csv to `out`.
+with a scale for each centroid. Counts are float32. Prints a table and adds its rows to stored_state.csv in `out`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from torch import Tensor
 from data.build import build_task, is_task
 from eval.answers import test
 from eval.per_position import check_capacity
+from eval.run_table import Row
 from ovq.cli import command
-from ovq.errors import ConfigError
-from ovq.files import write_whole
+from ovq.errors import ConfigError, one_line
+from ovq.files import check_writable, write_whole
 from ovq.inference.run import RunOptions
 from ovq.mixers.base import other_capacity
 from ovq.mixers.ovq import OVQ
 from ovq.ops.ovq_attention import OVQState
 from ovq.schema import setting
 
+COLUMNS = ["run", "format", "num_centroids", "length", "accuracy", "answers", "bytes_of_a_centroid", "dictionary_bytes"]
 Stored = Callable[[Tensor, Tensor], Tensor]  # sums [B, G, N, D] and counts [B, G, N] -> the sums as read back
 
 
@@ -115,7 +117,16 @@ class Options(RunOptions):
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    run = options.open(["trainer.precision=fp32", *overrides])
+    path = Path(options.out or options.run) / "stored_state.csv"
+    run = options.open(["trainer.precision=fp32", *overrides], writes=not options.out)
+    if options.out:
+        try:
+            check_writable(path.parent)  # before the work
+        except OSError as error:
+            raise ConfigError(
+                f"out={options.out} cannot be written to ({one_line(error)}); name another folder"
+            ) from None
+    before = read(path)
     layers = [mixer for mixer in run.model.mixers() if isinstance(mixer, OVQ)]
     if not is_task(run.cfg) or not layers:
         raise ConfigError(f"{options.run} must be a run with OVQ layers that was trained on a generated task")
@@ -139,14 +150,34 @@ def main(options: Options, overrides: list[str]) -> int:
                 row["dictionary_bytes"] = held * layers[0].spec.num_centroids * shape.num_kv_heads * len(layers)
                 rows.append(row)
                 print(f"{length:>7} tokens  {name:<22} {held:>4} bytes a centroid  {right / answers:7.2%}", flush=True)
+    fresh = {key_of(row) for row in rows}
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    path = Path(options.out or options.run) / "stored_state.csv"
+    writer.writerows([*(row for row in before if key_of(row) not in fresh), *rows])
     write_whole(path, text.getvalue())
     print(path)
     return 0
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """What identifies a row: a test that is repeated replaces its own."""
+    return tuple(str(row[name]) for name in ("run", "format", "num_centroids", "length"))
+
+
+def read(path: Path) -> list[Row]:
+    """The rows in a file; none if there is no file.
+
+    Raises:
+        ConfigError: the file contains something else.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", errors="replace") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise ConfigError(f"{path} is not a table of this command; move it away, or name another folder: out=DIR")
+        return list(reader)
 
 
 if __name__ == "__main__":

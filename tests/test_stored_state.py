@@ -53,7 +53,9 @@ def test_only_dictionaries_are_changed() -> None:
     assert changed[1].position == 9
 
 
-def test_the_command_tests_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tests_every_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_folder(tmp_path, "sw_ovq", ["data=recall", "data.task.key_vocab=244", "data.task.value_vocab=12"])
     assert stored_state.main([f"run={run}", "lengths=[24,60]", "answers=40", "num_centroids=5"]) == 0
     rows = list(csv.DictReader((run / "stored_state.csv").open()))
@@ -64,7 +66,14 @@ def test_the_command_tests_every_format(tmp_path: Path, capsys: pytest.CaptureFi
     got = next(row for row in rows if (row["format"], row["length"]) == ("sums_float32", "60"))
     assert float(got["accuracy"]) == pytest.approx(want, abs=1e-6), "in pieces of a chunk, stored as it is"
     assert int(got["dictionary_bytes"]) == 5 * 2 * int(got["bytes_of_a_centroid"])  # two key/value heads, one layer
+    assert stored_state.main([f"run={run}", "lengths=[60]", "answers=40", "formats=[means_int8]"]) == 0
+    more = list(csv.DictReader((run / "stored_state.csv").open()))
+    assert more[:-1] == rows and more[-1]["num_centroids"] != "5", "what was measured before is kept"
     capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(stored_state, "test", lambda *_, **__: pytest.fail("measured before looking at out"))
+        assert stored_state.main([f"run={run}", "out=/proc/nope"]) == 2
+        assert "out=/proc/nope cannot be written to" in (said := capsys.readouterr().err) and said.count("\n") == 1
     other = run_folder(tmp_path / "other", "sw", ["data=recall", "data.task.key_vocab=244", "data.task.value_vocab=12"])
     assert stored_state.main([f"run={other}"]) == 2
     assert "must be a run with OVQ layers" in capsys.readouterr().err
