@@ -35,6 +35,7 @@ def setting(
     writes: str | None = None,
     paths: bool = False,
     empty: bool = False,
+    text: bool = False,
 ) -> Any:
     """A dataclass field with help and legal values; a list or dictionary default is copied for each instance.
 
@@ -49,12 +50,12 @@ def setting(
         empty: whether a list may be empty; one that is empty by default always may.
         writes: "file" or "folder", if one is written at the path: an existing path of the other kind is refused.
         paths: the value is a path, or a list of paths, which on a command line may contain commas; `~` is expanded.
+        text: a list of free texts: on a command line, one that is not in brackets is kept with its spaces.
     """
     limits: dict[str, Any] = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     limits |= {"choices": choices, "length": length, "endings": endings, "writes": writes}
     metadata = {"help": help, **{name: limit for name, limit in limits.items() if limit is not None}}
-    if empty:
-        metadata["empty"] = True
+    metadata |= {name: True for name, given in (("empty", empty), ("text", text)) if given}
     if paths or writes:
         metadata["paths"] = True
     if isinstance(default, (list, dict)):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def read(item: dataclasses.Field[Any], name: str, text: str) -> Any:
 def scalar(kind: str, text: str) -> Any:
     """Text as a "str", "int", "float" or "bool"; None if it is not one."""
     if kind == "str":
-        return unquoted(text)
+        return unquoted(text.strip())
     if kind == "bool":
         return BOOLS.get(text.lower())
     try:
@@ -81,18 +83,26 @@ def whole(text: str) -> int:
 
 
 def unquoted(text: str) -> str:
-    """Text without the quotes around it, if there are any."""
-    text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] in QUOTES and text[-1] == text[0] else text
+    """Text without the quotes around it, if there are any: in '"a" or "b"', the first and the last are no pair."""
+    return text[1:-1] if len(text) > 1 and text[0] in QUOTES and text.find(text[0], 1) == len(text) - 1 else text
+
+
+def bracketed(text: str) -> bool:
+    """Whether the bracket that text begins with is closed at its end, as in '[a,b]', unlike that of '[1] and [2]'."""
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text.strip())  # without the quoted entries
+    depths = list(itertools.accumulate((char == "[") - (char == "]") for char in bare))
+    return min(depths[:-1], default=0) > 0 and depths[-1] == 0
 
 
 def _list(item: dataclasses.Field[Any], name: str, text: str) -> list[Any] | None:
+    if item.metadata.get("text") and not bracketed(text):
+        return [unquoted(text)]
     if text.strip().startswith("[") and not text.strip().endswith("]") and not item.metadata.get("paths"):
         raise ConfigError(f"'{name}={text}' cannot be read; an option is key=value, lists are [a,b]")
     if item.metadata.get("paths"):
         return split_paths(text)
     if kind_of(item) == "list[str]" and not text.strip().startswith("["):
-        return [unquoted(text)]  # one string, whose commas are part of it
+        return [unquoted(text.strip())]  # one string, whose commas are part of it
     entries = [scalar(kind_of(item)[5:-1], entry) for entry in split(text)]
     return None if None in entries else entries
 

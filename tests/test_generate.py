@@ -16,6 +16,7 @@ import torch
 
 import ovq
 from data.tokenizer import ByteTokenizer
+from ovq.cli import parse
 from ovq.errors import ConfigError
 from ovq.export.stored import to_settings
 from ovq.inference import generate
@@ -326,6 +327,25 @@ def test_impossible_requests_are_one_line(
     assert generate.main([f"run={trained}", *arguments]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "prompts"),
+    [
+        ("\n", ["\n"]),
+        (" It was a dark ", [" It was a dark "]),
+        ("' a '", [" a "]),
+        ('"Hello," she said, "yes"', ['"Hello," she said, "yes"']),
+        ("[Intro] text", ["[Intro] text"]),
+        ("[1] and [2]", ["[1] and [2]"]),
+        ("[1, 2", ["[1, 2"]),
+        ("[']', b]", ["]", "b"]),
+        ("[One, 'Two, three',\"\n\"]", ["One", "Two, three", "\n"]),
+    ],
+)
+def test_a_text_is_taken_as_it_is_typed(typed: str, prompts: list[str]) -> None:
+    options = parse(generate.Options, ["run=a", f"prompt={typed}", f"stop={typed}"])
+    assert options.prompt == prompts and options.stop == prompts
 
 
 def test_prompts_are_lines_of_text_or_of_json(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def check_memory(run: Run, context: int, rows: int) -> None:
 
 @dataclass
 class Options(RunOptions):
-    prompt: list[str] | None = setting(None, "a text to continue, or several: [One,Two]")
+    prompt: list[str] | None = setting(None, "a text to continue, or several: [One,Two]", text=True)
     file: str | None = setting(None, "a file with the text to continue", paths=True)
     prompts: str | None = setting(None, "a file of prompts: one a line, or JSON lines (*.jsonl)", paths=True)
     interactive: bool = setting(False, "read prompts from the terminal, one a line, until an empty one")
@@ -279,7 +279,7 @@ class Options(RunOptions):
     min_p: float = setting(0.0, "keep tokens of this share of the largest probability", at_least=0, at_most=1)
     repetition_penalty: float = setting(1.0, "divides the logits of tokens that have occurred; 1: none", above=0)
     seed: int = setting(0, "of the draws", at_least=0)
-    stop: list[str] = setting([], "strings that end a text")
+    stop: list[str] = setting([], "strings that end a text", text=True)
     batch: int = setting(8, "prompts continued together, at most", at_least=1)
     piece: int | None = setting(None, "tokens of a prompt per forward pass", at_least=1)
     num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
