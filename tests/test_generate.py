@@ -125,6 +125,11 @@ def test_draws_follow_the_probabilities_that_the_settings_leave() -> None:
     assert (share(seed=1) != share(seed=2)).any()
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-300, 1e-9])
+def test_a_temperature_however_small_is_that_of_the_largest_logit(temperature: float) -> None:
+    assert Sampling(temperature=temperature).choose(torch.tensor([1.0, 30.0, 29.0, -5.0]), 0, 0) == 1
+
+
 def test_a_penalty_lowers_the_logits_of_tokens_that_have_occurred() -> None:
     logits, seen = torch.tensor([3.0, 2.0, -1.0, -1.5]), torch.tensor([True, False, True, False])
 

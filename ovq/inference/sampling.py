@@ -63,7 +63,8 @@ class Sampling:
             logits_V = torch.where(seen_V, penalised, logits_V)
         if self.temperature == 0:
             return int(logits_V.argmax())
-        p_V = (logits_V.double() / self.temperature).softmax(-1).cpu().numpy()
+        logits_V = logits_V.double()
+        p_V = ((logits_V - logits_V.max()) / self.temperature).softmax(-1).cpu().numpy()  # none overflows to infinity
         order = np.argsort(-p_V, kind="stable")
         sorted_p = p_V[order]
         keep = (sorted_p >= self.min_p * sorted_p[0]) & (np.cumsum(sorted_p) - sorted_p < self.top_p)
