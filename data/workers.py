@@ -139,6 +139,9 @@ class RowWorkers:
                 self._check_alive(doing)
                 if time.monotonic() >= end:
                     raise DataError(self._late(timeout_s, doing())) from None
+            except RuntimeError as error:  # torch's SIGCHLD handler, if a worker dies before `_receive` removes it
+                row = error
+                break
         if isinstance(row, _Failed):
             raise DataError(self._failed(row, doing()))
         if isinstance(row, BaseException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -174,6 +175,25 @@ def test_a_killed_worker_is_one_line_with_its_signal(books: Path, context: int) 
     said = str(error.value)
     assert f"loader worker 0 of 1 on rank 0, process {worker.pid} was killed by SIGKILL, as happens when" in said
     assert "while making row" in said and "\n" not in said
+
+
+def test_a_signal_handler_that_raises_while_a_row_is_awaited_is_one_line(
+    books: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, waits = queue.Queue.get, []
+
+    def interrupted(self: Any, *args: Any, **how: Any) -> Any:
+        waits.append(how)
+        if len(waits) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 3.")
+        return usual(self, *args, **how)
+
+    made = loader(parquet(books))
+    monkeypatch.setattr("data.workers.queue.Queue.get", interrupted)
+    with pytest.raises(
+        DataError, match=r"^loader workers on rank 0 cannot be read: DataLoader worker \(pid 7\) exited"
+    ):
+        next(iter(made))
 
 
 def test_a_worker_that_dies_while_starting_is_one_line(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
