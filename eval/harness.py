@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.build import is_task
+from eval import result_list
 from eval.per_position import check_capacity
 from eval.run_table import changes
 from ovq import peers, processes
@@ -177,22 +178,8 @@ def about(run: Run, options: Options, changed: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The evaluations in a file; none if there is no file.
-
-    Raises:
-        ConfigError: the file contains something else.
-    """
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, list) or not all(isinstance(each["tasks"], dict) for each in content):
-            raise ValueError("not a list of evaluations")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path} holds no results of this command ({one_line(error)}); move it away, or name another: out=FILE"
-        ) from None
-    return content
+    """The evaluations in a file: see `result_list.read`."""
+    return result_list.read(path, "tasks", dict, mend="move it away, or name another: out=FILE")
 
 
 def save(path: Path, evaluation: dict[str, Any], scores: dict[str, Scores]) -> None:

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer
+from eval import result_list
 from eval.heldout import HeldOut
 from eval.per_position import check_capacity
 from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
-from ovq.errors import ConfigError, one_line
+from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.inference.losses import exp, losses_by_position
 from ovq.inference.run import RunOptions
@@ -142,21 +143,8 @@ def path_of(run_dir: Path, split: str) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The results in a file; none if there is no file.
-
-    Raises:
-        ConfigError: the file contains something else.
-    """
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_bytes())
-        results = [content] if isinstance(content, dict) else content  # a file once held a single result
-        if not isinstance(results, list) or not all(isinstance(each["perplexity"], float) for each in results):
-            raise ValueError("not a list of results")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} holds no results of this command ({one_line(error)}); move it away") from None
-    return results
+    """The results in a file: see `result_list.read`."""
+    return result_list.read(path, "perplexity", float, mend="move it away", single=True)
 
 
 def save(run_dir: Path, results: dict[str, Any]) -> Path:
