@@ -67,9 +67,8 @@ def check_continues(stored: dict[str, Any], cfg: Config) -> None:
     """Raise ConfigError if a checkpoint made with the `stored` settings would continue as another run: a branch may
     change only `identity.BRANCHED`. The data are compared by content, when the loader resumes."""
     before, after = (config.flatten(each) for each in (upgrade(stored), cfg))
-    if kinds := [
-        f"{key}: {before.get(key)} -> {after.get(key)}" for key in OPTIMIZER if before.get(key) != after.get(key)
-    ]:
+    optimizers = ({key: each[key] for key in OPTIMIZER if key in each} for each in (before, after))
+    if kinds := identity.differences(*optimizers):
         raise ConfigError(
             f"resume={cfg.resume} holds the state of another optimizer ({'; '.join(kinds)}), which a branch cannot "
             "change; init_from starts a new run with its weights"
