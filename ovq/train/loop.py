@@ -105,6 +105,7 @@ class Trainer:
         self.flops_per_token, self.ema = flops_per_token, ema
         self.sources = list(cfg.data.mixture)  # names of a mixture's data sets; none for other data
         self.counted = (*COUNTED, *(f"tokens/{name}" for name in self.sources))
+        self.step_tokens = cfg.trainer.global_batch * cfg.trainer.context  # over all ranks, with a label or without
         self.step = self.start = 0  # steps done; steps done when this process began
         self.tokens = 0  # labels trained on so far, over all ranks
         self.skipped_in_row, self.stopping = 0, False
@@ -192,7 +193,7 @@ class Trainer:
         if agreed is None:  # told to stop while a rank waited for data: this step is not taken
             self.loader.rewind()
             return
-        valid, tokens, token_hash, counts = agreed
+        valid, token_hash, counts = agreed
 
         length = length_at(step, trainer)
         micro_batches = [batch.cut(length) for batch in micro_batches]
@@ -201,7 +202,7 @@ class Trainer:
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             sync_gradients(self.model, last)
-            losses += self._forward_backward(batch, valid, tokens, report=watched and last)
+            losses += self._forward_backward(batch, valid, report=watched and last)
 
         losses = processes.sum_tensor(losses) / valid
         norm = clip_gradients(self.model, trainer.grad_clip)
@@ -225,7 +226,7 @@ class Trainer:
         self._data_wait += time.perf_counter() - began
         return fetched
 
-    def _forward_backward(self, batch: MicroBatch, valid: int, tokens: int, *, report: bool) -> Tensor:
+    def _forward_backward(self, batch: MicroBatch, valid: int, *, report: bool) -> Tensor:
         """Accumulate the gradient of a micro-batch's share of the step's loss; returns its loss, z and aux sums, then
         the loss of each data set of a mixture [3 + S]."""
         context = self.world.context
@@ -241,7 +242,7 @@ class Trainer:
         by_source = loss_by_source(out.loss, batch.sources, self.sources)
         out.loss = out.loss.sum()
         if out.aux_loss is not None:  # a mean over all tokens, not over those with a label
-            out.aux_loss = out.aux_loss * (valid / tokens)
+            out.aux_loss = out.aux_loss * (valid / self.step_tokens)
         parts = [part for part in (out.loss, out.z_loss, out.aux_loss) if part is not None and part.requires_grad]
         (torch.stack([part.float() for part in parts]).sum() / valid).backward()
         self.model.collect_health(False)  # not earlier: activation checkpointing repeats the forward pass in backward
@@ -249,9 +250,8 @@ class Trainer:
         sums = [zero if p is None else p.detach().float() for p in (out.loss, out.z_loss, out.aux_loss)]
         return torch.stack([*sums, *by_source])
 
-    def _agree_on_data(self, micro_batches: list[MicroBatch]) -> tuple[int, int, str, dict[str, int]] | None:
-        """Numbers of labels and of tokens, token hash and counts of the step over all ranks; None if a rank lacks a
-        micro-batch.
+    def _agree_on_data(self, micro_batches: list[MicroBatch]) -> tuple[int, str, dict[str, int]] | None:
+        """Number of labels, token hash and counts of the step over all ranks; None if a rank lacks a micro-batch.
 
         Computed on the CPU, without synchronising with the device.
         """
@@ -260,12 +260,11 @@ class Trainer:
         digest = sum(batch.token_hash() for batch in own) % (1 << 64)
         counts = [sum(batch.counts.get(name, 0) for batch in own) for name in self.counted]
         missing = self.loader.micro_batches_per_step - len(micro_batches)
-        tokens = sum(batch.targets.numel() for batch in own)
-        *total, missing = processes.sum_integers([valid, tokens, digest >> 32, digest & 0xFFFFFFFF, *counts, missing])
+        *total, missing = processes.sum_integers([valid, digest >> 32, digest & 0xFFFFFFFF, *counts, missing])
         if missing:
             return None
-        combined = ((total[2] << 32) + total[3]) % (1 << 64)
-        return max(1, total[0]), max(1, total[1]), f"{combined:016x}", dict(zip(self.counted, total[4:]))
+        combined = ((total[1] << 32) + total[2]) % (1 << 64)
+        return max(1, total[0]), f"{combined:016x}", dict(zip(self.counted, total[3:]))
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -275,12 +274,12 @@ class Trainer:
             return
         records, self.pending = self.pending, []
         fetched = torch.stack([record.results for record in records]).tolist()  # the host waits for the device here
-        each = self.cfg.trainer.global_batch * self.cfg.trainer.context  # tokens per step
-        tokens = len(records) * each
+        tokens = len(records) * self.step_tokens
         elapsed = max(1e-9, time.perf_counter() - self._window)
         speed = {"tokens_per_s": round(tokens / elapsed, 1), "data_wait": round(self._data_wait / elapsed, 4)}
         if self.peak[0] and self.flops_per_token:
-            flops = sum(each * self.flops_per_token(length_at(record.step, self.cfg.trainer)) for record in records)
+            each = (self.flops_per_token(length_at(record.step, self.cfg.trainer)) for record in records)
+            flops = self.step_tokens * sum(each)
             achieved = flops / elapsed / self.world.size
             share, self.peak = share_of_peak(achieved, self.peak, self.world.device, self.world.precision)
             speed |= {} if share is None else {"mfu": round(share, 4)}
