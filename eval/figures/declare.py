@@ -167,15 +167,19 @@ def models(*names: str) -> tuple[Model, ...]:
     return tuple(Model(name) for name in names)
 
 
+LARGER = "sw_ovq_2048"  # sw_ovq trained with four times as many centroids; only on text at CPU scale
+
+
 def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
     """The same, for text. At CPU scale the window of every model's first layer is short, sw's second layer has a wider
     one, and std_att is trained to copy for three times as many steps, which it needs (docs/results/fig6/copying.json).
     """
     if scale != "cpu":
-        return models(*names)
+        return models(*(name for name in names if name != LARGER))
     special = {
         "sw": Model("sw", ("model=sw", "model.pattern=[sliding_window,wide_window]")),
         "std_att": Model("std_att", first=("trainer.steps=1440", "data.task.short_steps=900")),
+        LARGER: Model(LARGER, ("model=sw_ovq", "model.mixers.ovq.num_centroids=2048")),
     }
     return tuple(special.get(name, Model(name)) for name in names)
 

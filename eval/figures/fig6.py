@@ -27,20 +27,21 @@ from typing import Any
 
 from eval import style
 from eval.figures import panels
-from eval.figures.declare import PG19, Figure, Options, Panel, Point, Test, capacities, models_on_text
+from eval.figures.declare import LARGER, PG19, Figure, Options, Panel, Point, Test, capacities, models_on_text
 from eval.figures.make import make
 from eval.paired import Losses, Mean, means_in, paired
 from ovq.cli import command
 from ovq.config import Config
 from ovq.schema import setting
 
-MODELS = ("std_att", "sw_nope", "sw", "sw_ovq", "sw_vq", "sw_gdn")
+MODELS = ("std_att", "sw_nope", "sw", "sw_ovq", LARGER, "sw_vq", "sw_gdn")
 CURVES = "Lines are means over documents and seeds; bands are one standard error over documents."
 SMALL = (
     "Every model's first layer sees 4 tokens, and every run starts from weights trained to copy random tokens: "
     "without both, models of this size gained nothing from what lies beyond a window. Both choices were made with "
     "sw_nope and sw on validation documents.",
 )
+ABOUT = {LARGER: (f"`{LARGER}` is `sw_ovq` trained with N = 2,048 centroids instead of 512.",)}
 SHOWN_FROM = 64  # tokens; earlier losses are those of title pages
 BASE = "sw"  # the model that the others are compared with
 FULL = "sw_nope"  # whose gain from context is 100%
@@ -79,6 +80,7 @@ def figure(options: Figure6Options) -> Figure:
         ),
         draw=draw,
         findings=findings,
+        about=ABOUT,
         curves=CURVES,
     )
 

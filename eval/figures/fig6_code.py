@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 
 from eval.figures.declare import CODE, Figure, Panel, models_on_text
-from eval.figures.fig6 import CURVES, MODELS, SMALL, Figure6Options, draw, findings, tests_of
+from eval.figures.fig6 import ABOUT, CURVES, MODELS, SMALL, Figure6Options, draw, findings, tests_of
 from eval.figures.make import make
 from ovq.cli import command
 
@@ -31,6 +31,7 @@ def figure(options: Figure6Options) -> Figure:
         ),
         draw=draw,
         findings=findings,
+        about=ABOUT,
         curves=CURVES,
     )
 
