@@ -4,8 +4,10 @@
                                      when any rank of the job is slow
 
 SIGQUIT to a rank of a job appends the stacks of all its threads and does nothing else, whatever the rank is doing: the
-handler does not need the interpreter. A rank that has lost another writes its own stacks and requests those of the lost
-ranks on its machine. A stopped process cannot answer; its file then says that it is stopped.
+handler does not need the interpreter. It therefore reads the frames of other threads without the GIL, and may rarely
+crash a process while one of these runs Python code: send it to a rank that no longer answers. A rank that has lost
+another writes its own stacks and requests those of the lost ranks on its machine. A stopped process cannot answer; its
+file then says that it is stopped.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import faulthandler
 import os
 import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Collection
@@ -77,7 +80,10 @@ def write_after(seconds: float) -> Path | None:
     """
     if _register is None:
         return None
-    faulthandler.dump_traceback_later(seconds, file=_register.file)
+    # not dump_traceback_later, which does not hold the GIL and so can read a frame while it changes: that killed ranks
+    timer = threading.Timer(seconds, faulthandler.dump_traceback, (_register.file,), {"all_threads": True})
+    timer.daemon = True
+    timer.start()
     return _register.folder
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ovq import processes
+from ovq.compose import CONFIG_DIR
 from ovq.processes import World
 from ovq.train import slow_ranks
 from ovq.train.slow_ranks import Pace, slow
@@ -50,6 +53,32 @@ def test_a_slow_rank_is_named_with_the_stacks_of_all(tmp_path: Path) -> None:
     )
     for rank in range(2):
         assert "most recent call first" in (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
+
+
+BUSY = """
+import sys, time
+from pathlib import Path
+from ovq import stacks
+
+folder = Path(sys.argv[1])
+file = stacks.path_of(folder, 0).open("a")
+stacks._register = stacks.Register(folder, 0, [], file)
+end, asked = time.monotonic() + 4, 0
+while time.monotonic() < end:
+    stacks.write_after(0.0005)
+    asked += 1
+    for number in range(30):  # new code objects each time: what a frame refers to may be freed while it is read
+        name = f"name_{number}_" * 20
+        exec(compile(f"def {name}(n):\\n return n and 1 + {name}(n - 1)\\n{name}(300)", "f" * 500, "exec"), {})
+    file.truncate(0)
+print(asked)
+"""
+
+
+def test_writing_stacks_does_not_crash_a_rank_that_is_running(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", BUSY, str(tmp_path)], cwd=CONFIG_DIR.parent, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
 
 
 def test_a_slow_rank_is_named_once_until_it_is_as_fast_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
