@@ -224,13 +224,20 @@ def describe_dataset(data: SourceConfig, split: str) -> dict[str, Any]:
 
 
 def _saved(found: Any, name: str, setting: str) -> Any:
-    """A split of what `save_to_disk` wrote: a `DatasetDict`, or one `Dataset`, which is called train."""
+    """A split, or slices, of what `save_to_disk` wrote: a `DatasetDict`, or one `Dataset`, which is called train."""
     import datasets
 
     splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
-    if name not in splits:
-        raise ConfigError(f"{setting}: there is no split {name}; legal: {', '.join(splits)}")
-    return splits[name]
+    if name in splits:
+        return splits[name]
+    try:
+        slices = datasets.ReadInstruction.from_spec(name).to_absolute({key: len(part) for key, part in splits.items()})
+    except ValueError as error:
+        if str(error).startswith("Unknown split"):
+            raise ConfigError(f"{setting}: there is no split {name}; legal: {', '.join(splits)}") from None
+        raise ConfigError(f"{setting}: {one_line(error)}") from None
+    rows = [splits[part.splitname].select(range(part.from_, part.to)) for part in slices]
+    return datasets.concatenate_datasets(rows) if len(rows) > 1 else rows[0]
 
 
 def _explain(error: Exception, data: SourceConfig, name: str, setting: str) -> str:

@@ -96,6 +96,16 @@ def test_splits_slices_titles_and_held_out_documents(books: Path) -> None:
     assert [d.text for d in documents] == DOCUMENTS[3:6] and [d.title for d in documents] == [
         f"book {i}" for i in (3, 4, 5)
     ]
+    for folder, spec, wanted in (
+        ("one", "train[3:6]", DOCUMENTS[3:6]),
+        ("several", "train[-2:]", DOCUMENTS[-2:]),
+        ("several", "train[:2]+held", [*DOCUMENTS[:2], *DOCUMENTS[:3]]),
+    ):
+        saved = of(books / folder)
+        saved.data.train = [spec]
+        corpus = build_corpus(saved, "train")
+        assert [corpus.read(i).text for i in range(len(corpus))] == wanted
+        assert corpus.sizes().tolist() == [len(text) for text in wanted]
     held = of(books / "json", "data.validation=[validation]")
     check_held_out(held)
     given = list(heldout_documents(held, build_tokenizer(held), split="validation", min_tokens=1))
@@ -107,6 +117,11 @@ def test_splits_slices_titles_and_held_out_documents(books: Path) -> None:
 
 def test_a_mistyped_split_is_found_before_the_first_step(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = of(books / "several", "data.validation=[hedl]")
+    saved = of(books / "several")
+    for spec, problem in (("hedl[:2]", "there is no split hedl.*; legal: train, held"), ("train[:x]", "Unrecognized")):
+        saved.data.train = [spec]
+        with pytest.raises(ConfigError, match=f"^data.train: {problem}"):
+            build_corpus(saved, "train")
     with pytest.raises(ConfigError, match="^data.validation: there is no split hedl; legal: train, held"):
         preflight.check_held_out(cfg, build_tokenizer(cfg))
     cfg.data.validation = ["held"]
