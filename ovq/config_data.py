@@ -16,8 +16,13 @@ FROM_FILES = ("parquet", "jsonl", "text")  # kinds whose splits are the files th
 NAMED_SPLITS = (*FROM_FILES, "datasets")  # kinds that have the splits which data.train etc. name, and no others
 KINDS = ("builtin", *FROM_FILES, "datasets", "memmap", "task", "mixture")
 
-# Ignored by the built-in corpus, and by a mixture, whose data sets have their own.
-IGNORED = ("train", "validation", "test", "path", "config_name", "data_files", "text_field", "title_field", "revision")
+# The settings that say where text comes from, and the kinds of data that use them; the others ignore them.
+SOURCES = {
+    **dict.fromkeys(("train", "validation", "test"), (*NAMED_SPLITS, "memmap")),
+    **dict.fromkeys(("text_field", "title_field"), ("parquet", "jsonl", "datasets")),
+    "revision": NAMED_SPLITS,
+    **dict.fromkeys(("path", "config_name", "data_files"), ("datasets",)),
+}
 
 
 @dataclass
@@ -103,15 +108,15 @@ def check_data(data: DataConfig) -> None:
 
 def check_used(data: DataConfig) -> None:
     """Raise ConfigError if a command sets what its kind of data ignores. A stored config may hold such a setting."""
-    if data.kind not in ("builtin", "mixture"):
-        return
-    defaults = DataConfig()
-    for key in IGNORED:
-        if getattr(data, key) != getattr(defaults, key):
-            mend = "leave it out, or choose what your data are, as in data=jsonl"
-            if data.kind == "mixture":
-                mend = f"set it for one of its data sets: data.mixture.NAME.{key}"
-            raise ConfigError(f"data.{key} is ignored with data.kind={data.kind}; {mend}")
+    sources = {f"data.mixture.{name}": source for name, source in mixture_sources(data).items()}
+    for where, source in ({"data": data} | sources).items():
+        defaults = SourceConfig()
+        for key, kinds in SOURCES.items():
+            if source.kind not in kinds and getattr(source, key) != getattr(defaults, key):
+                mend = f"leave it out, or choose data of a kind that uses it: {', '.join(kinds)}"
+                if source.kind == "mixture":
+                    mend = f"set it for one of its data sets: data.mixture.NAME.{key}"
+                raise ConfigError(f"{where}.{key} is ignored with {where}.kind={source.kind}; {mend}")
 
 
 def _check_source(source: SourceConfig, where: str) -> None:

@@ -54,14 +54,18 @@ WRONG = {
     "data.train=null": "data.train=null: a list is expected, as in data.train=[a,b]",
     "data.words={train:abc}": "data.words={train:abc}: Value 'abc' of type 'str' could not be converted to Integer",
     "logger.project=${oc.env:OVQ_UNSET}": "logger.project: the environment variable OVQ_UNSET is not set; set it, or",
-    "data.train=[a.txt]": "data.train is ignored with data.kind=builtin; leave it out, or choose what your data are",
+    "data.train=[a.txt]": "data.train is ignored with data.kind=builtin; leave it out, or choose data of a kind that",
+    "data=recall data.validation=[a.txt]": "data.validation is ignored with data.kind=task; leave it out",
+    "data=memmap data.train=[a] data.title_field=title": "data.title_field is ignored with data.kind=memmap; leave it",
+    "data=jsonl data.train=[a] data.path=b": "a kind that uses it: datasets",
+    "data=mixture data.mixture={books:{data:text,train:[a],text_field:body}}": "data.mixture.books.text_field is ign",
     "+trainer.steps=3": "+trainer.steps=3: the setting exists already; leave the + out",
 }
 
 
 @pytest.mark.parametrize("override", WRONG)
 def test_a_wrong_setting_is_one_line_with_what_to_write(override: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main([override]) == 2
+    assert train.main(override.split()) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and WRONG[override] in said and said.count("\n") == 1
 
