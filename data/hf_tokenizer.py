@@ -58,8 +58,8 @@ class HFTokenizer(TableTokenizer):
         spec = parse(model, origin)
         try:
             decoders = _parts(spec.get("decoder"))
-            lossy = sorted({part["type"] for part in decoders if not _restores(part)})
             _keep_text(spec)
+            lossy = sorted({part["type"] for part in decoders if not _restores(part)} | _removed(spec, decoders))
             self._processor = Processor.from_str(json.dumps(spec))
         except Exception as error:  # the package raises a bare Exception
             raise ConfigError(f"tokenizer.model_path={origin} is not a tokenizer.json: {one_line(error)}") from None
@@ -236,6 +236,16 @@ def _parts(part: Spec | None) -> list[Spec]:
 def _restores(decoder: Spec) -> bool:
     """Whether this part of a decoder maps every piece to fixed bytes."""
     return decoder["type"] in _RESTORED and "Regex" not in decoder.get("pattern", {})
+
+
+def _removed(spec: Spec, decoders: list[Spec]) -> set[str]:
+    """The kinds of normalizers and pre-tokenizers that leave out or replace text which no decoder restores."""
+    restored = {(part["content"], part["pattern"].get("String")) for part in decoders if part["type"] == "Replace"}
+    replaced = [part for part in _parts(spec.get("normalizer")) if part["type"] == "Replace"]
+    split = [part for part in _parts(spec.get("pre_tokenizer")) if not part.get("invert")]  # inverted: matches are kept
+    return {part["type"] for part in replaced if (part["pattern"].get("String"), part["content"]) not in restored} | {
+        part["type"] for part in split if part.get("behavior") == "Removed" or part["type"] == "CharDelimiterSplit"
+    }
 
 
 def _keep_text(spec: Spec) -> None:

@@ -357,6 +357,23 @@ def no_special(spec: dict[str, Any]) -> dict[str, Any]:
     return spec | {"added_tokens": []}
 
 
+REPLACE = {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}  # as in ALBERT's
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+SPLIT = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"String": "~"}, "behavior": "Removed", "invert": False},
+        BYTES,
+    ],
+}
+
+
+def test_a_split_whose_matches_are_all_that_is_kept_is_accepted() -> None:
+    words = {"type": "Split", "pattern": {"Regex": r"\w+|\W+"}, "behavior": "Removed", "invert": True}
+    tokenizer = hf(byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": [words, BYTES]}), "<|endoftext|>")
+    assert tokenizer.decode(tokenizer.encode("a ~b``\n")) == "a ~b``\n"
+
+
 @pytest.mark.parametrize(
     "change,words",
     [
@@ -369,9 +386,11 @@ def no_special(spec: dict[str, Any]) -> dict[str, Any]:
         (lambda p: write_hf(p, llama(normalizer={"type": "Lowercase"})), "changes text"),
         (
             lambda p: write_hf(p, llama(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})),
-            r"restore text exactly \(WordPi",
+            r"restore text exactly \(Replace, WordPi",
         ),
-        (lambda p: write_hf(p, llama(decoder={"type": "Fuse"})), "has no byte fallback"),
+        (lambda p: write_hf(p, llama(normalizer=None, decoder={"type": "Fuse"})), "has no byte fallback"),
+        (lambda p: write_hf(p, byte_level(normalizer=REPLACE)), r"cannot restore text exactly \(Replace\)"),
+        (lambda p: write_hf(p, byte_level(pre_tokenizer=SPLIT)), r"cannot restore text exactly \(Split\)"),
         (lambda p: write_hf(p, no_special(llama())), "set tokenizer.separator, to one of: none"),
         (lambda p: write_hf(p, llama(), eos_token="<eos>"), "separator=<eos> is not a token of .*: <unk>, <s>, </s>"),
     ],
