@@ -198,7 +198,7 @@ def test_a_signal_handler_that_raises_while_a_row_is_awaited_is_one_line(
 
 def test_a_worker_that_dies_while_starting_is_one_line(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.workers.die_with_parent", lambda: os._exit(3))
-    with pytest.raises(DataError, match=r"^loader workers on rank 0 cannot be read: .* exited unexpectedly$"):
+    with pytest.raises(DataError, match=r"^loader workers on rank 0 cannot be read: .* exited unexpectedly"):
         next(iter(loader(parquet(books))))
     assert not workers()
 

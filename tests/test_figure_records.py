@@ -103,13 +103,15 @@ def test_a_record_of_other_text_or_settings_counts_for_nothing(
 def test_a_record_is_found_under_another_name_and_path_of_the_same_text(
     tmp_path: Path, trained: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = run_in(tmp_path, Known("a", at_128=0.5), "data.train=[here]")
+    run = run_in(tmp_path, Known("a", at_128=0.5))
+    run.cfg.data.train = ["here"]
     train(run, 1.0)
     run.write_record([SHORT])
     monkeypatch.setattr(runs, "read_finished", lambda run_dir: None)
 
     def elsewhere(fingerprint: str, *settings: str) -> list[float]:
-        other = run_in(tmp_path, Known(fingerprint), "data.train=[there]", *settings)
+        other = run_in(tmp_path, Known(fingerprint), *settings)
+        other.cfg.data.train = ["there"]
         other.job.run_dir = tmp_path / "another"
         return [value.value for value in other.values(SHORT)]
 
@@ -124,7 +126,8 @@ def test_a_run_folder_of_other_text_is_refused(tmp_path: Path, trained: None) ->
 
     run = run_in(tmp_path, Text("", at_128=0.5))
     assert run.values(SHORT)
-    run.job.cfg = compose(["experiment=recall", "tokenizer=byte", "data.test=[other]"])
+    run.job.cfg = compose(["experiment=recall", "tokenizer=byte"])
+    run.job.cfg.data.test = ["other"]
     with pytest.raises(ConfigError, match=r"was made with other text \(test\); remove it, or use another runs_root"):
         run.values(SHORT)
 

@@ -99,6 +99,7 @@ def test_mfu_counts_the_work_of_the_length_in_use(tmp_path: Path) -> None:
     trainer.flops_per_token = lambda length: flops_per_token(trainer.model, length)
     trainer.peak = (1e10, "stated")  # more than a fast machine reaches
     batches = iter(trainer.loader)
+    trainer._restart_window()  # as `fit` does
     for _ in range(6):
         trainer.train_step(batches)
         if trainer.step % 2 == 0:
