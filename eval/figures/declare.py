@@ -168,6 +168,7 @@ def models(*names: str) -> tuple[Model, ...]:
 
 
 LARGER = "sw_ovq_2048"  # sw_ovq trained with four times as many centroids; only on text at CPU scale
+RECENT = "sw_fifo_128"  # sw_fifo with a quarter of the entries; likewise
 
 
 def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
@@ -175,11 +176,12 @@ def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
     one, and std_att is trained to copy for three times as many steps, which it needs (docs/results/fig6/copying.json).
     """
     if scale != "cpu":
-        return models(*(name for name in names if name != LARGER))
+        return models(*(name for name in names if name not in (LARGER, RECENT)))
     special = {
         "sw": Model("sw", ("model=sw", "model.pattern=[sliding_window,wide_window]")),
         "std_att": Model("std_att", first=("trainer.steps=1440", "data.task.short_steps=900")),
         LARGER: Model(LARGER, ("model=sw_ovq", "model.mixers.ovq.num_centroids=2048")),
+        RECENT: Model(RECENT, ("model=sw_fifo", "model.mixers.fifo.capacity=128")),
     }
     return tuple(special.get(name, Model(name)) for name in names)
 

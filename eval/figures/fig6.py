@@ -27,21 +27,38 @@ from typing import Any
 
 from eval import style
 from eval.figures import panels
-from eval.figures.declare import LARGER, PG19, Figure, Options, Panel, Point, Test, capacities, models_on_text
+from eval.figures.declare import (
+    LARGER,
+    PG19,
+    RECENT,
+    Figure,
+    Options,
+    Panel,
+    Point,
+    Test,
+    capacities,
+    models_on_text,
+)
 from eval.figures.make import make
 from eval.paired import Losses, Mean, means_in, paired
 from ovq.cli import command
 from ovq.config import Config
 from ovq.schema import setting
 
-MODELS = ("std_att", "sw_nope", "sw", "sw_ovq", LARGER, "sw_vq", "sw_gdn")
+MODELS = ("std_att", "sw_nope", "sw", RECENT, "sw_ovq", LARGER, "sw_vq", "sw_gdn")
 CURVES = "Lines are means over documents and seeds; bands are one standard error over documents."
 SMALL = (
     "Every model's first layer sees 4 tokens, and every run starts from weights trained to copy random tokens: "
     "without both, models of this size gained nothing from what lies beyond a window. Both choices were made with "
     "sw_nope and sw on validation documents.",
 )
-ABOUT = {LARGER: (f"`{LARGER}` is `sw_ovq` trained with N = 2,048 centroids instead of 512.",)}
+ABOUT = {
+    LARGER: (f"`{LARGER}` is `sw_ovq` trained with N = 2,048 centroids instead of 512.",),
+    RECENT: (
+        f"`{RECENT}` sees the last 128 to 255 tokens, without positions, as full attention and OVQ have none either; "
+        "`sw`'s window of 128 has rotary positions, so that what it differs in is not reach alone.",
+    ),
+}
 SHOWN_FROM = 64  # tokens; earlier losses are those of title pages
 BASE = "sw"  # the model that the others are compared with
 FULL = "sw_nope"  # whose gain from context is 100%
@@ -88,7 +105,8 @@ def figure(options: Figure6Options) -> Figure:
 def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Test]]:
     def tests(cfg: Config, own: int | None) -> list[Test]:
         short = Test(options.length, options.documents, None, WITHHELD, (f"eval.restart={options.restart}",))
-        return [*(Test(options.length, options.documents, capacity) for capacity in capacities(options, own)), short]
+        sizes = [None] if cfg.model.name == "sw_fifo" else capacities(options, own)  # there it is the window's length
+        return [*(Test(options.length, options.documents, size) for size in sizes), short]
 
     return tests
 
