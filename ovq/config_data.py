@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,12 +16,14 @@ FROM_FILES = ("parquet", "jsonl", "text")  # kinds whose splits are the files th
 NAMED_SPLITS = (*FROM_FILES, "datasets")  # kinds that have the splits which data.train etc. name, and no others
 KINDS = ("builtin", *FROM_FILES, "datasets", "memmap", "task", "mixture")
 
-# The settings that say where text comes from, and the kinds of data that use them; the others ignore them.
-SOURCES = {
+# The kinds of data that use a setting; all kinds use those that are not listed.
+USED_BY = {
     **dict.fromkeys(("train", "validation", "test"), (*NAMED_SPLITS, "memmap")),
     **dict.fromkeys(("text_field", "title_field"), ("parquet", "jsonl", "datasets")),
     "revision": NAMED_SPLITS,
     **dict.fromkeys(("path", "config_name", "data_files"), ("datasets",)),
+    **dict.fromkeys(("packing", "isolate_documents", "shuffle"), tuple(kind for kind in KINDS if kind != "task")),
+    "task": ("task",),
 }
 
 
@@ -106,17 +108,28 @@ def check_data(data: DataConfig) -> None:
         _check_source(source, where)
 
 
-def check_used(data: DataConfig) -> None:
-    """Raise ConfigError if a command sets what its kind of data ignores. A stored config may hold such a setting."""
-    sources = {f"data.mixture.{name}": source for name, source in mixture_sources(data).items()}
-    for where, source in ({"data": data} | sources).items():
-        defaults = SourceConfig()
-        for key, kinds in SOURCES.items():
-            if source.kind not in kinds and getattr(source, key) != getattr(defaults, key):
-                mend = f"leave it out, or choose data of a kind that uses it: {', '.join(kinds)}"
-                if source.kind == "mixture":
+def check_used(data: DataConfig, typed: Collection[str] | None = None) -> None:
+    """Raise ConfigError if a command sets what its kind of data ignores. A stored config may hold such a setting.
+
+    Args:
+        typed: full names of the settings to check; None: all.
+    """
+    places: dict[str, SourceConfig] = {"data": data}
+    places |= {f"data.mixture.{name}": source for name, source in mixture_sources(data).items()}
+    for where, source in places.items():
+        defaults = DataConfig() if where == "data" else SourceConfig()
+        for key, kinds in USED_BY.items():
+            name = f"{where}.{key}"
+            if source.kind in kinds or not hasattr(defaults, key) or (typed is not None and name not in typed):
+                continue
+            if getattr(source, key) != getattr(defaults, key):
+                mend = (
+                    "leave it out (or null, if an option of configs/data sets it), or choose data of a kind that uses"
+                )
+                mend = f"{mend} it: {', '.join(kinds)}"
+                if source.kind == "mixture" and hasattr(SourceConfig(), key):
                     mend = f"set it for one of its data sets: data.mixture.NAME.{key}"
-                raise ConfigError(f"{where}.{key} is ignored with {where}.kind={source.kind}; {mend}")
+                raise ConfigError(f"{name} is ignored with {where}.kind={source.kind}; {mend}")
 
 
 def _check_source(source: SourceConfig, where: str) -> None:

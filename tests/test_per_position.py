@@ -605,12 +605,15 @@ def test_damaged_newest_checkpoint_is_named_and_skipped_and_the_folder_unchanged
 
 
 def test_overrides_of_a_run_are_typed_and_checked() -> None:
-    cfg = override(small_config("sw_ovq"), ["eval.context=128", "data.validation=[a.txt]", "eval.num_centroids=null"])
+    texts = small_config("sw_ovq", "data=text", "data.train=[b.txt]")
+    cfg = override(texts, ["eval.context=128", "data.validation=[a.txt]", "eval.num_centroids=null"])
     assert (cfg.eval.context, list(cfg.data.validation), cfg.eval.num_centroids) == (128, ["a.txt"], None)
     cfg = override(cfg, ["model.mixers.ovq.backend=reference"])
     assert cfg.model.mixers.ovq.backend == "reference"
     with pytest.raises(ConfigError, match="seed is part of what was trained"):
         override(cfg, ["seed=5"])
+    with pytest.raises(ConfigError, match="^data.validation is ignored with data.kind=builtin; leave it out"):
+        override(small_config("sw_ovq"), ["data.validation=[a.txt]"])
 
 
 # --- whole documents -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from data.build import build_tokenizer
 from data.tokenizer import Tokenizer
 from ovq import config, processes
 from ovq.config import Config, EvalConfig
+from ovq.config_data import check_used
 from ovq.errors import ConfigError, one_line
 from ovq.export.stored import Folder, is_export, load_into
 from ovq.files import check_writable
@@ -237,6 +238,7 @@ def override(cfg: Config, overrides: Sequence[str]) -> Config:
         ConfigError: an unknown key, one that defines what was trained, or an illegal value.
     """
     known, node = config.flatten(cfg), cast(DictConfig, cfg)
+    typed = []
     for text in overrides:
         parsed = parse(literal(text))
         if parsed is None:
@@ -253,5 +255,7 @@ def override(cfg: Config, overrides: Sequence[str]) -> Config:
                 OmegaConf.update(node, key, parsed.value(), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{text}: {one_line(error).split(' full_key')[0]}") from None
+        typed.append(key)
     config.check(cfg)
+    check_used(cfg.data, typed)
     return cfg
