@@ -182,6 +182,11 @@ def load(data: SourceConfig, name: str, commit: str | None, setting: str) -> Any
     files: Any = {key: value if isinstance(value, str) else list(value) for key, value in data.data_files.items()}
     try:
         if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            if data.config_name or files:
+                raise ConfigError(
+                    f"data.config_name and data.data_files are ignored with data.path={data.path}, which save_to_disk "
+                    "wrote; leave them out"
+                )
             return _saved(datasets.load_from_disk(path), name, setting)
         if suffix in BUILDERS and not folder.exists():
             raise ConfigError(f"data.path={data.path} does not exist")
@@ -236,6 +241,8 @@ def _saved(found: Any, name: str, setting: str) -> Any:
         if str(error).startswith("Unknown split"):
             raise ConfigError(f"{setting}: there is no split {name}; legal: {', '.join(splits)}") from None
         raise ConfigError(f"{setting}: {one_line(error)}") from None
+    if any(part.from_ >= part.to for part in slices):
+        raise ConfigError(f"{setting}: {name} holds no documents")
     rows = [splits[part.splitname].select(range(part.from_, part.to)) for part in slices]
     return datasets.concatenate_datasets(rows) if len(rows) > 1 else rows[0]
 

@@ -118,7 +118,11 @@ def test_splits_slices_titles_and_held_out_documents(books: Path) -> None:
 def test_a_mistyped_split_is_found_before_the_first_step(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = of(books / "several", "data.validation=[hedl]")
     saved = of(books / "several")
-    for spec, problem in (("hedl[:2]", "there is no split hedl.*; legal: train, held"), ("train[:x]", "Unrecognized")):
+    for spec, problem in (
+        ("hedl[:2]", "there is no split hedl.*; legal: train, held"),
+        ("train[:x]", "Unrecognized"),
+        ("train[20:10]", r"train\[20:10\] holds no documents"),
+    ):
         saved.data.train = [spec]
         with pytest.raises(ConfigError, match=f"^data.train: {problem}"):
             build_corpus(saved, "train")
