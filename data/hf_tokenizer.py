@@ -242,7 +242,7 @@ def _removed(spec: Spec, decoders: list[Spec]) -> set[str]:
     """The kinds of normalizers and pre-tokenizers that leave out or replace text which no decoder restores."""
     restored = {(part["content"], part["pattern"].get("String")) for part in decoders if part["type"] == "Replace"}
     replaced = [part for part in _parts(spec.get("normalizer")) if part["type"] == "Replace"]
-    split = [part for part in _parts(spec.get("pre_tokenizer")) if not part.get("invert")]  # inverted: matches are kept
+    split = _parts(spec.get("pre_tokenizer"))
     return {part["type"] for part in replaced if (part["pattern"].get("String"), part["content"]) not in restored} | {
         part["type"] for part in split if part.get("behavior") == "Removed" or part["type"] == "CharDelimiterSplit"
     }
@@ -261,6 +261,8 @@ def _keep_text(spec: Spec) -> None:
             part["prepend_scheme"] = "never"
         elif part["type"] == "ByteLevel":
             part["add_prefix_space"] = False
+        elif part["type"] == "Split" and part["invert"] and part["behavior"] == "Removed":
+            part |= {"behavior": "Isolated", "invert": False}  # the same pieces, and what lies between them
     for token in spec["added_tokens"]:
         token |= {"lstrip": False, "rstrip": False}
 

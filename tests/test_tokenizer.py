@@ -368,10 +368,16 @@ SPLIT = {
 }
 
 
-def test_a_split_whose_matches_are_all_that_is_kept_is_accepted() -> None:
-    words = {"type": "Split", "pattern": {"Regex": r"\w+|\W+"}, "behavior": "Removed", "invert": True}
-    tokenizer = hf(byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": [words, BYTES]}), "<|endoftext|>")
-    assert tokenizer.decode(tokenizer.encode("a ~b``\n")) == "a ~b``\n"
+def test_a_split_that_keeps_only_matches_keeps_the_rest_too() -> None:
+    from tokenizers import Tokenizer
+
+    words = {"type": "Split", "pattern": {"Regex": r"\w+| +"}, "behavior": "Removed", "invert": True}
+    spec = byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": [words, BYTES]})
+    tokenizer = hf(spec, "<|endoftext|>")
+    assert tokenizer.decode(tokenizer.encode("a ~b@c``\n")) == "a ~b@c``\n"
+    theirs = Tokenizer.from_str(json.dumps(spec | {"truncation": None, "model": spec["model"] | {"dropout": None}}))
+    text = "and the other words"  # of which nothing is removed
+    assert tokenizer.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
