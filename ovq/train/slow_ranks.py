@@ -63,11 +63,11 @@ class SlowRanks:
         paces = processes.gather_objects(Pace(os.uname().nodename, self._probe(), data_wait))
         found = slow(paces)
         self._in_a_row = {rank: self._in_a_row.get(rank, 0) + 1 for rank in found}
-        for rank, why in found.items():
-            if self._in_a_row[rank] == IN_A_ROW:
-                folder = stacks.write_after(step_s / 2)
-                found_in = f"; stacks of all ranks in the next step: {folder}" if folder else ""
-                self.say(f"rank {rank} on {paces[rank].host} is slow, and the others wait for it: {why}{found_in}")
+        named = [rank for rank in found if self._in_a_row[rank] == IN_A_ROW]
+        folder = stacks.write_after(step_s / 2) if named else None
+        found_in = f"; stacks of all ranks in the next step: {folder}" if folder else ""
+        for rank in named:
+            self.say(f"rank {rank} on {paces[rank].host} is slow, and the others wait for it: {found[rank]}{found_in}")
 
     def _probe(self) -> float:
         """Matrix products per second."""
