@@ -189,7 +189,7 @@ def test_kernels_that_cannot_run_here_fail_in_one_line(monkeypatch: pytest.Monke
         is_cuda, dtype, shape = True, torch.bfloat16, (1, 64, 2, 8)
 
     monkeypatch.setattr(fla_backend, "installed", lambda: False)
-    with pytest.raises(ValueError, match=r"needs fla-core; install it with: pip install '\.\[fla\]'"):
+    with pytest.raises(ValueError, match=r"needs fla-core; install it with: pip install -e '\.\[fla\]'"):
         fla_backend.uses_fla("fla", OnGPU(), "mesa")  # type: ignore[arg-type]
     fla_backend._warn_missing.cache_clear()
     with pytest.warns(UserWarning, match="fla-core is not installed"):

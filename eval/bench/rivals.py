@@ -139,7 +139,7 @@ def missing(name: str, device: torch.device) -> str | None:
     if name == "flash_attention_3" and importlib.util.find_spec("flash_attn_interface") is None:
         return "flash_attn_interface is not installed"
     if name in ("gated_deltanet", "mamba2") and not fla_backend.installed():
-        return "fla-core is not installed (pip install '.[fla]')"
+        return "fla-core is not installed (pip install -e '.[fla]')"
     return None
 
 

@@ -159,7 +159,7 @@ def opened(file: Path) -> Iterator[Any]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ConfigError("an exported folder needs safetensors; install it with: pip install '.[export]'") from None
+        raise ConfigError("an exported folder needs safetensors; install it with: pip install -e '.[export]'") from None
     try:
         with safe_open(file, framework="pt") as part:
             yield part

@@ -57,7 +57,7 @@ class Options:
 def main(options: Options) -> int:
     """The command line in the module's docstring."""
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("export needs transformers; install it with: pip install '.[export]'")
+        raise ConfigError("export needs transformers; install it with: pip install -e '.[export]'")
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out} exists and is not empty; name another folder, or remove it")

@@ -32,7 +32,7 @@ def uses_fla(backend: str, x_BTHK: Tensor, op: str) -> bool:
         if x_BTHK.dtype not in (torch.bfloat16, torch.float16):
             raise BackendError(f"backend=fla of {op} needs bf16, got {x_BTHK.dtype}; set trainer.precision=bf16")
         if not installed():
-            raise BackendError(f"backend=fla of {op} needs fla-core; install it with: pip install '.[fla]'")
+            raise BackendError(f"backend=fla of {op} needs fla-core; install it with: pip install -e '.[fla]'")
         return True
     if backend != "auto" or not x_BTHK.is_cuda or x_BTHK.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -50,6 +50,6 @@ def installed() -> bool:
 @functools.cache
 def _warn_missing() -> None:
     warnings.warn(
-        "fla-core is not installed: linear-attention mixers use their slower torch form; pip install '.[fla]'",
+        "fla-core is not installed: linear-attention mixers use their slower torch form; pip install -e '.[fla]'",
         stacklevel=3,
     )
