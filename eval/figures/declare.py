@@ -167,25 +167,6 @@ def models(*names: str) -> tuple[Model, ...]:
     return tuple(Model(name) for name in names)
 
 
-LARGER = "sw_ovq_2048"  # sw_ovq trained with four times as many centroids; only on text at CPU scale
-RECENT = "sw_fifo_128"  # sw_fifo with a quarter of the entries; likewise
-
-
-def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
-    """The same, for text. At CPU scale the window of every model's first layer is short, sw's second layer has a wider
-    one, and std_att is trained to copy for three times as many steps, which it needs (docs/results/fig6/copying.json).
-    """
-    if scale != "cpu":
-        return models(*(name for name in names if name not in (LARGER, RECENT)))
-    special = {
-        "sw": Model("sw", ("model=sw", "model.pattern=[sliding_window,wide_window]")),
-        "std_att": Model("std_att", first=("trainer.steps=1440", "data.task.short_steps=900")),
-        LARGER: Model(LARGER, ("model=sw_ovq", "model.mixers.ovq.num_centroids=2048")),
-        RECENT: Model(RECENT, ("model=sw_fifo", "model.mixers.fifo.capacity=128")),
-    }
-    return tuple(special.get(name, Model(name)) for name in names)
-
-
 def variant(name: str, *changes: str) -> Model:
     """sw_ovq with changes (settings of `model`, or of `model.mixers` without their prefix), at sw_ovq's rate."""
     full = [text if text.startswith("model.") else f"model.mixers.{text}" for text in changes]

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import sys
 
-from eval.figures.declare import CODE, Figure, Panel, models_on_text
-from eval.figures.fig6 import ABOUT, CURVES, MODELS, SMALL, Figure6Options, draw, findings, tests_of
+from eval.figures.declare import CODE, Figure, Panel
+from eval.figures.fig6 import ABOUT, CURVES, MODELS, SMALL, Figure6Options, draw, findings, models_on_text, tests_of
 from eval.figures.make import make
 from ovq.cli import command
 

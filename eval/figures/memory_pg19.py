@@ -13,9 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from eval.figures.declare import PG19, Figure, Panel, Test, models_on_text
+from eval.figures.declare import PG19, Figure, Panel, Test
 from eval.figures.equal_bytes import equal_capacities, label
-from eval.figures.fig6 import CURVES, SMALL, Figure6Options, draw, findings
+from eval.figures.fig6 import CURVES, SMALL, Figure6Options, draw, findings, models_on_text
 from eval.figures.fig6 import tests_of as tests_of_figure_6
 from eval.figures.make import make
 from ovq.cli import command
