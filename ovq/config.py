@@ -92,7 +92,7 @@ class TrainerConfig:
         at_least=0,
     )
     health_every: int = setting(50, "steps between reports of the mixers' health; 0: none", at_least=0)
-    eval_every: int = setting(0, "steps between evaluations; 0: only at the end", at_least=0)
+    eval_every: int = setting(0, "steps between evaluations; 0: none before the end", at_least=0)
     checkpoint_every: int = setting(
         500, "steps between checkpoints; 0: only at the end, or when a signal stops the run", at_least=0
     )

@@ -44,14 +44,14 @@ RULES = (
             *("trainer.context", "trainer.lengths", "trainer.global_batch", "init_from"),
         ),
         VALUE,
-        "Refused, with what differs, in a branch too (but for `init_from`): another `run_dir` is another run. In a run "
-        "that is older than a setting of its mixer, that setting counts as its default.",
+        "Refused with a line that says what differs, also in a branch (except `init_from`); use another `run_dir`. In "
+        "a run that is older than a setting of its mixer, that setting counts as its default.",
     ),
     Rule(
         ("optim", "trainer.grad_clip", "trainer.z_loss", "trainer.precision"),
         VALUE,
-        "Refused in the run's own folder. A branch takes them up, a changed rate from its first step on, but not "
-        "another optimizer: `resume=CHECKPOINT run_dir=NEW`.",
+        "Refused in the run's own folder. A branch (`resume=CHECKPOINT run_dir=NEW`) may change them, a learning rate "
+        "from its first step on, but not the optimizer itself.",
     ),
     Rule(
         (

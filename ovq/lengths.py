@@ -1,7 +1,7 @@
 """Sequence length by step: `trainer.lengths`, a curriculum over rows of `trainer.context` tokens.
 
 Rows are read as usual and then cut into shorter sequences: a step has the same tokens at any sequence length, and which
-tokens are in step n remains a function of the data, the seed, the global batch and n.
+tokens are in step n still does not depend on the schedule.
 """
 
 from __future__ import annotations

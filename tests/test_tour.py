@@ -65,7 +65,7 @@ PARTS = [
     Part("python -m data.train_tokenizer data=python_source", LITTLE, changes=BUILTIN),
     Part("python -m data.prepare", changes=BUILTIN),
     Part("python train.py experiment=pg19_70m data=memmap", f"{SMALL} tokenizer.vocab_size=null run_dir=runs/pg19_70m"),
-    Part("python train.py experiment=pg19_70m_32k init_from=", f"{PREPARED} {SMALL}"),
+    Part("python train.py experiment=pg19_70m_32k", f"{PREPARED} {SMALL}"),
     Part("python train.py experiment=pg19_70m optim=muon", f"{PREPARED} {SMALL}"),
     Part("python train.py experiment=pg19_70m optim.ema", f"{PREPARED} {SMALL}"),
     Part("python train.py experiment=pg19_70m optim.base_dim", f"{PREPARED} {SMALL}"),
