@@ -68,9 +68,12 @@ case $status in
     exit "$status"
     ;;
 esac
-if scontrol show job "$SLURM_JOB_ID" | grep -q "JobState=RUNNING"; then  # and not, for instance, CANCELLED
+# An array's own number is also that of one of its tasks, and would mean all of them.
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
+if scontrol show job "$job" | grep -q "JobState=RUNNING"; then  # and not, for instance, CANCELLED
   echo "job $SLURM_JOB_ID: stopped before the end (status $status); queued again"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$job"
 fi
 """
 

@@ -47,11 +47,13 @@ class Cluster:
         script = self.folder / f"job{job}.sh"
         directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:[= ](\S+))?$", script.read_text(), re.M))
         first, _, last = directives.get("array", "0-0").partition("-")
-        return [
+        statuses = [
             status
             for task in range(int(first), int(last) + 1)
             for status in self._starts(script, directives, job, task, meanwhile)
         ]
+        assert not list(self.folder.glob("requeued*")), "a task was queued again by another"
+        return statuses
 
     def _starts(
         self,
@@ -64,6 +66,9 @@ class Cluster:
         number, statuses = str(100 * job + task), list[int]()
         environment = os.environ | {"SLURM_JOB_ID": number, "SLURM_JOB_NUM_NODES": directives["nodes"]}
         environment |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_NODELIST": f"localhost:{directives['nodes']}"}
+        if array := directives.get("array"):  # its own number is that of its last task
+            last = array.partition("-")[2]
+            environment |= {"SLURM_ARRAY_JOB_ID": str(100 * job + int(last)), "SLURM_ARRAY_TASK_MAX": last}
         output = directives["output"].replace("%A_%a", f"{job}_{task}")
         requeued = self.folder / f"requeued{number}"
         while not statuses or requeued.exists():
@@ -118,8 +123,18 @@ def scontrol(folder: Path, words: list[str]) -> int:
     elif words[:2] == ["show", "job"]:
         print(f"JobId={words[2]} JobName=x\n   JobState={os.environ.get('FAKE_STATE', 'RUNNING')} Reason=None")
     elif words[0] == "requeue":
-        (folder / f"requeued{words[1]}").touch()
+        for number in numbers_of(words[1]):
+            (folder / f"requeued{number}").touch()
     return 0
+
+
+def numbers_of(job: str) -> list[int]:
+    """The numbers of what a job's name refers to: ARRAY_TASK is one task, the number of an array all its tasks."""
+    number, _, task = job.partition("_")
+    if number != os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return [int(number)]
+    last = int(os.environ["SLURM_ARRAY_TASK_MAX"])
+    return [int(number) - last + each for each in ([int(task)] if task else range(last + 1))]
 
 
 def squeue(folder: Path, words: list[str]) -> int:

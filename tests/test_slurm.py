@@ -116,6 +116,20 @@ def test_an_array_hands_every_run_its_settings_whatever_is_in_them(
         assert [f"\nname={value}\nseed=0\n" in log for log in logs].count(True) == 1, logs
 
 
+def test_a_stopped_task_of_an_array_queues_only_itself_again(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "check", lambda *_: None)
+    body = f"""
+    for word in "$@"; do case $word in seed=*) seed=$word ;; esac; done
+    if [ -e "$seed" ]; then echo '{FINISHED}' > "$(echo runs/*,$seed,*)/summary.json"; fi
+    touch "$seed"
+    """
+    line = ["--cpu-ranks", "1", *launcher(tmp_path, body), "--", *QUICK, "seed=1,2"]
+    assert slurm.main(line) == 0
+    assert cluster.run() == [0, 0, 0, 0]
+
+
 def test_a_sweep_that_is_queued_is_not_submitted_twice(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
