@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 
 from ovq.errors import ConfigError
 from ovq.files import replacing
+from ovq.identity import FREE_AT_RESUME
 
 Row = dict[str, Any]
-NEUTRAL = ("trainer.device=", "trainer.timeout_s=")  # settings that change no result, but for rounding
+# Settings that change no result of an evaluation, but for rounding.
+NEUTRAL = tuple(f"{name}=" for name in FREE_AT_RESUME if name.startswith("trainer."))
 
 
 @dataclass(frozen=True)

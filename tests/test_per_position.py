@@ -403,6 +403,7 @@ def test_a_table_without_the_column_of_changes_is_read_as_the_runs_own(tmp_path:
         (["trainer.device=cpu", "eval.batch=2", "logger=none", "trainer.timeout_s=8"], ""),
         (["trainer.precision=fp32", "data.validation=[a]"], "data.validation=[a] trainer.precision=fp32"),
         (["eval.weights=ema"], "eval.weights=ema"),
+        (["trainer.context_parallel=2", "trainer.threads=1", "trainer.loss_chunk_tokens=64"], ""),
     ],
 )
 def test_changes_are_overrides_that_change_losses(overrides: list[str], kept: str) -> None:
