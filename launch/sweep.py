@@ -186,6 +186,7 @@ def next_job(waiting: list[Job], slot: list[str], began: float) -> Job | None:
     Jobs that another sweep has ended since `began` (seconds since 1970) get its outcome and leave the list.
     """
     if (gpus := claim_gpus(slot)) is None:
+        waiting[:] = [job for job in waiting if not ended_elsewhere(job, began)]
         return None
     for job in list(waiting):
         held = claim(job.run_dir / LOCK)

@@ -240,6 +240,11 @@ def test_a_gpu_is_used_by_one_job_at_a_time_and_only_those_that_are_visible(
     assert sweep.main(["--gpus", "2", f"runs_root={waiting_train}/runs", "seed=0,1"]) == 0
     assert (waiting_train / "starts").read_text().splitlines() == ["seed=0 5", "seed=1 5"]
     claims.release(held)
+    held = claims.claim_gpus(["5", "GPU-a/b"])  # a sweep whose jobs have all ended elsewhere does not wait for a GPU
+    jobs = sweep.expand([f"runs_root={waiting_train}/runs", "seed=0,1"])
+    sweep.run(jobs, gpus=1, per_job=1, stop_on_failure=False)
+    assert [job.status for job in jobs] == ["finished", "finished"]
+    claims.release(held or [])
     free = claims.claim_gpus(["5", "GPU-a/b"])
     assert free
     claims.release(free)
