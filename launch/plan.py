@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data.build import build_tokenizer
 from ovq.cli import command
 from ovq.compose import compose
 from ovq.config import Config, TrainerConfig
@@ -63,7 +64,7 @@ class Options:
     gpus_per_node: int = setting(8, "GPUs in a node, joined by its fast links", at_least=1)
     gpu: str = setting("h100", "card to plan for", choices=tuple(CARDS))
     mfu: float = setting(0.35, "share of the card's peak that training reaches (an assumption)", above=0, at_most=1)
-    vocab_size: int | None = setting(None, "pieces of the tokenizer; null: tokenizer.vocab_size", at_least=2)
+    vocab_size: int | None = setting(None, "pieces of the tokenizer; null: those of the config's", at_least=2)
     disk_gb_per_s: float = setting(2.0, "GB/s that a node writes to the storage of checkpoints", above=0)
 
 
@@ -71,13 +72,23 @@ class Options:
 def main(options: Options, overrides: list[str]) -> int:
     """The command line in the module's docstring."""
     cfg = compose(overrides)
-    vocab_size = options.vocab_size or cfg.tokenizer.vocab_size
-    if vocab_size is None:
-        raise ConfigError("tokenizer.vocab_size is not set; give the number of pieces: vocab_size=16384")
+    vocab_size = options.vocab_size or cfg.tokenizer.vocab_size or own_vocab_size(cfg)
     with torch.device("meta"):
         network = build_model(cfg.model, vocab_size)
     print("\n".join(report(cfg, network, options)))
     return 0
+
+
+def own_vocab_size(cfg: Config) -> int:
+    """Pieces of the tokenizer that the config names.
+
+    Raises:
+        ConfigError: it cannot be opened here.
+    """
+    try:
+        return build_tokenizer(cfg).vocab_size
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or give the number of pieces: vocab_size=16384") from None
 
 
 def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]:

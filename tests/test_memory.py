@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from launch import plan as planning
 from launch.plan import CARDS, Options, communication, largest, mean_flops_per_token, report
 from ovq import memory
 from ovq.compose import compose
@@ -137,3 +138,13 @@ def test_the_plan_of_a_cluster_follows_from_the_settings() -> None:
     exchanged = 2 * 2 * 4 * layers * (ROWS * TOKENS / 2) * dim * 2 * (1 / 2) / 450e9
     assert communication(cfg, network, 16, 8, CARDS["h100"], 2) == pytest.approx(moved + exchanged)
     assert f"{moved:.3g} s" in next(line for line in text.splitlines() if line.split()[:2] == ["16", "2"])
+
+
+def test_a_plan_finds_the_size_of_the_vocabulary_or_says_how_to_give_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planning.main(["experiment=cpu_demo"]) == 0
+    with torch.device("meta"):
+        parameters = count_parameters(build_model(compose(["experiment=cpu_demo"]).model, 257))[0]
+    assert f"{parameters:,} parameters" in capsys.readouterr().out
+    assert planning.main(["experiment=pg19_cpu", "tokenizer.model_path=gone.model"]) == 2
+    said = capsys.readouterr().err
+    assert "gone.model does not exist" in said and said.endswith("give the number of pieces: vocab_size=16384\n")
