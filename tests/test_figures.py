@@ -527,6 +527,7 @@ def test_a_part_whose_rates_are_not_chosen_names_what_is_missing(
         (["lengths=[2]"], "a recall sequence of 2 tokens has no room for a pair and its query"),
         (["part=1"], "part=1: scale=cpu is not made in parts"),
         (["scale=gpu", "part=9999"], "part=9999 does not exist; legal: 1 to "),
+        (["scale=gpu", "part=1", "only_draw=true"], "part=1 does work, and only_draw=true does none"),
         (["rates=[a]"], "rates=[a] must be a list of numbers, like [0.1,0.2]"),
         (["trainer.stepz=1"], "there is no setting 'trainer.stepz'"),
     ],
@@ -566,6 +567,19 @@ def test_the_best_rate_is_known_once_every_trial_is_scored_or_has_failed(tmp_pat
     assert search.best(trials) == 0.01
     write_score(trials[0.01], 1.5, on="sequences of seed 1")
     assert search.best(trials) is None, "a score on the figure's own sequences does not count"
+
+
+def test_a_failed_trial_still_needs_its_initial_weights(tmp_path: Path) -> None:
+    options = parse(fig4.Figure4Options, ["panels=[positional recall]", "models=[sw]", "records=null"])
+    plan = make_plan(fig4.figure(options).only(options.panels, options.models), options, [f"runs_root={tmp_path}"])
+    begin = next(unit for unit in plan.work if (unit.stage, unit.which) == ("begin", search.TRAIN_SEED))
+    first, *others = plan.lines[0].trials.values()
+    for trial in (first, *others):
+        trial.run_dir.mkdir(parents=True)
+        write_score(trial, 2.0)
+    assert plan.done(begin)
+    search.note_failure(first, "diverged")
+    assert not plan.done(begin)
 
 
 def write_score(trial: FigureRun, loss: float, on: str = Accuracy.chosen_on) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -166,7 +167,9 @@ class Plan:
     def needless(self, line: Line, seed: int) -> bool:
         """Whether all runs that start from the weights of this seed's run are done."""
         if seed == search.TRAIN_SEED:
-            return all(trial.score() is not None for trial in line.trials.values())
+            return all(
+                trial.loss() not in (None, math.inf) for trial in line.trials.values()
+            )  # failed ones are retried
         return self.done(Work("train", line.name, seed, 0, 0))
 
     def parts(self) -> list[list[Work]]:
@@ -200,6 +203,8 @@ class Plan:
         part = self.options.part
         units = [] if self.options.only_draw else self.work
         if part is not None:
+            if self.options.only_draw:
+                raise ConfigError(f"part={part} does work, and only_draw=true does none; leave one of them out")
             parts = self.parts()
             if part > len(parts):
                 raise ConfigError(f"part={part} does not exist; legal: 1 to {len(parts)}")
