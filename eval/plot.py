@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 from eval import loss_table, style
 from eval.accuracy_table import TABLE
-from eval.run_labels import labels
+from eval.run_labels import by_seeds, labels
 from ovq import config
 from ovq.cli import command
 from ovq.errors import ConfigError
@@ -268,8 +267,9 @@ def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
     configs = [config.load(run_dir) for run_dir in run_dirs]
     curves: dict[str, dict[Path, dict[int, loss_table.Row]]] = {}  # label -> run -> length
     tested: dict[str, Path] = {}
-    for run_dir, label in zip(run_dirs, labels(configs, [d.name for d in run_dirs])):
-        label = re.sub(r", seed=\d+", "", label)
+    groups = by_seeds(configs, labels(configs, [d.name for d in run_dirs]))
+    for index, run_dir in enumerate(run_dirs):
+        label = next(label for label, members in groups if index in members)
         rows = sorted((row for row in TABLE.read(run_dir) if row["index"] is None), key=lambda row: row["step"])
         if not rows:
             raise ConfigError(f"{run_dir} has no accuracies; make them with: python -m eval.accuracy run={run_dir}")

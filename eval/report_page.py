@@ -18,7 +18,7 @@ from data.build import sources_of
 from eval import plot, run_labels, style
 from eval.paired import Losses, Mean, paired
 from eval.run_facts import Facts, as_json
-from ovq import config, identity
+from ovq import config
 from ovq.config import Config
 from ovq.config_data import NAMED_SPLITS
 from ovq.plan import format_bytes
@@ -71,7 +71,7 @@ def page(runs: list[Facts], base: Facts, positions: list[int], points: int, comm
         head=head(evaluated),
         rows=[cells(run, label, evaluated) for run, label in zip(runs, labels)],
         pictures=pictures(runs, labels, points),
-        base=of_all_seeds(labels[runs.index(base)]),
+        base=run_labels.of_all_seeds(labels[runs.index(base)]),
         spans=[f"{start:,} to {min(end, longest(base)):,}" for start, end in spans],
         differences=differences,
         accuracies=accuracies(runs, labels),
@@ -196,19 +196,6 @@ def spans_of(base: Facts) -> list[tuple[int, int]]:
     return [(start, end) for start, end in SPANS if any(start <= at < end for at in starts)]
 
 
-def without_seed(run: Facts) -> dict[str, Any]:
-    """What identifies a run, except its seed, which also occurs in the name of the run whose weights it began with."""
-    assert run.cfg is not None
-    known = {key: value for key, value in identity.identity(run.cfg).items() if key != "seed"}
-    if began := known.get("init_from.path"):
-        known["init_from.path"] = re.sub(r"seed=\d+|-[0-9a-f]{8}$", "", Path(began).name)
-    return known
-
-
-def of_all_seeds(label: str) -> str:
-    return re.sub(r", seed=\d+", "", label)
-
-
 def same_text(run: Facts, base: Facts) -> str:
     """Why two runs' documents cannot be compared; empty if they can."""
     if not run.by_document:
@@ -245,21 +232,17 @@ def differences_to(
     """Differences of each model from the base, over all its seeds together; None if the base has no documents."""
     if not base.by_document:
         return None
-    groups: list[tuple[dict[str, Any], str, list[Facts]]] = []
-    for run, label in zip(runs, labels):
-        if run.cfg is None:
-            continue
-        settings = without_seed(run)
-        for known, _, members in groups:
-            if known == settings:
-                members.append(run)
-                break
-        else:
-            groups.append((settings, of_all_seeds(label), [run]))
-    own = next(members for _, _, members in groups if base in members)
+    known = [(run, label) for run, label in zip(runs, labels) if run.cfg is not None]
+    groups = [
+        (label, [known[index][0] for index in members])
+        for label, members in run_labels.by_seeds(
+            [run.cfg for run, _ in known if run.cfg], [label for _, label in known]
+        )
+    ]
+    own = next(members for _, members in groups if base in members)
     with_base = [run for run in own if not same_text(run, base)]
     made = []
-    for _, label, members in groups:
+    for label, members in groups:
         if members is own:
             continue
         notes = list(dict.fromkeys(note for run in members if (note := same_text(run, base))))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from ovq import config
 from ovq.config import Config
-from ovq.identity import FREE_AT_RESUME
+from ovq.identity import FREE_AT_RESUME, identity
 
 # Setting -> the settings that it implies. If it differs, so do they, and a label need only name it.
 IMPLIED = {
@@ -44,3 +46,35 @@ def labels(configs: list[Config], names: list[str]) -> list[str]:
 
 def _differ(flat: list[dict[str, Any]], key: str) -> bool:
     return len({repr(values.get(key)) for values in flat}) > 1
+
+
+def by_seeds(configs: list[Config], labels: list[str]) -> list[tuple[str, list[int]]]:
+    """Groups of runs that differ only in the seed: a label without it, and the numbers of the runs. Two runs with the
+    same seed are not in one group."""
+    groups: list[tuple[dict[str, Any], str, list[int]]] = []
+    for index, (cfg, label) in enumerate(zip(configs, labels)):
+        settings = without_seed(cfg)
+        for known, _, members in groups:
+            if known == settings and cfg.seed not in [configs[member].seed for member in members]:
+                members.append(index)
+                break
+        else:
+            short = of_all_seeds(label)
+            groups.append((settings, label if short in [other for _, other, _ in groups] else short, [index]))
+    return [(label, members) for _, label, members in groups]
+
+
+def without_seed(cfg: Config) -> dict[str, Any]:
+    """What identifies a run and its length, except its seed, which also occurs in the name of the run whose weights it
+    began with."""
+    known = {key: value for key, value in identity(cfg).items() if key != "seed"} | {"trainer.steps": cfg.trainer.steps}
+    if began := known.get("init_from.path"):
+        path = Path(began)
+        run, checkpoint = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "")
+        known["init_from.path"] = re.sub(r"seed=\d+|-[0-9a-f]{8}$", "", run.name), checkpoint
+    return known
+
+
+def of_all_seeds(label: str) -> str:
+    """A run's label without its seed."""
+    return re.sub(r", seed=\d+", "", label)

@@ -269,6 +269,11 @@ def test_accuracies_of_runs_are_curves_by_length_and_a_sentence(
     assert plot.main([f"runs=[{a},{other}]", "kind=accuracy", f"out={tmp_path}/a.png"]) == 0
     assert curves_in(drawn[-1])["sw_ovq (2 seeds)"] == ([128, 1024], [75, 50])
     assert "at 1,024 tokens, sw_ovq: 75.0%, 25.0% of 1,000 answers" in capsys.readouterr().out
+    words = ["data=task", "data/task=repeat", "model=sw_ovq", "seed=1", "trainer.steps=77"]
+    longer = make_run(tmp_path / "longer", words)
+    accuracies(longer, n128=1.0, n1024=1.0)
+    assert plot.main([f"runs=[{a},{longer}]", "kind=accuracy", f"out={tmp_path}/a.png"]) == 0
+    assert curves_in(drawn[-1]).keys() >= {"sw_ovq", "sw_ovq, seed=1"}
     accuracies(b, settings='{"symbols": 9}', n128=0.5)
     assert plot.main(line) == 2
     assert f"{a} and {b} were tested on different tasks" in capsys.readouterr().err

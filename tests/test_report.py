@@ -137,6 +137,19 @@ def test_seeds_that_began_with_weights_of_their_own_seed_are_one_model(tmp_path:
     assert len(rows) == 1 and [cell.strip() for cell in rows[0][1:4]] == ["-100.0 ± 0.0"] * 3
 
 
+def test_runs_of_other_lengths_are_not_one_model(tmp_path: Path) -> None:
+    short, long = (make_run(tmp_path / name, "sw", 0) for name in ("short", "long"))
+    cfg = config.load(long)
+    cfg.trainer.steps *= 2
+    config.save(cfg, long)
+    for table in (loss_table, loss_table.BY_DOCUMENT):
+        table.write(long, [row | {"loss": row["loss"] - 1} for row in table.read(long)])
+    runs = [short, long, make_run(tmp_path / "other", "sw_ovq", 0)]
+    head, *rows = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference to")
+    assert [row[1].strip() for row in rows] == ["-1000.0 ± 0.0", "-100.0 ± 0.0"]
+    assert "sw (short)" in head[0] or "sw (long)" in rows[0][0]
+
+
 MIXED = {"one": {"name": "text", "kind": "text", "train": ["a"], "validation": ["b"], "weight": 1.0}}
 
 
