@@ -12,7 +12,7 @@ from ovq.compose import CONFIG_DIR
 from ovq.mixers import attention_layer
 from ovq.mixers.base import SequenceMixer
 from ovq.model import build_mixer
-from tests.helpers import MIXERS, relative_error, small_config
+from tests.helpers import MIXERS, relative_error, small_config, small_model
 
 T = 45  # odd: several chunks of 8, a partial one, several windows of 7
 
@@ -29,6 +29,18 @@ def make(name: str, *, kv_heads: int = 2, seed: int = 0) -> SequenceMixer:
 
 def random_input(seed: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, T, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_weight_gets_a_gradient_however_short_the_sequence(name: str) -> None:
+    """Otherwise ranks with short sequences disagree with the others, and checkpoints lack the optimizer's state."""
+    added = [] if name == "full_attention" else [f"+model/mixer@model.mixers.{name}={name}"]
+    model = small_model("std_att", *added, f"model.pattern=[{name}]")
+    for length in (1, 2, 8):
+        model.zero_grad()
+        tokens = torch.arange(length)[None]
+        model(tokens, targets_BT=tokens).loss.backward()
+        assert not [key for key, weight in model.named_parameters() if weight.grad is None]
 
 
 @pytest.mark.parametrize("name", MIXERS)

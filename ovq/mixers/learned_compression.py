@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ovq.mixers.base import MixerShape
-from ovq.mixers.memory_layer import MemoryLayer
+from ovq.mixers.memory_layer import MemoryLayer, MemoryState
 
 
 class LearnedCompression(MemoryLayer):
@@ -59,6 +59,12 @@ class LearnedCompression(MemoryLayer):
         weight = score.softmax(dim=2)[..., None]
         position = torch.arange(start, start + key_BLGK.shape[1], c, device=key.device)
         return (weight * key).sum(2), (weight * value).sum(2), position
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+        o, after = super().mix(q, k, v, state)
+        if torch.is_grad_enabled():  # where no slot is read, gradients of zero: all ranks must have the same gradients
+            o = o + 0 * (self.pool_key.sum() + self.pool_place.sum()).to(o.dtype)
+        return o, after
 
     def log_weight(self, held: int, position: int) -> float:
         return math.log(self.tokens_per_slot)
