@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 from collections.abc import Iterator
@@ -180,17 +181,16 @@ def heldout_documents(
 # --- tokenizers and tasks --------------------------------------------------------------------------------------------
 
 
-def build_tokenizer(cfg: Config, run_dir: Path | str | None = None) -> Tokenizer:
-    """The tokenizer of a run: for its text, or for the symbols of its task.
-
-    Raises:
-        ConfigError: there is no model file, or the run was made with another tokenizer.
-    """
-    return TaskTokenizer(build_task(cfg)) if is_task(cfg) else build_text_tokenizer(cfg.tokenizer, run_dir)
+def build_tokenizer(cfg: Config, run_dir: Path | str | None = None, *, own: bool = False) -> Tokenizer:
+    """The tokenizer of a run: for its text, or for the symbols of its task; see `build_text_tokenizer`."""
+    return TaskTokenizer(build_task(cfg)) if is_task(cfg) else build_text_tokenizer(cfg.tokenizer, run_dir, own=own)
 
 
-def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None) -> Tokenizer:
+def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None, *, own: bool = False) -> Tokenizer:
     """A tokenizer for text. If the model file is gone, the copy stored in the run folder is used.
+
+    Args:
+        own: also use the copy if the model file has become another since the run was trained.
 
     Raises:
         ConfigError: there is no model file, or the run was made with another tokenizer.
@@ -214,6 +214,10 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
         problem = "is a folder; name the model's file in it" if folder_given else "does not exist"
         raise ConfigError(f"tokenizer.model_path={cfg.model_path} {problem}; make one: python -m data.train_tokenizer")
     if card and card["fingerprint"] != tokenizer.fingerprint:
+        if own and folder and stored and stored.is_file():
+            kept = copy.deepcopy(cfg)
+            kept.model_path = str(stored)
+            return build_text_tokenizer(kept, run_dir)
         raise ConfigError(
             f"tokenizer differs from the one this run was made with ({folder}): "
             f"{tokenizer.fingerprint[:30]} is not {card['fingerprint'][:30]}"
@@ -333,7 +337,7 @@ def _identity(cfg: Config, corpora: dict[str, Identified]) -> dict[str, Any]:
         return corpora[""].fingerprint()
     shares = {f"{name}.share": share for name, share in shares_of(cfg).items()}
     parts = {f"{name}.{key}": value for name, corpus in corpora.items() for key, value in corpus.fingerprint().items()}
-    return {"kind": "mixture", **shares, **parts}
+    return {"kind": "mixture", "order": list(corpora), **shares, **parts}  # in which they divide the rows
 
 
 def _task_loader(cfg: Config, tokenizer: Tokenizer, common: dict[str, Any]) -> TaskLoader:

@@ -106,6 +106,7 @@ RULES = (
 )
 BRANCHED = (*RULES[1].settings, "init_from")  # settings of a run's identity that a branch may change
 FREE_AT_RESUME = tuple(name for rule in RULES if rule.part == FREE for name in rule.settings)
+ORDERED = ("data.mixture", "optim.groups")  # the rows, or the parameters, of an entry depend on the entries before it
 PATHS = ("data.train", "tokenizer.model_path", "init_from.path")
 
 
@@ -121,7 +122,8 @@ def part_of(key: str) -> str:
 
 def identity(cfg: Config) -> dict[str, Any]:
     """The settings that determine what a run computes: dotted key -> value."""
-    return {key: value for key, value in flatten(cfg).items() if part_of(key) != FREE}
+    values = flatten(cfg)
+    return {key: value for key, value in values.items() if part_of(key) != FREE} | orders(values)
 
 
 def digest(cfg: Config) -> str:
@@ -143,12 +145,26 @@ def differences(before: dict[str, Any], after: dict[str, Any], *, contents: bool
     """`changed` for flattened configs. A setting that one lacks, because it was added later, counts as its default."""
     skipped = (FREE,) if contents else (FREE, CONTENT)
     found = []
+    before, after = before | orders(before), after | orders(after)
     for key in sorted(before.keys() | after.keys()):
         if part_of(key) in skipped:
             continue
         old, new = ((values[key] if key in values else default_of(key, values)) for values in (before, after))
         if meant(key, old) != meant(key, new):
             found.append(f"{key}: {old} -> {new}")
+    return found
+
+
+def orders(values: dict[str, Any]) -> dict[str, list[str]]:
+    """The order of the entries of `ORDERED` settings, where it matters: with several of them."""
+    found = {}
+    for setting in ORDERED:
+        inside = [key.removeprefix(f"{setting}.") for key in values if key.startswith(f"{setting}.")]
+        # NAME.setting... of a mixture; PATTERN.setting of groups, where the pattern may contain dots
+        parts = [key.split(".")[0] if setting == "data.mixture" else key.rpartition(".")[0] for key in inside]
+        names = list(dict.fromkeys(parts))
+        if len(names) > 1:
+            found[f"{setting} (order)"] = names
     return found
 
 

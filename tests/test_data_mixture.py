@@ -151,6 +151,15 @@ def test_a_resumed_mixture_names_what_differs(books: Path) -> None:
     changed.data.mixture.lower.train = [f"{books}/lower-validation.jsonl"]
     with pytest.raises(ConfigError, match=r"\(lower.files: "):
         loader(changed, state=state)
+    turned = mixture(books)
+    turned.data.mixture = {name: turned.data.mixture[name] for name in ("lower", "upper")}
+    with pytest.raises(ConfigError, match=r"\(order: .*upper.*lower.* -> .*lower.*upper"):
+        loader(turned, state=state)
+    assert identity.changed(mixture(books), turned) == [
+        "data.mixture (order): ['upper', 'lower'] -> ['lower', 'upper']"
+    ]
+    del state["fingerprint"]["order"]  # as in checkpoints from before it was kept
+    loader(mixture(books), state=state)
 
 
 # --- what the config says --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import ovq
 from data.build import build_tokenizer
 from ovq import compose, config
 from ovq.errors import ConfigError
+from ovq.identity import changed, digest
 from ovq.train import checkpoint
 from ovq.train.checkpoint import CheckpointError
 from ovq.train.ema import WeightAverage
@@ -326,6 +327,13 @@ def test_a_checkpoint_resumed_with_other_settings_trains_with_those(tmp_path: Pa
     assert other.step == 1 and len(other.optimizer.state) > 0
     assert {group["weight_decay"] for group in other.optimizer.param_groups} == {0.3, 0.0}
     assert {tuple(group["betas"]) for group in other.optimizer.param_groups} == {(0.5, 0.6)}
+    custom = "{_target_: torch.optim.AdamW"
+    trainer_for(
+        tmp_path / "custom", "trainer.steps=1", "optim=custom", f"optim.custom={custom}, betas: [0.5,0.6], eps: 1e-3}}"
+    ).fit()
+    other = trainer_for(tmp_path / "custom", "optim=custom", f"optim.custom={custom}}}")
+    assert other.step == 1
+    assert {(tuple(group["betas"]), group["eps"]) for group in other.optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
 
 
 # --- rates and decays of groups --------------------------------------------------------------------------------------
@@ -370,6 +378,17 @@ def test_groups_change_the_rate_and_the_decay_of_what_they_name() -> None:
     assert found["embed.weight"] == (3, 0.5)
     assert found["layers.1.mlp.up_proj.weight"] == (0, 0.1), "the first match counts"
     assert found["layers.0.mlp.up_proj.weight"] == (2, 0.1) and found["head.weight"] == (1, 0.1)
+
+
+def test_the_order_of_groups_is_part_of_a_run() -> None:
+    patterns = ("layers.1.*: {lr: 0.1}", "layers.*.mlp.*: {lr: 2.0}")
+    one, other = (
+        compose.compose([f"optim.groups={{{first}, {second}}}"]) for first, second in (patterns, reversed(patterns))
+    )
+    assert changed(one, other) == [
+        "optim.groups (order): ['layers.1.*', 'layers.*.mlp.*'] -> ['layers.*.mlp.*', 'layers.1.*']"
+    ]
+    assert digest(one) != digest(other)
 
 
 def test_a_group_of_rate_zero_stays_as_it_was(tmp_path: Path) -> None:
