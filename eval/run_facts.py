@@ -132,7 +132,7 @@ def facts_of(run_dir: Path) -> Facts:
 def measure(facts: Facts) -> None:
     """Fill in what follows from the settings: parameters, and the state of a sequence of 65,536 tokens."""
     assert facts.cfg is not None
-    tokenizer = build_tokenizer(facts.cfg, facts.run_dir)
+    tokenizer = build_tokenizer(facts.cfg, facts.run_dir, own=True)
     facts.fingerprint = tokenizer.fingerprint
     with torch.device("meta"):
         model = build_model(facts.cfg.model, tokenizer.vocab_size)

@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data import train_tokenizer
 from data.build import build_tokenizer
 from eval import loss_table, per_position, perplexity
 from eval.heldout import HeldOut
@@ -586,6 +587,21 @@ def test_a_tokenizer_other_than_the_runs_is_rejected(
     assert per_position.main([f"run={run_dir}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "tokenizer differs from the one this run was made with" in line
+
+
+def test_a_run_is_opened_with_its_own_tokenizer_although_the_file_is_another_now(tmp_path: Path) -> None:
+    cfg, folder = small_config("sw"), tmp_path / "run" / "tokenizer"
+    for name, factor in (("a", 7919), ("b", 104729)):
+        (tmp_path / f"{name}.txt").write_text(" ".join(hex(factor * i) for i in range(2000)))
+        line = ["data=text", f"data.train=[{tmp_path}/{name}.txt]", "vocab_size=300", f"out={tmp_path}/{name}.model"]
+        assert train_tokenizer.main(line) == 0
+    cfg.tokenizer.kind, cfg.tokenizer.model_path = "sentencepiece", f"{tmp_path}/a.model"
+    first = build_tokenizer(cfg)
+    first.save(folder)
+    (tmp_path / "b.model").replace(tmp_path / "a.model")
+    assert build_tokenizer(cfg, tmp_path / "run", own=True).fingerprint == first.fingerprint
+    with pytest.raises(ConfigError, match="tokenizer differs from the one this run was made with"):
+        build_tokenizer(cfg, tmp_path / "run")
 
 
 def test_damaged_newest_checkpoint_is_named_and_skipped_and_the_folder_unchanged(

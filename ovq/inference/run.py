@@ -175,7 +175,7 @@ def load_run(
         return Run(run_dir, cfg, tokenizer, model.eval(), world, folder.step, run_dir)
     with contextlib.ExitStack() as lease:
         chosen = processes.on_main(lambda: choose(run_dir, checkpoint_at, lease))
-        tokenizer = build_tokenizer(cfg, run_dir)
+        tokenizer = build_tokenizer(cfg, run_dir, own=True)
         model = parallelize(build_model(cfg.model, tokenizer.vocab_size), cfg.trainer, world)
         step = int(checkpoint.load(chosen, model, weights=cfg.eval.weights)["step"])
         processes.gather_objects(None)  # rank 0 holds the lease until every rank has read its part
