@@ -82,14 +82,19 @@ def _custom(settings: str, steps: int, warmup_steps: int) -> Schedule:
 
 
 def check_extension(cfg: Config, steps_before: int, step: int) -> None:
-    """Refuse to continue if a larger number of steps would make the learning rate jump up at this step.
+    """Refuse to continue to fewer steps than were made, or to more if the learning rate would jump up at this step.
 
     Args:
         steps_before: trainer.steps of the run that saved the checkpoint.
 
     Raises:
-        ConfigError: the rate would jump, and trainer.allow_rate_jump is not set.
+        ConfigError: the run is further already, or the rate would jump, and trainer.allow_rate_jump is not set.
     """
+    if step > cfg.trainer.steps:
+        raise ConfigError(
+            f"trainer.steps={cfg.trainer.steps}, but the run is already at step {step}; give at least as many, or go "
+            "back with resume=CHECKPOINT run_dir=NEW"
+        )
     if step == 0:  # no step has been made at any rate
         return
     before = copy.deepcopy(cfg)
