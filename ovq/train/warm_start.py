@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -25,9 +26,11 @@ from ovq.train.checkpoint import FAILED, CheckpointError
 from ovq.train.checkpoint_choice import check_branch, newest_good
 from ovq.train.checkpoint_files import MANIFEST, SafePlanner, SafeReader, reading, verify
 from ovq.train.checkpoint_files import find as checkpoints_of
+from ovq.train.ema import local
 from ovq.train.optim import parameter_groups
 
 SHOWN = 4  # names in a message
+TIED = ("embed.weight", "head.weight")  # one tensor with model.tie_embeddings
 
 
 def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
@@ -50,6 +53,14 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
         fitting = {name: value for name, value in own.items() if stored.get(name) == tuple(value.shape)}
         fresh = [name for name in own if name not in fitting]
         unused = [name for name in stored if name not in own]
+        if set(TIED) <= fitting.keys() and _shared(own) and not _equal(own, path, folder):
+            if wanted.strict:
+                raise ConfigError(
+                    f"{path} has a head other than its embedding, and model.tie_embeddings=true keeps one for both; "
+                    "set it to false, or take the embedding with init_from.strict=false"
+                )
+            unused.append(TIED[1])
+            del fitting[TIED[1]]
         if wanted.strict and (fresh or unused):
             raise ConfigError(
                 f"the weights of {path} do not fit this model ({what(own, stored, fresh, unused)}); to take what fits "
@@ -62,6 +73,21 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
     set_model_state_dict(model, fitting, options=StateDictOptions(strict=False, full_state_dict=folder is not None))
     rest = f"; {what(own, stored, fresh, unused)}" if fresh or unused else ""
     return f"began with {len(fitting)} of {len(own)} weights of {path}{rest}"
+
+
+def _shared(own: dict[str, Any]) -> bool:
+    """Whether the head's weights are those of the embedding."""
+    return len({local(own[name]).data_ptr() for name in TIED}) == 1
+
+
+def _equal(own: dict[str, Any], path: Path, folder: Folder | None) -> bool:
+    """Whether the stored head and embedding are equal. Collective."""
+    pair: dict[str, Any] = {name: torch.empty_like(own[name]) for name in TIED}
+    if folder:
+        pair = dict(folder.weights(pair))
+    else:
+        fill(pair, path)
+    return not processes.any_flag(not torch.equal(*(local(pair[name]) for name in TIED)))
 
 
 def check_weights(cfg: Config, model: Transformer, begun: bool) -> None:
