@@ -111,6 +111,8 @@ def train(cfg: Config, run_dir: Path) -> None:
     if extra:
         check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
     began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
+    if ema is not None and began:
+        ema.restart(model)
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
     hints += processes.on_main(lambda: check_training_data(cfg, loader.tokens, tokenizer))
     hints.append(elsewhere(run_dir, cfg))

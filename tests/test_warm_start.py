@@ -13,6 +13,7 @@ import ovq.config
 import train
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError
+from ovq.train.ema import WeightAverage
 from ovq.train.schedule import check_extension, lr_at
 from tests.helpers import TINY
 
@@ -106,6 +107,32 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(
     assert f"init_from={run} holds no good checkpoint ({newer} is damaged" in said and said.count("\n") == 1
 
 
+def test_a_head_of_its_own_does_not_overwrite_a_shared_embedding(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*RUN, "model=sw_nope", "trainer.steps=1", "optim.lr=0", "model.tie_embeddings=true", f"init_from={first}"]
+    assert train.main([*line, f"run_dir={tmp_path}/strict"]) == 2
+    said = capsys.readouterr().err
+    assert "has a head other than its embedding, and model.tie_embeddings=true" in said and said.count("\n") == 1
+    assert train.main([*line, "init_from.strict=false", f"run_dir={tmp_path}/loose"]) == 0
+    before, after = weights(first), weights(tmp_path / "loose")
+    assert torch.equal(before["embed.weight"], after["head.weight"])
+    # From a run that shares them, too, both are taken without a question.
+    line[-1] = f"init_from={tmp_path}/loose"
+    assert train.main([*line, f"run_dir={tmp_path}/shared"]) == 0
+    assert torch.equal(weights(tmp_path / "shared")["head.weight"], after["head.weight"])
+
+
+def test_averaged_weights_begin_with_those_of_the_other_run(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WeightAverage, "update", lambda *_: None)  # as if the first step were skipped
+    line = [*RUN, "model=sw_nope", "trainer.steps=1", "optim.ema=0.9", f"init_from={first}"]
+    assert train.main([*line, f"run_dir={tmp_path}/second"]) == 0
+    averaged = ovq.load(tmp_path / "second", weights="ema").module.state_dict()
+    assert all(torch.equal(value, averaged[name]) for name, value in weights(first).items())
+
+
 def test_the_short_form_names_the_run_folder_and_is_the_long_one() -> None:
     cfg = compose(["init_from=runs/a"])
     assert cfg.init_from.path == "runs/a" and cfg.init_from.strict
@@ -128,6 +155,8 @@ def test_more_steps_do_not_raise_the_rate_unasked() -> None:
     with pytest.raises(ConfigError, match="wsd"):
         check_extension(config("optim.schedule=wsd"), 100, 90)
     assert lr_at(100, cosine) > 5e-4
+    with pytest.raises(ConfigError, match="^trainer.steps=200, but the run is already at step 201; give at least as"):
+        check_extension(cosine, 400, 201)
 
 
 def test_a_finished_run_with_more_steps_stops_before_the_jump(
