@@ -65,7 +65,7 @@ def _custom(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
     if any("lr" not in group for group in optimizer.param_groups):
         raise ConfigError(f"optim.custom: {target} has no learning rate 'lr' that a schedule could set")
     # The other entries of a group may be state (a step count, an estimate), which a checkpoint restores.
-    optimizer.configured = {*settings, "weight_decay", "lr_scale"}  # type: ignore[attr-defined]
+    optimizer.configured = {*known, "weight_decay", "lr_scale"}  # type: ignore[attr-defined]
     return optimizer
 
 
