@@ -126,7 +126,8 @@ def init(trainer: TrainerConfig) -> World:
     if kind == "cpu" and size == 1:  # before the group is made, which compiled bf16 needs
         precision = cpu.choose_precision(precision)
     timeout = datetime.timedelta(seconds=max(FIRST_STEP_TIMEOUT_S, trainer.timeout_s))
-    if size > 1 or (precision == "bf16" and (kind == "cuda" or trainer.compile)):  # see `parallelize`
+    needed = size > 1 or (precision == "bf16" and (kind == "cuda" or trainer.compile))  # see `parallelize`
+    if needed and not dist.is_initialized():  # as by another model of this process
         alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout, **alone)
     if kind == "cpu":

@@ -62,6 +62,13 @@ processes.shutdown()
 """
 
 
+def test_a_second_model_of_the_same_process_uses_the_same_group() -> None:
+    (start,) = [line for line in COMPILED.splitlines() if line.startswith("world = ")]
+    twice = COMPILED.replace(start, f"{start}\n{start}")
+    made = subprocess.run([sys.executable, "-c", twice], capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+
+
 def test_a_compiled_model_in_bf16_gets_its_group_although_the_processor_chose_bf16() -> None:
     made = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
