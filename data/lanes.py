@@ -99,15 +99,17 @@ class LaneReader:
         targets = np.full(context, -100, np.int32)
         row = Row(lane, inputs, targets, [], [], {})
         ordinal, offset, filled = state["ordinal"], state["offset"], 0
-        empties = 0
+        empty, empties = set[int](), 0
         while filled < context:
             stream, title, begun = self._document(lane, ordinal)
             pairs = len(stream) - 1
             if offset == 0:
                 _count(row.counts, **begun)
             if pairs < 2:
+                empty.add(self.document_of(ordinal))
                 empties += 1
-                if empties > len(self.tokens):
+                # Of a shuffled corpus, each epoch shows the lane other documents, which may be the same ones by chance.
+                if len(empty) == len(self.tokens) or (not self.shuffle and empties > len(self.tokens)):
                     raise DataError(
                         f"every document of the training data that lane {lane} of {self.global_batch} reads is empty "
                         "or unreadable; see data.text_field (with data.shuffle=false, a lane may not read all of them)"

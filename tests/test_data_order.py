@@ -316,6 +316,13 @@ def test_a_batch_that_cannot_be_divided_is_rejected(corpus: Path) -> None:
         loader(jsonl(corpus, "trainer.micro_batch=2"), 0, 4)
 
 
+@pytest.mark.parametrize("empty", [1, 7])
+def test_some_empty_documents_are_passed_over_however_often_they_come(tmp_path: Path, empty: int) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*("" for _ in range(empty)), "the only text " * 4])
+    for seed in range(3):
+        assert len(list(islice(loader(jsonl(path, f"seed={seed}")), 200))) == 200
+
+
 def test_only_empty_documents_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["", "", ""])
     with pytest.raises(Exception, match="every document of the training data that lane .* reads is empty"):
