@@ -155,7 +155,8 @@ class RowWorkers:
         if self._closed:  # by atexit; an iterator garbage-collected after that finds its modules gone
             return
         self._closed = True
-        workers = set(multiprocessing.active_children()) - self._others
+        # If the start was interrupted, `_workers` is not known yet; other loaders have workers of their own.
+        workers = set(self._workers) or set(multiprocessing.active_children()) - self._others
         for worker in workers:
             worker.kill()
         for worker in workers:

@@ -307,7 +307,7 @@ def main(options: Options, overrides: list[str]) -> int:
             raise ConfigError(f"num_centroids={run.cfg.eval.num_centroids}: {error}") from None
     with other_capacity(run.model.mixers(), run.cfg.eval.num_centroids):
         if options.interactive:
-            while prompt := ask():
+            while prompt := processes.on_main(ask):
                 respond(run, [prompt], options, sampling)
         else:
             respond(run, prompts, options, sampling)
