@@ -125,11 +125,31 @@ def test_a_run_folder_of_other_text_is_refused(tmp_path: Path, trained: None) ->
             return {"test": str(cfg.data.test)}
 
     run = run_in(tmp_path, Text("", at_128=0.5))
-    assert run.values(SHORT)
+    run.run_dir.mkdir()
     run.job.cfg = compose(["experiment=recall", "tokenizer=byte"])
     run.job.cfg.data.test = ["other"]
     with pytest.raises(ConfigError, match=r"was made with other text \(test\); remove it, or use another runs_root"):
         run.values(SHORT)
+
+
+def test_a_run_folder_is_refused_once_its_files_hold_another_text(tmp_path: Path, trained: None) -> None:
+    run = run_in(tmp_path, Known("a", at_128=0.5))
+    train(run, 1.0)
+    assert run.values(SHORT) and run_in(tmp_path, Known("a", at_128=0.5)).values(SHORT)
+    with pytest.raises(ConfigError, match=r"was made with other text \(train\)"):
+        run_in(tmp_path, Known("b", at_128=0.5)).values(SHORT)
+
+
+def test_a_record_does_not_replace_that_of_another_text(tmp_path: Path, trained: None) -> None:
+    run = run_in(tmp_path, Known("a", at_128=0.5))
+    train(run, 1.0)
+    run.write_record([SHORT])
+    (run.run_dir / runs.TEXT).unlink()  # as if trained anew in a folder of the same name
+    other = run_in(tmp_path, Known("b", at_128=0.25))
+    other.write_record([SHORT])
+    assert recorded(run) == {"accuracy at 128": 0.5}
+    assert recorded(run_in(tmp_path, Known("b"))) == {"accuracy at 128": 0.25}
+    assert len(list((tmp_path / "records").glob("*.json"))) == 2
 
 
 def test_fewer_documents_are_the_first_ones(tmp_path: Path, trained: None) -> None:

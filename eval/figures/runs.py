@@ -8,6 +8,7 @@ pieces, on several machines, and redrawn from a clean clone; `records=null` neit
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 from dataclasses import astuple, dataclass
@@ -27,6 +28,7 @@ from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
 
 SCORE = "held_out.json"  # in the run folder of a run that tried a learning rate
+TEXT = "text.json"  # in the run folder: fingerprints of the text that the run was made with
 BEGAN = "init_from.path"  # the folder of the run whose weights this one started from
 STEPS = "trainer.steps"  # may change at a resume, but not in a figure
 SHOWN_LOSSES = 40  # about how many training losses a record keeps
@@ -55,13 +57,17 @@ class FigureRun:
 
     @functools.cached_property
     def record_file(self) -> Path | None:
-        """The file of the run's record, named after the run folder. If there is none, that of the same run in another
-        folder: the name of a folder contains the path of the text."""
+        """The file of the run's record, named after the run folder. If that is missing, or of another run, the file of
+        the same run in another folder: the name of a folder contains the path of the text, and not its content."""
         if self.records is None:
             return None
         own = self.records / f"{self.run_dir.name}.json"
-        others = () if own.exists() else sorted(self.records.glob("*.json"))
-        return next((path for path in others if self.is_of(read_json(path))), own)
+        if own.exists() and self.is_of(read_json(own)):
+            return own
+        same = (path for path in sorted(self.records.glob("*.json")) if self.is_of(read_json(path)))
+        made_of = json.dumps([self.settings(), self.text], sort_keys=True)
+        other = own.with_name(f"{own.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.json")
+        return next(same, other if own.exists() else own)
 
     def record(self) -> dict[str, Any] | None:
         """The committed record, if there is one with the same settings and the same text."""
@@ -90,6 +96,8 @@ class FigureRun:
     def score(self) -> dict[str, Any] | None:
         """The score of a run that tried a learning rate ("loss" is None if it failed); None if it is not scored."""
         found = read_json(self.run_dir / SCORE)
+        if found is not None and self.trained_here():
+            self.check_text()
         if found is None and (record := self.record()):
             found = record["score"]
         return found if found and found.get("on") == self.measure.chosen_on else None
@@ -117,11 +125,14 @@ class FigureRun:
         return [value for value in values if value.document is None or value.document < test.amount]
 
     def check_text(self) -> None:
-        """Raise ConfigError if the run in the folder used other text than the config asks for."""
+        """Raise ConfigError if the run in the folder used other text than the config asks for. What it used is noted in
+        the folder at the first test, since the same files may hold another text later."""
         stored, asked = self.stored_cfg, self.cfg
-        if (stored.data, stored.tokenizer) == (asked.data, asked.tokenizer):
-            return
-        made_with = self.measure.text(stored)
+        made_with = read_json(self.run_dir / TEXT)
+        if made_with is None:
+            same = (stored.data, stored.tokenizer) == (asked.data, asked.tokenizer)
+            made_with = self.text if same else self.measure.text(stored)
+            write_whole(self.run_dir / TEXT, json.dumps(made_with) + "\n")
         if changed := [name for name in self.text if self.text[name] != made_with.get(name)]:
             raise ConfigError(
                 f"{self.run_dir} was made with other text ({', '.join(changed)}); remove it, or use another runs_root"
