@@ -32,6 +32,9 @@ INSTEAD = {
     "optim.lr": "use rates=[0.001,0.01]",
     "run_dir": "use runs_root=FOLDER",
     "init_from": "a figure's runs begin with what its subject says",
+    "eval.weights": "figures show the trained weights",
+    "eval.num_centroids": "use num_centroids=[1024,4096]",
+    "eval.restart": "figures choose it for each test",
 }
 
 
