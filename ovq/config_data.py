@@ -123,10 +123,8 @@ def check_used(data: DataConfig, typed: Collection[str] | None = None) -> None:
             if source.kind in kinds or not hasattr(defaults, key) or (typed is not None and name not in typed):
                 continue
             if getattr(source, key) != getattr(defaults, key):
-                mend = (
-                    "leave it out (or null, if an option of configs/data sets it), or choose data of a kind that uses"
-                )
-                mend = f"{mend} it: {', '.join(kinds)}"
+                mend = "leave it out (or null, if an option of configs/data sets it), or choose data of a kind that"
+                mend += f" uses it: {', '.join(kinds)}"
                 if source.kind == "mixture" and hasattr(SourceConfig(), key):
                     mend = f"set it for one of its data sets: data.mixture.NAME.{key}"
                 raise ConfigError(f"{name} is ignored with {where}.kind={source.kind}; {mend}")

@@ -170,9 +170,8 @@ class Plan:
     def needless(self, line: Line, seed: int) -> bool:
         """Whether all runs that start from the weights of this seed's run are done."""
         if seed == search.TRAIN_SEED:
-            return all(
-                trial.loss() not in (None, math.inf) for trial in line.trials.values()
-            )  # failed ones are retried
+            # Those that failed, whose loss is infinite, are tried again.
+            return all(trial.loss() not in (None, math.inf) for trial in line.trials.values())
         return self.done(Work("train", line.name, seed, 0, 0))
 
     def parts(self) -> list[list[Work]]:
