@@ -480,6 +480,12 @@ def test_a_plan_names_runs_tokens_and_minutes_and_starts_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_for_another_machine_needs_no_text_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["scale=paper", "models=[sw]", f"runs_root={tmp_path}/runs", "tokenizer.model_path=gone.model"]
+    assert fig6.main(line) == 0
+    assert "hours of one 80 GB GPU" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("figure", [fig4, fig5, fig6, fig7, fig8, memory, memory_pg19, sensitivity])
 def test_parts_hold_all_the_work_within_their_time(figure: Any) -> None:
     schema = next(value for name, value in vars(figure).items() if name.endswith("Options") and name in OPTIONS)

@@ -62,12 +62,13 @@ class FigureRun:
         if self.records is None:
             return None
         own = self.records / f"{self.run_dir.name}.json"
-        if own.exists() and self.is_of(read_json(own)):
+        for path in (own, *sorted(self.records.glob("*.json"))):
+            if self.is_of(read_json(path)):
+                return path
+        if not own.exists():
             return own
-        same = (path for path in sorted(self.records.glob("*.json")) if self.is_of(read_json(path)))
         made_of = json.dumps([self.settings(), self.text], sort_keys=True)
-        other = own.with_name(f"{own.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.json")
-        return next(same, other if own.exists() else own)
+        return own.with_name(f"{own.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.json")
 
     def record(self) -> dict[str, Any] | None:
         """The committed record, if there is one with the same settings and the same text."""
