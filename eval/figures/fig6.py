@@ -48,7 +48,7 @@ ABOUT = {
     LARGER: (f"`{LARGER}` is `sw_ovq` trained with N = 2,048 centroids instead of 512.",),
     RECENT: (
         f"`{RECENT}` is a window of 129 to 256 tokens without positions, which full attention and OVQ do not have "
-        "either; `sw`'s window of 128 tokens has rotary positions, so that it differs from them not in reach alone.",
+        "either; `sw`'s window of 128 tokens has rotary positions, so it differs from them in more than reach.",
     ),
 }
 SHOWN_FROM = 64  # tokens; earlier losses are those of title pages
