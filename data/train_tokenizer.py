@@ -7,7 +7,6 @@ python -m data.train_tokenizer data=pg19 model_type=bpe out=pg19-16k-bpe.model
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ class Options:
     vocab_size: int = setting(16384, "pieces, including the 256 bytes", at_least=1)
     model_type: str = one_of(*MODEL_TYPES, help="how text is divided into pieces")
     sample_mb: float = setting(30.0, "megabytes of text to train on", above=0)
+    threads: int = setting(2, "threads of the training; the pieces depend on their number", at_least=1)
 
 
 @command(Options, overrides=True)
@@ -50,7 +50,9 @@ def main(options: Options, overrides: list[str]) -> int:
         sample_lines(corpus, round(shares[name] * options.sample_mb * (1 << 20)), cfg.seed)
         for name, corpus in corpora.items()
     )
-    tokenizer = train_sentencepiece(lines, options.vocab_size, options.out, cfg.seed, options.model_type)
+    tokenizer = train_sentencepiece(
+        lines, options.vocab_size, options.out, cfg.seed, options.model_type, options.threads
+    )
     text = next(iter(corpora.values())).read(0).text[: 1 << 20]
     ids = tokenizer.encode(text)
     print(f"{options.out}: {tokenizer.vocab_size} pieces, {len(text.encode()) / max(1, len(ids)):.2f} bytes per token")
@@ -59,9 +61,18 @@ def main(options: Options, overrides: list[str]) -> int:
 
 
 def train_sentencepiece(
-    lines: Iterator[str], vocab_size: int, out: Path | str, seed: int = 0, model_type: str = "unigram"
+    lines: Iterator[str],
+    vocab_size: int,
+    out: Path | str,
+    seed: int = 0,
+    model_type: str = "unigram",
+    threads: int = 2,
 ) -> SentencePieceTokenizer:
     """Train a lossless model on lines (without newlines, which are a piece of their own) and write it.
+
+    Args:
+        threads: each sums the counts of its share of the text, so another number gives slightly different pieces. It is
+            therefore not the number of cores: the same text gives the same model on every machine.
 
     Raises:
         ConfigError: the text is too small for the vocabulary.
@@ -92,7 +103,7 @@ def train_sentencepiece(
             pad_id=-1,
             character_coverage=0.9999,
             max_sentence_length=_LINE_LIMIT + 200,
-            num_threads=os.cpu_count() or 1,
+            num_threads=threads,
             minloglevel=1,
         )
     except RuntimeError as error:

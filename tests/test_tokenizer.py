@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -505,3 +506,14 @@ def test_a_vocabulary_too_large_for_its_text_is_an_error(tmp_path: Path) -> None
         train_sentencepiece(iter(["a few words"]), 5000, tmp_path / "x.model")
     with pytest.raises(ConfigError, match="does not exist; make one"):
         build_tokenizer(compose(["tokenizer=sentencepiece", f"tokenizer.model_path={tmp_path}/x.model"]))
+
+
+def test_a_trained_model_does_not_depend_on_the_number_of_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Path(__file__).with_name("test_tokenizer.py").read_text().splitlines()
+    made = []
+    for count in (1, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        made.append(train_sentencepiece(iter(lines), 400, tmp_path / "x.model").fingerprint)
+    assert made[0] == made[1] != train_sentencepiece(iter(lines), 400, tmp_path / "x.model", threads=5).fingerprint
