@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -48,6 +47,7 @@ from data.workers import die_with_parent
 from ovq.cli import command
 from ovq.compose import compose
 from ovq.config import Config
+from ovq.cpu import cores
 from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.schema import setting
@@ -256,7 +256,7 @@ def _make_all(job: Job, todo: list[Range], ranges: list[Range], processes: int |
         bar.write(f"continuing: {len(ranges) - len(todo)} of {len(ranges)} parts are complete", file=sys.stderr)
     made: dict[str, Part] = {}
     with bar:
-        for part in _run(job, todo, min(processes or _cores(), len(todo))):
+        for part in _run(job, todo, min(processes or cores(), len(todo))):
             made[part["name"]] = part
             bar.set_postfix(parts=f"{len(ranges) - len(todo) + len(made)}/{len(ranges)}", refresh=False)
             bar.update(sizes[part["name"]])
@@ -297,10 +297,6 @@ def _begin(job: Job) -> None:
 def _make_mine(wanted: Range) -> Part:
     assert _mine is not None
     return make_part(_mine, wanted)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _summary(index: dict[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ import psutil
 from launch import options as arguments
 from launch.options import positive
 from ovq.cli import guarded
+from ovq.cpu import cores
 from ovq.errors import ConfigError, Failure, Stopped, one_line
 from ovq.train.stop import SIGNALS
 
@@ -145,7 +146,7 @@ def launch(words: list[str], ranks: int, *, on_cpu: bool) -> None:
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     # torchrun would set 1 for several ranks, with a warning; ranks on CPUs share the cores instead.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)) if on_cpu else "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)) if on_cpu else "1")
     try:
         with quiet_torchrun(), passing_on() as received:
             torchrun.run(torchrun.parse_args(words))

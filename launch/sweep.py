@@ -41,6 +41,7 @@ from ovq.bounded import how
 from ovq.cli import guarded
 from ovq.compose import compose, run_dir_of
 from ovq.config import Config
+from ovq.cpu import cores
 from ovq.errors import ConfigError, Stopped
 from ovq.files import write_whole
 from ovq.overrides import sweep_values
@@ -263,7 +264,7 @@ def start(job: Job, slot: list[str], at_once: int = 1) -> subprocess.Popen[bytes
     job.run_dir.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(slot)} if slot else {})
     if at_once > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
+        environment["OMP_NUM_THREADS"] = str(max(1, cores() // at_once))
     command = [sys.executable, str(ROOT / "train.py")]
     if len(slot) > 1:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
