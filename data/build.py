@@ -81,7 +81,7 @@ def _splits(data: DataConfig) -> list[str]:
     return [split for split in SPLITS if data.kind == "builtin" or getattr(data, split)]
 
 
-def check_held_out(cfg: Config) -> None:
+def check_names_held_out(cfg: Config) -> None:
     """Refuse a run that, after days of training, would have nothing to be evaluated on.
 
     Raises:

@@ -10,8 +10,16 @@ from pathlib import Path
 
 import torch
 
-import data.build
-from data.build import FROM_FILES, build_tokenizer, build_tokens, has_split, is_task, named, sources_of
+from data.build import (
+    FROM_FILES,
+    build_tokenizer,
+    build_tokens,
+    check_names_held_out,
+    has_split,
+    is_task,
+    named,
+    sources_of,
+)
 from data.corpus import TokenisedCorpus, Tokens
 from data.dataset_corpus import is_remote as is_on_hub
 from data.describe import epochs, is_remote
@@ -40,7 +48,7 @@ def check_held_out(cfg: Config, tokenizer: Tokenizer) -> list[str]:
     """
     if is_task(cfg) or not (cfg.eval.at_end or cfg.trainer.eval_every):
         return []
-    data.build.check_held_out(cfg)
+    check_names_held_out(cfg)
     split = cfg.eval.split
     try:
         tokens = open_split(cfg, tokenizer, split)

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 import train
-from data.build import build_tokenizer, check_held_out
+from data.build import build_tokenizer
 from data.describe import describe
+from eval.preflight import check_held_out, check_room
 from launch.claims import trainer_of
 from launch.plan import HEADROOM
 from ovq.compose import compose, run_dir_of
@@ -21,7 +22,7 @@ from ovq.errors import ConfigError
 from ovq.memory import memory_of
 from ovq.model import Transformer, build_model, undivided
 from ovq.plan import format_bytes, indivisible, report
-from ovq.train.claim import same_run
+from ovq.train.claim import same_run, unwritable
 from ovq.train.warm_start import check_weights
 
 
@@ -42,17 +43,20 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
         gpu_bytes: memory of each GPU that it will run on; None: unknown, or it runs on CPUs.
 
     Raises:
-        ConfigError: a setting, a data file, the tokenizer or the run folder cannot be used, the batch cannot be divided
-            or the heads among the processes, or weights, gradients and moments alone do not fit on a GPU.
+        ConfigError, DataError: a setting, a data file, the tokenizer or the run folder cannot be used, the disk has too
+            little room for the checkpoints, the batch or the heads cannot be divided among the processes, or weights,
+            gradients and moments alone do not fit on a GPU.
     """
     cfg = compose(overrides)
     run_dir = run_dir_of(cfg, overrides)
     if running := trainer_of(run_dir):
         raise ConfigError(f"{run_dir} is in use by another process ({running}); wait for it, or stop it")
-    check_held_out(cfg)
+    if problem := unwritable(run_dir):
+        raise ConfigError(problem)
     begun = same_run(run_dir, cfg)
     tokenizer = build_tokenizer(cfg, run_dir if begun else None)
     train.check_vocabulary(cfg, tokenizer)
+    hints = check_held_out(cfg, tokenizer)
     found = describe(cfg)
     for facts in found.values():
         if facts.get("error"):
@@ -66,9 +70,10 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
     if problem := undivided(model, cfg.trainer.context_parallel):
         raise ConfigError(problem)
     check_weights(cfg, model, begun)
+    check_room(cfg, model, run_dir)
     text = report(cfg, tokenizer.vocab_size, found, world_size, run_dir)
     warnings = check_memory(cfg, model, world_size, gpu_bytes) if gpu_bytes else ()
-    return Checked(cfg, run_dir, text, warnings)
+    return Checked(cfg, run_dir, text, (*hints, *warnings))
 
 
 def check_memory(cfg: Config, model: Transformer, world_size: int, gpu_bytes: int) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data import dataset_corpus, sources
-from data.build import build_corpus, build_tokenizer, check_held_out, heldout_documents
+from data.build import build_corpus, build_tokenizer, check_names_held_out, heldout_documents
 from data.describe import describe
 from data.prepare import prepare
 from data.sources import ChangedError
@@ -107,11 +107,11 @@ def test_splits_slices_titles_and_held_out_documents(books: Path) -> None:
         assert [corpus.read(i).text for i in range(len(corpus))] == wanted
         assert corpus.sizes().tolist() == [len(text) for text in wanted]
     held = of(books / "json", "data.validation=[validation]")
-    check_held_out(held)
+    check_names_held_out(held)
     given = list(heldout_documents(held, build_tokenizer(held), split="validation", min_tokens=1))
     assert [d.num_bytes for d in given] == [len(text) for text in DOCUMENTS[5:]]
     with pytest.raises(ConfigError, match="data.validation is empty, so loss by position .* give it splits"):
-        check_held_out(of(books / "json"))
+        check_names_held_out(of(books / "json"))
     assert describe(held)["validation"] == {"shards": 0, "documents": 8, "bytes": sum(map(len, DOCUMENTS[5:]))}
 
 

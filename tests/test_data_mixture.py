@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from data.build import (
     build_corpus,
     build_tokenizer,
-    check_held_out,
+    check_names_held_out,
     heldout_documents,
     shares_of,
     sources_of,
@@ -226,7 +226,7 @@ def test_a_source_that_cannot_be_opened_is_named(books: Path) -> None:
     assert "no file matches" in describe(cfg)["train lower"]["error"]
     cfg.data.mixture.lower.validation = cfg.data.mixture.upper.validation = []
     with pytest.raises(ConfigError, match="data.mixture.upper.validation is empty, so loss by position cannot be"):
-        check_held_out(cfg)
+        check_names_held_out(cfg)
 
 
 def test_a_dry_run_tells_how_often_each_source_is_read(books: Path) -> None:
@@ -261,7 +261,7 @@ def test_held_out_documents_come_in_turns_from_the_sources_that_have_them(books:
     given = list(heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=1, limit=4))
     assert [document.source for document in given] == ["upper", "lower", "upper", "lower"]
     cfg.data.mixture.upper.validation = []
-    check_held_out(cfg)
+    check_names_held_out(cfg)
     rest = list(heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=1))
     assert {document.source for document in rest} == {"lower"} and len(rest) == len(LENGTHS) - 1
 

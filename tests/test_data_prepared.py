@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import data.prepare as preparing
-from data.build import build_tokenizer, check_held_out, heldout_documents, splits_of
+from data.build import build_tokenizer, check_names_held_out, heldout_documents, splits_of
 from data.describe import describe
 from data.loader import merge_states
 from data.prepare import main, prepare
@@ -124,14 +124,14 @@ def test_a_mixture_reads_the_held_out_folders_that_its_data_sets_name(
     alone = f"{{data: memmap, train: [{tmp_path}/only]}}"
     cfg = config("data=mixture", f"data.mixture={{a: {alone}}}")
     with pytest.raises(ConfigError, match="data.mixture.a.validation is empty, .* give it a folder that has a valid"):
-        check_held_out(cfg)
+        check_names_held_out(cfg)
     cfg.data.mixture.a.validation = [str(prepared)]
-    check_held_out(cfg)
+    check_names_held_out(cfg)
     found = list(heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=1))
     assert len(found) == 3 and splits_of(cfg) == ["train", "validation"]
     cfg.data.mixture.a.train = ["nowhere"]
     assert splits_of(cfg) == ["train"]
-    check_held_out(cfg)  # opening it reports what is wrong
+    check_names_held_out(cfg)  # opening it reports what is wrong
     with pytest.raises(ConfigError, match="data.mixture.a: nowhere is not completely prepared"):
         loader(cfg)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,7 +161,7 @@ THREE_HEADS = ("model.num_heads=3", "model.num_kv_heads=3")
         (["--cpu-ranks", "2", "--", "trainer.stepz=1"], "did you mean trainer.steps?"),
         (["--cpu-ranks", "3"], "3 processes: trainer.global_batch=4 is not a multiple of trainer.micro_batch=2 x 3;"),
         (["--cpu-ranks", "1", "--nodes", "2", "--rendezvous", "a:1", "--", "trainer.global_batch=2"], "2 x 2;"),
-        (["--cpu-ranks", "1", "--", "data=text", "data.train=[no/*.txt]", "data.validation=[x]"], "no/*.txt"),
+        (["--cpu-ranks", "1", "--", "data=text", "data.train=[no/*.txt]", f"data.validation=[{__file__}]"], "no/*.txt"),
         (["--cpu-ranks", "1", "--", "data=text", "data.train=[no/*.txt]"], "data.validation is empty"),
         (
             ["--cpu-ranks", "1", "--", "tokenizer=sentencepiece", "tokenizer.model_path=a.model"],
@@ -225,6 +227,25 @@ def test_weights_that_are_not_there_are_refused_before_a_gpu_is_taken(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         check.check([*QUICK, f"run_dir={tmp_path}", *settings], 1)
+
+
+def test_what_a_start_would_refuse_is_refused_before_a_gpu_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books = "data=jsonl", "data.train=[books.jsonl]", "data.validation=[held-out.jsonl]"
+    monkeypatch.chdir(tmp_path)
+    Path("books.jsonl").write_text('{"text": "a book"}\n')
+    Path("held-out.jsonl").write_text('{"text": "short"}\n')
+    (warning,) = check.check([*QUICK, *books], 1).warnings
+    assert "no validation document has eval.context=" in warning
+    Path("held-out.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="data.validation holds no documents"):
+        check.check([*QUICK, *books], 1)
+    with pytest.raises(ConfigError, match="books.jsonl is a file; name a folder"):
+        check.check([*QUICK, "run_dir=books.jsonl"], 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(ConfigError, match="has 0 B of free disk"):
+        check.check([*QUICK, "run_dir=new"], 1)
 
 
 def test_a_mixture_has_training_data(tmp_path: Path) -> None:
