@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from eval import loss_table, per_position, plot
 from ovq import config, report
 from ovq.errors import TrainingError
 from ovq.processes import World
-from ovq.train import metrics, summary
+from ovq.train import loop, metrics, summary
 from ovq.train.metrics import read_rows
 from tests.helpers import TINY, small_config
 
@@ -154,6 +155,32 @@ def test_wandb_that_fails_in_mid_run_is_left_behind_in_one_line(
     log.close()
     assert capsys.readouterr().err == "logger=wandb failed, going on without: no key\n"
     assert [row["step"] for row in read_rows("run/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_logger_that_never_finishes_is_not_waited_for(
+    run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released, codes = threading.Event(), []
+
+    class Uploading:
+        def log(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def finish(self, exit_code: int) -> None:
+            codes.append((exit_code, Path("run/summary.json").exists()))
+            released.wait()
+
+    monkeypatch.setattr(metrics, "start_wandb", lambda *_: Uploading())
+    monkeypatch.setattr(metrics, "FINISH_S", 0.1)
+    monkeypatch.setattr(metrics, "FAILED_S", 0.1)
+    line = [*run, "run_dir=run", "logger=wandb", "trainer.progress=false"]
+    with monkeypatch.context() as broken:
+        broken.setattr(loop.Trainer, "_run", fail(TrainingError("lost")))
+        assert train.main(line) == 1
+    assert train.main(line) == 0
+    released.set()
+    assert codes == [(1, False), (0, True)]
+    assert capsys.readouterr().err.count("logger=wandb has not finished within 0 s; not waiting\n") == 2
 
 
 def test_a_run_folder_that_stdout_cannot_encode_is_trained_in_and_summed_up(tmp_path: Path) -> None:

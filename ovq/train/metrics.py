@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ovq.config import Config, to_dict
 from ovq.errors import one_line
 from ovq.files import write_whole
 
+FINISH_S, FAILED_S = 30.0, 2.0
 QUITS = (Exception, SystemExit)  # what wandb may raise: without an API key it may exit the process
 
 
@@ -96,7 +98,15 @@ class Metrics:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self.close(failed=error is not None)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file, then the logger, if it takes no longer than FINISH_S: it may wait for a network that is gone.
+        After a failure the other ranks wait for this one's report, so it gets no more than FAILED_S."""
         if self._file is not None:
             self._write(b"")
             if self._unwritten:
@@ -104,7 +114,16 @@ class Metrics:
                 print(f"{self.path} could not be completed: {lost} line(s) are lost", file=sys.stderr)
             self._file.close()
             self._file = None
-        self._tell_logger(lambda logger: logger.finish())
+        if self._logger is None:
+            return
+        seconds = FAILED_S if failed else FINISH_S
+        finish = threading.Thread(
+            target=self._tell_logger, args=(lambda logger: logger.finish(exit_code=int(failed)),), daemon=True
+        )
+        finish.start()
+        finish.join(seconds)
+        if finish.is_alive():
+            print(f"logger={self._logger_name} has not finished within {seconds:.0f} s; not waiting", file=sys.stderr)
         self._logger = None
 
 
@@ -184,7 +203,7 @@ class TensorBoard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         self._writer.close()
 
 
