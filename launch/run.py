@@ -38,6 +38,7 @@ from ovq.errors import ConfigError, Failure, Stopped, one_line
 from ovq.train.stop import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
+JOIN_S = 600  # seconds that a node waits for the others
 SHUTDOWN_S = 600  # seconds that torchrun waits for its ranks, if it can be told; needed only if torchrun itself fails
 
 
@@ -121,6 +122,7 @@ def torchrun_words(options: argparse.Namespace, ranks: int) -> list[str]:
         words += ["--standalone"]
     else:
         words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}", f"--rdzv-id={options.id}"]
+        words += [f"--rdzv-conf=read_timeout={JOIN_S}"]  # otherwise the first node must be there within 60 s
     words += ["--signals-to-handle=SIGXCPU"]  # it must be given one; `passing_on` handles the real ones
     if has_shutdown_timeout():
         words += [f"--shutdown-timeout={SHUTDOWN_S}"]

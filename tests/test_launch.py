@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import signal
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from launch import __main__ as launch_main
 from launch import check, claims, run
@@ -213,6 +217,18 @@ def test_a_run_folder_that_is_in_use_is_refused_and_looking_does_not_disturb_its
         os.close(end)
         assert os.waitpid(owner, 0)[1] == 0
     assert claims.trainer_of(tmp_path) == ""
+
+
+def test_the_first_node_may_start_as_late_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own limit for a connection to it is 60 s."""
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend as backend
+
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(backend, "TCPStore", lambda *_, **how: made.append(how))
+    words = run.torchrun_words(Namespace(nodes=2, rendezvous="far:29400", id="a"), 1)
+    conf = dict([next(word for word in words if word.startswith("--rdzv-conf=")).partition("=")[2].split("=")])
+    backend._create_tcp_store(RendezvousParameters("c10d", "far:29400", "a", 2, 2, is_host=False, **conf))
+    assert made[0]["timeout"] == datetime.timedelta(seconds=run.JOIN_S)
 
 
 @pytest.mark.parametrize(
