@@ -11,8 +11,10 @@ import torch
 import ovq
 import ovq.config
 import train
+from ovq import processes
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError
+from ovq.train import warm_start
 from ovq.train.ema import WeightAverage
 from ovq.train.schedule import check_extension, lr_at
 from tests.helpers import TINY
@@ -121,6 +123,14 @@ def test_a_head_of_its_own_does_not_overwrite_a_shared_embedding(
     line[-1] = f"init_from={tmp_path}/loose"
     assert train.main([*line, f"run_dir={tmp_path}/shared"]) == 0
     assert torch.equal(weights(tmp_path / "shared")["head.weight"], after["head.weight"])
+
+
+def test_a_rank_without_rows_does_not_take_a_separate_head_for_a_shared_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards of an embedding are empty on some ranks if it has fewer rows than there are ranks."""
+    empty = {name: torch.empty(0, 8) for name in warm_start.TIED}
+    assert warm_start._shared(empty)  # as far as this rank can see
+    monkeypatch.setattr(processes, "any_flag", lambda flag: True)  # another rank sees more
+    assert not warm_start._shared(empty)
 
 
 def test_averaged_weights_begin_with_those_of_the_other_run(

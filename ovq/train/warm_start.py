@@ -76,8 +76,8 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
 
 
 def _shared(own: dict[str, Any]) -> bool:
-    """Whether the head's weights are those of the embedding."""
-    return len({local(own[name]).data_ptr() for name in TIED}) == 1
+    """Whether the head's weights are those of the embedding. Collective: a rank's empty shards share an address."""
+    return not processes.any_flag(len({local(own[name]).data_ptr() for name in TIED}) > 1)
 
 
 def _equal(own: dict[str, Any], path: Path, folder: Folder | None) -> bool:
