@@ -245,14 +245,12 @@ def evaluate_strictly(
     step: int,
     should_stop: Callable[[], bool],
     *,
-    wandb_step: int | None = None,
     progress: bool = False,
     changed: str = "",
 ) -> dict[str, float] | None:
     """Like `evaluate`, but raises where nothing can be evaluated.
 
     Args:
-        wandb_step: step to log the results under in wandb; None for a run reopened after its end.
         progress: as in `measure`.
         changed: value of the "changes" column in the tables.
 
@@ -264,14 +262,18 @@ def evaluate_strictly(
     measured = measure(model, cfg, tokenizer, world, should_stop, progress=progress)
     if measured is None:
         return None
-    processes.on_main(lambda: publish(measured, cfg, run_dir, step, wandb_step=wandb_step, changed=changed))
+    processes.on_main(lambda: publish(measured, cfg, run_dir, step, changed=changed))
     return measured.summary()
 
 
 def publish(
-    measured: Measurement, cfg: Config, run_dir: Path, step: int, *, wandb_step: int | None, changed: str
+    measured: Measurement, cfg: Config, run_dir: Path, step: int, *, changed: str, wandb_step: int | None = None
 ) -> None:
     """Add an evaluation to the tables of the run folder, then draw it.
+
+    Args:
+        changed: value of the "changes" column in the tables.
+        wandb_step: step to log the picture under; None for a run reopened after its end.
 
     Raises:
         OSError: a table cannot be written. The picture is optional: `eval.plot` makes it from the table.
@@ -319,7 +321,7 @@ def evaluate(
     """
     try:
         measured = measure(model, cfg, tokenizer, world, should_stop)
-    except (ConfigError, DataError, OSError) as error:
+    except (ConfigError, DataError) as error:  # of the data, on every rank
         if world.is_main:
             print(f"no evaluation at step {step}: {error}", file=sys.stderr, flush=True)
         return {"documents": 0.0}
