@@ -92,7 +92,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     tokenizer = build_tokenizer(cfg, run_dir if begun else None)
     check_vocabulary(cfg, tokenizer)
     stacks.register(run_dir)
-    hints = processes.on_main(lambda: check_held_out(cfg, tokenizer))
+    hints = processes.on_main_slowly(lambda: check_held_out(cfg, tokenizer))
 
     model = build_model(cfg.model, tokenizer.vocab_size)
     processes.on_main(lambda: check_room(cfg, model, run_dir))
@@ -114,7 +114,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     if ema is not None and began:
         ema.restart(model)
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
-    hints += processes.on_main(lambda: check_training_data(cfg, loader.tokens, tokenizer))
+    hints += processes.on_main_slowly(lambda: check_training_data(cfg, loader.tokens, tokenizer))
     hints.append(elsewhere(run_dir, cfg))
     checkpoint.settle(run_dir, start, cfg.trainer.keep_last)
     claim(run_dir, cfg, tokenizer)
@@ -143,12 +143,10 @@ def train(cfg: Config, run_dir: Path) -> None:
     for line in filter(None, [began, *hints]):
         trainer.say(line)
     with trainer.signal:  # until the end: a launcher may pass the signal on after the last step
-        try:
+        with metrics:
             summary = trainer.fit()
-        finally:
-            metrics.close()
-        if world.is_main:
-            finish(summary, cfg, run_dir)
+            if world.is_main:
+                finish(summary, cfg, run_dir)
         processes.shutdown()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from ovq.config import Config, TokenizerConfig
 from ovq.config_data import FROM_FILES, NAMED_SPLITS, DataConfig, mixture_sources
 from ovq.errors import ConfigError
 from ovq.instantiate import instantiate, settings_of
-from ovq.processes import World, on_main
+from ovq.processes import World, on_main_slowly
 
 
 def is_task(cfg: Config) -> bool:
@@ -231,7 +232,8 @@ def _hf_tokenizer(cfg: TokenizerConfig, stored: Path | None) -> Tokenizer:
     if stored and stored.is_file() and (remote or not Path(path).expanduser().exists()):
         return hf_tokenizer.load(str(stored), cfg.separator)
     # Only one process asks the Hub, however many train.
-    return on_main(lambda: hf_tokenizer.load(path, cfg.separator)) if remote else hf_tokenizer.load(path, cfg.separator)
+    load = functools.partial(hf_tokenizer.load, path, cfg.separator)
+    return on_main_slowly(load) if remote else load()
 
 
 def build_task(cfg: Config) -> Task:
@@ -275,7 +277,7 @@ def build_loader(cfg: Config, tokenizer: Tokenizer, world: World, state: dict[st
         return _task_loader(cfg, tokenizer, common)
     sources = sources_of(cfg)
     tokens, corpora = {}, {}
-    for name, found in on_main(lambda: _open_all(sources, tokenizer, state)).items():
+    for name, found in on_main_slowly(lambda: _open_all(sources, tokenizer, state)).items():
         tokens[name], corpora[name] = found
     fingerprint = {
         **_identity(cfg, corpora),

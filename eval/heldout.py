@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.build import heldout_documents, is_task
+from data.sources import DataError
 from data.tokenizer import Tokenizer
 from ovq import processes
 from ovq.config import Config
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, one_line
 
 
 @dataclass
@@ -62,9 +63,12 @@ class HeldOut:
         """
 
         def take() -> tuple[list[Excerpt], int, int]:
-            return list(itertools.islice(self._excerpts, count)), self.seen, self.longest
+            try:
+                return list(itertools.islice(self._excerpts, count)), self.seen, self.longest
+            except OSError as error:
+                raise DataError(f"the {self.cfg.eval.split} split cannot be read: {one_line(error)}") from error
 
-        excerpts, self.seen, self.longest = processes.on_main(take)
+        excerpts, self.seen, self.longest = processes.on_main_slowly(take)
         self.given += len(excerpts)
         self.num_bytes += sum(excerpt.num_bytes for excerpt in excerpts)
         self.num_words += sum(excerpt.num_words for excerpt in excerpts)

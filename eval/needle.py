@@ -154,7 +154,7 @@ def measure(run: Run, options: Options, source: Config, changed: str = "") -> li
     """
     cfg = run.cfg
     check_capacity(run.model, cfg)
-    haystack = processes.on_main(lambda: read_haystack(source, run.tokenizer, cfg.eval.split))
+    haystack = processes.on_main_slowly(lambda: read_haystack(source, run.tokenizer, cfg.eval.split))
     identity = hashlib.sha256(haystack.tobytes()).hexdigest()[:12]
     cells = [(k, n, d) for k in options.kinds for n in options.lengths for d in options.depths]
     for kind, length in dict.fromkeys((kind, length) for kind, length, _ in cells):

@@ -32,6 +32,8 @@ from ovq.errors import ConfigError
 
 T = TypeVar("T")
 FIRST_STEP_TIMEOUT_S = 1800  # the time to compile kernels and resolve data may differ by minutes between processes
+NCCL_EXTRA_S = 120  # for a rank to report, after it has noticed that another is lost
+POLL_S = 2e-4
 WAITING_S = 1.0  # between checks that the other ranks still answer
 BACKGROUND_TIMEOUT_S = 6 * 3600  # for writing a checkpoint: a shared disk may be slow, and training continues meanwhile
 
@@ -185,12 +187,43 @@ def lower_timeout(seconds: int) -> None:
     """From now on, make a collective that waits longer than this fail: a process is assumed lost.
 
     Called after this process's first step, when nothing slow (compiling, resolving data) is left.
+
+    NCCL gets more time. When its time is over, its watchdog aborts the process, which then cannot say which rank was
+    lost; so the host is to notice it first, in a collective of gloo or in `await_device`.
     """
+    global _timeout_s
     if distributed():
         gather_objects(None)  # wait for every process to finish its first step, under the long timeout
+        _timeout_s = seconds
         for group in list(dist.distributed_c10d._world.pg_map):
             if group not in _BACKGROUND:
                 dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+                if "nccl" in dist.get_backend_config(group):
+                    nccl = group._get_backend(torch.device("cuda"))
+                    nccl._set_default_timeout(datetime.timedelta(seconds=seconds + NCCL_EXTRA_S))
+
+
+_timeout_s = FIRST_STEP_TIMEOUT_S
+
+
+def await_device(device: torch.device) -> None:
+    """Wait until the device has done the work queued so far; no longer than a collective may take, if ranks are many.
+
+    Copying a result to the host would also wait, but inside a CUDA call, in which Python can handle no signal and tell
+    no one that another rank is lost.
+
+    Raises:
+        torch.distributed.DistError: the time is over.
+    """
+    if device.type != "cuda" or not distributed():
+        return
+    event = torch.cuda.Event()
+    event.record()
+    end = time.monotonic() + _timeout_s
+    while not event.query():
+        if time.monotonic() > end:
+            raise dist.DistError(f"{device} has not finished its work within {_timeout_s} s")
+        time.sleep(POLL_S)
 
 
 def background_group() -> dist.ProcessGroup | None:
@@ -206,11 +239,14 @@ _BACKGROUND: list[dist.ProcessGroup] = []
 
 
 def in_background(work: Callable[..., T], *args: Any) -> Future[T]:
-    """Run `work(*args)` in a thread that a normal exit of the process waits for."""
+    """Run `work(*args)` in a thread that a normal exit of the process waits for, on this thread's GPU."""
     future: Future[T] = Future()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         try:
+            if device is not None:  # a new thread begins with GPU 0
+                torch.cuda.set_device(device)
             future.set_result(work(*args))
         except BaseException as error:
             future.set_exception(error)
@@ -304,6 +340,21 @@ def on_main(compute: Callable[[], T]) -> T:
     if not good:
         raise value
     return value
+
+
+def on_main_slowly(compute: Callable[[], T]) -> T:
+    """As `on_main`, but in a thread and for as long as it takes: the other ranks would not wait for a collective longer
+    than its timeout. For work on files, whose size or server decides how long it takes."""
+    if not distributed():
+        return compute()
+    future: Future[Any] = Future()
+    if rank() == 0:
+        future = in_background(compute)
+    else:
+        future.set_result(None)
+    while not done_everywhere(future):
+        pass
+    return on_main(future.result)
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:

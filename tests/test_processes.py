@@ -1,4 +1,4 @@
-"""Claims about leaving a process group."""
+"""Claims about a process group: waiting for what another rank may never do, threads, leaving."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from threading import current_thread
 
 import pytest
+import torch
+from torch.distributed import DistError
 
+from ovq import peers, processes
 from tests.helpers import two_ranks
 
 # Handlers run in reverse order: the one registered first sees the process after all others have run.
 LEAVES_A_GROUP = """
 import atexit, json, os, sys
 from pathlib import Path
+from threading import current_thread
 
 def gloo_threads():
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
@@ -72,3 +77,33 @@ def test_a_second_model_of_the_same_process_uses_the_same_group() -> None:
 def test_a_compiled_model_in_bf16_gets_its_group_although_the_processor_chose_bf16() -> None:
     made = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
+
+
+class NeverDone:
+    """Stands in for torch.cuda.Event, on a GPU that waits for a rank that is lost."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_gpu_that_waits_for_a_lost_rank_is_given_up_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", NeverDone)
+    monkeypatch.setattr(processes, "_timeout_s", 0.05)
+    processes.await_device(torch.device("cuda"))  # alone, it may take as long as it likes
+    monkeypatch.setattr(processes, "distributed", lambda: True)
+    processes.await_device(torch.device("cpu"))
+    with pytest.raises(DistError) as caught:
+        processes.await_device(torch.device("cuda"))
+    assert peers.is_communication_error(caught.value)
+
+
+def test_a_background_thread_uses_the_gpu_of_the_thread_that_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((current_thread().name, device)))
+    assert processes.in_background(lambda: len(chosen)).result() == 1
+    assert chosen == [("background", 3)]

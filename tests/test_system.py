@@ -362,7 +362,12 @@ def test_a_full_disk_on_one_process_is_the_same_error_on_all(two_ranks: Any) -> 
 
 
 def test_an_error_on_rank_0_is_raised_on_every_rank(two_ranks: Any) -> None:
-    assert two_ranks[1]["on_main"] == ["ValueError: invalid literal for int() with base 10: 'no number'"] * 2
+    said = ["ValueError: invalid literal for int() with base 10: 'no number'"] * 2
+    assert two_ranks[1]["on_main"] == two_ranks[1]["failed slowly"] == said
+
+
+def test_rank_0_may_read_files_for_longer_than_a_collective_waits(two_ranks: Any) -> None:
+    assert two_ranks[1]["slowly"] == [0, 0]
 
 
 def test_only_collectives_that_training_waits_for_get_the_short_timeout(two_ranks: Any) -> None:

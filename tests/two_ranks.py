@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,18 @@ def main(out: Path) -> None:
     background = processes.background_group()
     processes.lower_timeout(77)
     results["timeouts"] = [timeout_s(dist.group.WORLD), timeout_s(background)]
+
+    # Work on files may take longer than a collective may wait.
+    processes.lower_timeout(2)
+
+    def slowly() -> int:
+        time.sleep(4)
+        return world.rank
+
+    results["slowly"] = processes.gather_objects(processes.on_main_slowly(slowly))
+    results["failed slowly"] = processes.gather_objects(
+        error_of(lambda: processes.on_main_slowly(lambda: int("no number")))
+    )
 
     if world.is_main:
         (out / "results.json").write_text(json.dumps(results))

@@ -273,7 +273,8 @@ class Trainer:
         if not self.pending:
             return
         records, self.pending = self.pending, []
-        fetched = torch.stack([record.results for record in records]).tolist()  # the host waits for the device here
+        processes.await_device(self.world.device)
+        fetched = torch.stack([record.results for record in records]).tolist()
         tokens = len(records) * self.step_tokens
         elapsed = max(1e-9, time.perf_counter() - self._window)
         speed = {"tokens_per_s": round(tokens / elapsed, 1), "data_wait": round(self._data_wait / elapsed, 4)}
