@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from ovq.ops.attention import flex, full_attention
@@ -131,7 +133,7 @@ def test_the_work_of_a_window_is_linear_in_T() -> None:
     assert flops(4096) == 2 * flops(2048)
 
 
-# --- FlexAttention's masks, which can be checked on a CPU without compiling ------------------------------------------
+# --- FlexAttention's shapes and masks, which can be checked on a CPU without compiling ----------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,34 @@ def test_operators_can_be_nodes_of_a_compiled_model() -> None:
     torch.library.opcheck(banded_attention, (q, k, v, 20))
     bounds = torch.tensor([0, 60, 200], dtype=torch.int32)
     torch.library.opcheck(flex.visible_blocks, (200, 200, 50, bounds, torch.device("cpu")))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 40], ids=str)
+def test_without_gradients_few_shapes_are_compiled(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = set()
+
+    def uncompiled(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        shapes.add((q.shape[2], k.shape[2]))
+        return flex_attention(q, k, v, **how)
+
+    monkeypatch.setattr(flex, "_compiled", lambda: uncompiled)
+    for T in (1, 100, 128, 129, 200):
+        q, k, v, _ = (x.float() for x in inputs((T, T + 39, 2, 1, 16, 16), seed=T))
+        with torch.no_grad():
+            got = attention(window, "flex")(q, k, v)
+        assert relative_error(got, attention(window, "reference")(q, k, v)) < 1e-5
+    assert shapes == {(128, 128 + 39), (256, 256 + 39)}
+
+
+def test_torch_without_a_limit_for_one_function_gets_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_of_torch_2_11(model: Any, *, dynamic: bool) -> Any:
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_of_torch_2_11)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    assert flex._compiled.__wrapped__() is flex_attention
+    assert torch._dynamo.config.recompile_limit == flex.MAX_SHAPES
 
 
 # --- bad settings ----------------------------------------------------------------------------------------------------

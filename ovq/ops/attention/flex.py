@@ -11,11 +11,13 @@ V value width.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -72,10 +74,27 @@ def forward(
 ) -> Tensor:
     """As `reference.forward`: attention to the keys of the same document at most `window` - 1 positions back.
 
+    A kernel is compiled for each number of queries and of keys. Without gradients, both are therefore padded at the
+    end, which the causal mask hides, until the number of queries is a multiple of BLOCK.
+
     Args:
         fallback: the operator's torch form for one document, used with a warning if FlexAttention fails; None to let
             the compiler's error propagate.
     """
+    length = q_BTHK.shape[1]
+    if cu_seqlens is None and not torch.is_grad_enabled():  # a prompt's pieces may have any length
+        q_BTHK, k_BSGK, v_BSGV = (F.pad(x, (0, 0, 0, 0, 0, -length % BLOCK)) for x in (q_BTHK, k_BSGK, v_BSGV))
+    return _forward(q_BTHK, k_BSGK, v_BSGV, window, cu_seqlens, fallback)[:, :length]
+
+
+def _forward(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    fallback: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+) -> Tensor:
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     mask = block_mask(T, S, window, cu_seqlens, q_BTHK.device)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
@@ -97,7 +116,10 @@ def forward(
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False, recompile_limit=MAX_SHAPES)  # type: ignore[call-overload]
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return torch.compile(flex_attention, dynamic=False, recompile_limit=MAX_SHAPES)  # type: ignore[call-overload]
+    torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)  # torch 2.11
+    return torch.compile(flex_attention, dynamic=False)
 
 
 # --- the mask --------------------------------------------------------------------------------------------------------
