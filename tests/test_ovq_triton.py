@@ -158,15 +158,20 @@ def test_a_new_length_compiles_nothing(arch: str) -> None:
 
 
 def test_any_number_of_programs_that_fits_the_card_shares_a_walk_and_nccl_keeps_room() -> None:
-    splits = importlib.import_module("ovq.ops.ovq_attention.kernels.assign").splits
+    assign = importlib.import_module("ovq.ops.ovq_attention.kernels.assign")
+    splits = assign.splits
     with pytest.MonkeyPatch.context() as patch:
         properties = type("Properties", (), {"multi_processor_count": 132})
         patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
         device = torch.device("cuda")
         assert [splits(walks, device) for walks in (1, 8, 16, 32, 34, 64, 67)] == [16, 16, 8, 4, 3, 2, 1]
+        patch.setattr(assign, "several_ranks", True)
+        tested_alone = {walks: splits(walks, device) for walks in range(1, 300)}
+        patch.setattr(assign, "several_ranks", None)
         patch.setattr(torch.distributed, "is_initialized", lambda: True)
         patch.setattr(torch.distributed, "get_world_size", lambda: 8)
         found = {walks: splits(walks, device) for walks in range(1, 300)}
+        assert found == tested_alone
         assert all(walks * programs <= 116 or programs == 1 for walks, programs in found.items())
         assert [found[walks] for walks in (1, 8, 16, 32, 58, 59)] == [16, 14, 7, 3, 2, 1]
         patch.setattr(torch.version, "hip", "6.4")

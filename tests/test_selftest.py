@@ -258,7 +258,7 @@ def test_the_judge_accepts_the_definition_and_no_other_assignment(variant: dict[
 
 
 def run_with(
-    verdict: Any, monkeypatch: pytest.MonkeyPatch, *overrides: str, rank: int = 0, local_rank: int = 0
+    verdict: Any, monkeypatch: pytest.MonkeyPatch, *overrides: str, rank: int = 0, local_rank: int = 0, size: int = 1
 ) -> tuple[list[str], list[Problem]]:
     """The backends of the OVQ layers after `choose_backends`, and what was tested. `verdict` may also be a `check`."""
     tested: list[Problem] = []
@@ -274,7 +274,7 @@ def run_with(
     monkeypatch.setattr(torch, "empty", lambda *size, device=None, **kw: empty(*size, **kw))
     cfg = small_config("sw_ovq", "trainer.context=64", "trainer.micro_batch=4", *overrides)
     model = small_model("sw_ovq", *overrides)
-    world = World(rank, 1, local_rank, torch.device("cuda", 0), "bf16")
+    world = World(rank, size, local_rank, torch.device("cuda", 0), "bf16")
     choose_backends(model, cfg, world)
     return [mixer.backend for mixer in model.mixers() if isinstance(mixer, OVQ)], tested
 
@@ -290,8 +290,11 @@ def test_kernels_that_pass_are_used_and_are_tested_at_the_shape_of_the_run(monke
     assert (problem.batch, problem.heads, problem.context) == (4, cfg.model.num_heads, 64)
     assert problem.dtype == "bfloat16" and not problem.packed
     assert problem.spec.num_centroids == cfg.model.mixers["ovq"]["num_centroids"]
+    assert not problem.several_ranks
     (problem,) = run_with(Verdict(True, "fine"), monkeypatch, "data.isolate_documents=true")[1]
     assert problem.packed and problem.batch == 1
+    (problem,) = run_with(Verdict(True, "fine"), monkeypatch, size=2)[1]
+    assert problem.several_ranks
 
 
 def test_kernels_that_fail_are_replaced_and_one_line_says_so(

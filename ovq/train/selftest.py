@@ -85,6 +85,7 @@ def problem_of(mixer: OVQ, cfg: Config, world: World) -> Problem | None:
         context=trainer.context,
         packed=packed,
         settings=mixer.spec.text,
+        several_ranks=world.size > 1,
     )
 
 

@@ -51,7 +51,8 @@ class Wrong(AssertionError):
 class Problem:
     """What a run asks of the kernels: the shapes of q, k and v, their dtype, the dictionary, and the longest text.
 
-    `packed`: rows are packed documents that see nothing of each other. `settings`: an `OVQSpec.text`.
+    `packed`: rows are packed documents that see nothing of each other. `settings`: an `OVQSpec.text`. `several_ranks`:
+    whether the run has several, which leaves fewer multiprocessors to the kernels and may take another build of them.
     """
 
     batch: int
@@ -63,6 +64,7 @@ class Problem:
     context: int
     packed: bool
     settings: str
+    several_ranks: bool = False
 
     @property
     def spec(self) -> OVQSpec:
@@ -321,7 +323,9 @@ def main(argv: list[str]) -> int:
         device = torch.device(given["device"])
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        found = verify(Problem(**given["problem"]), device, kernels, say)
+        problem = Problem(**given["problem"])
+        importlib.import_module(f"{KERNELS}.assign").several_ranks = problem.several_ranks
+        found = verify(problem, device, kernels, say)
     except Exception as error:
         what = " ".join(str(error).split())[:300]
         kind = "" if isinstance(error, Wrong) else f"{type(error).__name__}: "

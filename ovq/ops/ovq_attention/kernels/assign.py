@@ -35,6 +35,7 @@ from ovq.ops.ovq_attention.kernels.plan import Plan
 
 SCALARS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "splits", "log2_keep"]
 LEFT_TO_NCCL = 16  # multiprocessors
+several_ranks: bool | None = None  # set in a process that alone tests the kernels for a job of several ranks
 CONCURRENT = not INTERPRETED  # Triton's interpreter runs the programs of a launch one after another
 NOTHING = tl.constexpr(2147483647)  # larger than every index and rank
 
@@ -125,7 +126,8 @@ def splits(walks: int, device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if several if several_ranks is None else several_ranks:
         processors -= LEFT_TO_NCCL
     return min(max(processors // walks, 1), BUILDS[-1])
 
