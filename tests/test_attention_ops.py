@@ -133,7 +133,7 @@ def test_the_work_of_a_window_is_linear_in_T() -> None:
     assert flops(4096) == 2 * flops(2048)
 
 
-# --- FlexAttention's shapes and masks, which can be checked on a CPU without compiling ---------------------------------
+# --- FlexAttention's shapes and masks, which can be checked on a CPU without compiling -------------------------------
 
 
 @pytest.mark.parametrize(
