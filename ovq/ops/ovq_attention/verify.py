@@ -324,7 +324,8 @@ def main(argv: list[str]) -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         problem = Problem(**given["problem"])
-        importlib.import_module(f"{KERNELS}.assign").several_ranks = problem.several_ranks
+        assign: Any = importlib.import_module(f"{KERNELS}.assign")
+        assign.several_ranks = problem.several_ranks
         found = verify(problem, device, kernels, say)
     except Exception as error:
         what = " ".join(str(error).split())[:300]
