@@ -111,7 +111,7 @@ def facts_of(run_dir: Path) -> Facts:
     finished = read_finished(run_dir) is not None
     rows = attempt(lambda: loss_table.read(run_dir), [])
     documents = attempt(lambda: loss_table.BY_DOCUMENT.read(run_dir), [])
-    evaluation = best_evaluation(rows)
+    evaluation = best_evaluation(rows, own := cfg.eval.num_centroids)
     chosen = [loss_table.key_of(row) for row in evaluation[:1]]
     made = Facts(
         run_dir,
@@ -119,7 +119,7 @@ def facts_of(run_dir: Path) -> Facts:
         "finished" if finished else "unfinished",
         steps=steps,
         evaluation=evaluation,
-        by_document=[row for row in documents if is_plain(row) and loss_table.key_of(row) in chosen],
+        by_document=[row for row in documents if is_plain(row, own) and loss_table.key_of(row) in chosen],
         answers=[row for row in attempt(lambda: accuracy.TABLE.read(run_dir), []) if row["index"] is None],
     )
     attempt(lambda: measure(made), None)
@@ -139,10 +139,10 @@ def measure(facts: Facts) -> None:
     facts.parameters, facts.state_bytes = count_parameters(model)[0], state_bytes(model, 65536)
 
 
-def best_evaluation(rows: list[Row]) -> list[Row]:
-    """The log buckets of the evaluation to show: as trained, of the newest step, then the longest context, then the
-    most documents."""
-    plain = [row for row in rows if row["buckets"] == "log" and row["num_centroids"] is None and not row["changes"]]
+def best_evaluation(rows: list[Row], capacity: int | None) -> list[Row]:
+    """The log buckets of the evaluation to show: with the run's own settings, of the newest step, then the longest
+    context, then the most documents. `capacity`: the run's `eval.num_centroids`."""
+    plain = [row for row in rows if row["buckets"] == "log" and row["num_centroids"] == capacity and not row["changes"]]
     if not plain:
         return []
     rank = {loss_table.key_of(row): (row["step"], row["context"], row["tokens"]) for row in plain}
@@ -150,9 +150,9 @@ def best_evaluation(rows: list[Row]) -> list[Row]:
     return [row for row in plain if loss_table.key_of(row) == best]
 
 
-def is_plain(row: Row) -> bool:
-    """Whether a row of loss_by_document is of the model as trained, with all of its context."""
-    return row["restart"] is None and not row["changes"] and row["num_centroids"] is None
+def is_plain(row: Row, capacity: int | None) -> bool:
+    """Whether a row of loss_by_document was measured with the run's own settings and all of the context."""
+    return row["restart"] is None and not row["changes"] and row["num_centroids"] == capacity
 
 
 def log_line(run_dir: Path) -> str:

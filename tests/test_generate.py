@@ -285,6 +285,11 @@ def test_a_run_is_loaded_with_the_weights_that_it_evaluates(tmp_path: Path) -> N
     assert ovq.load(run_dir, weights="trained").step == 3
 
 
+def test_a_run_is_loaded_with_the_dictionary_that_it_evaluates(tmp_path: Path) -> None:
+    run_dir = run_folder(tmp_path, "sw_ovq", ["eval.num_centroids=3"])
+    assert {mixer.capacity for mixer in ovq.load(run_dir).module.mixers()} == {None, 3}
+
+
 def test_an_exported_folder_has_one_set_of_weights(tmp_path: Path) -> None:
     cfg = small_config("sw", "data=builtin", "tokenizer=byte", "optim.ema=0.9")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "ovq", "vocab_size": 257, **to_settings(cfg)}))
@@ -365,9 +370,11 @@ def test_prompts_are_lines_of_text_or_of_json(tmp_path: Path) -> None:
     ]
 
 
-def test_half_a_surrogate_pair_is_no_prompt() -> None:
-    with pytest.raises(ConfigError, match="a prompt is not text: character 3 is half a surrogate pair"):
-        generate.check_texts(["fine", "no\ud83d"], [])
+def test_half_a_surrogate_pair_is_no_prompt_and_has_no_loss(trained: Path) -> None:
+    with pytest.raises(ConfigError, match="this is not text: character 1 is half a surrogate pair"):
+        ovq.load(trained).loss("\ud83d")
+    with pytest.raises(ConfigError, match="this is not text: character 3 is half a surrogate pair"):
+        generate.check_texts(["fine", "no\ud83d"])
 
 
 @pytest.mark.parametrize(

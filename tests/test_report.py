@@ -127,6 +127,18 @@ def test_evaluations_of_a_changed_model_or_text_are_not_the_runs_own(tmp_path: P
         assert rows_of(after, title) == rows_of(before, title)
 
 
+def test_a_run_that_is_evaluated_with_a_larger_dictionary_is_shown_with_it(tmp_path: Path) -> None:
+    run, base = make_run(tmp_path / "a", "sw_ovq", 0), make_run(tmp_path / "b", "sw", 0)
+    cfg = config.load(run)
+    cfg.eval.num_centroids = 4096
+    config.save(cfg, run)
+    for table in (loss_table, loss_table.BY_DOCUMENT):
+        table.write(run, [row | {"num_centroids": 4096, "loss": row["loss"] - 1} for row in table.read(run)])
+    html = report_of(tmp_path, f"runs=[{base},{run}]", "positions=[2048]")
+    assert rows_of(html, "Runs")[2][7] == "1.9898 ± 0.0500"
+    assert rows_of(html, "Difference to sw")[1][1].strip() == "-1100.0 ± 0.0"
+
+
 def test_seeds_that_began_with_weights_of_their_own_seed_are_one_model(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"{model}{seed}", model, seed) for model in LEVEL for seed in (0, 1)]
     for run in runs:

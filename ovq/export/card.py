@@ -69,8 +69,9 @@ def card(
             f"- Data: {described(cfg)}.",
             f"- Optimizer: {cfg.optim.name}, peak learning rate {cfg.optim.lr:g}, schedule {cfg.optim.schedule}; "
             f"seed {cfg.seed}.",
+            *(["- These weights are the moving average of the trained ones."] if cfg.eval.weights == "ema" else []),
             *([f"- Weights at the start: those of {cfg.init_from.path}."] if cfg.init_from.path else []),
-            *losses(run_dir, step),
+            *losses(run_dir, step, cfg.eval.num_centroids),
             *("", "## Licence", ""),
             f"- Weights: {licence or 'none was stated by whoever exported them'}.",
             "- Training data: see its own licence; the exporter knows only its name.",
@@ -99,15 +100,19 @@ def plain_task(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in dict(cfg.data.task).items() if key != "_target_"}
 
 
-def losses(run_dir: Path, step: int) -> list[str]:
-    """Lines with a table of loss by position as measured at this step, or a line that says that it was not."""
+def losses(run_dir: Path, step: int, capacity: int | None) -> list[str]:
+    """Lines with a table of loss by position as measured at this step, or a line that says that it was not.
+
+    Args:
+        capacity: the run's `eval.num_centroids`.
+    """
     import pyarrow.parquet as pq
 
     try:
         rows = pq.read_table(run_dir / LOSSES).to_pylist()
     except Exception:  # missing or damaged: the card then has no table
         return ["", "Loss by position was not measured at this step."]
-    plain = [row for row in rows if row["num_centroids"] is None and not row.get("changes")]
+    plain = [row for row in rows if row["num_centroids"] == capacity and not row.get("changes")]
     own = [row for row in plain if row["step"] == step and row["buckets"] == "log"]
     if not own:
         return ["", "Loss by position was not measured at this step."]

@@ -177,7 +177,7 @@ def generate(
         raise ConfigError(f"{run.run_dir} was trained on a generated task, whose ids stand for no text")
     if show is not None and len(prompts) != 1:
         raise ConfigError("text can be shown as it is made for a single prompt only")
-    check_texts(prompts, stop)
+    check_prompts(prompts, stop)
     ids = [[tokenizer.separator_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     texts = [Growing(tokenizer, stop) for _ in prompts]
     made, finish = [0] * len(prompts), ["length"] * len(prompts)
@@ -222,13 +222,18 @@ def generate(
     return [Continuation(text.text, tokens, reason) for text, tokens, reason in zip(texts, made, finish)]
 
 
-def check_texts(prompts: Sequence[str], stop: Sequence[str]) -> None:
-    """Raise ConfigError if a prompt or a stop string is empty, or a prompt cannot be encoded."""
-    for prompt in prompts:
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise ConfigError if a text cannot be encoded."""
+    for text in texts:
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError as error:
-            raise ConfigError(f"a prompt is not text: character {error.start + 1} is half a surrogate pair") from None
+            raise ConfigError(f"this is not text: character {error.start + 1} is half a surrogate pair") from None
+
+
+def check_prompts(prompts: Sequence[str], stop: Sequence[str]) -> None:
+    """Raise ConfigError if a prompt or a stop string is empty, or a prompt cannot be encoded."""
+    check_texts(prompts)
     if "" in prompts:
         raise ConfigError("the prompt is empty; give it some text, a line break at least")
     if "" in stop:
@@ -290,7 +295,7 @@ class Options(RunOptions):
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     prompts = prompts_of(options)
-    check_texts(prompts, options.stop)
+    check_prompts(prompts, options.stop)
     sampling = Sampling(
         options.temperature,
         options.top_k,

@@ -10,7 +10,7 @@ import numpy as np
 from data.tokenizer import Tokenizer
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.inference.generate import generate
+from ovq.inference.generate import check_texts, generate
 from ovq.inference.losses import losses_by_position
 from ovq.inference.run import Run, load_run
 from ovq.inference.sampling import Sampling
@@ -49,8 +49,9 @@ class LoadedModel:
             context: number of tokens measured; None: all. They are read in pieces of `eval.piece`, with carried state.
 
         Raises:
-            ConfigError: the text has no tokens.
+            ConfigError: the text has no tokens, or cannot be encoded.
         """
+        check_texts([text])
         ids = self.tokenizer.encode(text)[:context].astype(np.int64)
         if not len(ids):
             raise ConfigError("a text without tokens has no loss")
@@ -120,7 +121,8 @@ def load(
         precision: fp32 | bf16 | auto; None: that of the run.
         weights: trained, or ema: the moving average of the weights that a run with optim.ema keeps; None: those that
             the run evaluates (`eval.weights`).
-        num_centroids: capacity of the dictionaries, if not the one used in training.
+        num_centroids: capacity of the dictionaries; None: the run's `eval.num_centroids` or, if that is null, the one
+            used in training.
         trust: what the config may use: classes outside this project, whose code then runs, and oc.env:NAME.
 
     Raises:
@@ -136,6 +138,8 @@ def load(
         *([f"trainer.precision={precision}"] if precision else []),
     ]
     run = load_run(path, settings, checkpoint_at=checkpoint, trust=trust)
+    if num_centroids is None:
+        num_centroids = run.cfg.eval.num_centroids
     if num_centroids is not None:
         try:
             for mixer in with_dictionaries(run.model.mixers()):
