@@ -33,7 +33,7 @@ from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
 from ovq.inference.run import Run, RunOptions
 from ovq.mixers.base import other_capacity
-from ovq.model import count_parameters, state_bytes
+from ovq.model import count_parameters, state_bytes, widest_window
 from ovq.schema import setting
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ Scores = dict[str, Any]  # of a task: {"questions", "fewshot", "version", "metri
 @dataclass
 class Options(RunOptions):
     tasks: list[str] = setting(TABLE1, "tasks, groups or tags of lm-evaluation-harness")
-    batch: int = setting(8, "requests per forward pass; it changes no score", at_least=1)
+    batch: int = setting(8, "requests per forward pass; it changes scores by rounding only", at_least=1)
     limit: int | None = setting(None, "use only this many questions of each task; null: all", at_least=1)
     include_path: str | None = setting(None, "folder with the YAML files of more tasks", paths=True)
     metadata: str | None = setting(None, "JSON that tasks are given, such as RULER's tokenizer and max_seq_lengths")
@@ -158,7 +158,6 @@ def scores_of(found: Any, task: str) -> Scores:
 def about(run: Run, options: Options, changed: str) -> dict[str, Any]:
     """What identifies an evaluation: the run, its model as evaluated, and how it is tested."""
     cfg, trainer, model = run.cfg, run.cfg.trainer, run.model
-    windows = [mixer["window"] for mixer in cfg.model.mixers.values() if "window" in mixer]
     return {
         "run": run.run_dir.resolve().name,
         "step": run.step,
@@ -167,7 +166,7 @@ def about(run: Run, options: Options, changed: str) -> dict[str, Any]:
         "num_centroids": next((mixer.capacity for mixer in model.mixers() if mixer.capacity is not None), None),
         "model": cfg.model.name,
         "pattern": ",".join(cfg.model.pattern),
-        "window": windows[0] if windows else None,
+        "window": widest_window(cfg.model),
         "train_context": trainer.context,
         "state_bytes_at_train_context": state_bytes(model, trainer.context, 2 if run.world.precision == "bf16" else 4),
         "precision": run.world.precision,

@@ -41,7 +41,7 @@ from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.inference.run import Run, RunOptions
 from ovq.mixers.base import other_capacity
-from ovq.model import count_parameters, state_bytes, state_size
+from ovq.model import count_parameters, state_bytes, state_size, widest_window
 from ovq.report import reporting
 from ovq.schema import setting
 
@@ -179,7 +179,7 @@ def measure(run: Run, options: Options, source: Config, changed: str = "") -> li
 def about(run: Run, options: Options, haystack: str, length: int) -> Row:
     """The columns of a row that describe the run and how it is tested."""
     cfg = run.cfg
-    trainer, windows = cfg.trainer, [m["window"] for m in cfg.model.mixers.values() if "window" in m]
+    trainer = cfg.trainer
     return {
         "run": run.run_dir.resolve().name,
         "step": run.step,
@@ -192,7 +192,7 @@ def about(run: Run, options: Options, haystack: str, length: int) -> Row:
         "sequences": options.sequences,
         "model": cfg.model.name,
         "pattern": ",".join(cfg.model.pattern),
-        "window": windows[0] if windows else None,
+        "window": widest_window(cfg.model),
         "parameters": count_parameters(run.model)[0],
         "state_numbers": state_size(run.model, length),
         "state_bytes": state_bytes(run.model, length, 2 if run.world.precision == "bf16" else 4),

@@ -265,6 +265,12 @@ def state_size(model: Transformer, context: int) -> int:
     return sum(mixer.state_size(context) for mixer in model.mixers())
 
 
+def widest_window(cfg: ModelConfig) -> int | None:
+    """The widest window of the model's layers, in tokens; None without one."""
+    windows = [cfg.mixers[name].get("window") for name in cfg.pattern]
+    return max((window for window in windows if window), default=None)
+
+
 def state_bytes(model: Transformer, context: int, itemsize: int = 2) -> int:
     """Size of that state in bytes: activations take `itemsize` bytes (2: bf16), sums and recurrences are float32."""
     float32 = sum(mixer.float32_state(context) for mixer in model.mixers())

@@ -6,7 +6,8 @@ from typing import Any
 
 from eval.figures import search
 from eval.figures.declare import Point
-from eval.figures.plan import Line, Plan, tokens_of, widest_window
+from eval.figures.plan import Line, Plan, tokens_of
+from ovq.model import widest_window
 
 AT_SCALE = {
     "cpu": "Size: models of two or four layers of width 128 and minutes of training; the paper's have 70M to 480M "
@@ -107,7 +108,7 @@ def row(line: Line) -> str:
         f"`{line.model}`",
         f"{line.parameters:,}",
         f"{cfg.model.num_layers}: {', '.join(cfg.model.pattern)}",
-        widest_window(cfg),
+        widest_window(cfg.model),
         line.own_capacity,
         f"{cfg.trainer.context:,}",
         f"{cfg.trainer.steps:,}",

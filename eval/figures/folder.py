@@ -24,10 +24,11 @@ from eval.figures.caption import caption
 from eval.figures.declare import Panel, Point, Test
 from eval.figures.measures import Value
 from eval.figures.panels import note_missing
-from eval.figures.plan import Line, Plan, tokens_of, widest_window
+from eval.figures.plan import Line, Plan, tokens_of
 from eval.figures.runs import FigureRun
 from ovq.files import write_whole
 from ovq.machine import code_commit, describe_machine
+from ovq.model import widest_window
 from ovq.report import reporting
 
 
@@ -109,7 +110,7 @@ def points_of(plan: Plan, panel: Panel, line: Line, seed: int, test: Test, value
             parameters=line.parameters,
             state_numbers=numbers,
             state_bytes=held,
-            window=widest_window(cfg),
+            window=widest_window(cfg.model),
             pattern=" ".join(cfg.model.pattern),
             train_length=cfg.trainer.context,
             steps=cfg.trainer.steps,

@@ -306,12 +306,6 @@ def run_of(settings: list[str], cfg: Config, rate: float, seed: int, line: Line)
     return FigureRun(job, line.measure, line.records)
 
 
-def widest_window(cfg: Config) -> int | None:
-    """The widest window of the model's layers, in tokens; None without one."""
-    windows = [cfg.model.mixers[name].get("window") for name in cfg.model.pattern]
-    return max((window for window in windows if window), default=None)
-
-
 def tokens_of(cfg: Config) -> int:
     """Tokens that a run trains on."""
     return cfg.trainer.steps * cfg.trainer.global_batch * cfg.trainer.context
