@@ -344,10 +344,12 @@ def test_a_table_of_losses_is_in_the_card_shortened_by_weight(tmp_path: Path) ->
     places = [{"position_start": n, "position_end": n + 1, "loss": float(n), "tokens": 1 + n % 2} for n in range(22)]
     other = {**row, **places[0], "step": 2, "loss": 99.0}
     pq.write_table(pa.Table.from_pylist([other, *({**row, **place} for place in places)]), tmp_path / LOSSES)
-    lines = losses(tmp_path, 3)
+    lines = losses(tmp_path, 3, None)
     assert "| 0 to 1 | 0.6667 |  | 3 |" in lines and len([line for line in lines if line.startswith("| ")]) == 2 + 11
     assert not [line for line in lines if "99" in line]
-    assert losses(tmp_path, 7) == ["", "Loss by position was not measured at this step."]
+    assert (
+        losses(tmp_path, 7, None) == losses(tmp_path, 3, 9) == ["", "Loss by position was not measured at this step."]
+    )
 
 
 def test_what_cannot_be_exported_or_read_back_is_one_line(

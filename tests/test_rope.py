@@ -10,6 +10,7 @@ import torch
 
 from ovq.compose import compose
 from ovq.errors import ConfigError
+from ovq.inference.export import rope
 from ovq.mixers.rope import RopeScaling, rotate
 from ovq.model import build_model
 from tests.helpers import TINY, relative_error, small_model
@@ -101,3 +102,14 @@ def test_a_wrong_scaling_is_one_line(scaling: str, says: str) -> None:
     assert (
         says in str(error.value) and "\n" not in str(error.value) and "model.mixers.sliding_window" in str(error.value)
     )
+
+
+def test_other_tools_are_told_of_the_rotary_embedding_that_layers_have() -> None:
+    yarn = {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 64}
+    window, full = {"window": 4, "rope_base": 500.0}, {"position": "rope", "rope_base": 10000.0}
+    assert rope({"a": full | {"position": "none"}, "b": window}) == {
+        "rope_theta": 500.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }
+    assert rope({"a": full | {"rope_scaling": yarn}})["rope_parameters"] == {"rope_theta": 10000.0, **yarn}
+    assert rope({"a": full | {"position": "none"}}) == {}

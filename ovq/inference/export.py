@@ -124,11 +124,12 @@ def export(run: Run, out: Path, *, dtype: str = "fp32", licence: str | None = No
 
 
 def rope(mixers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The rotary base under the names that other tools look for; the layers read their own settings."""
-    bases = [settings["rope_base"] for settings in mixers.values() if settings.get("rope_base")]
-    return (
-        {"rope_theta": bases[0], "rope_parameters": {"rope_type": "default", "rope_theta": bases[0]}} if bases else {}
-    )
+    """The rotary embedding under the names that other tools look for; the layers read their own settings."""
+    for settings in mixers.values():
+        if (base := settings.get("rope_base")) and settings.get("position") != "none":
+            scaling = settings.get("rope_scaling") or {"rope_type": "default"}
+            return {"rope_theta": base, "rope_parameters": {"rope_theta": base, **scaling}}
+    return {}
 
 
 def write_tokenizer(run: Run, folder: Path) -> str:
