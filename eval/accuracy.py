@@ -48,7 +48,7 @@ class Options(RunOptions):
     lengths: list[int] | None = setting(
         None, "tokens of test sequences; null: 1, 2, 4, 8 and 16 times the training context", at_least=1
     )
-    answers: int = setting(16384, "minimum answers per length; 16384 keep the standard error below 0.4%", at_least=1)
+    answers: int = setting(16384, "minimum answers per length, from whole sequences", at_least=1)
     num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
 
 

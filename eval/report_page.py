@@ -155,7 +155,7 @@ def accuracies(runs: list[Facts], labels: list[str]) -> tuple[list[str], list[li
 
 
 def percent(accuracy: float, answers: int) -> str:
-    """'93.1 ± 0.3': an accuracy and its binomial standard error in per cent."""
+    """'93.1 ± 0.3': an accuracy and its standard error in per cent, as if all answers were independent."""
     return f"{100 * accuracy:.1f} ± {100 * math.sqrt(accuracy * (1 - accuracy) / max(1, answers)):.1f}"
 
 

@@ -128,7 +128,7 @@ class EvalConfig:
     num_centroids: int | None = setting(None, "dictionary capacity at evaluation; null: as trained", at_least=1)
     restart: int | None = setting(
         None,
-        "let predictions see only this many tokens, and fewer than twice as many, before them; null: all",
+        "let a prediction see only the tokens before it, more than this many and at most twice as many; null: all",
         at_least=1,
     )
     weights: str = one_of("trained", "ema", help="weights to evaluate; ema: their moving average, see optim.ema")

@@ -317,7 +317,7 @@ class Options:
 class TaskOptions:
     """Options of a figure that tests generated tasks."""
 
-    answers: int = setting(8192, "minimum answers per test; 8192 keep the standard error below 0.6%", at_least=1)
+    answers: int = setting(8192, "minimum answers per test, from whole sequences", at_least=1)
 
 
 @dataclass

@@ -110,8 +110,9 @@ class Accuracy:
 
     def described(self, test: Test) -> str:
         return (
-            f"at least {test.amount:,} answers each, on sequences of seed {answers.TEST_SEED}. No run was trained on "
-            "them, no learning rate was chosen with them, and they are the same for every model"
+            f"at least {test.amount:,} answers each, from as few whole sequences of seed {answers.TEST_SEED} as have "
+            "them (a single one if it is long). No run was trained on them, no learning rate was chosen with them, and "
+            "they are the same for every model"
         )
 
     def vocab_size(self, cfg: Config) -> int:
