@@ -73,7 +73,9 @@ def draw(figure: Figure, points: list[Point]) -> Any:
         equal = [p for p in points if p.test == label(capacity)]
         panels.accuracy_by_length(upper, [*entries, *fixed], figure.models, f"{capacity:,} entries", capacities=False)
         held = format_bytes(max(p.state_bytes for p in own))
-        panels.accuracy_by_length(lower, [*own, *equal, *fixed], figure.models, f"{held} each", capacities=False)
+        panels.accuracy_by_length(
+            lower, [*own, *equal, *fixed], figure.models, f"at most {held} each", capacities=False
+        )
     panels.shared_legend([*axes[columns:], *axes[:columns]])  # beside the first row
     return picture
 
