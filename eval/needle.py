@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.build import heldout_documents, is_task
+from data.tasks.base import TEST
 from data.tasks.needle import KINDS, NeedleTask
 from data.tasks.rows import sequences_for_test
 from data.tokenizer import Tokenizer
@@ -158,7 +159,8 @@ def measure(run: Run, options: Options, source: Config, changed: str = "") -> li
     identity = hashlib.sha256(haystack.tobytes()).hexdigest()[:12]
     cells = [(k, n, d) for k in options.kinds for n in options.lengths for d in options.depths]
     for kind, length in dict.fromkeys((kind, length) for kind, length, _ in cells):
-        NeedleTask(haystack, run.tokenizer, kind=kind).describe(length)  # raises now, not after an hour's work
+        for index in range(options.sequences):  # raises now, not after an hour's work
+            NeedleTask(haystack, run.tokenizer, kind=kind, depth=0.0).make(length, options.seed, TEST, 0, index)
     done = processes.on_main(lambda: TABLE.by_key(run.run_dir))
     rows = []
     with other_capacity(run.model.mixers(), cfg.eval.num_centroids):

@@ -333,6 +333,24 @@ def test_the_haystack_is_that_of_the_data_set_named(run_dir: Path, tmp_path: Pat
     assert rows[0]["haystack"] != rows[1]["haystack"]
 
 
+def test_a_length_with_room_for_some_sequences_only_is_refused_before_the_work(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fits(length: int, index: int) -> bool:
+        try:
+            task_of("niah_multivalue").make(length, 0, TEST, 0, index)
+        except ConfigError:
+            return False
+        return True
+
+    length = next(length for length in range(300, 500) if fits(length, 0))
+    assert not all(fits(length, index) for index in range(8)), "words differ in length"
+    monkeypatch.setattr(needle, "score", lambda *_: pytest.fail("measured before looking at every sequence"))
+    line = ["kinds=[niah_multivalue]", f"lengths=[{length}]", "depths=[0]", "sequences=8", "seed=0"]
+    assert needle.main([f"run={run_dir}", *line]) == 2
+    assert "a niah_multivalue sequence takes at least " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
