@@ -25,7 +25,7 @@ from torch import Tensor
 from data.build import build_task, is_task
 from eval.answers import test
 from eval.per_position import check_capacity
-from eval.run_table import Row
+from eval.run_table import Row, changes
 from ovq.cli import command
 from ovq.errors import ConfigError, one_line
 from ovq.files import check_writable, write_whole
@@ -35,16 +35,24 @@ from ovq.mixers.ovq import OVQ
 from ovq.ops.ovq_attention import OVQState
 from ovq.schema import setting
 
-COLUMNS = ["run", "format", "num_centroids", "length", "accuracy", "answers", "bytes_of_a_centroid", "dictionary_bytes"]
+KEY = ("run", "step", "changes", "format", "num_centroids", "length")  # what identifies a row
+COLUMNS = [*KEY, "accuracy", "answers", "bytes_of_a_centroid", "dictionary_bytes"]
+Rounding = Callable[[Tensor], Tensor]
 Stored = Callable[[Tensor, Tensor], Tensor]  # sums [B, G, N, D] and counts [B, G, N] -> the sums as read back
 
 
 @dataclass(frozen=True)
 class Format:
-    """How sums are stored: `bytes_of` gives the bytes of a centroid's D numbers, `stored` the sums as read back."""
+    """How sums are stored: `bytes_of` gives the bytes of a centroid's D numbers, `stored` the sums as read back after
+    what it is given has rounded them, and `rounding` makes that."""
 
     bytes_of: Callable[[int], int]
-    stored: Stored
+    stored: Callable[[Rounding], Stored]
+    rounding: Callable[[], Rounding]
+
+
+def exact(x: Tensor) -> Tensor:
+    return x
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -68,11 +76,11 @@ def integers(x: Tensor) -> Tensor:
     return (x / scale).round() * scale
 
 
-def of_sums(rounded: Callable[[Tensor], Tensor]) -> Stored:
+def of_sums(rounded: Rounding) -> Stored:
     return lambda sums, count: rounded(sums)
 
 
-def of_means(rounded: Callable[[Tensor], Tensor]) -> Stored:
+def of_means(rounded: Rounding) -> Stored:
     def stored(sums: Tensor, count: Tensor) -> Tensor:
         weight = count.clamp(min=1)[..., None]
         return rounded(sums / weight) * weight
@@ -81,18 +89,18 @@ def of_means(rounded: Callable[[Tensor], Tensor]) -> Stored:
 
 
 FORMATS = {
-    "sums_float32": Format(lambda D: 4 * D, of_sums(lambda x: x)),
-    "sums_bf16": Format(lambda D: 2 * D, of_sums(nearest)),
-    "sums_bf16_stochastic": Format(lambda D: 2 * D, of_sums(Stochastic())),
-    "means_bf16": Format(lambda D: 2 * D, of_means(nearest)),
-    "means_bf16_stochastic": Format(lambda D: 2 * D, of_means(Stochastic())),
-    "means_int8": Format(lambda D: D + 4, of_means(integers)),
+    "sums_float32": Format(lambda D: 4 * D, of_sums, lambda: exact),
+    "sums_bf16": Format(lambda D: 2 * D, of_sums, lambda: nearest),
+    "sums_bf16_stochastic": Format(lambda D: 2 * D, of_sums, Stochastic),
+    "means_bf16": Format(lambda D: 2 * D, of_means, lambda: nearest),
+    "means_bf16_stochastic": Format(lambda D: 2 * D, of_means, Stochastic),
+    "means_int8": Format(lambda D: D + 4, of_means, lambda: integers),
 }
 
 
 def in_format(name: str) -> Callable[[list[Any]], list[Any]]:
     """A function from a model's state to the same state with its dictionaries stored and read back."""
-    stored = FORMATS[name].stored
+    stored = FORMATS[name].stored(FORMATS[name].rounding())
 
     def change(state: Any) -> Any:
         if not isinstance(state, OVQState):
@@ -144,12 +152,15 @@ def main(options: Options, overrides: list[str]) -> int:
                 right, answers = tally.total
                 shape = layers[0].shape
                 held = 2 * FORMATS[name].bytes_of(shape.head_dim) + 4
-                row = {"run": Path(options.run).name, "format": name, "num_centroids": layers[0].spec.num_centroids}
-                row |= {"length": length, "accuracy": round(right / answers, 6), "answers": answers}
+                row = {"run": Path(options.run).name, "step": run.step, "changes": changes(overrides), "format": name}
+                row |= {"num_centroids": layers[0].spec.num_centroids, "length": length}
+                row |= {"accuracy": round(right / answers, 6), "answers": answers}
                 row |= {"bytes_of_a_centroid": held}
                 row["dictionary_bytes"] = held * layers[0].spec.num_centroids * shape.num_kv_heads * len(layers)
                 rows.append(row)
-                print(f"{length:>7} tokens  {name:<22} {held:>4} bytes a centroid  {right / answers:7.2%}", flush=True)
+                print(
+                    f"{length:>7} tokens  {name:<22} {held:>4} bytes per centroid  {right / answers:7.2%}", flush=True
+                )
     fresh = {key_of(row) for row in rows}
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -162,7 +173,7 @@ def main(options: Options, overrides: list[str]) -> int:
 
 def key_of(row: Row) -> tuple[str, ...]:
     """What identifies a row: a test that is repeated replaces its own."""
-    return tuple(str(row[name]) for name in ("run", "format", "num_centroids", "length"))
+    return tuple(str(row[name]) for name in KEY)
 
 
 def read(path: Path) -> list[Row]:

@@ -30,16 +30,29 @@ def test_stochastic_rounding_takes_a_neighbour_and_keeps_the_mean() -> None:
 def test_relative_errors_of_formats(name: str, bound: float) -> None:
     sums, count = torch.randn(2, 3, 50, 8) * 100, torch.randint(0, 9, (2, 3, 50)).float()
     sums[count == 0] = 0
-    got = FORMATS[name].stored(sums, count)
+    got = read_back(name, sums, count)
     assert ((got - sums).abs() <= bound * sums.abs() * 1.001).all() and torch.equal(got[count == 0], sums[count == 0])
 
 
 def test_integers_err_by_half_a_step_of_the_largest() -> None:
     sums, count = torch.randn(2, 3, 50, 8) * 100, torch.randint(1, 9, (2, 3, 50)).float()
-    got = FORMATS["means_int8"].stored(sums, count)
+    got = read_back("means_int8", sums, count)
     step = (sums / count[..., None]).abs().amax(-1, keepdim=True) / 127
     assert ((got - sums).abs() <= 0.501 * step * count[..., None]).all()
     assert FORMATS["means_int8"].bytes_of(64) == 68
+
+
+def test_a_test_does_not_depend_on_those_before_it() -> None:
+    sums, count = torch.randn(2, 3, 50, 8), torch.ones(2, 3, 50)
+    for name in FORMATS:
+        assert torch.equal(read_back(name, sums, count), read_back(name, sums, count))
+
+
+def read_back(name: str, sums: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Sums [B, G, N, D] and counts [B, G, N] in a dictionary, after it was stored: the new sums."""
+    empty = torch.empty(*sums.shape[:2], 0, sums.shape[3])
+    (state,) = in_format(name)([OVQState(sums, sums, count, empty, empty, sums.shape[2], 0)])
+    return state.key_sum
 
 
 def test_only_dictionaries_are_changed() -> None:
@@ -69,6 +82,11 @@ def test_the_command_tests_every_format(
     assert stored_state.main([f"run={run}", "lengths=[60]", "answers=40", "formats=[means_int8]"]) == 0
     more = list(csv.DictReader((run / "stored_state.csv").open()))
     assert more[:-1] == rows and more[-1]["num_centroids"] != "5", "what was measured before is kept"
+    line = [f"run={run}", "lengths=[60]", "answers=40", "formats=[means_int8]", "model.mixers.ovq.seeding=random"]
+    assert stored_state.main(line) == 0
+    changed = list(csv.DictReader((run / "stored_state.csv").open()))
+    assert changed[:-1] == more and changed[-1]["changes"] == "model.mixers.ovq.seeding=random"
+    assert {row["step"] for row in changed} == {"3"}
     capsys.readouterr()
     with monkeypatch.context() as patched:
         patched.setattr(stored_state, "test", lambda *_, **__: pytest.fail("measured before looking at out"))
