@@ -39,7 +39,7 @@ from ovq.report import readable
 from ovq.schema import setting
 
 KEY = ("step", "weights", "num_centroids", "changes", "asked")  # what identifies a result in a file
-TOLERANCE = 0.1  # relative difference of a published word count from the count here that other rules may explain
+TOLERANCE = 0.02  # relative difference of a published word count from the count here that other rules may explain
 
 
 @dataclass
@@ -107,6 +107,7 @@ def measure(
         "bytes": heldout.num_bytes,
         "words": words,
         "words_are": "published" if published else "counted",
+        "words_counted": heldout.num_words,
         "num_centroids": cfg.eval.num_centroids,
         "loss": nats / tokens,
         "perplexity": exp(nats / tokens),
