@@ -102,7 +102,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     optimizer = build_optimizer(model, cfg)
     ema = WeightAverage(model, cfg.optim.ema) if cfg.optim.ema else None
     check_capacity(model, cfg)
-    rehearse(model, cfg, tokenizer.vocab_size, world)
+    rehearse(model, optimizer, cfg, tokenizer.vocab_size, world)
 
     start = checkpoint.choose(run_dir, cfg.resume)
     if start.path:

@@ -13,10 +13,13 @@ from launch.plan import CARDS, Options, communication, largest, mean_flops_per_t
 from ovq import memory
 from ovq.compose import compose
 from ovq.config import Config
-from ovq.memory import MemoryPlan, Meter, memory_of
+from ovq.memory import MemoryPlan, Meter, memory_of, optimizer_bytes
 from ovq.model import Transformer, build_model, count_parameters, flops_per_token
 from ovq.ops.ovq_attention.spec import OVQSpec
+from ovq.train.optim import build_optimizer
 from ovq.train.parallelize import recomputed
+from ovq.train.rehearse import moments_of
+from tests.helpers import small_config, small_model
 
 TOLERANCE = 0.13  # of the measured peak; stated in docs/operations.md
 VOCABULARY, ROWS, TOKENS = 500, 2, 512
@@ -148,3 +151,10 @@ def test_a_plan_finds_the_size_of_the_vocabulary_or_says_how_to_give_it(capsys: 
     assert planning.main(["experiment=pg19_cpu", "tokenizer.model_path=gone.model"]) == 2
     said = capsys.readouterr().err
     assert "gone.model does not exist" in said and said.endswith("give the number of pieces: vocab_size=16384\n")
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_the_rehearsal_takes_the_memory_that_the_plan_gives_the_optimizer(optim: str) -> None:
+    cfg, model = small_config("sw_gdn", f"optim={optim}"), small_model("sw_gdn")
+    taken = sum(4 * p.numel() * count for p, count in moments_of(build_optimizer(model, cfg)))
+    assert taken == optimizer_bytes(cfg, model)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from ovq.config import Config
+from ovq.errors import TrainingError
 from ovq.model import Transformer
 from ovq.processes import World
-from ovq.train.loop import TrainingError
 from ovq.train.optim import LearnedBuffers
 from ovq.train.parallelize import sync_gradients
 
 
-def rehearse(model: Transformer, cfg: Config, vocab_size: int, world: World) -> None:
+def rehearse(model: Transformer, optimizer: torch.optim.Optimizer, cfg: Config, vocab_size: int, world: World) -> None:
     """On a GPU, run one forward and backward pass on random tokens, so that running out of memory shows early.
 
     Raises:
@@ -27,7 +30,7 @@ def rehearse(model: Transformer, cfg: Config, vocab_size: int, world: World) -> 
     buffers = LearnedBuffers(model)
     buffers.snapshot()
     try:
-        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # as much as AdamW will hold
+        moments = [torch.empty_like(p) for p, count in moments_of(optimizer) for _ in range(count)]
         sync_gradients(model, True)
         model(tokens, targets_BT=tokens).loss.backward()
     except torch.cuda.OutOfMemoryError:
@@ -39,3 +42,11 @@ def rehearse(model: Transformer, cfg: Config, vocab_size: int, world: World) -> 
     del moments
     model.zero_grad()
     buffers.restore_if(torch.ones((), dtype=torch.bool, device=world.device))
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, int]]:
+    """Each parameter and the number of tensors of its size that the optimizer will hold: one for Muon's, else two, as
+    AdamW does (a custom optimizer is assumed to)."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield p, 1 if group.get("muon") else 2
