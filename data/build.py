@@ -151,10 +151,8 @@ def named(name: str) -> Iterator[None]:
         raise ConfigError(f"data.mixture.{name}: {error}" if name else str(error)) from None
 
 
-def heldout_documents(
-    cfg: Config, tokenizer: Tokenizer, *, split: str, min_tokens: int, limit: int | None = None
-) -> Iterator[Document]:
-    """Documents of a held-out split with at least `min_tokens` ids, in file order, one in memory at a time.
+def heldout_documents(cfg: Config, tokenizer: Tokenizer, split: str) -> Iterator[Document]:
+    """Documents of a held-out split that are not empty, in file order, one in memory at a time.
 
     A mixture's data sets that have the split take turns.
 
@@ -168,13 +166,9 @@ def heldout_documents(
     separator = np.array([tokenizer.separator_id], np.int64)
     # In turns, so that the first documents of a mixture include some from each of its data sets.
     turns = ((name, tokens, i) for i in itertools.count() for name, tokens in found.items() if i < len(tokens))
-    given = 0
     for name, tokens, index in itertools.islice(turns, sum(map(len, found.values()))):
-        if limit is not None and given >= limit:
-            return
         document = tokens.read(index)
-        if len(document.ids) >= min_tokens:
-            given += 1
+        if len(document.ids):
             ids = np.concatenate([separator, document.ids.astype(np.int64), separator])
             yield Document(ids, document.title, document.num_bytes, document.num_words, name)
 

@@ -30,12 +30,6 @@ class Tokenizer(Protocol):
     separator_id: int
     fingerprint: str
 
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text without separators, uint16 (uint32 if the vocabulary exceeds 65,536 ids)."""
         ...
@@ -61,14 +55,6 @@ class TableTokenizer:
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self._pieces = pieces
         self._lengths = np.array([len(piece) for piece in pieces], np.int64)
-
-    @property
-    def bos_id(self) -> int:
-        return self.separator_id
-
-    @property
-    def eos_id(self) -> int:
-        return self.separator_id
 
     def decode(self, ids: Any) -> str:
         pieces = self._pieces

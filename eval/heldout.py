@@ -76,7 +76,7 @@ class HeldOut:
 
     def _read(self) -> Iterator[Excerpt]:
         given = 0
-        for document in heldout_documents(self.cfg, self.tokenizer, split=self.cfg.eval.split, min_tokens=1):
+        for document in heldout_documents(self.cfg, self.tokenizer, self.cfg.eval.split):
             tokens = document.tokens[:-1].astype(np.int32)
             self.seen, self.longest = self.seen + 1, max(self.longest, len(tokens) - 1)
             if self.context is None:

@@ -131,7 +131,7 @@ def read_haystack(cfg: Config, tokenizer: Tokenizer, split: str) -> np.ndarray:
     """
     parts: list[np.ndarray] = []
     gap, held = tokenizer.encode(PARAGRAPH).astype(np.int64), 0
-    for document in heldout_documents(cfg, tokenizer, split=split, min_tokens=1):
+    for document in heldout_documents(cfg, tokenizer, split):
         parts += [document.tokens[1:-1], gap]
         held += len(parts[-2]) + len(gap)
         if held >= HAYSTACK_TOKENS:

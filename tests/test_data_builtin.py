@@ -43,10 +43,8 @@ def test_the_corpus_is_large_and_its_held_out_documents_are_long() -> None:
 
 def test_the_demo_finds_enough_long_documents_to_evaluate_on() -> None:
     cfg = compose(["experiment=cpu_demo"])
-    found = list(
-        heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=65_536, limit=cfg.eval.documents)
-    )
-    assert len(found) == cfg.eval.documents and all(len(d.tokens) >= 65_538 for d in found)
+    found = heldout_documents(cfg, build_tokenizer(cfg), "validation")
+    assert sum(len(d.tokens) >= 65_538 for d in found) >= cfg.eval.documents
 
 
 def test_a_pickled_corpus_is_small_and_rereads_its_documents() -> None:

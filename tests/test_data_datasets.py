@@ -108,7 +108,7 @@ def test_splits_slices_titles_and_held_out_documents(books: Path) -> None:
         assert corpus.sizes().tolist() == [len(text) for text in wanted]
     held = of(books / "json", "data.validation=[validation]")
     check_names_held_out(held)
-    given = list(heldout_documents(held, build_tokenizer(held), split="validation", min_tokens=1))
+    given = list(heldout_documents(held, build_tokenizer(held), "validation"))
     assert [d.num_bytes for d in given] == [len(text) for text in DOCUMENTS[5:]]
     with pytest.raises(ConfigError, match="data.validation is empty, so loss by position .* give it splits"):
         check_names_held_out(of(books / "json"))

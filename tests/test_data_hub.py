@@ -166,7 +166,7 @@ def test_a_resumed_run_reads_the_commit_it_started_with(hub: Hub) -> None:
     resumed = list(islice(steps(pg19(), state=state), 5))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(resumed, unbroken[3:], strict=True))
     tokenizer = build_tokenizer(pg19())
-    held_out = [d.num_bytes for d in heldout_documents(pg19(), tokenizer, split="validation", min_tokens=1)]
+    held_out = [d.num_bytes for d in heldout_documents(pg19(), tokenizer, "validation")]
     assert held_out == [len(text) for text in texts()[5:8]], "held-out documents come from the same commit"
 
     forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from itertools import islice
@@ -258,11 +259,11 @@ def test_bad_documents_of_every_source_can_be_skipped_at_a_resume(books: Path, t
 
 def test_held_out_documents_come_in_turns_from_the_sources_that_have_them(books: Path) -> None:
     cfg = mixture(books)
-    given = list(heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=1, limit=4))
+    given = list(itertools.islice(heldout_documents(cfg, build_tokenizer(cfg), "validation"), 4))
     assert [document.source for document in given] == ["upper", "lower", "upper", "lower"]
     cfg.data.mixture.upper.validation = []
     check_names_held_out(cfg)
-    rest = list(heldout_documents(cfg, build_tokenizer(cfg), split="validation", min_tokens=1))
+    rest = list(heldout_documents(cfg, build_tokenizer(cfg), "validation"))
     assert {document.source for document in rest} == {"lower"} and len(rest) == len(LENGTHS) - 1
 
 

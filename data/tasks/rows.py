@@ -17,7 +17,7 @@ from data.tasks.base import IGNORE, TEST, TRAIN, Task
 class TaskTokenizer:
     """The tokenizer of a run on a task: the symbols of the task, which represent no text."""
 
-    separator_id = bos_id = eos_id = 0
+    separator_id = 0
 
     def __init__(self, task: Task) -> None:
         self.vocab_size = task.vocab_size
