@@ -135,7 +135,7 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
     with monkeypatch.context() as stopped:
         stopped.setattr(measures.accuracy, "measure", interrupted_after(3))
         assert fig4.main(line_of(tmp_path, *BASIC, *KEYS)) == 130
-    assert used == [measures.TEST_SEED] * 8 + [answers.TEST_SEED] * 3
+    assert used == [measures.CHOOSING_SEED] * 8 + [answers.TEST_SEED] * 3
     trained = files(tmp_path / "runs")
     made = {path: TABLE.read(path) for path in (tmp_path / "runs").iterdir()}
     assert sum(row["index"] is None for rows in made.values() for row in rows) == 3
@@ -548,7 +548,7 @@ def test_impossible_requests_are_one_line(
 
 
 def test_rates_are_chosen_with_seeds_of_their_own() -> None:
-    assert len({measures.TEST_SEED, answers.TEST_SEED}) == 2 and TEST != 0
+    assert len({measures.CHOOSING_SEED, answers.TEST_SEED}) == 2 and TEST != 0
     options = parse(fig4.Figure4Options, ["models=[sw]"])
     plan = make_plan(fig4.figure(options), options, [])
     for line in plan.lines:

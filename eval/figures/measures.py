@@ -24,8 +24,8 @@ from ovq.errors import ConfigError
 from ovq.inference.run import load_run, override
 
 PRECISION = ["trainer.precision=fp32"]  # so that results do not depend on the machine
-TEST_SEED = 1001  # of the sequences on which learning rates are chosen
-assert TEST_SEED != answers.TEST_SEED
+CHOOSING_SEED = 1001  # of the sequences on which learning rates are chosen
+assert CHOOSING_SEED != answers.TEST_SEED
 ANSWERS = 4096  # at least, when choosing a learning rate
 DOCUMENTS = 32  # at most, when choosing a learning rate
 
@@ -106,7 +106,7 @@ class Accuracy:
     """Accuracy on fresh sequences of the generated task."""
 
     name = "accuracy"
-    chosen_on = f"sequences of seed {TEST_SEED}"
+    chosen_on = f"sequences of seed {CHOOSING_SEED}"
 
     def described(self, test: Test) -> str:
         return (
@@ -145,7 +145,7 @@ class Accuracy:
     def score(self, run_dir: Path) -> dict[str, Any]:
         run = load_run(run_dir, PRECISION)
         length = run.cfg.trainer.context
-        tally = answers.test(run.model, run.world.device, build_task(run.cfg), length, ANSWERS, seed=TEST_SEED)
+        tally = answers.test(run.model, run.world.device, build_task(run.cfg), length, ANSWERS, seed=CHOOSING_SEED)
         right, count = tally.total
         made = {"on": self.chosen_on, "length": length, "loss": tally.loss}
         return made | {"accuracy": right / count, "answers": count}
