@@ -104,7 +104,7 @@ def count_tokens(tokens: Tokens, tokenizer: Tokenizer) -> float | None:
             length = len(tokenizer.encode(tokens.corpus.read(int(i)).text))
             bytes_read, ids = bytes_read + int(sizes[i]), ids + (length and length + 1)
     if not bytes_read:
-        return float(sizes.sum()) + len(tokens)  # an id a byte
+        return float(sizes.sum()) + len(tokens)  # one id per byte
     return float(sizes.sum()) * ids / bytes_read
 
 

@@ -299,7 +299,7 @@ def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
     if keys:
         changes = "; ".join(f"{key}: {_short(saved.get(key))} -> {_short(current.get(key))}" for key in keys)
         raise ConfigError(
-            f"the data differ from those of the checkpoint ({changes}), and a run keeps its data; begin another one "
+            f"the data differ from those of the checkpoint ({changes}), and a run keeps its data; start another run "
             "with run_dir=NEW, from the weights of this one with init_from=DIR"
         )
 

@@ -31,7 +31,7 @@ from data.corpus import FLAGS, TokenisedDocument, fingerprint_of
 from data.files import sha256_of
 from data.sources import DataError
 from data.tokenizer import Tokenizer
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
 
 INDEX = "prepared.json"
@@ -193,7 +193,7 @@ def load_index(folder: Path | str) -> Index:
             f"{folder} is not completely prepared: it has no {INDEX}; run: python -m data.prepare data=... out={folder}"
         ) from None
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(index, dict) or index.pop("sha256", None) != _digest(index):
         raise ConfigError(f"{path} is damaged: its hash is wrong")
     if index["plan"]["version"] != VERSION:

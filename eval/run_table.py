@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, one_line
 from ovq.files import replacing
 from ovq.identity import FREE_AT_RESUME
 
@@ -49,7 +49,7 @@ class RunTable:
                 raise ValueError(f"its columns are {', '.join(table.schema.names)}")
             return table.cast(self.schema).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
-            cause = " ".join(str(error).split())[:120]
+            cause = one_line(error)[:120]
             raise ConfigError(
                 f"{path} is not a table of {self.what} ({cause}); the next evaluation renames it and begins a new one"
             ) from None

@@ -208,9 +208,9 @@ def assumptions(options: Options) -> Iterator[str]:
     card = CARDS[options.gpu]
     yield (
         f"{options.gpu} by its data sheet: {card.memory:g} GiB, {card.tflops:g} TFLOP/s dense bf16, {card.link:g} GB/s "
-        f"to the others of its node, {card.network:g} GB/s of network; nothing was measured on one"
+        f"to the others of its node, {card.network:g} GB/s over the network; nothing was measured on one"
     )
-    yield f"{HEADROOM:.0%} of the memory is to be had: the rest goes to the runtime, collectives and fragmentation"
+    yield f"{HEADROOM:.0%} of the memory is usable: the rest goes to the runtime, collectives and fragmentation"
     yield "the MFU counts matrix products and mixing, forward and twice that backward; recomputation comes on top of it"
     yield "attention keeps what FlashAttention does, OVQ-attention what this project's Triton kernels do"
 

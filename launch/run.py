@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         usage="%(prog)s [options] -- key=value ...",
     )
     parser.add_argument("--gpus", type=positive, help="GPUs of this machine to use, one rank each (default: all)")
-    parser.add_argument("--cpu-ranks", type=positive, help="use no GPU: so many ranks that share this machine's cores")
+    parser.add_argument("--cpu-ranks", type=positive, help="use no GPU; run this many ranks, on shared cores")
     parser.add_argument("--nodes", type=positive, default=1, help="machines; start this on each (default: 1)")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="with --nodes: one of them, and a free port there")
     parser.add_argument("--id", default="ovq", help="with --nodes: a name for this start, the same on each machine")

@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--nodes", type=positive, default=1, help="nodes of each job (default: 1)")
     made.add_argument("--gpus-per-node", type=positive, help="GPUs on each node, one rank each")
-    made.add_argument("--cpu-ranks", type=positive, help="use no GPU: so many ranks on each node")
+    made.add_argument("--cpu-ranks", type=positive, help="use no GPU; run this many ranks on each node")
     made.add_argument("--cpus-per-node", type=positive, help="cores of each node (default: what the cluster gives)")
     made.add_argument("--time", default="24:00:00", help="time limit of a job, as sbatch has it (default: 24:00:00)")
     made.add_argument("--grace", type=positive, default=300, metavar="S", help="seconds to save in (default: 300)")

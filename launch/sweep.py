@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--gpus", type=int, default=0, help="GPUs of this machine to use (0: run on what train.py picks)"
     )
-    parser.add_argument("--per-job", type=positive, default=1, help="GPUs a job")
+    parser.add_argument("--per-job", type=positive, default=1, help="GPUs per job")
     parser.add_argument("--at-once", type=positive, default=1, help="without GPUs: jobs at a time, sharing the cores")
     parser.add_argument("--stop-on-failure", action="store_true", help="start no further job after a failure")
     parser.add_argument("--config-dir", action="append", default=[], help="folder with options of your own")

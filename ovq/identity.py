@@ -101,7 +101,7 @@ RULES = (
     Rule(
         ("name", "runs_root", "run_dir", "resume", "dry_run"),
         FREE,
-        "They say where a run lies and how it starts; another folder is another run.",
+        "They determine where a run is stored and how it starts; another folder is another run.",
     ),
 )
 BRANCHED = (*RULES[1].settings, "init_from")  # settings of a run's identity that a branch may change

@@ -88,7 +88,7 @@ def reporting(what: str, again: str = "") -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         later = f"; make it later: {again}" if again else ""
-        tell_once(f"{what}: not made ({one_line(error)[:MOST_QUOTED]}); the work goes on{later}")
+        tell_once(f"{what}: not made ({one_line(error)[:MOST_QUOTED]}); continuing{later}")
 
 
 def tell_once(line: str) -> None:

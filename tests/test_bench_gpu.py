@@ -170,7 +170,7 @@ def test_the_order_and_the_limits_are_those_of_the_design() -> None:
     groups = Bench(Setting(), print).groups()
     names = [found.name for found in groups]
     assert names[:9] == [
-        *("machine", "1 programs a head", "2 programs a head", "4 programs a head", "16 programs a head"),
+        *("machine", "1 programs per head", "2 programs per head", "4 programs per head", "16 programs per head"),
         *("checks", "bar", "stages", "profile"),
     ]
     assert names.index("decoding") < names.index("checks in float32") < names.index("rivals")
@@ -235,9 +235,9 @@ def test_if_the_barrier_hangs_the_rest_runs_with_as_many_programs_as_work(folder
     script = Script()
     run = runner(folder, child)
     assert run.run() == 1
-    assert run.programs == 2 and not script.of("16 programs a head")
-    assert why(run, "16 programs") == "2 programs a head are the most that work"
-    assert script.of("2 programs a head")[0]["programs"] is None and script.of("checks")[0]["programs"] == 2
+    assert run.programs == 2 and not script.of("16 programs per head")
+    assert why(run, "16 programs") == "2 programs per head are the most that work"
+    assert script.of("2 programs per head")[0]["programs"] is None and script.of("checks")[0]["programs"] == 2
 
 
 def test_groups_without_time_left_are_named(folder: Path) -> None:
@@ -245,7 +245,9 @@ def test_groups_without_time_left_are_named(folder: Path) -> None:
     run = runner(folder, child, seconds=bench_gpu.RESERVED + 30)
     run.run()
     tried = [given["group"] for given in child.given]
-    assert tried[:5] == ["machine", *(f"{k} programs a head" for k in (2, 4, 16)), "checks"] and "profile" not in tried
+    assert (
+        tried[:5] == ["machine", *(f"{k} programs per head" for k in (2, 4, 16)), "checks"] and "profile" not in tried
+    )
     assert run.programs is None
     assert why(run, "decoding") == why(run, "every kernel alone, 1 ") == "no time left"
 

@@ -131,7 +131,7 @@ def test_a_run_whose_every_report_fails_finishes(
         broken.setattr(summary, "summary_text", fail(KeyError("memory")))
         assert train.main([*run, "run_dir=run", "logger=wandb"]) == 0
     shown = capsys.readouterr().err
-    for told in (PLOT, "logger=wandb failed, going on without: 429", "the summary on the screen: not made"):
+    for told in (PLOT, "logger=wandb failed, continuing without it: 429", "the summary on the screen: not made"):
         assert shown.count(told) == 1
     assert json.loads(Path("run/summary.json").read_bytes())["evaluation"]["eval/documents"] == 1
     assert [row["step"] for row in read_rows("run/metrics.jsonl") if "eval/loss" in row] == [1, 2]
@@ -153,7 +153,7 @@ def test_wandb_that_fails_in_mid_run_is_left_behind_in_one_line(
     for step in range(1, 5):
         log.log({"step": step, "loss": 1.0})
     log.close()
-    assert capsys.readouterr().err == "logger=wandb failed, going on without: no key\n"
+    assert capsys.readouterr().err == "logger=wandb failed, continuing without it: no key\n"
     assert [row["step"] for row in read_rows("run/metrics.jsonl")] == [1, 2, 3, 4]
 
 

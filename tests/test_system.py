@@ -191,7 +191,7 @@ def test_bf16_with_workers_and_wandb_offline_runs_without_a_network(
     job = Job(run_dir, [*corpus, *settings], env={"HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere, "HOME": str(tmp_path)})
     assert job.status() == 0, job.lines()
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb")), job.lines()
-    assert "going on without" not in job.lines()
+    assert "continuing without it" not in job.lines()
     bf16, fp32 = record(run_dir), [row for row in record(whole) if row["step"] != EVAL_EVERY or "loss" in row]
     assert [row.get("token_hash") for row in bf16] == [row.get("token_hash") for row in fp32]
     assert losses(run_dir) == pytest.approx(losses(whole), rel=1e-2) and losses(run_dir) != losses(whole)

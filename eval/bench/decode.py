@@ -43,7 +43,7 @@ from eval.bench.stopwatch import Stopwatch
 from ovq import cpu
 from ovq.cli import command
 from ovq.compose import options as choices_of
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
 from ovq.machine import describe_machine, free_memory
 from ovq.mixers.attention_layer import KVCache
@@ -115,7 +115,7 @@ def rows(name: str, given: Options, device: torch.device, overrides: list[str]) 
                 step()
             token_ms = [watch.once(lambda mark: step())[1] for _ in range(given.tokens)]  # noqa: B023
         except (RuntimeError, MemoryError) as error:  # out of memory: a result like any other
-            yield row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+            yield row | {"error": f"{type(error).__name__}: {one_line(error)}"[:300]}
             return
         row |= {"mode": "eager" if note else mode, "token_ms": token_ms}
         row["decode_tokens_per_s"] = 1e3 / statistics.median(token_ms)
@@ -168,7 +168,7 @@ def _step(reader: Reader, mode: str) -> tuple[Callable[[], object], str]:
             once()
         return graph.replay, ""
     except Exception as error:  # of the compiler, or an operator that cannot be captured
-        return reader.write, f"mode={mode} failed, so the step runs eagerly: {' '.join(str(error).split())}"[:300]
+        return reader.write, f"mode={mode} failed, so the step runs eagerly: {one_line(error)}"[:300]
 
 
 HEAD = (

@@ -33,6 +33,7 @@ from ovq import machine, processes
 from ovq.cli import command
 from ovq.compose import CONFIG_DIR, compose, options
 from ovq.config import Config
+from ovq.errors import one_line
 from ovq.files import write_whole
 from ovq.model import build_model, flops_per_token
 from ovq.processes import World
@@ -168,7 +169,7 @@ def child(settings: dict[str, Any]) -> int:
         result = {"error": OUT_OF_MEMORY}
     except Exception as error:
         memory = "can't allocate memory" in str(error)  # torch's CPU allocator raises a plain RuntimeError
-        result = {"error": OUT_OF_MEMORY if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        result = {"error": OUT_OF_MEMORY if memory else f"{type(error).__name__}: {one_line(error)}"}
     print(json.dumps(result), flush=True)
     return 0
 

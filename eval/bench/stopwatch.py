@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ovq.errors import one_line
+
 FLUSH_BYTES = 256 << 20  # several times the L2 of any chip
 Marked = Callable[[Callable[[], None]], object]  # calls its argument when its first half (the forward pass) is done
 
@@ -101,7 +103,7 @@ class Stopwatch:
                 try:
                     work()
                 except Exception as error:  # an unsupported shape, or out of memory: a result like any other
-                    timings[name].error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                    timings[name].error = f"{type(error).__name__}: {one_line(error)}"[:300]
                     if isinstance(error, torch.OutOfMemoryError):
                         torch.cuda.empty_cache()
 

@@ -29,7 +29,7 @@ from ovq.config import Config, to_dict
 from ovq.errors import TrainingError
 from ovq.lengths import length_at
 from ovq.machine import code_commit, peak_flops, peak_memory_gib, share_of_peak
-from ovq.model import Transformer
+from ovq.model import IGNORE, Transformer
 from ovq.processes import World
 from ovq.report import figures, reporting
 from ovq.train.batches import COUNTED, Loader, MicroBatch, loss_by_source
@@ -256,7 +256,7 @@ class Trainer:
         Computed on the CPU, without synchronising with the device.
         """
         own = micro_batches if self.world.context.rank == 0 else []  # all ranks of a context axis hold the same rows
-        valid = sum(int((batch.targets != -100).sum()) for batch in own)
+        valid = sum(int((batch.targets != IGNORE).sum()) for batch in own)
         digest = sum(batch.token_hash() for batch in own) % (1 << 64)
         counts = [sum(batch.counts.get(name, 0) for batch in own) for name in self.counted]
         missing = self.loader.micro_batches_per_step - len(micro_batches)

@@ -73,7 +73,7 @@ class Metrics:
         try:
             call(self._logger)
         except QUITS as error:
-            print(f"logger={self._logger_name} failed, going on without: {one_line(error)}", file=sys.stderr)
+            print(f"logger={self._logger_name} failed, continuing without it: {one_line(error)}", file=sys.stderr)
             self._logger = None
 
     def _write(self, line: bytes) -> None:
@@ -87,7 +87,7 @@ class Metrics:
         except OSError as error:
             if not waited:
                 print(
-                    f"{self.path} cannot be written ({error.strerror}); lines are kept in memory until it can",
+                    f"{self.path} cannot be written ({error.strerror}); lines are kept in memory until it can be",
                     file=sys.stderr,
                 )
 
@@ -186,7 +186,7 @@ def start_wandb(run_dir: Path, cfg: Config) -> Any:
             config=to_dict(cfg),
         )
     except QUITS as error:  # no network, no key, a broken installation
-        print(f"logger=wandb does not work here, going on without: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"logger=wandb could not start, continuing without it: {one_line(error)}", file=sys.stderr)
         return None
 
 
@@ -215,7 +215,7 @@ def start_tensorboard(run_dir: Path, cfg: Config, start_step: int) -> TensorBoar
         reason = "it is not installed; pip install -c launch/constraints-cpu.txt -e '.[tensorboard]'"
     except Exception as error:  # a folder that cannot be written to
         reason = one_line(error)
-    print(f"logger=tensorboard does not work here, going on without: {reason}", file=sys.stderr)
+    print(f"logger=tensorboard could not start, continuing without it: {reason}", file=sys.stderr)
     return None
 
 
@@ -234,4 +234,4 @@ def show_in_wandb(name: str, picture: Path, rows: list[dict[str, Any]], step: in
         table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
         run.log({name: wandb.Image(str(picture)), f"{name}_table": table}, step=step)
     except QUITS as error:  # logging never stops training
-        print(f"logger=wandb did not take {picture}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"logger=wandb did not take {picture}: {one_line(error)}", file=sys.stderr)

@@ -61,7 +61,7 @@ def summary_text(summary: dict[str, Any], cfg: Config, run_dir: Path) -> str:
         lines.append(f"  loss          {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} nats per token")
     if summary["tokens_per_s"]:
         lines.append(f"  speed         {summary['tokens_per_s']:,.0f} tokens/s (median)")
-    lines.append(f"  peak memory   {summary['memory_gib']:.2f} GiB a process")
+    lines.append(f"  peak memory   {summary['memory_gib']:.2f} GiB per process")
     for key, value in summary["evaluation"].items():
         if key.startswith("eval/") and value is not None:
             lines.append(f"  {key[5:]:<13} {readable(value)} (evaluation at step {summary['evaluation']['step']})")

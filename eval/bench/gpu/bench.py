@@ -110,7 +110,7 @@ class Runner:
         record, setting = self.record, setting_at(self.where)
         for group in Bench(setting, record.add).groups():
             if group.programs is not None and self.programs is not None:
-                self.skip(group.tasks, f"{self.programs} programs a head are the most that work")
+                self.skip(group.tasks, f"{self.programs} programs per head are the most that work")
                 continue
             if group.under == SANITIZER and self.programs is not None:
                 self.skip(group.tasks, "programs that share a head fail")
@@ -220,7 +220,7 @@ def told(row: Row) -> str:
     if kind == "rates":
         return f"bf16 matmul {row['matmul_flops'] / 1e12:.3g} TFLOP/s, copy {row['copy_bytes'] / 1e12:.3g} TB/s"
     if kind == "kernel":
-        return f"ok    {row['stage']} alone, {row['programs']} programs a head"
+        return f"ok    {row['stage']} alone, {row['programs']} programs per head"
     if kind == "check":
         return f"{'ok   ' if row['passed'] else 'WRONG'} {row['check']}: {row['found']}"
     if kind == "measurement":

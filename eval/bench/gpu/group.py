@@ -21,6 +21,7 @@ import torch
 from eval.bench.gpu.checks import programs_per_head
 from eval.bench.gpu.tasks import Bench, Group, Row, setting_at
 from ovq.bounded import end_with_parent
+from ovq.errors import one_line
 
 SPOILT = 4
 
@@ -55,11 +56,11 @@ def run_tasks(bench: Bench, group: Group, skip: list[str]) -> int:
         try:
             task.run()
         except Exception as error:
-            bench.skipped(task.name, f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+            bench.skipped(task.name, f"{type(error).__name__}: {one_line(error)}"[:500])
         try:
             settle(bench.device)
         except Exception as error:  # an illegal access: from now on every call fails
-            bench.skipped(task.name, f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+            bench.skipped(task.name, f"{type(error).__name__}: {one_line(error)}"[:500])
             bench.emit("end", task=task.name)
             return SPOILT
         bench.emit("end", task=task.name)

@@ -128,7 +128,7 @@ class Bench:
         shapes = [self.check_task("against float64", size, first) for size in sizes[1:]]
         groups = [Group("machine", 60, [Task("machine", 2, self.machine)])]
         for k in PROGRAMS:
-            groups.append(Group(f"{k} programs a head", 25 if k > 1 else 60, [self.alone_task(k)], programs=k))
+            groups.append(Group(f"{k} programs per head", 25 if k > 1 else 60, [self.alone_task(k)], programs=k))
         groups += [
             Group("checks", 60, checks + shapes),
             Group("bar", 60, [Task("rates of this card", 8, self.rates), self.passes(bar, ["ovq", *SDPA], 40)]),
@@ -186,7 +186,7 @@ class Bench:
         )
 
     def alone_task(self, programs: int, prefix: str = "") -> Task:
-        name = f"{prefix}every kernel alone, {programs} programs a head"
+        name = f"{prefix}every kernel alone, {programs} programs per head"
         return Task(name, 40 if programs == 1 or prefix else 12, lambda: self.alone(programs))
 
     def alone(self, programs: int) -> None:
