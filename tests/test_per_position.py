@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import os
@@ -615,10 +616,13 @@ def test_damaged_newest_checkpoint_is_named_and_skipped_and_the_folder_unchanged
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
     before = sorted(path.name for path in checkpoints.iterdir())
-    assert choose(run_dir, None).name == "step_00000003"
+    with contextlib.ExitStack() as lease:
+        assert choose(run_dir, None, lease).name == "step_00000003"
     assert f"{part} is damaged" in capsys.readouterr().err
     assert sorted(path.name for path in checkpoints.iterdir()) == before
-    assert choose(run_dir, "step_00000003") == choose(run_dir, 3) == checkpoints / "step_00000003"
+    with contextlib.ExitStack() as lease:
+        for named in ("step_00000003", 3):
+            assert choose(run_dir, named, lease) == checkpoints / "step_00000003"
 
 
 def test_overrides_of_a_run_are_typed_and_checked() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ import train
 from ovq import processes
 from ovq.compose import compose, run_dir_of
 from ovq.errors import ConfigError
-from ovq.train import warm_start
+from ovq.train import checkpoint_choice, warm_start
+from ovq.train.checkpoint_files import prune
 from ovq.train.ema import WeightAverage
 from ovq.train.schedule import check_extension, lr_at
 from tests.helpers import TINY
@@ -107,6 +110,28 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(
     assert train.main([*line, f"run_dir={tmp_path}/b"]) == 1
     said = capsys.readouterr().err
     assert f"init_from={run} holds no good checkpoint ({newer} is damaged" in said and said.count("\n") == 1
+
+
+def test_a_checkpoint_that_a_trainer_replaces_meanwhile_is_not_the_one_taken(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(first, tmp_path / "run")
+    old = run / "checkpoints" / "step_00000002"
+    new, verify = old.with_name("step_00000003"), checkpoint_choice.verify
+
+    def replaced(path: Path) -> dict[str, Any]:
+        if path == old:  # between the look at the folder and this one
+            old.rename(new)
+        return verify(path)
+
+    monkeypatch.setattr(checkpoint_choice, "verify", replaced)
+    with contextlib.ExitStack() as lease:
+        assert warm_start.find(run, lease) == new
+        shutil.copytree(new, new.with_name("step_00000004"))
+        prune(run / "checkpoints", keep_last=1)
+        assert new.is_dir(), "leased"
+    prune(run / "checkpoints", keep_last=1)
+    assert not new.is_dir()
 
 
 def test_a_head_of_its_own_does_not_overwrite_a_shared_embedding(

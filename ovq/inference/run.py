@@ -34,7 +34,7 @@ from ovq.overrides import literal, parse
 from ovq.processes import World
 from ovq.schema import REQUIRED, setting
 from ovq.train import checkpoint
-from ovq.train.checkpoint_files import reading
+from ovq.train.checkpoint_choice import newest_good_leased, verify_leased
 from ovq.train.parallelize import parallelize
 
 # How the run was computed does not matter here: there may be any number of processes, and there is no backward pass.
@@ -188,7 +188,7 @@ def no_imports_from(folder: Path) -> None:
     sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(root)]
 
 
-def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack | None = None) -> Path:
+def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack) -> Path:
     """The checkpoint to evaluate, verified: the newest good one of the run folder, or the one named.
 
     Unlike `checkpoint.choose`, this does not change the run folder: a damaged checkpoint is reported on stderr and
@@ -201,29 +201,16 @@ def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack | No
         folder = run_dir / "checkpoints"
         named = folder / checkpoint.name_of(int(at)) if str(at).isdigit() else Path(str(at))
         path = named if named.is_dir() or (folder / named).parent != folder else folder / named
-        _verify(path, lease)
+        verify_leased(path, lease)
         return path
-    passed_over: set[Path] = set()
-    while candidates := [path for path in checkpoint.find(run_dir) if path not in passed_over]:
-        path = candidates[-1]
-        try:
-            _verify(path, lease)
-            return path
-        except checkpoint.CheckpointError as error:
-            if path.is_dir():
-                print(f"{error}; not used", file=sys.stderr, flush=True)
-                passed_over.add(path)
-            # Otherwise the trainer has removed it in the meantime, after writing a newer one.
-    raise checkpoint.CheckpointError(f"{run_dir} holds no good checkpoint; train it first, or name one: checkpoint=DIR")
-
-
-def _verify(path: Path, lease: contextlib.ExitStack | None) -> None:
-    """Verify a checkpoint and, if it is good, keep it locked until the lease is closed."""
-    with contextlib.ExitStack() as attempt:
-        attempt.enter_context(reading(path))
-        checkpoint.verify(path)
-        if lease is not None:
-            lease.push(attempt.pop_all())
+    good, damaged = newest_good_leased(run_dir, lease)
+    for problem in damaged.values():
+        print(f"{problem}; not used", file=sys.stderr, flush=True)
+    if good is None:
+        raise checkpoint.CheckpointError(
+            f"{run_dir} holds no good checkpoint; train it first, or name one: checkpoint=DIR"
+        )
+    return good
 
 
 def _typed(value: Any) -> str:

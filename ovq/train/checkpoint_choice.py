@@ -3,6 +3,7 @@ fit that choice (`settle`)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,9 +16,11 @@ from ovq.train.checkpoint_files import (
     LATEST,
     CheckpointError,
     complete,
+    find,
     hold,
     named,
     prune,
+    reading,
     remove,
     set_aside,
     step_of,
@@ -116,6 +119,34 @@ def newest_good(candidates: list[Path]) -> tuple[Path | None, dict[Path, Checkpo
         else:
             return path, damaged
     return None, damaged
+
+
+def newest_good_leased(run_dir: Path, lease: contextlib.ExitStack) -> tuple[Path | None, dict[Path, CheckpointError]]:
+    """As `newest_good`, for the checkpoints of a folder that a trainer may be writing to: until `lease` is closed, it
+    does not remove the one returned."""
+    damaged: dict[Path, CheckpointError] = {}
+    while candidates := [path for path in find(run_dir) if path not in damaged]:
+        path = candidates[-1]
+        try:
+            verify_leased(path, lease)
+        except CheckpointError as error:
+            if path.is_dir():  # otherwise the trainer has removed it in the meantime, after writing a newer one
+                damaged[path] = error
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def verify_leased(path: Path, lease: contextlib.ExitStack) -> None:
+    """Verify a checkpoint and, if it is good, keep it locked until the lease is closed.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    with contextlib.ExitStack() as attempt:
+        attempt.enter_context(reading(path))
+        verify(path)
+        lease.push(attempt.pop_all())
 
 
 def _to_resume_from(root: Path) -> Choice:

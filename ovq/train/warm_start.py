@@ -23,9 +23,8 @@ from ovq.errors import ConfigError, one_line
 from ovq.export.stored import TOKENIZER, Folder, is_export
 from ovq.model import Transformer
 from ovq.train.checkpoint import FAILED, CheckpointError
-from ovq.train.checkpoint_choice import check_branch, newest_good
-from ovq.train.checkpoint_files import MANIFEST, SafePlanner, SafeReader, reading, verify
-from ovq.train.checkpoint_files import find as checkpoints_of
+from ovq.train.checkpoint_choice import check_branch, newest_good_leased, verify_leased
+from ovq.train.checkpoint_files import MANIFEST, SafePlanner, SafeReader
 from ovq.train.ema import local
 from ovq.train.optim import parameter_groups
 
@@ -44,9 +43,9 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
         CheckpointError: there is no good checkpoint, or it holds something other than data.
     """
     assert wanted.path is not None
-    path = processes.on_main(lambda: find(Path(wanted.path or "")))
-    folder = Folder(path) if is_export(path) else None
-    with contextlib.nullcontext() if folder else reading(path):
+    with contextlib.ExitStack() as lease:
+        path = processes.on_main(lambda: find(Path(wanted.path or ""), lease))
+        folder = Folder(path) if is_export(path) else None
         processes.on_main(lambda: check_tokenizer(path, stored_fingerprint(path, folder), fingerprint))
         stored = folder.shapes() if folder else checkpoint_shapes(path)
         own: dict[str, Any] = get_model_state_dict(model)
@@ -70,6 +69,7 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
             fitting = {name: value.to(own[name].dtype) for name, value in folder.weights(fitting).items()}
         else:
             fill(fitting, path)
+        processes.gather_objects(None)  # rank 0 holds the lease until every rank has read its part
     set_model_state_dict(model, fitting, options=StateDictOptions(strict=False, full_state_dict=folder is not None))
     rest = f"; {what(own, stored, fresh, unused)}" if fresh or unused else ""
     return f"began with {len(fitting)} of {len(own)} weights of {path}{rest}"
@@ -106,7 +106,8 @@ def check_weights(cfg: Config, model: Transformer, begun: bool) -> None:
     if cfg.resume not in ("auto", "never"):
         check_branch(cfg.resume)
     elif cfg.init_from.path:
-        find(Path(cfg.init_from.path))
+        with contextlib.ExitStack() as lease:
+            find(Path(cfg.init_from.path), lease)
 
 
 def what(own: dict[str, Any], stored: dict[str, tuple[int, ...]], fresh: list[str], unused: list[str]) -> str:
@@ -144,22 +145,23 @@ def fill(weights: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read ({one_line(error)})") from error
 
 
-def find(path: Path) -> Path:
+def find(path: Path, lease: contextlib.ExitStack) -> Path:
     """The newest good checkpoint of a run folder, verified; or `path` itself if it is a checkpoint or an exported
-    folder. Newer checkpoints that are damaged are named on stderr and skipped.
+    folder. Newer checkpoints that are damaged are named on stderr and skipped. Until `lease` is closed, a trainer does
+    not remove the checkpoint.
 
     Raises:
         ConfigError: it is none of these.
         CheckpointError: it is damaged, or no checkpoint of the run is good.
     """
     if (path / MANIFEST).is_file():
-        verify(path)
+        verify_leased(path, lease)
         return path
     if is_export(path):
         return path
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"init_from={path} is neither a run folder nor a checkpoint, nor an exported model")
-    good, damaged = newest_good(checkpoints_of(path))
+    good, damaged = newest_good_leased(path, lease)
     if good is None:
         why = f" ({next(iter(damaged.values()))})" if damaged else ""
         raise CheckpointError(f"init_from={path} holds no good checkpoint{why}")
