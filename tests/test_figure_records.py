@@ -12,6 +12,7 @@ import pytest
 
 from data.tasks.recall import RecallTask
 from eval.figures import declare, equal_bytes, fig4, fig5, fig7, make, measures, memory, runs, search
+from eval.figures.declare import RecallOptions
 from eval.figures.measures import Accuracy, Loss, Value
 from eval.figures.plan import make_plan
 from eval.figures.runs import FigureRun
@@ -196,7 +197,7 @@ def test_no_setting_of_the_training_reaches_a_test() -> None:
 
 
 def test_a_rate_that_changes_takes_its_run_with_it(tmp_path: Path) -> None:
-    options = parse(fig4.Figure4Options, ["models=[sw]", "panels=[basic recall]", "rates=[0.001,0.01]", "records=null"])
+    options = parse(RecallOptions, ["models=[sw]", "panels=[basic recall]", "rates=[0.001,0.01]", "records=null"])
     (line,) = make_plan(fig4.figure(options), options, [f"runs_root={tmp_path}"]).lines
     for trial in line.trials.values():
         trial.run_dir.mkdir(parents=True)
@@ -214,7 +215,7 @@ def test_a_number_of_functions_that_is_asked_for_twice_is_tested_once() -> None:
 
 
 def test_what_is_compared_with_ovq_has_the_settings_of_all_runs() -> None:
-    options = parse(memory.MemoryOptions, ["models=[sw_ovq,sw_fifo]"])
+    options = parse(RecallOptions, ["models=[sw_ovq,sw_fifo]"])
     overrides = ["model.num_layers=4", "model.mixers.ovq.num_centroids=128"]
     lines = make_plan(memory.figure(options, overrides), options, overrides).lines
     assert equal_bytes.capacities_of_ovq(declare.RECALL, "cpu", None, overrides)[0] == 128
@@ -222,7 +223,7 @@ def test_what_is_compared_with_ovq_has_the_settings_of_all_runs() -> None:
     equal = [test for test in lines[1].tests if test.label == equal_bytes.label(128) and test.length == 65536]
     assert 0.98 < lines[1].state(equal[0])[1] / min(held["sw_ovq"]) <= 1
     of_context = ["trainer.context=256"]
-    chosen = parse(fig7.Figure7Options, [])
+    chosen = parse(RecallOptions, [])
     grown = next(m for m in fig7.figure(chosen, of_context).panels[0].models if m.name == "linear_growth")
     assert "model.mixers.ovq.growth_tokens=256" in grown.overrides
 

@@ -52,6 +52,7 @@ from eval.figures.declare import (
     Model,
     Panel,
     Point,
+    RecallOptions,
 )
 from eval.figures.measures import Accuracy
 from eval.figures.plan import make_plan
@@ -75,7 +76,7 @@ FEW = ["seeds=[0]", "rates=[0.001,0.01]", "search_share=0.5", "answers=20"]
 BASIC = [*FEW, "lengths=[64,128]", "num_centroids=[8]", "models=[sw,sw_ovq]"]
 
 
-OPTIONS = [*(f"Figure{number}Options" for number in (4, 5, 6, 7, 8)), "MemoryOptions", "SensitivityOptions"]
+OPTIONS = [*(f"Figure{number}Options" for number in (8, 6, 5)), "RecallOptions"]
 FOLDERS = {"out": "out", "runs_root": "runs", "records": "records"}
 
 
@@ -435,7 +436,7 @@ def test_differences_between_documents_cancel_in_pairs() -> None:
 
 
 def test_memories_of_equal_bytes_take_at_most_those_of_ovq() -> None:
-    options = parse(memory.MemoryOptions, [])
+    options = parse(RecallOptions, [])
     plan = make_plan(memory.figure(options), options, [])
     by_name = {line.model: line for line in plan.lines}
     for capacity in equal_bytes.capacities_of_ovq(RECALL, options.scale, None):
@@ -456,8 +457,7 @@ def test_memories_of_equal_bytes_take_at_most_those_of_ovq() -> None:
 
 @pytest.mark.parametrize("figure", [fig7, sensitivity])
 def test_variants_change_the_model_and_take_the_rate_of_sw_ovq(figure: Any) -> None:
-    schema = {fig7: fig7.Figure7Options, sensitivity: sensitivity.SensitivityOptions}[figure]
-    plan = make_plan(figure.figure(options := parse(schema, [])), options, [])
+    plan = make_plan(figure.figure(options := parse(RecallOptions, [])), options, [])
     base, *others = plan.lines
     settings = [identity.digest(line.cfg) for line in plan.lines]
     assert base.model == "sw_ovq" and len(set(settings)) == len(settings)
@@ -488,7 +488,7 @@ def test_a_plan_for_another_machine_needs_no_text_here(tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("figure", [fig4, fig5, fig6, fig7, fig8, memory, memory_pg19, sensitivity])
 def test_parts_hold_all_the_work_within_their_time(figure: Any) -> None:
-    schema = next(value for name, value in vars(figure).items() if name.endswith("Options") and name in OPTIONS)
+    schema = next(vars(figure)[name] for name in OPTIONS if name in vars(figure))
     plan = make_plan(figure.figure(options := parse(schema, ["scale=gpu"])), options, [])
     parts, work = plan.parts(), plan.work
     assert {unit for part in parts for unit in part} == set(work)
@@ -512,7 +512,7 @@ def test_a_part_is_told_to_stop_at_the_end_of_its_time() -> None:
 def test_a_part_whose_rates_are_not_chosen_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = parse(fig4.Figure4Options, ["scale=gpu", "models=[sw]"])
+    options = parse(RecallOptions, ["scale=gpu", "models=[sw]"])
     parts = make_plan(fig4.figure(options), options, []).parts()
     number = next(k for k, part in enumerate(parts, 1) if part[0].stage == "train")
     monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("nothing may start"))
@@ -549,7 +549,7 @@ def test_impossible_requests_are_one_line(
 
 def test_rates_are_chosen_with_seeds_of_their_own() -> None:
     assert len({measures.CHOOSING_SEED, answers.TEST_SEED}) == 2 and TEST != 0
-    options = parse(fig4.Figure4Options, ["models=[sw]"])
+    options = parse(RecallOptions, ["models=[sw]"])
     plan = make_plan(fig4.figure(options), options, [])
     for line in plan.lines:
         for trial in line.trials.values():
@@ -576,7 +576,7 @@ def test_the_best_rate_is_known_once_every_trial_is_scored_or_has_failed(tmp_pat
 
 
 def test_a_failed_trial_still_needs_its_initial_weights(tmp_path: Path) -> None:
-    options = parse(fig4.Figure4Options, ["panels=[positional recall]", "models=[sw]", "records=null"])
+    options = parse(RecallOptions, ["panels=[positional recall]", "models=[sw]", "records=null"])
     plan = make_plan(fig4.figure(options).only(options.panels, options.models), options, [f"runs_root={tmp_path}"])
     begin = next(unit for unit in plan.work if (unit.stage, unit.which) == ("begin", search.TRAIN_SEED))
     first, *others = plan.lines[0].trials.values()

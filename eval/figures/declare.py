@@ -321,8 +321,8 @@ class TaskOptions:
 
 
 @dataclass
-class RecallOptions(TaskOptions):
-    """Options of a figure that tests recall."""
+class RecallOptions(TaskOptions, Options):
+    """All options of a figure that tests recall."""
 
     lengths: list[int] | None = setting(
         None, "tokens of recall's test sequences; null: training context times 1, 4, 16 ... up to 65536", at_least=1

@@ -15,23 +15,17 @@ listed in `eval/figures/folder.py`.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from eval.figures import panels
-from eval.figures.declare import POSITIONAL, RECALL, Figure, Options, Panel, Point, RecallOptions, by_length, models
+from eval.figures.declare import POSITIONAL, RECALL, Figure, Panel, Point, RecallOptions, by_length, models
 from eval.figures.make import make
 from ovq.cli import command
 
 MODELS = models("std_att", "sw_nope", "sw", "sw_vq", "sw_ovq")
 
 
-@dataclass
-class Figure4Options(RecallOptions, Options):
-    pass
-
-
-def figure(options: Figure4Options) -> Figure:
+def figure(options: RecallOptions) -> Figure:
     tests = by_length(options)
     return Figure(
         name="fig4",
@@ -59,8 +53,8 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     return picture
 
 
-@command(Figure4Options, overrides=True)
-def main(options: Figure4Options, overrides: list[str]) -> int:
+@command(RecallOptions, overrides=True)
+def main(options: RecallOptions, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     return make(figure(options), options, overrides)
 

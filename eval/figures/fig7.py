@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from eval.figures import panels
@@ -21,7 +20,6 @@ from eval.figures.declare import (
     RECALL,
     Figure,
     Model,
-    Options,
     Panel,
     Point,
     RecallOptions,
@@ -34,12 +32,7 @@ from ovq.cli import command
 from ovq.compose import compose
 
 
-@dataclass
-class Figure7Options(RecallOptions, Options):
-    pass
-
-
-def figure(options: Figure7Options, overrides: Sequence[str] = ()) -> Figure:
+def figure(options: RecallOptions, overrides: Sequence[str] = ()) -> Figure:
     context = compose(replaced(RECALL.settings(options.scale), overrides)).trainer.context
     models = (
         Model("sw_ovq"),
@@ -76,8 +69,8 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     return picture
 
 
-@command(Figure7Options, overrides=True)
-def main(options: Figure7Options, overrides: list[str]) -> int:
+@command(RecallOptions, overrides=True)
+def main(options: RecallOptions, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     return make(figure(options, overrides), options, overrides)
 

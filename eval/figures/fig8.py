@@ -22,7 +22,6 @@ from eval.figures.declare import (
     RECALL,
     REGRESSION_4,
     Figure,
-    Options,
     Panel,
     Point,
     RecallOptions,
@@ -38,7 +37,7 @@ MODELS = models("sw_ovq", "sw_gdn", "sw_mamba2", "sw_mesa", "sw_linear")
 
 
 @dataclass
-class Figure8Options(RecallOptions, Options):
+class Figure8Options(RecallOptions):
     functions: list[int] = setting([4, 16], "functions of the test sequences", at_least=1)
 
 

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from eval.figures import panels
-from eval.figures.declare import RECALL, Figure, Options, Panel, Point, RecallOptions, Test, by_length, models
+from eval.figures.declare import RECALL, Figure, Panel, Point, RecallOptions, Test, by_length, models
 from eval.figures.equal_bytes import equal_capacities, label
 from eval.figures.make import make
 from ovq.cli import command
@@ -28,12 +27,7 @@ from ovq.plan import format_bytes
 MODELS = models("sw_ovq", "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
 
 
-@dataclass
-class MemoryOptions(RecallOptions, Options):
-    pass
-
-
-def figure(options: MemoryOptions, overrides: Sequence[str] = ()) -> Figure:
+def figure(options: RecallOptions, overrides: Sequence[str] = ()) -> Figure:
     return Figure(
         name="memory",
         title="Memories of equal size on basic recall",
@@ -44,7 +38,7 @@ def figure(options: MemoryOptions, overrides: Sequence[str] = ()) -> Figure:
     )
 
 
-def tests_of(options: MemoryOptions, overrides: Sequence[str]) -> Callable[[Config, int | None], list[Test]]:
+def tests_of(options: RecallOptions, overrides: Sequence[str]) -> Callable[[Config, int | None], list[Test]]:
     """The tests of figure 4 and, for the other memories, tests with the bytes of each of OVQ's capacities."""
 
     def tests(cfg: Config, own: int | None) -> list[Test]:
@@ -80,8 +74,8 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     return picture
 
 
-@command(MemoryOptions, overrides=True)
-def main(options: MemoryOptions, overrides: list[str]) -> int:
+@command(RecallOptions, overrides=True)
+def main(options: RecallOptions, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     return make(figure(options, overrides), options, overrides)
 

@@ -12,13 +12,12 @@ Runs are ordinary train.py runs, reused or resumed if they exist. Settings of tr
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from eval import style
 from eval.figures import panels
-from eval.figures.declare import RECALL, Figure, Model, Options, Panel, Point, RecallOptions, by_length, variant
+from eval.figures.declare import RECALL, Figure, Model, Panel, Point, RecallOptions, by_length, variant
 from eval.figures.make import make
 from ovq.cli import command
 
@@ -36,12 +35,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 MODELS = (Model("sw_ovq"), *(variant(name, *changes) for group in GROUPS.values() for name, changes in group.items()))
 
 
-@dataclass
-class SensitivityOptions(RecallOptions, Options):
-    pass
-
-
-def figure(options: SensitivityOptions) -> Figure:
+def figure(options: RecallOptions) -> Figure:
     return Figure(
         name="sensitivity",
         title="Sensitivity of OVQ-attention on basic recall",
@@ -71,8 +65,8 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     return picture
 
 
-@command(SensitivityOptions, overrides=True)
-def main(options: SensitivityOptions, overrides: list[str]) -> int:
+@command(RecallOptions, overrides=True)
+def main(options: RecallOptions, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     return make(figure(options), options, overrides)
 
