@@ -23,6 +23,7 @@ from ovq.compose import compose
 from ovq.config import Config, TrainerConfig
 from ovq.errors import ConfigError
 from ovq.lengths import phases
+from ovq.machine import PEAK_TFLOPS
 from ovq.memory import LONGEST, MemoryPlan, checkpoint_bytes, measure_blocks, memory_of
 from ovq.model import Transformer, build_model, count_parameters, flops_per_token, undivided
 from ovq.plan import format_bytes, indivisible
@@ -48,11 +49,11 @@ class Card:
 
 
 CARDS = {
-    "a100": Card(memory=79.3, tflops=312, link=300, network=25),
-    "h100": Card(memory=79.1, tflops=989, link=450, network=50),
-    "h200": Card(memory=139.8, tflops=989, link=450, network=50),
-    "b200": Card(memory=178.0, tflops=2250, link=900, network=50),
-    "mi300x": Card(memory=192.0, tflops=1307, link=448, network=50),
+    "a100": Card(memory=79.3, tflops=PEAK_TFLOPS["A100"], link=300, network=25),
+    "h100": Card(memory=79.1, tflops=PEAK_TFLOPS["H100"], link=450, network=50),
+    "h200": Card(memory=139.8, tflops=PEAK_TFLOPS["H200"], link=450, network=50),
+    "b200": Card(memory=178.0, tflops=PEAK_TFLOPS["B200"], link=900, network=50),
+    "mi300x": Card(memory=192.0, tflops=PEAK_TFLOPS["MI300X"], link=448, network=50),
 }
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # GPUs in the table of communication
 HEADROOM = 0.92  # usable fraction of the memory: the rest goes to the runtime, collectives and fragmentation
