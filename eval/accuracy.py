@@ -49,7 +49,7 @@ class Options(RunOptions):
         None, "tokens of test sequences; null: 1, 2, 4, 8 and 16 times the training context", at_least=1
     )
     answers: int = setting(16384, "minimum answers per length, from whole sequences", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
 
 
 @command(Options, overrides=True, leave=peers.leave)

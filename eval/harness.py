@@ -53,7 +53,7 @@ class Options(RunOptions):
     metadata: str | None = setting(None, "JSON that tasks are given, such as RULER's tokenizer and max_seq_lengths")
     out: str | None = setting(None, "file to write; null: harness.json in the run folder", writes="file")
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
 
 
 @command(Options, overrides=True, leave=peers.leave)

@@ -96,7 +96,7 @@ class Options(RunOptions):
     data: str = setting("builtin", "data set of the haystack, an option of configs/data; run: that of the run")
     seed: int = setting(TEST_SEED, "seed of needles and haystacks", at_least=0)
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     split: str | None = setting(None, "held-out split of the haystack", choices=("validation", "test"))
 
 

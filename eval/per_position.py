@@ -346,7 +346,7 @@ class Options(RunOptions):
     documents: int | None = setting(None, "maximum number of held-out documents", at_least=1)
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
     batch: int | None = setting(None, "documents per batch on each rank", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     split: str | None = setting(None, "held-out split", choices=("validation", "test"))
 
 

@@ -5,7 +5,8 @@
 
 Every document is processed from its first token to its last with the state carried along, so a model with a
 constant-size state needs no more memory for a book than for a page. The word count is the one published for the data
-set (data.words) when the whole split is measured; otherwise words are counted at whitespace. Adds the result to
+set (data.words) when the whole split is measured and it is within 2% of the count of words at whitespace, which is used
+otherwise. Adds the result to
 perplexity_<split>.json in the run folder, a list; it replaces only one of the same checkpoint, weights, capacity,
 changed settings and number of documents.
 """
@@ -48,7 +49,7 @@ class Options(RunOptions):
     documents: int | None = setting(None, "measure only this many documents; null: the whole split", at_least=1)
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
     batch: int | None = setting(None, "documents per batch on each rank", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Checks, before a run's first step, for what it would fail on or waste time on: at a start, and in a dry run.
+"""Checks before a run's first step for anything that would make it fail or waste time: at a start, and in a dry run.
 
 A start raises an error for what is certain to fail, and gets a line for what is merely worth knowing. A dry run prints
 both.

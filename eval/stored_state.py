@@ -118,7 +118,7 @@ class Options(RunOptions):
     )
     formats: list[str] = setting([*FORMATS], "formats of the sums", choices=tuple(FORMATS))
     answers: int = setting(8192, "minimum answers per test", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     out: str | None = setting(None, "folder of stored_state.csv; null: the run folder", writes="folder")
 
 

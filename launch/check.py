@@ -1,4 +1,5 @@
-"""Checks made before a job takes a GPU or a place in a queue: settings, data, tokenizer, run folder, memory.
+"""Checks made before a job takes a GPU or a place in a queue: settings, data, tokenizer, run folder and disk, initial
+weights, memory.
 
 Nothing is written, no GPU is touched and the run folder is not locked.
 """

@@ -44,14 +44,14 @@ RULES = (
             *("trainer.context", "trainer.lengths", "trainer.global_batch", "init_from"),
         ),
         VALUE,
-        "Refused with a line that says what differs, also in a branch (except `init_from`); use another `run_dir`. In "
-        "a run that is older than a setting of its mixer, that setting counts as its default.",
+        "Refused with a line that says what differs, also in a branch (except `init_from`); use another `run_dir`. A "
+        "mixer setting that did not exist when the run was made counts as its default.",
     ),
     Rule(
         ("optim", "trainer.grad_clip", "trainer.z_loss", "trainer.precision"),
         VALUE,
-        "Refused in the run's own folder. A branch (`resume=CHECKPOINT run_dir=NEW`) may change them, a learning rate "
-        "from its first step on, but not the optimizer itself.",
+        "Refused in the run's own folder. A branch (`resume=CHECKPOINT run_dir=NEW`) may change them, but not the "
+        "optimizer itself; a new learning rate applies from the branch's first step.",
     ),
     Rule(
         (
@@ -71,13 +71,13 @@ RULES = (
     Rule(
         ("eval", "data.validation", "data.test", "data.words", "trainer.eval_every"),
         FREE,
-        "The next evaluation is made with them, on a new split too; those made before stay as they are.",
+        "They apply from the next evaluation on, even if the split changes; earlier results stay as they are.",
     ),
     Rule(
         ("data.on_bad_shard", "trainer.nonfinite", "trainer.max_skipped_steps"),
         FREE,
-        "From there on: a document that cannot be read counts as empty, a step that is not finite is skipped. Leaving "
-        "out a whole shard makes other data, which is refused.",
+        "From then on, unreadable documents count as empty and non-finite steps are skipped. Leaving out a whole shard "
+        "would change the data and is refused.",
     ),
     Rule(
         (

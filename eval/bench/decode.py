@@ -61,8 +61,10 @@ Row = dict[str, Any]
 class Options:
     models: list[str] = setting([], "models, from configs/model; empty: all")
     size: str = setting("tiny", "model size, from configs/model/size", choices=tuple(choices_of("model/size")))
-    contexts: list[int] = setting([1024, 8192, 65536, 1048576], "tokens before those that are written", at_least=1)
-    piece: int = setting(4096, "tokens of one pass over them, at most", at_least=1)
+    contexts: list[int] = setting(
+        [1024, 8192, 65536, 1048576], "tokens of context at which writing is timed", at_least=1
+    )
+    piece: int = setting(4096, "maximum tokens per forward pass while reading the context", at_least=1)
     read_limit: int = setting(8192, "tokens up to which full attention reads instead of filling its cache", at_least=1)
     tokens: int = setting(144, "tokens written and timed at each context", at_least=1)
     device: str = one_of("auto", "cpu", "cuda", help="device to run on")

@@ -275,19 +275,21 @@ def check_memory(run: Run, context: int, rows: int) -> None:
 class Options(RunOptions):
     prompt: list[str] | None = setting(None, "a text to continue, or several: [One,Two]", text=True)
     file: str | None = setting(None, "a file with the text to continue", paths=True)
-    prompts: str | None = setting(None, "a file of prompts: one a line, or JSON lines (*.jsonl)", paths=True)
-    interactive: bool = setting(False, "read prompts from the terminal, one a line, until an empty one")
+    prompts: str | None = setting(None, "a file of prompts: one per line, or JSON lines (*.jsonl)", paths=True)
+    interactive: bool = setting(False, "read prompts from the terminal, one per line, until an empty one")
     tokens: int = setting(256, "new tokens, at most", at_least=1)
     temperature: float = setting(1.0, "divides the logits; 0: the most probable token", at_least=0)
     top_k: int | None = setting(None, "keep the k most probable tokens; null: all", at_least=1)
-    top_p: float = setting(1.0, "keep the most probable tokens of this probability together", above=0, at_most=1)
-    min_p: float = setting(0.0, "keep tokens of this share of the largest probability", at_least=0, at_most=1)
+    top_p: float = setting(1.0, "sample from the fewest tokens with this total probability", above=0, at_most=1)
+    min_p: float = setting(
+        0.0, "drop tokens less probable than this share of the most probable one", at_least=0, at_most=1
+    )
     repetition_penalty: float = setting(1.0, "divides the logits of tokens that have occurred; 1: none", above=0)
-    seed: int = setting(0, "of the draws", at_least=0)
+    seed: int = setting(0, "random seed of sampling", at_least=0)
     stop: list[str] = setting([], "strings that end a text", text=True)
     batch: int = setting(8, "prompts continued together, at most", at_least=1)
     piece: int | None = setting(None, "tokens of a prompt per forward pass", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity, if not that of training", at_least=1)
+    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     json: bool = setting(False, "print a line of JSON for each prompt when all are done, and nothing else")
 
 
