@@ -60,7 +60,7 @@ class DataConfig(SourceConfig):
     shuffle: bool = setting(True, "use a new permutation of the documents each epoch")
     num_workers: int = setting(0, "processes per rank that read and tokenise", at_least=0)
     prefetch: int = setting(4, "micro-batches prepared in advance", at_least=1)
-    words: dict[str, int] = setting({}, "published words of each split, for word perplexity; counted if absent or wrong")
+    words: dict[str, int] = setting({}, "published words of each split, for word perplexity; counted if none")
     task: dict[str, Any] = setting({}, "a generated task, {_target_: class path, **its settings}")
     mixture: dict[str, Any] = setting(
         {}, "several data sets: name -> weight, or {data: option of configs/data, weight: number, **its settings}"
