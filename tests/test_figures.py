@@ -36,6 +36,7 @@ from eval.figures import (
     measures,
     memory,
     memory_pg19,
+    panels,
     search,
     sensitivity,
 )
@@ -591,3 +592,14 @@ def test_a_failed_trial_still_needs_its_initial_weights(tmp_path: Path) -> None:
 def write_score(trial: FigureRun, loss: float, on: str = Accuracy.chosen_on) -> None:
     trial.run_dir.mkdir(exist_ok=True)
     (trial.run_dir / SCORE).write_text(json.dumps({"on": on, "loss": loss}))
+
+
+def test_a_curve_far_from_the_others_leaves_the_frame_to_them() -> None:
+    _, (near, far) = panels.picture_of(2)
+    for ax, last in ((near, 2.5), (far, 9.0)):
+        curves = [[1.0, 2.0], [1.2, 1.9], [], [1.5, last]]
+        for curve in curves:
+            ax.plot(range(len(curve)), curve)
+        panels.frame(ax, [curve for curve in curves if curve])
+    assert near.get_ylim()[1] > 2.5 and near.get_ylim()[0] < 1
+    assert far.get_ylim() == pytest.approx((0.92, 2.08))

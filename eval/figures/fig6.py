@@ -11,7 +11,7 @@ document; its bands are standard errors of the mean over documents, after averag
 differ in how well they use the nearest tokens; so the third panel compares each model with itself, on the same tokens,
 when it sees only those: what the rest of the context is worth to it.
 At CPU scale, models do not learn to copy from text alone. So there every run starts from the weights of a short run
-that copies random tokens (experiment=copying), and every model's first layer sees 4 tokens: models differ in the
+that copies random tokens (experiment=copying), and every model's first layer (but std_att's) sees 4 tokens: models differ in the
 second, which is a window in `sw`, full attention in `sw_nope`, and so on.
 Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
@@ -37,12 +37,15 @@ from ovq.schema import setting
 LARGER = "sw_ovq_2048"  # sw_ovq trained with four times as many centroids; only on text at CPU scale
 RECENT = "sw_fifo_128"  # sw_fifo with a quarter of the entries; likewise
 MODELS = ("std_att", "sw_nope", "sw", RECENT, "sw_ovq", LARGER, "sw_vq", "sw_gdn")
-CURVES = "Lines are means over documents and seeds; bands are one standard error over documents."
+CURVES = (
+    "Lines are means over documents and seeds; bands are one standard error over documents. A curve that would more "
+    "than double the range of an axis runs out of its frame."
+)
 SMALL = (
-    "Every model's first layer sees 4 tokens, and every run starts from weights trained to copy random tokens: "
-    "without both, models of this size gained nothing from what lies beyond a window, which was seen on the test "
-    "books (docs/results/fig6/fresh_weights.json). Both choices were made with sw_nope and sw on validation documents "
-    "and may favour these models.",
+    "The first layer of every model but std_att sees 4 tokens, and every run starts from weights trained to copy "
+    "random tokens: without both, models of this size gained nothing from what lies beyond a window, which was seen on "
+    "the test books (docs/results/fig6/fresh_weights.json). Both choices were made with sw_nope and sw on validation "
+    "documents and may favour these models.",
 )
 ABOUT = {
     LARGER: (f"`{LARGER}` is `sw_ovq` trained with N = 2,048 centroids instead of 512.",),
@@ -257,12 +260,16 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     curves = labels(points)
     looks = panels.looks(list(curves), figure.models)
     by_bucket = {middle: losses(points, bucket) for bucket, middle in middles.items()}
+    drawn: list[list[float]] = []
     for curve, name in curves.items():
         found = {middle: fmean(of[curve].values()) for middle, of in by_bucket.items() if curve in of}
         axes[0].plot(list(found), list(found.values()), label=name, **looks[curve])
+        drawn.append(list(found.values()))
+    panels.frame(axes[0], drawn)
     panels_of_means = [(axes[1], differences), *([(axes[2], worth)] if tested else [])]
     for ax, of_span in panels_of_means:
         means = {middle: of_span(points, bucket) for bucket, middle in middles.items()}
+        drawn = []
         for curve, name in curves.items():
             at = [(middle, of[curve]) for middle, of in means.items() if curve in of]
             x, y = [middle for middle, _ in at], [1000 * mean.value for _, mean in at]
@@ -270,6 +277,8 @@ def draw(figure: Figure, points: list[Point]) -> Any:
             ax.plot(x, y, label=name, **looks[curve])
             low, high = [a - e for a, e in zip(y, error)], [a + e for a, e in zip(y, error)]
             ax.fill_between(x, low, high, color=looks[curve]["color"], alpha=0.15, linewidth=0)
+            drawn.append([*low, *high])
+        panels.frame(ax, drawn)
         ax.set_ylabel("thousandths of a nat per token")
     for length in {point.train_length for point in points}:
         for ax in axes:

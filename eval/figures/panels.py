@@ -45,6 +45,25 @@ def looks(curves: list[tuple[str, int | None]], models: list[str]) -> dict[tuple
     return made
 
 
+def frame(ax: Axes, curves: list[list[float]]) -> None:
+    """Set the limits of the y-axis to hold all curves but those that would more than double the range of the others:
+    these run out of the frame."""
+
+    def extent(curves: list[list[float]]) -> float:
+        return max(map(max, curves)) - min(map(min, curves))
+
+    kept = [curve for curve in curves if curve]
+    while len(kept) > 2:
+        others = {number: kept[:number] + kept[number + 1 :] for number in range(len(kept))}
+        widest = min(others, key=lambda number: extent(others[number]))
+        if extent(kept) <= 2 * extent(others[widest]):
+            break
+        del kept[widest]
+    if len(kept) < len(curves):
+        room = 0.08 * extent(kept)
+        ax.set_ylim(min(map(min, kept)) - room, max(map(max, kept)) + room)
+
+
 def plot(ax: Axes, drawn: dict[tuple[str, int | None], Curve], models: list[str]) -> None:
     """Draw curves: the mean over seeds, and a band from the lowest to the highest.
 
