@@ -11,8 +11,8 @@ document; its bands are standard errors of the mean over documents, after averag
 differ in how well they use the nearest tokens; so the third panel compares each model with itself, on the same tokens,
 when it sees only those: what the rest of the context is worth to it.
 At CPU scale, models do not learn to copy from text alone. So there every run starts from the weights of a short run
-that copies random tokens (experiment=copying), and every model's first layer (but std_att's) sees 4 tokens: models differ in the
-second, which is a window in `sw`, full attention in `sw_nope`, and so on.
+that copies random tokens (experiment=copying), and the first layer of every model but std_att sees 4 tokens: models
+differ in the second, which is a window in `sw`, full attention in `sw_nope`, and so on.
 Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
