@@ -242,7 +242,8 @@ def labels(points: list[Point]) -> dict[Curve, str]:
 
 
 def cell_of(mean: Mean) -> str:
-    return f"**{mean}**" if mean.clear else str(mean)
+    rounding = abs(mean.value) < 5e-5  # shown as 0.0
+    return f"**{mean}**" if mean.clear and not rounding else str(mean)
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
