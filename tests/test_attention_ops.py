@@ -216,9 +216,9 @@ def test_torch_without_a_limit_for_one_function_gets_it_for_all(monkeypatch: pyt
         return model
 
     monkeypatch.setattr(torch, "compile", compile_of_torch_2_11)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    assert flex._compiled.__wrapped__() is flex_attention
-    assert torch._dynamo.config.recompile_limit == flex.MAX_SHAPES
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert flex._compiled.__wrapped__() is flex_attention
+        assert torch._dynamo.config.recompile_limit == flex.MAX_SHAPES
 
 
 # --- bad settings ----------------------------------------------------------------------------------------------------

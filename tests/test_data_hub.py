@@ -16,6 +16,7 @@ from data import sources
 from data.build import build_corpus, build_tokenizer, heldout_documents
 from data.describe import describe
 from data.loader import merge_states
+from ovq import processes
 from ovq.compose import compose
 from ovq.config import Config
 from ovq.errors import ConfigError
@@ -145,6 +146,7 @@ def test_one_rank_queries_the_hub_for_all(hub: Hub, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(processes, "any_flag", bool)
     hub.requests.clear()
     rows: dict[int, list[torch.Tensor]] = {}
     for rank in range(4):

@@ -34,7 +34,7 @@ from ovq.errors import ConfigError, TrainingError
 from ovq.inference import run as inference
 from ovq.inference.run import RunOptions, load_run
 from ovq.instantiate import is_ours
-from ovq.train import checkpoint, loop
+from ovq.train import checkpoint, checkpoint_choice, loop
 from ovq.train.checkpoint import Checkpointer, CheckpointError, verify, write_manifest
 from ovq.train.checkpoint_files import fingerprints, manifest_text, reading
 from ovq.train.metrics import Metrics, read_rows, start_wandb
@@ -672,7 +672,7 @@ def test_a_checkpoint_removed_while_it_is_chosen_gives_way_to_the_newer_one(
         with reading(path):
             yield
 
-    monkeypatch.setattr(inference, "reading", slow)
+    monkeypatch.setattr(checkpoint_choice, "reading", slow)
     assert load_run(recall_run).step == 2
     assert steps_on_disk(recall_run) == [2]
 

@@ -13,6 +13,8 @@ import torch
 import train
 from data.tasks import Task
 from eval.bench import cost, models
+from eval.figures.declare import RecallOptions
+from eval.figures.fig6 import Figure6Options
 from eval.plot import main as plot
 from ovq.compose import compose
 from ovq.config import Config
@@ -117,16 +119,10 @@ TOOLS = (
     *("eval.needle", "eval.harness", "eval.stored_state", "eval.bench.cpu", "eval.bench.compare", "eval.bench.models"),
     *("eval.bench.ops", "eval.bench.pipeline", "eval.bench.cost", "eval.bench.aot", "eval.bench.gpu.bench"),
     *("eval.bench.decode", "ovq.inference.export"),
-    *(
-        "eval.report",
-        "launch.plan",
-        "ovq.inference.generate",
-        "ovq.ops.ovq_attention.selftest",
-        "eval.figures.fig4",
-        "eval.figures.fig6",
-    ),
+    *("eval.report", "launch.plan", "ovq.inference.generate", "ovq.ops.ovq_attention.selftest"),
 )
 SCHEMAS = {"": Config} | {name: importlib.import_module(name).Options for name in TOOLS}
+SCHEMAS |= {"eval.figures.fig4": RecallOptions, "eval.figures.fig6": Figure6Options}
 NONSENSE = ("abc", "-1e30", "nan", "inf", "[]", "null", "", "{a: 1}", "true", "[null]", "1e400", "[[1]]")
 
 
@@ -157,7 +153,8 @@ def test_nonsense_is_refused_in_one_line_or_is_legal(tool: str) -> None:
                 assert name.rpartition(".")[2] in said and "\n" not in said and len(said) < 400, said
             else:
                 numeric = kind in ("int", "float", "bool", "list[int]", "list[float]")
-                legal = text in ("null", "[]") or (text == "true" and kind == "bool")
+                empty = text == "" and item.metadata.get("empty")  # a list of none
+                legal = text in ("null", "[]") or empty or (text == "true" and kind == "bool")
                 assert not numeric or legal, f"{name}={text} is accepted as {value!r}"
 
 
