@@ -81,28 +81,16 @@ def forward(
         fallback: the operator's torch form for one document, used with a warning if FlexAttention fails; None to let
             the compiler's error propagate.
     """
-    length = q_BTHK.shape[1]
-    if cu_seqlens is None and not torch.is_grad_enabled():  # a prompt's pieces may have any length
-        q_BTHK, k_BSGK, v_BSGV = (F.pad(x, (0, 0, 0, 0, 0, -length % BLOCK)) for x in (q_BTHK, k_BSGK, v_BSGV))
-    return _forward(q_BTHK, k_BSGK, v_BSGV, window, cu_seqlens, fallback)[:, :length]
-
-
-def _forward(
-    q_BTHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGV: Tensor,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    fallback: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
-) -> Tensor:
-    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
-    mask = block_mask(T, S, window, cu_seqlens, q_BTHK.device)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
+    T = q.shape[2]
+    if cu_seqlens is None and not torch.is_grad_enabled():  # a prompt's pieces may have any length
+        q, k, v = (F.pad(x, (0, 0, 0, -T % BLOCK)) for x in (q, k, v))
+    mask = block_mask(q.shape[2], k.shape[2], window, cu_seqlens, q.device)
     grouped = q.shape[1] != k.shape[1]
     if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)[:, :, :T].transpose(1, 2)
     try:
-        return _compiled()(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+        return _compiled()(q, k, v, block_mask=mask, enable_gqa=grouped)[:, :, :T].transpose(1, 2)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
