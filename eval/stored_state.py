@@ -37,22 +37,16 @@ from ovq.schema import setting
 
 KEY = ("run", "step", "changes", "format", "num_centroids", "length")  # what identifies a row
 COLUMNS = [*KEY, "accuracy", "answers", "bytes_of_a_centroid", "dictionary_bytes"]
-Rounding = Callable[[Tensor], Tensor]
 Stored = Callable[[Tensor, Tensor], Tensor]  # sums [B, G, N, D] and counts [B, G, N] -> the sums as read back
 
 
 @dataclass(frozen=True)
 class Format:
-    """How sums are stored: `bytes_of` gives the bytes of a centroid's D numbers, `stored` the sums as read back after
-    what it is given has rounded them, and `rounding` makes that."""
+    """How sums are stored: `bytes_of` gives the bytes of a centroid's D numbers, and what `stored` returns, anew for
+    each test, gives the sums as read back."""
 
     bytes_of: Callable[[int], int]
-    stored: Callable[[Rounding], Stored]
-    rounding: Callable[[], Rounding]
-
-
-def exact(x: Tensor) -> Tensor:
-    return x
+    stored: Callable[[], Stored]
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -76,11 +70,11 @@ def integers(x: Tensor) -> Tensor:
     return (x / scale).round() * scale
 
 
-def of_sums(rounded: Rounding) -> Stored:
+def of_sums(rounded: Callable[[Tensor], Tensor]) -> Stored:
     return lambda sums, count: rounded(sums)
 
 
-def of_means(rounded: Rounding) -> Stored:
+def of_means(rounded: Callable[[Tensor], Tensor]) -> Stored:
     def stored(sums: Tensor, count: Tensor) -> Tensor:
         weight = count.clamp(min=1)[..., None]
         return rounded(sums / weight) * weight
@@ -89,18 +83,18 @@ def of_means(rounded: Rounding) -> Stored:
 
 
 FORMATS = {
-    "sums_float32": Format(lambda D: 4 * D, of_sums, lambda: exact),
-    "sums_bf16": Format(lambda D: 2 * D, of_sums, lambda: nearest),
-    "sums_bf16_stochastic": Format(lambda D: 2 * D, of_sums, Stochastic),
-    "means_bf16": Format(lambda D: 2 * D, of_means, lambda: nearest),
-    "means_bf16_stochastic": Format(lambda D: 2 * D, of_means, Stochastic),
-    "means_int8": Format(lambda D: D + 4, of_means, lambda: integers),
+    "sums_float32": Format(lambda D: 4 * D, lambda: of_sums(lambda x: x)),
+    "sums_bf16": Format(lambda D: 2 * D, lambda: of_sums(nearest)),
+    "sums_bf16_stochastic": Format(lambda D: 2 * D, lambda: of_sums(Stochastic())),
+    "means_bf16": Format(lambda D: 2 * D, lambda: of_means(nearest)),
+    "means_bf16_stochastic": Format(lambda D: 2 * D, lambda: of_means(Stochastic())),
+    "means_int8": Format(lambda D: D + 4, lambda: of_means(integers)),
 }
 
 
 def in_format(name: str) -> Callable[[list[Any]], list[Any]]:
     """A function from a model's state to the same state with its dictionaries stored and read back."""
-    stored = FORMATS[name].stored(FORMATS[name].rounding())
+    stored = FORMATS[name].stored()
 
     def change(state: Any) -> Any:
         if not isinstance(state, OVQState):
