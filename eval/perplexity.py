@@ -6,9 +6,8 @@
 Every document is processed from its first token to its last with the state carried along, so a model with a
 constant-size state needs no more memory for a book than for a page. The word count is the one published for the data
 set (data.words) when the whole split is measured and it is within 2% of the count of words at whitespace, which is used
-otherwise. Adds the result to
-perplexity_<split>.json in the run folder, a list; it replaces only one of the same checkpoint, weights, capacity,
-changed settings and number of documents.
+otherwise. Adds the result to perplexity_<split>.json in the run folder, a list; it replaces only one of the same
+checkpoint, weights, capacity, changed settings and number of documents.
 """
 
 from __future__ import annotations

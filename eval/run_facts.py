@@ -111,7 +111,8 @@ def facts_of(run_dir: Path) -> Facts:
     finished = read_finished(run_dir) is not None
     rows = attempt(lambda: loss_table.read(run_dir), [])
     documents = attempt(lambda: loss_table.BY_DOCUMENT.read(run_dir), [])
-    evaluation = best_evaluation(rows, own := cfg.eval.num_centroids)
+    own = cfg.eval.num_centroids
+    evaluation = best_evaluation(rows, own)
     chosen = [loss_table.key_of(row) for row in evaluation[:1]]
     made = Facts(
         run_dir,

@@ -5,7 +5,7 @@
     run_dir/checkpoints/latest            a link to the newest complete one
     run_dir/checkpoints/origin.json       the checkpoint that the run branched from, if resume= named one
     run_dir/checkpoints/saving_...        being written; left by a killed process, removed at the next start
-    run_dir/checkpoints/aside_...         damaged, or newer than the checkpoint that resume= named; safe to delete
+    run_dir/checkpoints/aside_...         damaged, or outside the history of the one that resume= named
 
 - A checkpoint is written to `saving_`, flushed to the disk, hashed, and only then renamed. `latest` moves after that
   and older checkpoints are removed last, so the newest good one is never missing or half written. What a kill in
