@@ -23,7 +23,6 @@ from ovq.files import write_whole
 from ovq.instantiate import refuse_untrusted
 from ovq.optim_config import OptimConfig as OptimConfig
 from ovq.optim_config import check_optim
-from ovq.renamed import MOVED, upgrade
 from ovq.schema import REQUIRED, one_of, problems, setting
 
 
@@ -172,9 +171,6 @@ def check(cfg: Config) -> None:
                 f"model.pattern names the mixer '{name}', which model.mixers does not define; "
                 f"add it with +model/mixer@model.mixers.{name}={name}, or use one of: {', '.join(cfg.model.mixers)}"
             )
-    for where, target in targets(cfg):
-        if target in MOVED:
-            raise ConfigError(f"{where}={target} is now {MOVED[target]}")
     trainer = cfg.trainer
     if trainer.global_batch % trainer.micro_batch:
         raise ConfigError(
@@ -254,7 +250,7 @@ def load(run_dir: Path | str, trust: Collection[str] | None = None) -> Config:
         raise ConfigError(f"{run_dir} is not a run folder: it has no config.yaml")
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
-        cfg = from_dict(upgrade(values), stored=True, trust=trust or ())
+        cfg = from_dict(values, stored=True, trust=trust or ())
     except Exception as error:  # damaged YAML, or anything at all in the place of a config
         raise ConfigError(
             f"{path} cannot be used: {one_line(error)}. If it is damaged, move it away: the command that trained the "

@@ -18,7 +18,6 @@ import yaml
 from omegaconf import OmegaConf
 
 from ovq.config import Config, flatten
-from ovq.renamed import upgrade
 
 MIXERS = Path(__file__).resolve().parent.parent / "configs" / "model" / "mixer"
 TASKS = Path(__file__).resolve().parent.parent / "configs" / "data" / "task"
@@ -230,8 +229,7 @@ def _flat_config(run_dir: Path) -> dict[str, Any] | None:
     """A stored config as it is written, flattened but not checked; None if it cannot be read."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        values = yaml.load((run_dir / "config.yaml").read_text(), loader)
-        return flatten(upgrade(values))
+        return flatten(yaml.load((run_dir / "config.yaml").read_text(), loader))
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
         return None
 

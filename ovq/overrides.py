@@ -24,7 +24,6 @@ from omegaconf import OmegaConf
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.identity import within
-from ovq.renamed import RENAMED
 from ovq.schema import fault_of
 from ovq.values import KINDS, kind_of, read
 
@@ -263,7 +262,5 @@ def _check_mixer_key(mixer: str, name: str, dirs: Dirs) -> None:
     settings: Any = OmegaConf.load(file_of("model/mixer", mixer, dirs))
     if name in settings:
         return
-    if renamed := RENAMED.get(settings["_target_"], {}).get(name):
-        raise ConfigError(f"model.mixers.{mixer}.{name} is now called model.mixers.{mixer}.{renamed}")
     legal = ", ".join(map(str, settings))
     raise ConfigError(f"there is no setting 'model.mixers.{mixer}.{name}'; legal: {legal}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 
 import pytest
-import yaml
 
 from data.build import build_task
 from ovq import config, identity
@@ -116,24 +114,6 @@ def test_help_names_every_group_and_setting() -> None:
     text = help_text()
     for part in (*groups(), "trainer.context=2048", "one of: auto, fp32, bf16"):
         assert part in text
-
-
-def test_a_config_stored_under_old_names_is_read_as_todays(tmp_path) -> None:
-    """A run folder from before a setting was renamed still resumes; an override by the old name is told the new one."""
-    line = ["data=recall", "model=sw_ovq", "model.pattern=[ovq,fifo]", "+model/mixer@model.mixers.fifo=fifo"]
-    today = config.to_dict(compose([*line, "model.mixers.ovq.step_size=0.5", "model.mixers.fifo.capacity=7"]))
-    old = copy.deepcopy(today)
-    mixers = old["model"]["mixers"]
-    mixers["ovq"]["step"] = mixers["ovq"].pop("step_size")
-    mixers["fifo"] |= {"_target_": "ovq.mixers.memory_rules.FIFO", "num_centroids": mixers["fifo"].pop("capacity")}
-    old["data"]["kind"], old["data"]["task"] = "recall", {"key_vocab": 4096} | old["data"]["task"]
-    del old["data"]["task"]["_target_"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
-    loaded = config.load(tmp_path)
-    assert identity.changed(loaded, config.from_dict(today)) == []
-    for override, new in (("ovq.step=0.5", "ovq.step_size"), ("fifo.num_centroids=7", "fifo.capacity")):
-        with pytest.raises(ConfigError, match=f"is now called model.mixers.{new}"):
-            compose([*line, f"model.mixers.{override}"])
 
 
 def test_a_class_of_the_wrong_kind_is_refused_before_it_is_used() -> None:

@@ -18,7 +18,6 @@ from ovq import config
 from ovq.config import Config
 from ovq.errors import ConfigError, one_line
 from ovq.instantiate import refuse_untrusted
-from ovq.renamed import upgrade
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = (
     "config.json",
@@ -107,7 +106,7 @@ class Folder:
             tokenizer["model_path"] = str(self.path / TOKENIZER)
         told["tokenizer"] = tokenizer
         try:
-            cfg = config.from_dict(upgrade(told), stored=True, trust=trust)
+            cfg = config.from_dict(told, stored=True, trust=trust)
         except ConfigError as error:
             raise ConfigError(f"{self.path / CONFIG} cannot be used: {one_line(error)}") from None
         refuse_untrusted(config.targets(cfg), trust, self.path, self.path / CONFIG)

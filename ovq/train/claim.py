@@ -14,7 +14,6 @@ from ovq import config, identity
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.processes import on_main, rank
-from ovq.renamed import upgrade
 from ovq.report import typed
 from ovq.train.checkpoint_choice import ORIGIN
 from ovq.train.checkpoint_files import hold
@@ -66,7 +65,7 @@ def same_run(run_dir: Path, cfg: Config) -> bool:
 def check_continues(stored: dict[str, Any], cfg: Config) -> None:
     """Raise ConfigError if a checkpoint made with the `stored` settings would continue as another run: a branch may
     change only `identity.BRANCHED`. The data are compared by content, when the loader resumes."""
-    before, after = (config.flatten(each) for each in (upgrade(stored), cfg))
+    before, after = (config.flatten(each) for each in (stored, cfg))
     optimizers = ({key: each[key] for key in OPTIMIZER if key in each} for each in (before, after))
     if kinds := identity.differences(*optimizers):
         raise ConfigError(
