@@ -35,10 +35,10 @@ from torch.utils.data import IterableDataset
 from data.lanes import Row
 from data.sources import DataError
 from ovq.errors import Failure, one_line
+from ovq.signals import SIGNALS
 
 POLL_S = 1.0
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 def die_with_parent() -> None:
@@ -238,6 +238,5 @@ class _Guarded(IterableDataset):
 
 def _begin_worker(number: int) -> None:
     die_with_parent()
-    for name in _STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)

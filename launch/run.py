@@ -35,7 +35,7 @@ from launch.options import positive
 from ovq.cli import guarded
 from ovq.cpu import cores
 from ovq.errors import ConfigError, Failure, Stopped, one_line
-from ovq.train.stop import SIGNALS
+from ovq.signals import SIGNALS, handled
 
 ROOT = Path(__file__).resolve().parent.parent
 JOIN_S = 600  # seconds that a node waits for the others
@@ -196,15 +196,8 @@ def passing_on() -> Iterator[list[signal.Signals]]:
         if received and not ranks:
             raise Stopped(received[-1], f"stopped by {received[-1].name} before a rank was started")
 
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGQUIT)}
-    for number, handler in before.items():
-        if number != signal.SIGHUP or handler is not signal.SIG_IGN:  # nohup
-            signal.signal(number, handle)
-    try:
+    with handled(handle, (*SIGNALS, signal.SIGQUIT)):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def explained(failures: dict[int, Any], received: list[signal.Signals]) -> Failure:

@@ -45,7 +45,7 @@ from ovq.cpu import cores
 from ovq.errors import ConfigError, Stopped
 from ovq.files import write_whole
 from ovq.overrides import sweep_values
-from ovq.train.stop import SIGNALS
+from ovq.signals import handled
 from ovq.train.summary import read_finished
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,15 +243,8 @@ def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 def noted_signals() -> Iterator[list[signal.Signals]]:
     """Collect the signals received within the `with` block, in order, instead of letting them act."""
     received: list[signal.Signals] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if number != signal.SIGHUP or handler is not signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
-    try:
+    with handled(lambda number, _: received.append(signal.Signals(number))):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def start(job: Job, slot: list[str], at_once: int = 1) -> subprocess.Popen[bytes]:

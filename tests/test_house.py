@@ -55,7 +55,7 @@ def below(module: str, room: str) -> bool:
 SHARED = (
     *("ovq.config", "ovq.config_data", "ovq.compose", "ovq.identity", "ovq.cli", "ovq.errors", "ovq.schema"),
     *("ovq.values", "ovq.overrides", "ovq.cpu"),
-    *("ovq.files", "ovq.lengths", "ovq.machine", "ovq.report", "ovq.bounded"),
+    *("ovq.files", "ovq.lengths", "ovq.machine", "ovq.report", "ovq.bounded", "ovq.signals"),
 )
 CORE = (*SHARED, "ovq.instantiate", "ovq.processes", "ovq.stacks")
 MAY_IMPORT = {

@@ -24,6 +24,7 @@ from ovq import machine, processes
 from ovq.errors import ConfigError
 from ovq.model import Transformer
 from ovq.processes import World, wrong_replicas
+from ovq.signals import SIGNALS
 from ovq.train import checkpoint, progress
 from ovq.train import stop as stop_module
 from ovq.train.loop import Trainer, TrainingError
@@ -32,7 +33,7 @@ from ovq.train.optim import build_optimizer, clip_gradients, persistent_buffers,
 from ovq.train.parallelize import mesh_shape, parallelize
 from ovq.train.progress import Progress
 from ovq.train.schedule import lr_at
-from ovq.train.stop import SIGNALS, StopSignal
+from ovq.train.stop import StopSignal
 from ovq.train.summary import summary_text
 from tests.helpers import TINY, chosen, relative_error, small_config, small_model
 from tests.training import losses, rows, trainer_for

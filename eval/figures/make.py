@@ -17,6 +17,7 @@ from eval.figures.plan import Line, Plan, make_plan, table
 from eval.figures.runs import FigureRun
 from launch import sweep
 from ovq.errors import ConfigError, Stopped
+from ovq.signals import handled
 
 Wanted = set[tuple[str, str, float]]
 
@@ -130,11 +131,8 @@ def stopping() -> Iterator[None]:
     def stop(number: int, _frame: object) -> None:
         raise Stopped(number, f"stopped by {signal.Signals(number).name}; the same command continues from here")
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with handled(stop, [signal.SIGTERM]):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

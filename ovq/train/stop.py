@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from types import FrameType
-from typing import Any
 
 from ovq.report import write_error
+from ovq.signals import handled
 
 SAME_SIGNAL_S = 2.0  # a launcher may pass on a signal that the terminal has also sent to this process
-# What schedulers, launchers, terminals and people send to end a job; SLURM's --signal=USR1@90 warns of the end.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
@@ -36,23 +35,19 @@ class StopSignal:
         self.announce = announce
         self._since = 0.0
         self._depth = self._pid = 0
-        self._before: dict[int, Any] = {}
+        self._handled = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignal:
         self._depth += 1
         if self._depth == 1:
             self._pid = os.getpid()
-            for number in SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._handle)
+            self._handled.enter_context(handled(self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if self._depth == 0:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-            self._before = {}
+            self._handled.close()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
