@@ -436,6 +436,26 @@ def test_differences_between_documents_cancel_in_pairs() -> None:
     assert fig6.differences(points + withheld, (0, 128))["sw_nope", None] == mean
 
 
+def test_shares_of_full_attentions_gain_take_the_same_seeds() -> None:
+    blank: dict[str, Any] = {item.name: 0 for item in dataclasses.fields(Point)} | {"num_centroids": None, "test": ""}
+
+    def points(model: str, *gains: float) -> list[Point]:
+        here = [(document, seed, gain) for document in range(4) for seed, gain in enumerate(gains)]
+        return [
+            Point(**(blank | {"model": model, "document": d, "seed": s, "value": 4 + d - gain + 0.001 * d, "count": 2}))
+            for d, s, gain in here
+        ]
+
+    made = points("sw", 0, 0) + points("sw_nope", 0.2, 0.4) + points("sw_ovq", 0.1, 0.2) + points("sw_vq", 0.05)
+    found = fig6.shares(made, (0, 128), "sw")
+    assert found == {("sw_ovq", None): "50%", ("sw_vq", None): "25%"}, "of the gain of seed 0 for a single seed"
+    assert fig6.shares(made, (0, 128), fig6.RECENT) == {}
+    assert any(line.startswith("The gain over `sw` as a share of `sw_nope`'s") for line in fig6.findings(made))
+    losing = points("sw", 0, 0) + points("sw_nope", -0.2, -0.2) + points("sw_ovq", 0.1, 0.1)
+    assert fig6.shares(losing, (0, 128), "sw") == {("sw_ovq", None): "-"}
+    assert not any("as a share" in line for line in fig6.findings(losing))
+
+
 def test_memories_of_equal_bytes_take_at_most_those_of_ovq() -> None:
     options = parse(RecallOptions, [])
     plan = make_plan(memory.figure(options), options, [])

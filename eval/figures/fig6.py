@@ -22,8 +22,9 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from eval import style
 from eval.figures import panels
@@ -60,6 +61,7 @@ FULL = "sw_nope"  # whose gain from context is 100%
 SPANS = ((0, 128), (128, 512), (512, 4096), (4096, 16384), (16384, 65536))  # tokens; the table of the caption
 WITHHELD = "context withheld"
 Curve = tuple[str, int | None]  # model, capacity
+V = TypeVar("V")
 
 
 @dataclass
@@ -156,9 +158,27 @@ def worth(points: list[Point], span: tuple[int, int]) -> dict[Curve, Mean]:
     return {curve: mean for curve, mean in found.items() if mean is not None}
 
 
+def shares(points: list[Point], span: tuple[int, int], base: str) -> dict[Curve, str]:
+    """Curve -> its gain over `base` as a share of full attention's with the same seeds, "-" where that is not two
+    standard errors above zero. Empty if there are no runs of `base` or of full attention."""
+    of_curve = losses(points, span)
+    reference = next((of for (model, _), of in of_curve.items() if model == base), {})
+    full, found = of_curve.get((FULL, None), {}), {}
+    for curve, own in of_curve.items():
+        most = paired(reference, {at: loss for at, loss in full.items() if at in own})
+        gain = paired(reference, own)
+        if curve[0] not in (base, FULL) and most is not None and gain is not None:
+            found[curve] = share_of(gain, most)
+    return found
+
+
+def share_of(part: Mean, whole: Mean) -> str:
+    return f"{100 * part.value / whole.value:.0f}%" if whole.value > 2 * whole.error else "-"
+
+
 def findings(points: list[Point]) -> list[str]:
-    """Tables: the loss in each span, the difference to `sw`, what the context is worth to each model, and its share of
-    what it is worth to full attention."""
+    """Tables: the loss in each span, the difference to `sw` and the share of full attention's gain over each window,
+    what the context is worth to each model, and its share of what it is worth to full attention."""
     if not points:
         return []
     spans = [span for span in SPANS if any(p.index is not None and span[0] <= p.index < span[1] for p in points)]
@@ -169,13 +189,19 @@ def findings(points: list[Point]) -> list[str]:
     def table(cells: dict[str, list[str]]) -> list[str]:
         return ["", head, rule, *(f"| {name} | {' | '.join(of)} |" for name, of in cells.items()), ""]
 
-    def means(of_span: Callable[[list[Point], tuple[int, int]], dict[Curve, Mean]]) -> dict[Curve, list[Mean]]:
+    def shares_of(what: str, of_curve: dict[Curve, list[str]]) -> list[str]:
+        if all(share == "-" for of in of_curve.values() for share in of):
+            return []
+        title = f"{what} as a share of `{FULL}`'s (- where that is not two standard errors above zero):"
+        return [title, *table({names[curve]: of for curve, of in of_curve.items()})]
+
+    def by_curve(of_span: Callable[[list[Point], tuple[int, int]], dict[Curve, V]]) -> dict[Curve, list[V]]:
         found = [of_span(points, span) for span in spans]
         return {curve: [of[curve] for of in found] for curve in names if all(curve in of for of in found)}
 
     absolute = [losses(points, span) for span in spans]
     documents = len({p.document for p in points})
-    relative, context = means(differences), means(worth)
+    relative, context = by_curve(differences), by_curve(worth)
     lines = [
         f"Loss in nats per token by position, mean over {documents} documents and all seeds:",
         *table({name: [f"{fmean(of[curve].values()):.3f}" for of in absolute] for curve, name in names.items()}),
@@ -185,6 +211,8 @@ def findings(points: list[Point]) -> list[str]:
     ]
     if of_seeds := by_seed(points, spans):
         lines += ["The same for each training seed:", *table(of_seeds)]
+    for base in (BASE, RECENT):
+        lines += shares_of(f"The gain over `{base}`", by_curve(partial(shares, base=base)))
     if not context:
         return lines
     lines += [
@@ -194,18 +222,9 @@ def findings(points: list[Point]) -> list[str]:
     ]
     full = context.get((FULL, None))
     if full:
-        shares = {
-            names[curve]: [
-                f"{100 * mean.value / most.value:.0f}%" if most.value > 2 * most.error else "-"
-                for mean, most in zip(of, full)
-            ]
-            for curve, of in context.items()
-            if curve[0] not in (BASE, FULL)
-        }
-        lines += [
-            f"The same as a share of `{FULL}`'s (- where that is not two standard errors above zero):",
-            *table(shares),
-        ]
+        others = {curve: of for curve, of in context.items() if curve[0] not in (BASE, FULL)}
+        kept = {curve: [share_of(mean, most) for mean, most in zip(of, full)] for curve, of in others.items()}
+        lines += shares_of("The same", kept)
     return lines
 
 

@@ -3,8 +3,9 @@
     python -m eval.figures.memory_pg19 dry_run=true          the plan: runs, tokens, minutes
     python -m eval.figures.memory_pg19 scale=cpu             everything, on this machine
 
-The models of eval/figures/memory.py on the data of figure 6, whose runs of sw and sw_ovq are reused. Memories are
-tested with OVQ's number of entries and with its bytes; tests at equal bytes are named after OVQ's capacity.
+The models of eval/figures/memory.py on the data of figure 6, whose runs are reused. Memories are tested with OVQ's
+number of entries and with its bytes; tests at equal bytes are named after OVQ's capacity. At CPU scale, OVQ trained
+with more centroids and a window without positions are shown beside them.
 Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
@@ -14,14 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from eval.figures.declare import PG19, Figure, Panel, Test
-from eval.figures.equal_bytes import equal_capacities, label
-from eval.figures.fig6 import CURVES, SMALL, Figure6Options, draw, findings, models_on_text
+from eval.figures.equal_bytes import capacities_of_ovq, equal_capacities, label
+from eval.figures.fig6 import ABOUT, CURVES, LARGER, RECENT, SMALL, Figure6Options, draw, findings, models_on_text
 from eval.figures.fig6 import tests_of as tests_of_figure_6
 from eval.figures.make import make
 from ovq.cli import command
 from ovq.config import Config
 
-MODELS = ("sw", "sw_nope", "sw_ovq", "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
+MODELS = ("sw", "sw_nope", RECENT, "sw_ovq", LARGER, "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
 
 
 def figure(options: Figure6Options, overrides: Sequence[str] = ()) -> Figure:
@@ -36,16 +37,17 @@ def figure(options: Figure6Options, overrides: Sequence[str] = ()) -> Figure:
         ),
         draw=draw,
         findings=findings,
+        about=ABOUT,
         curves=CURVES,
     )
 
 
 def tests_of(options: Figure6Options, overrides: Sequence[str]) -> Callable[[Config, int | None], list[Test]]:
-    """Tests with the trained capacity and, for memories other than OVQ, with the one that takes OVQ's bytes."""
+    """Tests with the trained capacity and, for memories trained with as many entries as OVQ, with OVQ's bytes."""
 
     def tests(cfg: Config, own: int | None) -> list[Test]:
         as_trained = tests_of_figure_6(options)(cfg, own)[0]
-        if own is None or cfg.model.name == "sw_ovq":
+        if cfg.model.name == "sw_ovq" or own not in capacities_of_ovq(PG19, options.scale, [], overrides):
             return [as_trained]
         equal = equal_capacities(PG19, options.scale, [], cfg, own, overrides)
         return [as_trained, *(Test(options.length, options.documents, n, label(of)) for of, n in equal.items())]
