@@ -268,7 +268,7 @@ def build_loader(cfg: Config, tokenizer: Tokenizer, world: World, state: dict[st
         "state": state,
     }
     if is_task(cfg):
-        return _task_loader(cfg, tokenizer, common)
+        return _task_loader(cfg, common)
     sources = sources_of(cfg)
     tokens, corpora = {}, {}
     for name, found in on_main_slowly(lambda: _open_all(sources, tokenizer, state)).items():
@@ -336,12 +336,8 @@ def _identity(cfg: Config, corpora: dict[str, Identified]) -> dict[str, Any]:
     return {"kind": "mixture", "order": list(corpora), **shares, **parts}  # in which they divide the rows
 
 
-def _task_loader(cfg: Config, tokenizer: Tokenizer, common: dict[str, Any]) -> TaskLoader:
+def _task_loader(cfg: Config, common: dict[str, Any]) -> TaskLoader:
     task, trainer = build_task(cfg), cfg.trainer
-    if tokenizer.vocab_size < task.vocab_size:
-        raise ConfigError(
-            f"data.task needs a vocabulary of {task.vocab_size}, the tokenizer has {tokenizer.vocab_size}"
-        )
     task.check_context(trainer.context)
     given = {key: value for key, value in cfg.data.task.items() if key != "_target_"}
     fingerprint = {

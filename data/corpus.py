@@ -155,7 +155,7 @@ class ShardCorpus:
     def __init__(self, data: SourceConfig, shards: list[Shard], bad_shards: int = 0) -> None:
         self.kind, self.text_field, self.title_field = data.kind, data.text_field, data.title_field
         self.skip_bad = data.on_bad_shard == "skip"
-        self.shards, self._bad_shards = shards, bad_shards
+        self.shards, self.bad_shards = shards, bad_shards
         # A unit is where a reader can start: a row group, a JSON-lines file, a text file.
         self._units = [
             (s, g)
@@ -186,10 +186,6 @@ class ShardCorpus:
         field_ = None if self.kind == "text" else self.text_field
         commit = next((shard.file.commit for shard in self.shards if shard.file.commit), None)  # if from the hub
         return fingerprint_of(self.kind, identity, len(self), text_field=field_, commit=commit)
-
-    @property
-    def bad_shards(self) -> int:
-        return self._bad_shards
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_ahead": None}

@@ -294,8 +294,6 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
     """Raise ConfigError if the data of a saved state and of this run differ, naming every difference."""
     keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
-    later = [key for key in ("content", "order") if key not in saved]  # a checkpoint from before these were kept
-    keys = [key for key in keys if key not in later]
     if keys:
         changes = "; ".join(f"{key}: {_short(saved.get(key))} -> {_short(current.get(key))}" for key in keys)
         raise ConfigError(

@@ -90,9 +90,6 @@ class PreparedTokens:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def sizes(self) -> np.ndarray:
-        return np.concatenate([self._part(p).documents["bytes"] for p in range(len(self._parts))]).astype(np.int64)
-
     def lengths(self) -> np.ndarray:
         """Ids of each document, int64 [documents]."""
         return np.concatenate([self._part(p).documents["tokens"] for p in range(len(self._parts))]).astype(np.int64)

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -41,8 +41,6 @@ _SERIES = re.compile(r"^(?P<stem>.*-)(?P<index>\d+)-of-(?P<total>\d+)(?P<rest>.*
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 # Extensions of the files that a folder stands for, before any .gz, .zst ...; text: any file that is not hidden.
 _ENDINGS = {"parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json"), "text": ("",)}
-
-T = TypeVar("T")
 
 
 class DataError(Failure, RuntimeError):

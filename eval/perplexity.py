@@ -145,13 +145,13 @@ def path_of(run_dir: Path, split: str) -> Path:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The results in a file: see `result_list.read`."""
-    return result_list.read(path, "perplexity", float, mend="move it away", single=True)
+    return result_list.read(path, "perplexity", float, mend="move it away")
 
 
 def save(run_dir: Path, results: dict[str, Any]) -> Path:
     """Add a result to perplexity_<split>.json, in place of one with the same `KEY`, atomically; returns the path."""
     path = path_of(run_dir, results["split"])
-    kept = [each for each in read(path) if any(each.get(name, "") != results.get(name, "") for name in KEY)]
+    kept = [each for each in read(path) if any(each.get(name) != results[name] for name in KEY)]
     write_whole(path, json.dumps([*kept, results], indent=1) + "\n")
     return path
 

@@ -9,13 +9,12 @@ from typing import Any
 from ovq.errors import ConfigError, one_line
 
 
-def read(path: Path, entry: str, kind: type, *, mend: str, single: bool = False) -> list[dict[str, Any]]:
+def read(path: Path, entry: str, kind: type, *, mend: str) -> list[dict[str, Any]]:
     """The results in a file; none if there is no file.
 
     Args:
         entry, kind: an entry that each result has, and its type.
         mend: what to do about a file with other content, for the message.
-        single: whether the file may hold one result instead of a list, as it once did.
 
     Raises:
         ConfigError: the file contains something else.
@@ -23,8 +22,7 @@ def read(path: Path, entry: str, kind: type, *, mend: str, single: bool = False)
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_bytes())
-        results = [content] if single and isinstance(content, dict) else content
+        results = json.loads(path.read_bytes())
         if not isinstance(results, list) or not all(isinstance(each[entry], kind) for each in results):
             raise ValueError("not a list of results")
     except (KeyError, TypeError, ValueError) as error:

@@ -42,9 +42,6 @@ class RunTable:
             return []
         try:
             table = pq.read_table(path, page_checksum_verification=True)
-            if table.schema.names == [name for name in self.schema.names if name != "changes"]:  # an older table
-                at = self.schema.get_field_index("changes")
-                table = table.add_column(at, "changes", pa.array([""] * len(table), pa.string()))
             if table.schema.names != self.schema.names:
                 raise ValueError(f"its columns are {', '.join(table.schema.names)}")
             return table.cast(self.schema).to_pylist()

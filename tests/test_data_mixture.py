@@ -159,8 +159,6 @@ def test_a_resumed_mixture_names_what_differs(books: Path) -> None:
     assert identity.changed(mixture(books), turned) == [
         "data.mixture (order): ['upper', 'lower'] -> ['lower', 'upper']"
     ]
-    del state["fingerprint"]["order"]  # as in checkpoints from before it was kept
-    loader(mixture(books), state=state)
 
 
 # --- what the config says --------------------------------------------------------------------------------------------

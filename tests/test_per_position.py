@@ -392,13 +392,6 @@ def test_damaged_table_is_renamed_in_one_line_and_the_evaluation_is_kept(
     assert {row["step"] for row in loss_table.read(tmp_path)} == {5}
 
 
-def test_a_table_without_the_column_of_changes_is_read_as_the_runs_own(tmp_path: Path) -> None:
-    row = dict.fromkeys(loss_table.SCHEMA.names) | {"step": 1, "loss": 2.5, "changes": ""}
-    path = loss_table.write(tmp_path, [row])
-    pq.write_table(pq.read_table(path).drop_columns(["changes"]), path)
-    assert loss_table.read(tmp_path) == [row]
-
-
 @pytest.mark.parametrize(
     ("overrides", "kept"),
     [
@@ -696,13 +689,9 @@ def test_a_perplexity_replaces_only_one_of_the_same_measurement(
 ) -> None:
     run_dir = run_folder(tmp_path, "sw_ovq", texts)
     file = run_dir / "perplexity_validation.json"
-    older = {"step": 3, "split": "validation", "perplexity": 9.0}  # alone in its file, as results once were
-    file.write_text(json.dumps(older))
     for more in ([], ["documents=1"], ["num_centroids=7"], ["trainer.precision=fp32"], ["documents=1", "piece=64"]):
         assert perplexity.main([f"run={run_dir}", *more]) == 0
-    first, *left = json.loads(file.read_text())
-    assert first == older
-    assert [tuple(each[name] for name in perplexity.KEY) for each in left] == [
+    assert [tuple(each[name] for name in perplexity.KEY) for each in json.loads(file.read_text())] == [
         (3, "trained", None, "", None),
         (3, "trained", 7, "", None),
         (3, "trained", None, "trainer.precision=fp32", None),

@@ -112,7 +112,7 @@ def losses(run_dir: Path, step: int, capacity: int | None) -> list[str]:
         rows = pq.read_table(run_dir / LOSSES).to_pylist()
     except Exception:  # missing or damaged: the card then has no table
         return ["", "Loss by position was not measured at this step."]
-    plain = [row for row in rows if row["num_centroids"] == capacity and not row.get("changes")]
+    plain = [row for row in rows if row["num_centroids"] == capacity and not row["changes"]]
     own = [row for row in plain if row["step"] == step and row["buckets"] == "log"]
     if not own:
         return ["", "Loss by position was not measured at this step."]

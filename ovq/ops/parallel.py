@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,11 +25,9 @@ def unlocked(function: Function) -> Function:
     """Have TorchScript compile `function` at its first call, so that it runs without Python's global lock (the GIL).
 
     Otherwise, the loops on two cores spend up to a quarter of their time waiting for the lock. TorchScript is
-    deprecated, but every successor needs a compiler at run time. Where it is unavailable (Python 3.14), or with
-    PYTORCH_JIT=0 for debugging, the function runs as plain Python, with the same results.
+    deprecated, but every successor needs a compiler at run time. With PYTORCH_JIT=0, for debugging,
+    the function runs as plain Python, with the same results.
     """
-    if sys.version_info >= (3, 14):
-        return function
 
     @functools.lru_cache(maxsize=1)
     def compiled() -> Callable[..., Any]:
