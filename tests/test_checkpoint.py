@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -400,8 +402,8 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_previous_checkpoint(run_dir
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_failure_after_the_tensors_are_written_surfaces_at_the_next_save(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
+def test_a_failure_in_the_background_is_reported_and_the_next_save_is_made(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -411,9 +413,39 @@ def test_a_failure_after_the_tensors_are_written_surfaces_at_the_next_save(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_manifest", fail)
         checkpointer.save(3, model, optimizer, EXTRA)
-        with pytest.raises(CheckpointError, match=os.strerror(number)):
-            checkpointer.save(4, model, optimizer, EXTRA)
-    assert steps_on_disk(run_dir) == [1, 2] and chosen(run_dir) == folder(run_dir, 2)
+        with pytest.raises(CheckpointError, match=f"step 4 could not .*{os.strerror(number)}.* start the same command"):
+            checkpointer.save(4, model, optimizer, EXTRA)  # fails, too, and waits to see it
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: the checkpoint of step 3 could not be written") and line.endswith("is intact")
+        assert steps_on_disk(run_dir) == [1, 2] and chosen(run_dir) == folder(run_dir, 2)
+        checkpointer.save(5, model, optimizer, EXTRA)
+        assert not checkpointer.wait_for_previous()
+        checkpointer.save(6, model, optimizer, EXTRA)
+        concurrent.futures.wait([checkpointer._writing])
+    checkpointer.save(7, model, optimizer, EXTRA)  # there is room again
+    assert steps_on_disk(run_dir) == [2, 7] and chosen(run_dir) == folder(run_dir, 7)
+    assert "step 6 could not be written" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_latest_is_a_folder_or_cannot_be_a_link(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latest = run_dir / "checkpoints" / "latest"
+    latest.unlink()
+    shutil.copytree(folder(run_dir, 2), latest)  # as scp -r and rsync -L do
+    assert chosen(run_dir) == folder(run_dir, 2) and latest.resolve() == folder(run_dir, 2).resolve()
+    assert capsys.readouterr().err == f"{latest} is a folder instead of a link, set aside as aside_latest\n"
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    model, optimizer = trained(0)
+    checkpointer = Checkpointer(run_dir)
+    checkpointer.save(3, model, optimizer, EXTRA)
+    checkpointer.wait()
+    assert f"warning: {latest} does not lead to the newest checkpoint (" in capsys.readouterr().err
+    assert steps_on_disk(run_dir) == [2, 3] and chosen(run_dir) == folder(run_dir, 3)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -209,7 +209,8 @@ def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing_saved(
     job = Job(run_dir, longer, preexec_fn=full)
     assert job.status() == 1
     error = last_error(job.lines())
-    assert "the checkpoint of step 45 could not be written" in error and "the disk is full" in error
+    assert "the checkpoint of step 50 could not be written" in error and "the disk is full" in error
+    assert "warning: the checkpoint of step 45 could not be written" in job.lines()
     assert "step_00000040 is intact" in error and "Traceback" not in job.lines()
     assert chosen(run_dir) == run_dir / "checkpoints" / "step_00000040"
 

@@ -11,7 +11,8 @@
   and older checkpoints are removed last, so the newest good one is never missing or half written. What a kill in
   between leaves undone is done at the next start.
 - `save` copies tensors to CPU memory and returns; a background thread writes, with its own process group, so that no
-  rank waits in the training step while another writes. The next `save` or `wait` raises its errors on every rank.
+  rank waits in the training step while another writes. `wait` raises its errors on every rank. The next `save` only
+  reports them, as there may be room again; it returns when its own checkpoint is complete.
 - Weights or moments that are not finite are never saved.
 - Parameters, moments and averaged weights (`optim.ema`) are stored by name and global position: any number of
   processes, sharded in any way, can load them.
@@ -71,6 +72,7 @@ from ovq.train.checkpoint_files import hold as hold
 from ovq.train.checkpoint_files import step_of as step_of
 from ovq.train.ema import WeightAverage
 
+ADVICE = ". Remove the cause and start the same command again"
 FAILED = (Exception, dcp.CheckpointException)  # the latter is not a subclass of Exception
 
 # A single process has no process group, and needs none.
@@ -105,10 +107,10 @@ class Checkpointer:
         """Save the state after `step`, with `extra` (plain values) and every rank's random-number generators.
 
         Raises:
-            CheckpointError: this checkpoint, or the previous one in the background, could not be written.
+            CheckpointError: this checkpoint could not be written. If it is written in the background, `wait` raises it.
             TrainingError: a weight or a moment is not finite; nothing was written.
         """
-        self.wait()
+        failed = not self.wait_for_previous()
         self._began = time.monotonic()
         fresh = not optimizer.state
         model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -135,7 +137,7 @@ class Checkpointer:
         if self.asynchronous:
             state = writer.stage(state)
         self._writing = processes.in_background(self._write, step, writer, state, extra)
-        if not self.asynchronous:
+        if failed or not self.asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -145,6 +147,16 @@ class Checkpointer:
             while not processes.done_everywhere(writing):
                 pass
             self.last = writing.result()
+
+    def wait_for_previous(self) -> bool:
+        """As `wait`, but an error is only reported, as what follows matters more. Returns whether there was none."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if processes.rank() == 0:
+                print(f"warning: {str(error).removesuffix(ADVICE)}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def _refuse_nonfinite(self, step: int, model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
         found = next(
@@ -207,7 +219,7 @@ class Checkpointer:
         intact = f"{kept[-1]} is intact" if kept else "there is no earlier one"
         return CheckpointError(
             f"the checkpoint of step {step} could not be written to {self.root} ({trouble}); its partial files were "
-            f"removed and {intact}. Remove the cause and start the same command again"
+            f"removed and {intact}{ADVICE}"
         )
 
 

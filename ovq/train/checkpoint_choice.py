@@ -21,6 +21,7 @@ from ovq.train.checkpoint_files import (
     named,
     prune,
     reading,
+    reason,
     remove,
     set_aside,
     step_of,
@@ -225,12 +226,21 @@ def read_origin(root: Path) -> Origin | None:
 
 
 def point_latest(root: Path) -> None:
-    """Make `latest` a link to the newest complete checkpoint, atomically; remove it if there is none."""
+    """Make `latest` a link to the newest complete checkpoint, atomically; remove it if there is none.
+
+    A run never reads it, so on a file system without links there is only a warning. A folder in its place, as a copy
+    that follows links makes, is set aside.
+    """
     kept, latest, link = complete(root), root / LATEST, root / f"saving_{LATEST}"
-    link.unlink(missing_ok=True)
-    if not kept:
-        latest.unlink(missing_ok=True)
-    elif not (latest.is_symlink() and os.readlink(latest) == kept[-1].name):
-        link.symlink_to(kept[-1].name)
-        os.replace(link, latest)
-        sync(root)
+    try:
+        link.unlink(missing_ok=True)
+        if latest.is_dir() and not latest.is_symlink():
+            print(f"{latest} is a folder instead of a link, set aside as {set_aside(latest)}", file=sys.stderr)
+        if not kept:
+            latest.unlink(missing_ok=True)
+        elif not (latest.is_symlink() and os.readlink(latest) == kept[-1].name):
+            link.symlink_to(kept[-1].name)
+            os.replace(link, latest)
+            sync(root)
+    except OSError as error:
+        print(f"warning: {latest} does not lead to the newest checkpoint ({reason(error)})", file=sys.stderr)

@@ -318,7 +318,7 @@ class Trainer:
 
     def _refuse(self, record: StepRecord, loss: float, norm: float) -> None:
         """Raise TrainingError. All ranks call this for the same step, with the same values."""
-        self.checkpointer.wait()
+        self.checkpointer.wait_for_previous()
         titles = dict.fromkeys(t for rank in processes.gather_objects(record.documents) for t in rank)
         shown = ", ".join(list(titles)[:8]) + (f" and {len(titles) - 8} more" if len(titles) > 8 else "")
         skipped = f" ({self.skipped_in_row} steps in a row)" if self.cfg.trainer.nonfinite == "skip" else ""
