@@ -23,7 +23,7 @@ from data.lanes import LaneReader
 from data.loader import Loader, RowSource
 from data.mixture import MixtureReader
 from data.prepared import PreparedTokens, load_index
-from data.sources import SPLITS
+from data.sources import SPLITS, pin
 from data.tasks.base import Task, digest
 from data.tasks.rows import TaskLoader, TaskRows, TaskTokenizer
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
@@ -106,7 +106,7 @@ def check_names_held_out(cfg: Config) -> None:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def build_corpus(cfg: Config, split: str, commit: str | None = None) -> Corpus:
+def build_corpus(cfg: Config, split: str) -> Corpus:
     """The text of a split. Not for data=memmap, which stores none, nor for a mixture, which has several.
 
     Raises:
@@ -116,30 +116,28 @@ def build_corpus(cfg: Config, split: str, commit: str | None = None) -> Corpus:
     if data.kind == "builtin":
         return BuiltinCorpus(split)
     if data.kind == "datasets":
-        return DatasetCorpus(data, split, commit)
+        return DatasetCorpus(data, split)
     if data.kind not in FROM_FILES:
         legal = ", ".join(("builtin", *NAMED_SPLITS))
         raise ConfigError(f"data.kind={data.kind} holds no text; legal here: {legal}")
-    shards, bad = index_shards(data, split, commit)
+    shards, bad = index_shards(data, split)
     return ShardCorpus(data, shards, bad)
 
 
-def build_tokens(cfg: Config, tokenizer: Tokenizer, split: str, commit: str | None = None) -> tuple[Tokens, Identified]:
+def build_tokens(cfg: Config, tokenizer: Tokenizer, split: str) -> tuple[Tokens, Identified]:
     """The split's tokenised documents, and the corpus that identifies them."""
     if cfg.data.kind == "memmap":
         folders, skip_bad = list(getattr(cfg.data, split) or cfg.data.train), cfg.data.on_bad_shard == "skip"
         prepared = PreparedTokens(folders, split, tokenizer, skip_bad=skip_bad)
         return prepared, prepared
-    corpus = build_corpus(cfg, split, commit)
+    corpus = build_corpus(cfg, split)
     return TokenisedCorpus(corpus, tokenizer), corpus
 
 
-def _tokens_of(
-    name: str, source: Config, tokenizer: Tokenizer, split: str, commit: str | None = None
-) -> tuple[Tokens, Identified]:
+def _tokens_of(name: str, source: Config, tokenizer: Tokenizer, split: str) -> tuple[Tokens, Identified]:
     """`build_tokens` for one data set of a mixture, whose name its errors mention."""
     with named(name):
-        return build_tokens(source, tokenizer, split, commit)
+        return build_tokens(source, tokenizer, split)
 
 
 @contextlib.contextmanager
@@ -269,9 +267,11 @@ def build_loader(cfg: Config, tokenizer: Tokenizer, world: World, state: dict[st
     }
     if is_task(cfg):
         return _task_loader(cfg, common)
+    if state:
+        pin_commits(cfg, state["fingerprint"])
     sources = sources_of(cfg)
     tokens, corpora = {}, {}
-    for name, found in on_main_slowly(lambda: _open_all(sources, tokenizer, state)).items():
+    for name, found in on_main_slowly(lambda: _open_all(sources, tokenizer)).items():
         tokens[name], corpora[name] = found
     fingerprint = {
         **_identity(cfg, corpora),
@@ -312,15 +312,21 @@ def shares_of(cfg: Config) -> dict[str, float]:
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
-def _open_all(
-    sources: dict[str, Config], tokenizer: Tokenizer, state: dict[str, Any] | None
-) -> dict[str, tuple[Tokens, Identified]]:
-    """The training documents of every data set, at the Hub commit of the saved state unless a revision is set."""
+def pin_commits(cfg: Config, fingerprint: dict[str, Any]) -> None:
+    """Read all data on the Hub at the commits of a run that has begun, unless a revision is named.
+
+    Args:
+        fingerprint: of the run's data, from a checkpoint.
+    """
+    for name, source in sources_of(cfg).items():
+        pin(source.data, fingerprint.get(f"{name}.commit" if name else "commit"))
+
+
+def _open_all(sources: dict[str, Config], tokenizer: Tokenizer) -> dict[str, tuple[Tokens, Identified]]:
+    """The training documents of every data set."""
     opened = {}
     for name, source in sources.items():
-        prefix = f"{name}." if name else ""
-        commit = state["fingerprint"].get(f"{prefix}commit") if state and not source.data.revision else None
-        opened[name] = _tokens_of(name, source, tokenizer, "train", commit)
+        opened[name] = _tokens_of(name, source, tokenizer, "train")
         if not len(opened[name][0]):
             where = f"data.mixture.{name}" if name else "data"
             raise ConfigError(f"{where}.train holds no documents: {list(source.data.train)}")

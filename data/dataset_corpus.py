@@ -55,10 +55,10 @@ class DatasetCorpus:
 
     bad_shards = 0
 
-    def __init__(self, data: SourceConfig, split: str, commit: str | None = None) -> None:
+    def __init__(self, data: SourceConfig, split: str) -> None:
         self.data, self.split, self.path = data, split, str(data.path)
         self.names = list(getattr(data, split))
-        self.commit = commit or data.revision
+        self.commit = data.revision
         if is_remote(self.path):
             self.commit = hub_commit(self.path, self.commit)
         self._pickled = b""

@@ -19,9 +19,9 @@ from ovq.errors import ConfigError, one_line
 _FIRST_LINES = 100  # lines of a JSON-lines file that are searched for the text field
 
 
-def index_shards(data: SourceConfig, split: str, commit: str | None = None) -> tuple[list[Shard], int]:
+def index_shards(data: SourceConfig, split: str) -> tuple[list[Shard], int]:
     """The shards of a split, indexed, and how many were left out as missing or corrupt."""
-    files, missing = find_files(data, split, commit)
+    files, missing = find_files(data, split)
     shards: list[Shard] = []
     corrupt: list[str] = []
     for file in files:

@@ -41,14 +41,14 @@ from data.prepared import (
     tokenizer_of,
     verify_prepared,
 )
-from data.sources import SPLITS, DataError
+from data.sources import SPLITS, DataError, pin
 from data.tokenizer import Tokenizer
 from data.workers import die_with_parent
 from ovq.cli import command
 from ovq.compose import compose
 from ovq.config import Config
 from ovq.cpu import cores
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
 from ovq.schema import setting
 
@@ -96,6 +96,8 @@ def prepare(
     """
     folder = Path(out).expanduser()
     tokenizer = build_tokenizer(cfg)
+    if earlier := _earlier(folder):
+        pin(cfg.data, next(iter(earlier["splits"].values()))["source"].get("commit"))
     job, plan, ranges = _plan(cfg, tokenizer, folder, splits, part_mb)
     if (folder / INDEX).exists() and not (folder / PLAN).exists():
         return _already_there(folder, plan)
@@ -104,8 +106,8 @@ def prepare(
             if (folder / INDEX).exists():  # finished meanwhile, or killed before tidying up
                 _tidy(folder)
                 return _already_there(folder, plan)
-            if (folder / PLAN).exists():
-                _refuse_another(folder, json.loads((folder / PLAN).read_text()), plan)
+            if earlier := _earlier(folder):
+                _refuse_another(folder, earlier, plan)
             else:
                 write_whole(folder / PLAN, json.dumps(plan, indent=1).encode())
             tokenizer.save(folder / "tokenizer")
@@ -128,6 +130,21 @@ def _tidy(folder: Path) -> None:
     """Remove what only an unfinished preparation needs; the plan last, as it marks the folder as unfinished."""
     for leftover in [*folder.glob("*.tmp"), *folder.glob("*.done"), folder / PLAN]:
         leftover.unlink(missing_ok=True)
+
+
+def _earlier(folder: Path) -> dict[str, Any] | None:
+    """The plan of an earlier preparation in the folder, finished or not.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        return load_index(folder)["plan"] if (folder / INDEX).exists() else None
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({one_line(error)}); remove {folder} and prepare it again") from None
 
 
 def _already_there(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:

@@ -90,11 +90,8 @@ class Shard:
         return len(self.lines) if self.lines is not None else sum(self.rows)
 
 
-def find_files(data: SourceConfig, split: str, commit: str | None = None) -> tuple[list[File], list[str]]:
+def find_files(data: SourceConfig, split: str) -> tuple[list[File], list[str]]:
     """The files of a split in a fixed order (patterns as given, names sorted within each), and those that are missing.
-
-    Args:
-        commit: hub commit to read instead of `data.revision`; a resumed run passes the one it started with.
 
     Raises:
         ConfigError: a pattern matches nothing, or files are missing and data.on_bad_shard is "error".
@@ -106,7 +103,7 @@ def find_files(data: SourceConfig, split: str, commit: str | None = None) -> tup
     missing: list[str] = []
     for pattern in patterns:
         if pattern.startswith(HUB):
-            here = _hub_files(pattern, data.kind, commit or data.revision)
+            here = _hub_files(pattern, data.kind, data.revision)
         elif "://" in pattern:
             here = _remote_files(pattern, data.kind, split)
         else:
@@ -224,6 +221,18 @@ def hub_commit(repo: str, revision: str | None) -> str | None:
     except Exception:  # no network, or no such data set: opening it reports which
         return revision
     return _COMMITS.setdefault(repo, commit) if revision is None else commit
+
+
+def pin(data: SourceConfig, commit: str | None) -> None:
+    """From here on, read the repository of a data set at this commit unless a revision is named; None changes nothing.
+
+    Args:
+        commit: that of an earlier `fingerprint`. If data.train names several repositories, it is the first one's.
+    """
+    on_hub = (hub_parts(pattern)[0] for pattern in data.train if pattern.startswith(HUB))
+    repo = str(data.path) if data.kind == "datasets" else next(on_hub, None)
+    if commit and repo and "@" not in repo:
+        _COMMITS[repo] = commit
 
 
 # The commit to read of each repository if no revision is named, so that all splits of a run come from one commit.

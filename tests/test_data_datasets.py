@@ -200,6 +200,7 @@ def test_a_data_set_of_the_hub_is_read_at_one_commit(books: Path, monkeypatch: p
     head[0] = "c2"
     sources._COMMITS.clear()
     assert loader(cfg, state=state).fingerprint == state["fingerprint"] and asked[-1][2] == "c1"
+    assert build_corpus(cfg, "validation").fingerprint()["commit"] == "c1", "as the training documents"
     assert sources.hub_commit("some/one", "gone") == "gone", "without a network the revision is left to `datasets`"
 
 

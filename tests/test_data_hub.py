@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from data import prepare as preparing
 from data import sources
 from data.build import build_corpus, build_tokenizer, heldout_documents
 from data.describe import describe
 from data.loader import merge_states
 from ovq import processes
 from ovq.compose import compose
-from ovq.config import Config
+from ovq.config import Config, save
 from ovq.errors import ConfigError
+from ovq.inference.run import load_run
+from ovq.train.checkpoint import Checkpointer
 from tests.data_helpers import config, loader, steps, texts, write_parquet
+from tests.helpers import small_config, small_model
 
 
 class Hub:
@@ -165,6 +169,7 @@ def test_a_resumed_run_reads_the_commit_it_started_with(hub: Hub) -> None:
 
     hub.commit("second", [texts()[::-1]], texts()[:3])  # the branch moves on
     forget()
+    list(heldout_documents(pg19(), build_tokenizer(pg19()), "validation"))  # as in train.py, before the data resume
     resumed = list(islice(steps(pg19(), state=state), 5))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(resumed, unbroken[3:], strict=True))
     tokenizer = build_tokenizer(pg19())
@@ -176,6 +181,41 @@ def test_a_resumed_run_reads_the_commit_it_started_with(hub: Hub) -> None:
     forget()
     with pytest.raises(ConfigError, match="commit: first -> second"):
         loader(pg19("second"), state=merge_states([state]))
+
+
+def test_an_evaluation_reads_the_commit_that_the_run_was_trained_on(hub: Hub, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    cfg = small_config("sw", "data=pg19", "data.revision=null", "data.num_workers=0", "tokenizer=byte")
+    save(cfg, run_dir)
+    model = small_model("sw", vocab_size=build_tokenizer(cfg).vocab_size)
+    extra = {"step": 1, "data": loader(cfg).state_dict()}
+    Checkpointer(run_dir, asynchronous=False).save(1, model, torch.optim.SGD(model.parameters()), extra)
+    hub.commit("second", [texts()[::-1]], texts()[:3])
+    forget()
+    run = load_run(run_dir, ["data.num_workers=0"])
+    held_out = [d.num_bytes for d in heldout_documents(run.cfg, run.tokenizer, "validation")]
+    assert held_out == [len(text) for text in texts()[5:8]]
+    run = load_run(run_dir, ["data.revision=second"])
+    assert [d.num_bytes for d in heldout_documents(run.cfg, run.tokenizer, "validation")] != held_out
+
+
+def test_a_preparation_that_was_interrupted_continues_at_its_commit(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparing, "_make_all", interrupted)
+        preparing.prepare(pg19(), tmp_path / "out", processes=1)
+    hub.commit("second", [texts()[::-1]], texts()[:3])
+    for _ in ("continued", "finished"):
+        forget()
+        index = preparing.prepare(pg19(), tmp_path / "out", processes=1)
+        assert {split["source"]["commit"] for split in index["plan"]["splits"].values()} == {"first"}
+    (tmp_path / "out" / preparing.PLAN).write_text("{")
+    with pytest.raises(ConfigError, match="unfinished.json is damaged"):
+        preparing.prepare(pg19(), tmp_path / "out", processes=1)
 
 
 def test_without_a_network_the_error_is_one_line_with_a_remedy(hub: Hub) -> None:

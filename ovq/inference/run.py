@@ -12,6 +12,7 @@ only if the caller trusts them by name. Works in a single process and under torc
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +22,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from data.build import build_tokenizer
+from data.build import build_tokenizer, pin_commits
 from data.tokenizer import Tokenizer
 from ovq import config, processes
 from ovq.config import Config, EvalConfig
@@ -149,8 +150,7 @@ def load_run(
     no_imports_from(run_dir)
     folder = Folder(run_dir) if is_export(run_dir) else None
     stored = folder.config(trust) if folder else config.load(run_dir, trust)
-    stored_weights = stored.eval.weights  # `override` changes `stored`
-    cfg = override(stored, [*(f"{key}={_typed(value)}" for key, value in COMPUTED.items()), *overrides])
+    cfg = override(copy.deepcopy(stored), [*(f"{key}={_typed(value)}" for key, value in COMPUTED.items()), *overrides])
     if not any(text.startswith("logger.") for text in overrides):
         cfg.logger.mode = "offline"  # the project that a stored config names may not be this user's
     if cfg.trainer.context_parallel > 1 and not shares:
@@ -162,10 +162,10 @@ def load_run(
     if folder:
         if checkpoint_at is not None:
             raise ConfigError(f"checkpoint={checkpoint_at}: {run_dir} is an exported model, which has no checkpoints")
-        if cfg.eval.weights != stored_weights:
+        if cfg.eval.weights != stored.eval.weights:
             raise ConfigError(
                 f"eval.weights={cfg.eval.weights}: {run_dir} is an exported model, which holds one set of weights "
-                f"(eval.weights={stored_weights}); open the run folder for others"
+                f"(eval.weights={stored.eval.weights}); open the run folder for others"
             )
         tokenizer = build_tokenizer(cfg)
         if folder.fingerprint not in (None, tokenizer.fingerprint):
@@ -177,9 +177,11 @@ def load_run(
         chosen = processes.on_main(lambda: choose(run_dir, checkpoint_at, lease))
         tokenizer = build_tokenizer(cfg, run_dir, own=True)
         model = parallelize(build_model(cfg.model, tokenizer.vocab_size), cfg.trainer, world)
-        step = int(checkpoint.load(chosen, model, weights=cfg.eval.weights)["step"])
+        extra = checkpoint.load(chosen, model, weights=cfg.eval.weights)
+        if "data" in extra:
+            pin_commits(stored, extra["data"]["fingerprint"])
         processes.gather_objects(None)  # rank 0 holds the lease until every rank has read its part
-    return Run(run_dir, cfg, tokenizer, model.eval(), world, step, chosen)
+    return Run(run_dir, cfg, tokenizer, model.eval(), world, int(extra["step"]), chosen)
 
 
 def no_imports_from(folder: Path) -> None:
