@@ -109,7 +109,7 @@ def train(cfg: Config, run_dir: Path) -> None:
         check_continues(checkpoint.read_extra(start.path)["config"], cfg)
     extra = checkpoint.load(start.path, model, optimizer, ema) if start.path else None
     if extra:
-        check_extension(cfg, extra["config"]["trainer"]["steps"], extra["step"])
+        check_extension(cfg, extra["config"], extra["step"])
     began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     if ema is not None and began:
         ema.restart(model)

@@ -314,6 +314,27 @@ def test_a_setting_that_would_be_ignored_or_is_wrong_is_refused_in_one_line(sett
     assert REFUSED[settings] in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_custom_schedule_gets_its_settings_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pieces(Schedule):
+        def __init__(self, steps: int, warmup_steps: int, *, points: dict[int, float], more: list[Any]) -> None:
+            super().__init__(steps, warmup_steps)
+            self.points, self.more = points, more
+
+        def factor(self, step: int) -> float:
+            assert self.more == [{"at": 3, "to": 0.5}]
+            return max((at, share) for at, share in self.points.items() if at <= step)[1]
+
+    monkeypatch.setattr(sys.modules["outside"], "Pieces", Pieces, raising=False)
+
+    def rates(points: str) -> list[float]:
+        custom = f"optim.custom_schedule={{_target_: outside.Pieces, points: {points}, more: [{{at: 3, to: 0.5}}]}}"
+        cfg = small_config("sw", "optim.schedule=custom", "optim.lr=1", "optim.warmup_steps=0", custom)
+        return [lr_at(step, cfg) for step in (0, 4, 5)]
+
+    assert rates("{0: 1.0, 5: 0.25}") == [1.0, 1.0, 0.25]
+    assert rates("{0: 1.0, 5: 0.75}") == [1.0, 1.0, 0.75]
+
+
 def test_a_schedule_that_gives_no_rate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = small_config("sw", "optim.schedule=custom", "optim.custom_schedule={_target_: outside.Sawtooth, period: 7}")
     monkeypatch.setattr(Sawtooth, "factor", lambda self, step: float("nan"))

@@ -15,6 +15,7 @@ import ovq.config
 import train
 from ovq import processes
 from ovq.compose import compose, run_dir_of
+from ovq.config import to_dict
 from ovq.errors import ConfigError
 from ovq.train import checkpoint_choice, warm_start
 from ovq.train.checkpoint_files import prune
@@ -178,20 +179,36 @@ def test_more_steps_do_not_raise_the_rate_unasked() -> None:
     def config(*settings: str) -> ovq.config.Config:
         return compose(["optim.warmup_steps=10", "optim.lr=1e-3", "trainer.steps=200", *settings])
 
-    cosine = config()
-    with pytest.raises(ConfigError, match=r"trainer.steps: 100 -> 200 changes the cosine schedule: .* from 0.0001 to"):
-        check_extension(cosine, 100, 100)
-    check_extension(config("trainer.allow_rate_jump=true"), 100, 100)
-    check_extension(cosine, 200, 100)
-    check_extension(cosine, 400, 100), "fewer steps lower the rate"
-    check_extension(config("optim.schedule=inverse_sqrt", "optim.warmup_steps=0"), 100, 0), "no step has been made"
-    check_extension(config("optim.schedule=constant"), 100, 100)
-    check_extension(config("optim.schedule=wsd"), 100, 80), "before its decay"
+    def extend(step: int, before: int, *settings: str, was: tuple[str, ...] | None = None) -> None:
+        saved = config(f"trainer.steps={before}", *(settings if was is None else was))
+        check_extension(config(*settings), to_dict(saved), step)
+
+    with pytest.raises(ConfigError, match=r"trainer.steps: 100 -> 200 .*cosine -> cosine.* from 0.0001 to"):
+        extend(100, 100)
+    extend(100, 100, "trainer.allow_rate_jump=true")
+    extend(100, 200)
+    extend(100, 400), "fewer steps lower the rate"
+    extend(0, 100, "optim.schedule=inverse_sqrt", "optim.warmup_steps=0"), "no step has been made"
+    extend(100, 100, "optim.schedule=constant")
+    extend(80, 100, "optim.schedule=wsd"), "before its decay"
     with pytest.raises(ConfigError, match="wsd"):
-        check_extension(config("optim.schedule=wsd"), 100, 90)
-    assert lr_at(100, cosine) > 5e-4
+        extend(90, 100, "optim.schedule=wsd")
+    assert lr_at(100, config()) > 5e-4
     with pytest.raises(ConfigError, match="^trainer.steps=200, but the run is already at step 201; give at least as"):
-        check_extension(cosine, 400, 201)
+        extend(201, 400)
+
+
+def test_a_branch_is_compared_with_the_rates_that_the_run_had() -> None:
+    def branch(step: int, was: list[str], now: list[str]) -> None:
+        given = ["optim.warmup_steps=10", "optim.lr=1e-3"]
+        check_extension(compose([*given, *now]), to_dict(compose([*given, *was])), step)
+
+    constant = ["optim.schedule=constant", "trainer.steps=1000"]
+    branch(1000, constant, ["optim.schedule=wsd", "trainer.steps=1200"])  # the rate begins to fall
+    branch(1000, ["trainer.steps=1000"], ["optim.lr=1e-4", "trainer.steps=2000"])  # 1e-4 -> 5.9e-5
+    branch(1000, constant, [*constant, "optim.lr=2e-3"])  # the rise that was asked for
+    with pytest.raises(ConfigError, match=r"cosine -> constant.* jump from 0.0001 to 0.001 at step 1000"):
+        branch(1000, ["trainer.steps=1000"], ["optim.schedule=constant", "trainer.steps=2000"])
 
 
 def test_a_finished_run_with_more_steps_stops_before_the_jump(

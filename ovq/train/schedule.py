@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import math
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.instantiate import instantiate
+from ovq.optim_config import OptimConfig
 
 
 class Schedule:
@@ -65,8 +66,7 @@ def lr_at(step: int, cfg: Config) -> float:
 
 def _custom_factor(step: int, cfg: Config) -> float:
     optim = cfg.optim
-    settings = json.dumps(dict(optim.custom_schedule), sort_keys=True, default=list)
-    factor = _custom(settings, cfg.trainer.steps, optim.warmup_steps).factor(step)
+    factor = _custom(cfg).factor(step)
     if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
         raise ConfigError(
             f"optim.custom_schedule: {optim.custom_schedule['_target_']} gave {factor!r} at step {step}; "
@@ -75,17 +75,24 @@ def _custom_factor(step: int, cfg: Config) -> float:
     return factor
 
 
-@functools.lru_cache(maxsize=8)
-def _custom(settings: str, steps: int, warmup_steps: int) -> Schedule:
-    config: dict[str, Any] = json.loads(settings)
-    return instantiate(config, Schedule, "optim.custom_schedule", steps, warmup_steps)
+def _custom(cfg: Config) -> Schedule:
+    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(dict(cfg.optim.custom_schedule)))  # type: ignore
+    key = (repr(settings), cfg.trainer.steps, cfg.optim.warmup_steps)
+    if key not in _MADE:
+        _MADE[key] = instantiate(settings, Schedule, "optim.custom_schedule", *key[1:])
+    return _MADE[key]
 
 
-def check_extension(cfg: Config, steps_before: int, step: int) -> None:
-    """Refuse to continue to fewer steps than were made, or to more if the learning rate would jump up at this step.
+_MADE: dict[tuple[str, int, int], Schedule] = {}
+
+
+def check_extension(cfg: Config, saved: dict[str, Any], step: int) -> None:
+    """Refuse to continue to fewer steps than were made, or so that the learning rate would jump up at this step.
+
+    That is where both the rate and its share of optim.lr would rise: a branch may ask for a higher optim.lr.
 
     Args:
-        steps_before: trainer.steps of the run that saved the checkpoint.
+        saved: the config of the run that saved the checkpoint.
 
     Raises:
         ConfigError: the run is further already, or the rate would jump, and trainer.allow_rate_jump is not set.
@@ -98,14 +105,16 @@ def check_extension(cfg: Config, steps_before: int, step: int) -> None:
     if step == 0:  # no step has been made at any rate
         return
     before = copy.deepcopy(cfg)
-    before.trainer.steps = steps_before
+    before.trainer.steps = saved["trainer"]["steps"]
+    before.optim = OmegaConf.merge(OmegaConf.structured(OptimConfig), saved["optim"])  # type: ignore
     old, new = lr_at(step, before), lr_at(step, cfg)
-    if new > 1.01 * old and not cfg.trainer.allow_rate_jump:
+    rises = new > 1.01 * old and new * before.optim.lr > 1.01 * old * cfg.optim.lr
+    if rises and not cfg.trainer.allow_rate_jump:
         raise ConfigError(
-            f"trainer.steps: {steps_before} -> {cfg.trainer.steps} changes the {cfg.optim.schedule} schedule: the "
-            f"learning rate would jump from {old:.3g} to {new:.3g} at step {step}. Start a new run with "
-            "init_from=DIR, resume a checkpoint from before the decay of optim.schedule=wsd, or accept the jump with "
-            "trainer.allow_rate_jump=true"
+            f"trainer.steps: {before.trainer.steps} -> {cfg.trainer.steps} (optim.schedule: {before.optim.schedule} -> "
+            f"{cfg.optim.schedule}): the learning rate would jump from {old:.3g} to {new:.3g} at step {step}. Start a "
+            "new run with init_from=DIR, resume a checkpoint from before the decay of optim.schedule=wsd, or accept "
+            "the jump with trainer.allow_rate_jump=true"
         )
 
 
