@@ -200,9 +200,11 @@ class Loader:
         self._step_began = dict(self.lanes), dict(self.counts)
 
     @property
-    def tokens(self) -> Any:
-        """The documents that rows are made from; None for a generated task."""
-        return getattr(self._source, "tokens", None)
+    def tokens(self) -> dict[str, Any]:
+        """The documents that rows are made from, by data set of a mixture; otherwise under the empty name, or none for
+        a generated task."""
+        readers = getattr(self._source, "readers", {"": self._source})
+        return {name: reader.tokens for name, reader in readers.items() if hasattr(reader, "tokens")}
 
     def __iter__(self) -> Generator[Batch]:
         owned = list(self.lanes)

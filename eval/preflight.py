@@ -18,6 +18,7 @@ from data.build import (
     has_split,
     is_task,
     named,
+    shares_of,
     sources_of,
 )
 from data.corpus import TokenisedCorpus, Tokens
@@ -63,25 +64,31 @@ def check_held_out(cfg: Config, tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def check_training_data(cfg: Config, tokens: Tokens | None, tokenizer: Tokenizer) -> list[str]:
-    """Read the first training document; returns a line if the schedule is longer than the data.
+def check_training_data(cfg: Config, tokens: dict[str, Tokens], tokenizer: Tokenizer) -> list[str]:
+    """Read the first training document of every data set; returns a line for each that the schedule is longer than.
 
     Args:
-        tokens: the documents of the loader; None for a task.
+        tokens: the documents of the loader.
 
     Raises:
-        DataError: the document cannot be read.
+        DataError: a document cannot be read.
     """
-    if tokens is None or is_remote(cfg, "train"):
-        return []
-    read_first(cfg, tokens)
-    text = in_words(found := epochs(cfg, tokens, tokenizer))
-    return [f"trainer.steps={cfg.trainer.steps} is longer than the data: {text}"] if found and found[0] > 1 else []
+    sources, lines = sources_of(cfg), []
+    shares = shares_of(cfg)
+    for name, documents in tokens.items():
+        if is_remote(sources[name], "train"):
+            continue
+        read_first(sources[name], documents)
+        found = epochs(sources[name], documents, tokenizer, shares.get(name, 1.0))
+        if found and found[0] > 1:
+            lines.append(f"trainer.steps={cfg.trainer.steps} is longer than the data: {in_words(found, name)}")
+    return lines
 
 
-def in_words(found: tuple[float, str] | None) -> str:
-    """What `epochs` found, as text; empty if nothing."""
-    return f"about {found[0]:.3g} epochs of data.train ({found[1]})" if found else ""
+def in_words(found: tuple[float, str] | None, name: str = "") -> str:
+    """What `epochs` found about a data set, as text; empty if nothing."""
+    where = f"data.mixture.{name}.train" if name else "data.train"
+    return f"about {found[0]:.3g} epochs of {where} ({found[1]})" if found else ""
 
 
 def check_room(cfg: Config, model: Transformer, run_dir: Path) -> None:
@@ -118,7 +125,7 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
         if not known and "train" not in broken and not is_remote(cfg, "train"):
             tokens = open_split(cfg, tokenizer := build_tokenizer(cfg), "train")
             words = in_words(epochs(cfg, tokens, tokenizer)) if tokens is not None else ""
-            lines += check_training_data(cfg, tokens, tokenizer)
+            lines += check_training_data(cfg, {"": tokens} if tokens is not None else {}, tokenizer)
     except (ConfigError, DataError, OSError) as error:
         lines.append(str(error))
     return words, [f"before it starts: {line}" for line in dict.fromkeys(lines) if line]

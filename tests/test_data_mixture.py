@@ -27,6 +27,7 @@ from data.loader import Batch
 from data.mixture import MixtureReader
 from data.prepare import main as prepare_main
 from data.train_tokenizer import main as train_tokenizer
+from eval.preflight import check_training_data
 from ovq import config as settings
 from ovq import identity
 from ovq.compose import compose
@@ -123,6 +124,17 @@ def test_steps_do_not_depend_on_ranks_workers_or_micro_batches(books: Path) -> N
     expected = tokens_of(mixture(books), 6)
     assert (tokens_of(mixture(books, "trainer.micro_batch=2", "data.num_workers=2"), 6, world=2) == expected).all()
     assert not (tokens_of(mixture(books, "seed=1"), 6) == expected).all()
+
+
+def test_a_schedule_longer_than_one_data_set_is_reported(books: Path) -> None:
+    cfg = mixture(books, "data.packing=document", "trainer.steps=50", "trainer.global_batch=4")
+    documents = {name: len(tokens) for name, tokens in loader(cfg).tokens.items()}
+    lines = check_training_data(cfg, loader(cfg).tokens, build_tokenizer(cfg))
+    assert lines == [
+        f"trainer.steps=50 is longer than the data: about {200 * share / documents[name]:.3g} epochs of "
+        f"data.mixture.{name}.train ({documents[name]:,} documents)"
+        for name, share in (("upper", 0.7), ("lower", 0.3))
+    ]
 
 
 def test_a_mixture_resumes_exactly_at_any_step(books: Path) -> None:
