@@ -29,7 +29,7 @@ from data.tasks.rows import TaskLoader, TaskRows, TaskTokenizer
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from ovq.config import Config, TokenizerConfig
 from ovq.config_data import FROM_FILES, NAMED_SPLITS, DataConfig, mixture_sources
-from ovq.errors import ConfigError
+from ovq.errors import ConfigError, one_line
 from ovq.instantiate import instantiate, settings_of
 from ovq.processes import World, on_main_slowly
 
@@ -189,9 +189,7 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
         ConfigError: there is no model file, or the run was made with another tokenizer.
     """
     folder = Path(run_dir) / "tokenizer" if run_dir else None
-    card = (
-        json.loads((folder / "tokenizer.json").read_text()) if folder and (folder / "tokenizer.json").exists() else None
-    )
+    expected = _fingerprint_in(folder) if folder else None
     stored = folder / "tokenizer.model" if folder else None
     tokenizer: Tokenizer
     if cfg.kind == "byte":
@@ -206,16 +204,29 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
         folder_given = cfg.model_path and Path(cfg.model_path).expanduser().is_dir()
         problem = "is a folder; name the model's file in it" if folder_given else "does not exist"
         raise ConfigError(f"tokenizer.model_path={cfg.model_path} {problem}; make one: python -m data.train_tokenizer")
-    if card and card["fingerprint"] != tokenizer.fingerprint:
+    if expected not in (None, tokenizer.fingerprint):
         if own and folder and stored and stored.is_file():
             kept = copy.deepcopy(cfg)
             kept.model_path = str(stored)
             return build_text_tokenizer(kept, run_dir)
         raise ConfigError(
             f"tokenizer differs from the one this run was made with ({folder}): "
-            f"{tokenizer.fingerprint[:30]} is not {card['fingerprint'][:30]}"
+            f"{tokenizer.fingerprint[:30]} is not {expected[:30]}"
         )
     return tokenizer
+
+
+def _fingerprint_in(folder: Path) -> str | None:
+    """The fingerprint of the tokenizer that a run stored; None if it has stored none yet."""
+    path = folder / "tokenizer.json"
+    try:
+        return str(json.loads(path.read_bytes())["fingerprint"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({one_line(error)}); if the run's tokenizer is unchanged, remove {folder}"
+        ) from None
 
 
 def _hf_tokenizer(cfg: TokenizerConfig, stored: Path | None) -> Tokenizer:

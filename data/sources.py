@@ -270,6 +270,8 @@ def _remote_files(pattern: str, kind: str, split: str) -> _Found:
         raise ConfigError(f"{pattern} needs a package that is not installed: {one_line(error)}") from None
     except ValueError as error:  # an unknown protocol
         raise ConfigError(f"data.{split}: {pattern}: {one_line(error)}; write it like s3://bucket/*.txt") from None
+    except Exception as error:  # whatever a service's client raises: no credentials, no network, no such bucket
+        raise ConfigError(f"data.{split}: {pattern} {NOT_LISTED}: {one_line(error)}") from None
 
 
 def _local_files(pattern: str, kind: str, split: str) -> _Found:

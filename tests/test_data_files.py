@@ -330,6 +330,20 @@ def test_buckets_are_read_like_files(tmp_path: Path) -> None:
     assert bucket == disk, "a file's content matters, not its location"
 
 
+def test_a_bucket_that_cannot_be_listed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec.core
+
+    class NoCredentialsError(Exception):
+        """Neither an OSError nor a ValueError, as botocore's."""
+
+    def refuse(pattern: str) -> Any:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    with pytest.raises(ConfigError, match=r"^data.train: s3://b/\*.parquet cannot be listed: .*Unable to locate cred"):
+        loader(parquet("s3://b/*.parquet"))
+
+
 def test_held_out_documents_are_in_file_order(shards: Path) -> None:
     cfg = parquet(shards / "train-*.parquet", f"data.validation=[{shards}/train-00000-of-00004.parquet]")
     cfg.data.title_field = "short_book_title"

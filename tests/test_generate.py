@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import ovq
+from data.contents import BOM
 from data.tokenizer import ByteTokenizer
 from ovq.cli import parse
 from ovq.errors import ConfigError
-from ovq.export.stored import to_settings
+from ovq.export.stored import Folder, to_settings
 from ovq.inference import generate
 from ovq.inference.generate import Growing, batches_of, continue_prompts
 from ovq.inference.sampling import Sampling
@@ -151,7 +152,7 @@ def test_a_penalty_lowers_the_logits_of_tokens_that_have_occurred() -> None:
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"min_p": 1.5}, "min_p=1.5 must be in 0 to 1"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40 must be in 0.01 to 100"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
     ],
 )
@@ -297,6 +298,14 @@ def test_an_exported_folder_has_one_set_of_weights(tmp_path: Path) -> None:
         ovq.load(tmp_path, weights="ema")
 
 
+def test_the_config_of_an_exported_run_with_lengths_is_read_back(tmp_path: Path) -> None:
+    cfg = small_config("sw", "data=builtin", "tokenizer=byte", "trainer.context=64", "trainer.lengths={0: 16, 3: 64}")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ovq", "vocab_size": 257, **to_settings(cfg)}))
+    folder = Folder(tmp_path)
+    for _ in range(2):
+        assert dict(folder.config().trainer.lengths) == {0: 16, 3: 64}
+
+
 def test_the_command_prints_the_prompt_and_its_continuation(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -307,6 +316,14 @@ def test_the_command_prints_the_prompt_and_its_continuation(
     (tmp_path / "text.txt").write_text("a prompt")
     assert generate.main([*line, f"file={tmp_path}/text.txt"]) == 0
     assert capsys.readouterr().out == f"{want}\n"
+    document = "one\r\ntwo\r\n"
+    (tmp_path / "text.txt").write_bytes(BOM + document.encode())
+    assert generate.main([*line, f"file={tmp_path}/text.txt"]) == 0
+    assert capsys.readouterr().out == ovq.load(trained).generate(document, tokens=8, temperature=0.0) + "\n"
+    (tmp_path / "many.txt").write_bytes(BOM + b"a prompt\r\n\r\nTwo\r\n")
+    assert generate.main([*line, f"prompts={tmp_path}/many.txt", "json=true"]) == 0
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert [(row["prompt"], row["text"]) for row in rows][0] == ("a prompt", want) and rows[1]["prompt"] == "Two"
     (tmp_path / "many.jsonl").write_text('{"prompt": "a prompt"}\n"Two"\n')
     assert generate.main([*line, f"prompts={tmp_path}/many.jsonl", "json=true"]) == 0
     made = [json.loads(row) for row in capsys.readouterr().out.splitlines()]

@@ -546,3 +546,9 @@ def test_bad_settings_fail_in_one_line(cls: type[nn.Module], settings: dict[str,
     with pytest.raises(ValueError, match=words) as error:
         cls(SHAPE, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_a_large_ridge_begins_as_set() -> None:
+    layer = MesaNet(SHAPE, lambda_init=1000.0)
+    layer.init_weights(0.02)
+    torch.testing.assert_close(F.softplus(layer.ridge) + layer.lambda_min, torch.full_like(layer.ridge, 1000.0))

@@ -581,6 +581,11 @@ def test_a_tokenizer_other_than_the_runs_is_rejected(
     assert per_position.main([f"run={run_dir}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "tokenizer differs from the one this run was made with" in line
+    for damaged in ("", '{"fingerprint": "by', "[]", "{}"):
+        card.write_text(damaged)
+        assert per_position.main([f"run={run_dir}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{card} cannot be read (" in line
 
 
 def test_a_run_is_opened_with_its_own_tokenizer_although_the_file_is_another_now(tmp_path: Path) -> None:

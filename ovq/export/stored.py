@@ -105,6 +105,10 @@ class Folder:
         if tokenizer.get("kind") == "sentencepiece":
             tokenizer["model_path"] = str(self.path / TOKENIZER)
         told["tokenizer"] = tokenizer
+        trainer = dict(told.get("trainer") or {})
+        if isinstance(lengths := trainer.get("lengths"), dict):  # JSON has made text of its keys
+            trainer["lengths"] = {int(at) if at.isdecimal() else at: length for at, length in lengths.items()}
+        told["trainer"] = trainer
         try:
             cfg = config.from_dict(told, stored=True, trust=trust)
         except ConfigError as error:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from data.build import is_task
+from data.contents import BOM
 from data.tokenizer import Tokenizer
 from ovq import processes
 from ovq.cli import command
@@ -284,7 +285,9 @@ class Options(RunOptions):
     min_p: float = setting(
         0.0, "drop tokens less probable than this share of the most probable one", at_least=0, at_most=1
     )
-    repetition_penalty: float = setting(1.0, "divides the logits of tokens that have occurred; 1: none", above=0)
+    repetition_penalty: float = setting(
+        1.0, "divides the logits of tokens that have occurred; 1: none", at_least=0.01, at_most=100
+    )
     seed: int = setting(0, "random seed of sampling", at_least=0)
     stop: list[str] = setting([], "strings that end a text", text=True)
     batch: int = setting(8, "prompts continued together, at most", at_least=1)
@@ -340,13 +343,14 @@ def prompts_of(options: Options) -> list[str]:
     if not lines:
         raise ConfigError(f"prompts={options.prompts} holds no prompt")
     if not options.prompts.endswith(".jsonl"):
-        return [line for _, line in lines]
+        return [line.removesuffix("\r") for _, line in lines]
     return [_prompt_of(line, f"line {number} of prompts={options.prompts}") for number, line in lines]
 
 
 def _text_of(option: str, path: str) -> str:
+    """The text of a file as data=text reads it: line endings as they are, without a byte-order mark."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().removeprefix(BOM).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option}={path} cannot be read as text: {error}") from None
 

@@ -41,7 +41,7 @@ class Sampling:
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "in 0 to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "in 0.01 to 100"),
             "seed": (self.seed >= 0, "at least 0"),
         }
         for name, (good, words) in legal.items():

@@ -76,7 +76,8 @@ class MesaNet(SequenceMixer):
         super().init_weights(std)
         self.decay.init_weights()
         self.conv.init_weights()
-        nn.init.constant_(self.ridge, math.log(math.expm1(self.lambda_init - self.lambda_min)))
+        above = self.lambda_init - self.lambda_min
+        nn.init.constant_(self.ridge, math.log(math.expm1(above)) if above < 30 else above)  # equal from there on
         nn.init.ones_(self.norm.weight)
 
     def forward(
