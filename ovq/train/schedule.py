@@ -8,10 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ovq.config import Config
+from ovq.config import Config, OptimConfig
 from ovq.errors import ConfigError
 from ovq.instantiate import instantiate
-from ovq.optim_config import OptimConfig
 
 
 class Schedule:
