@@ -68,9 +68,10 @@ def train(cfg: Config, run_dir: Path) -> None:
     """Train until the last step or a signal, from the newest good checkpoint of the run folder if there is one."""
     from data.build import build_loader, build_tokenizer, is_task
     from data.loader import merge_states
-    from eval.per_position import check_capacity, evaluate
+    from eval.per_position import evaluate
     from eval.preflight import check_held_out, check_room, check_training_data
     from ovq import processes, stacks
+    from ovq.inference.run import check_capacity
     from ovq.model import build_model, flops_per_token
     from ovq.train import checkpoint, loop
     from ovq.train.claim import check_continues, check_same_run, claim, elsewhere

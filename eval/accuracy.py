@@ -26,15 +26,13 @@ from data.tasks.base import Task
 from eval import style
 from eval.accuracy_table import TABLE
 from eval.answers import test
-from eval.per_position import check_capacity
 from eval.run_table import Row, changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.files import write_whole
-from ovq.inference.run import Run, RunOptions
-from ovq.mixers.base import other_capacity
+from ovq.inference.run import Run, RunOptions, at_capacity
 from ovq.model import state_bytes, state_size
 from ovq.report import reporting
 from ovq.schema import setting
@@ -49,7 +47,6 @@ class Options(RunOptions):
         None, "tokens of test sequences; null: 1, 2, 4, 8 and 16 times the training context", at_least=1
     )
     answers: int = setting(16384, "minimum answers per length, from whole sequences", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
 
 
 @command(Options, overrides=True, leave=peers.leave)
@@ -86,11 +83,10 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
     cfg, model = run.cfg, run.model
     context, itemsize = cfg.trainer.context, 2 if run.world.precision == "bf16" else 4
     lengths = options.lengths or [factor * context for factor in (1, 2, 4, 8, 16)]
-    check_capacity(model, cfg)
     for length in lengths:
         task.describe(length)  # raises now, not after an hour's work
     rows = []
-    with other_capacity(model.mixers(), cfg.eval.num_centroids):
+    with at_capacity(model, cfg):
         for length in lengths:
             tally = test(model, run.world.device, task, length, options.answers)
             right, answers = tally.total

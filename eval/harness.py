@@ -25,14 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from data.build import is_task
 from eval import result_list
-from eval.per_position import check_capacity
 from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.errors import ConfigError, one_line
 from ovq.files import write_whole
-from ovq.inference.run import Run, RunOptions
-from ovq.mixers.base import other_capacity
+from ovq.inference.run import Run, RunOptions, at_capacity
 from ovq.model import count_parameters, state_bytes, widest_window
 from ovq.schema import setting
 
@@ -53,7 +51,6 @@ class Options(RunOptions):
     metadata: str | None = setting(None, "JSON that tasks are given, such as RULER's tokenizer and max_seq_lengths")
     out: str | None = setting(None, "file to write; null: harness.json in the run folder", writes="file")
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
 
 
 @command(Options, overrides=True, leave=peers.leave)
@@ -108,7 +105,6 @@ def measure(run: Run, options: Options, tasks: Tasks, path: Path, changed: str =
     from eval.harness_model import HarnessModel
 
     cfg = run.cfg
-    check_capacity(run.model, cfg)
     model = HarnessModel(
         *(run.model, run.tokenizer, run.world.device),
         batch=options.batch,
@@ -116,7 +112,7 @@ def measure(run: Run, options: Options, tasks: Tasks, path: Path, changed: str =
         progress=run.world.is_main,
     )
     results: dict[str, Scores] = {}
-    with other_capacity(run.model.mixers(), cfg.eval.num_centroids):
+    with at_capacity(run.model, cfg):
         evaluation = about(run, options, changed)
         for name in options.tasks:
             scores = ask(model, name, tasks, options.limit)

@@ -32,7 +32,6 @@ from data.tasks.rows import sequences_for_test
 from data.tokenizer import Tokenizer
 from eval import style
 from eval.answers import TEST_SEED, TOKENS_AT_ONCE, predict
-from eval.per_position import check_capacity
 from eval.run_table import Row, RunTable, changes
 from ovq import peers, processes
 from ovq.cli import command
@@ -40,8 +39,7 @@ from ovq.compose import compose
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.files import write_whole
-from ovq.inference.run import Run, RunOptions
-from ovq.mixers.base import other_capacity
+from ovq.inference.run import Run, RunOptions, at_capacity, check_capacity
 from ovq.model import count_parameters, state_bytes, state_size, widest_window
 from ovq.report import reporting
 from ovq.schema import setting
@@ -96,7 +94,6 @@ class Options(RunOptions):
     data: str = setting("builtin", "data set of the haystack, an option of configs/data; run: that of the run")
     seed: int = setting(TEST_SEED, "seed of needles and haystacks", at_least=0)
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     split: str | None = setting(None, "held-out split of the haystack", choices=("validation", "test"))
 
 
@@ -163,7 +160,7 @@ def measure(run: Run, options: Options, source: Config, changed: str = "") -> li
             NeedleTask(haystack, run.tokenizer, kind=kind, depth=0.0).make(length, options.seed, TEST, 0, index)
     done = processes.on_main(lambda: TABLE.by_key(run.run_dir))
     rows = []
-    with other_capacity(run.model.mixers(), cfg.eval.num_centroids):
+    with at_capacity(run.model, cfg):
         for kind, length, depth in cells:
             row = about(run, options, identity, length) | {"changes": changed, "kind": kind, "depth": depth}
             known = done.get(TABLE.key_of(row))

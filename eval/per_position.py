@@ -35,8 +35,7 @@ from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError, TrainingError
 from ovq.inference.losses import exp, losses_by_position, losses_with_restarts
-from ovq.inference.run import RunOptions
-from ovq.mixers.base import other_capacity
+from ovq.inference.run import RunOptions, at_capacity
 from ovq.model import Transformer
 from ovq.processes import World
 from ovq.report import figures, reporting
@@ -114,15 +113,14 @@ def measure(
         progress: print a line to stderr for each document this process measures.
 
     Raises:
-        ConfigError: as in `check_capacity`, or no document is long enough.
+        ConfigError: as in `at_capacity`, or no document is long enough.
         DataError: the documents cannot be read.
     """
-    check_capacity(model, cfg)
     wanted = cfg.eval
     losses = partial(losses_with_restarts, restart=wanted.restart) if wanted.restart else losses_by_position
     heldout = HeldOut(cfg, tokenizer, wanted.context, wanted.documents)
     done: list[Document] = []  # of this rank
-    with other_capacity(model.mixers(), wanted.num_centroids):
+    with at_capacity(model, cfg):
         while excerpts := heldout.round(wanted.batch * world.data.size):
             first = heldout.given - len(excerpts)
             own = range(world.data.rank, len(excerpts), world.data.size)
@@ -167,18 +165,6 @@ def measure(
             for name in dict.fromkeys(source for *_, source in everyone if source)
         },
     )
-
-
-def check_capacity(model: Transformer, cfg: Config) -> None:
-    """Raise ConfigError if eval.num_centroids is set but no layer has a dictionary, or one cannot have that capacity.
-
-    The layers' capacities are left unchanged.
-    """
-    try:
-        with other_capacity(model.mixers(), cfg.eval.num_centroids):
-            pass
-    except ValueError as error:
-        raise ConfigError(f"eval.num_centroids={cfg.eval.num_centroids}: {error}") from None
 
 
 def bucket_means(nats_T: np.ndarray, edges: list[int]) -> np.ndarray:
@@ -346,7 +332,6 @@ class Options(RunOptions):
     documents: int | None = setting(None, "maximum number of held-out documents", at_least=1)
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
     batch: int | None = setting(None, "documents per batch on each rank", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     split: str | None = setting(None, "held-out split", choices=("validation", "test"))
 
 

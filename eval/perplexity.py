@@ -23,7 +23,6 @@ from typing import Any
 from data.tokenizer import Tokenizer
 from eval import result_list
 from eval.heldout import HeldOut
-from eval.per_position import check_capacity
 from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
@@ -31,8 +30,7 @@ from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.inference.losses import exp, losses_by_position
-from ovq.inference.run import RunOptions
-from ovq.mixers.base import other_capacity
+from ovq.inference.run import RunOptions, at_capacity
 from ovq.model import Transformer
 from ovq.processes import World
 from ovq.report import readable
@@ -48,7 +46,6 @@ class Options(RunOptions):
     documents: int | None = setting(None, "measure only this many documents; null: the whole split", at_least=1)
     piece: int | None = setting(None, "tokens per forward pass", at_least=1)
     batch: int | None = setting(None, "documents per batch on each rank", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
 
 
 def measure(
@@ -68,10 +65,9 @@ def measure(
         ConfigError: the split holds no text, or no layer has a dictionary for eval.num_centroids.
         DataError: the documents cannot be read.
     """
-    check_capacity(model, cfg)
     heldout = HeldOut(cfg, tokenizer, None, documents)
     nats, tokens = 0.0, 0
-    with other_capacity(model.mixers(), cfg.eval.num_centroids):
+    with at_capacity(model, cfg):
         while excerpts := heldout.round(cfg.eval.batch * world.data.size):
             own = excerpts[world.data.rank :: world.data.size]
             losses_DT = losses_by_position(

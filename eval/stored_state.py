@@ -24,13 +24,11 @@ from torch import Tensor
 
 from data.build import build_task, is_task
 from eval.answers import test
-from eval.per_position import check_capacity
 from eval.run_table import Row, changes
 from ovq.cli import command
 from ovq.errors import ConfigError, one_line
 from ovq.files import check_writable, write_whole
-from ovq.inference.run import RunOptions
-from ovq.mixers.base import other_capacity
+from ovq.inference.run import RunOptions, at_capacity
 from ovq.mixers.ovq import OVQ
 from ovq.ops.ovq_attention import OVQState
 from ovq.schema import setting
@@ -112,7 +110,6 @@ class Options(RunOptions):
     )
     formats: list[str] = setting([*FORMATS], "formats of the sums", choices=tuple(FORMATS))
     answers: int = setting(8192, "minimum answers per test", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     out: str | None = setting(None, "folder of stored_state.csv; null: the run folder", writes="folder")
 
 
@@ -132,12 +129,11 @@ def main(options: Options, overrides: list[str]) -> int:
     layers = [mixer for mixer in run.model.mixers() if isinstance(mixer, OVQ)]
     if not is_task(run.cfg) or not layers:
         raise ConfigError(f"{options.run} must be a run with OVQ layers that was trained on a generated task")
-    check_capacity(run.model, run.cfg)
     chunk = layers[0].spec.chunk_size
     if any(layer.spec.chunk_size != chunk for layer in layers):
         raise ConfigError(f"{options.run} has layers with different chunk_size, which are not stored at the same time")
     task, rows = build_task(run.cfg), []
-    with other_capacity(run.model.mixers(), run.cfg.eval.num_centroids):
+    with at_capacity(run.model, run.cfg):
         for length in options.lengths or [factor * run.cfg.trainer.context for factor in (1, 4, 16)]:
             for name in options.formats:
                 tally = test(

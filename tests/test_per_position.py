@@ -28,7 +28,6 @@ from data.build import build_tokenizer
 from eval import loss_table, per_position, perplexity
 from eval.heldout import HeldOut
 from eval.per_position import (
-    check_capacity,
     evaluate,
     evaluate_strictly,
     linear_edges,
@@ -40,7 +39,7 @@ from eval.run_table import changes
 from ovq import config, processes
 from ovq.errors import ConfigError
 from ovq.inference.losses import losses_by_position, losses_with_restarts
-from ovq.inference.run import choose, load_run, override
+from ovq.inference.run import check_capacity, choose, load_run, override
 from ovq.model import ModelOutput
 from ovq.processes import Axis, World
 from ovq.train.checkpoint import Checkpointer
@@ -542,7 +541,7 @@ def test_command_line_evaluates_the_newest_checkpoint(
         (["run=no/such/run"], "no/such/run is not a run folder"),
         (
             ["run=RUN", "contxt=5"],
-            "there is no option 'contxt'; did you mean context? legal: run, checkpoint, trust, context",
+            "there is no option 'contxt'; did you mean context? legal: run, checkpoint, num_centroids, trust, context",
         ),
         (["run=RUN", "eval.contxt=5"], "the run has no setting 'eval.contxt'"),
         (["run=RUN", "model.dim=64"], "model.dim is part of what was trained"),

@@ -35,10 +35,10 @@ from data.tokenizer import Tokenizer
 from ovq import processes
 from ovq.cli import command
 from ovq.errors import ConfigError
-from ovq.inference.run import Run, RunOptions
+from ovq.inference.run import Run, RunOptions, at_capacity
 from ovq.inference.sampling import Sampling
 from ovq.machine import free_memory
-from ovq.mixers.base import detach_state, other_capacity, with_dictionaries
+from ovq.mixers.base import detach_state
 from ovq.model import Transformer, state_bytes
 from ovq.schema import setting
 
@@ -292,7 +292,6 @@ class Options(RunOptions):
     stop: list[str] = setting([], "strings that end a text", text=True)
     batch: int = setting(8, "prompts continued together, at most", at_least=1)
     piece: int | None = setting(None, "tokens of a prompt per forward pass", at_least=1)
-    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     json: bool = setting(False, "print a line of JSON for each prompt when all are done, and nothing else")
 
 
@@ -310,12 +309,7 @@ def main(options: Options, overrides: list[str]) -> int:
         options.seed,
     )
     run = options.open(overrides, writes=False, own=["batch"])
-    if run.cfg.eval.num_centroids is not None:
-        try:
-            with_dictionaries(run.model.mixers())
-        except ValueError as error:
-            raise ConfigError(f"num_centroids={run.cfg.eval.num_centroids}: {error}") from None
-    with other_capacity(run.model.mixers(), run.cfg.eval.num_centroids):
+    with at_capacity(run.model, run.cfg):
         if options.interactive:
             while prompt := processes.on_main(ask):
                 respond(run, [prompt], options, sampling)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from ovq.config_data import check_used
 from ovq.errors import ConfigError, one_line
 from ovq.export.stored import Folder, is_export, load_into
 from ovq.files import check_writable
+from ovq.mixers.base import other_capacity
 from ovq.model import Transformer, build_model
 from ovq.overrides import literal, parse
 from ovq.processes import World
@@ -58,6 +59,7 @@ class RunOptions:
 
     run: str = setting(REQUIRED, "the run folder", paths=True)
     checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one", paths=True)
+    num_centroids: int | None = setting(None, "dictionary capacity; null: eval.num_centroids of the run", at_least=1)
     trust: list[str] = setting(
         [], "what the run's config may use: classes outside this project, whose code then runs, and oc.env:NAME"
     )
@@ -213,6 +215,27 @@ def choose(run_dir: Path, at: str | int | None, lease: contextlib.ExitStack) -> 
             f"{run_dir} holds no good checkpoint; train it first, or name one: checkpoint=DIR"
         )
     return good
+
+
+@contextlib.contextmanager
+def at_capacity(model: Transformer, cfg: Config) -> Iterator[None]:
+    """Within the `with` block, the dictionaries have the capacity eval.num_centroids; null leaves them as trained.
+
+    Raises:
+        ConfigError: on entry, if no layer has a dictionary, or one cannot have that capacity.
+    """
+    with contextlib.ExitStack() as changed:
+        try:
+            changed.enter_context(other_capacity(model.mixers(), cfg.eval.num_centroids))
+        except ValueError as error:
+            raise ConfigError(f"eval.num_centroids={cfg.eval.num_centroids}: {error}") from None
+        yield
+
+
+def check_capacity(model: Transformer, cfg: Config) -> None:
+    """Raise the errors of `at_capacity`."""
+    with at_capacity(model, cfg):
+        pass
 
 
 def _typed(value: Any) -> str:
