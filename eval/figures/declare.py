@@ -150,12 +150,14 @@ class Model:
         overrides: the settings that define it; empty: `model=NAME`.
         rate_of: name of the model of the same figure whose trials choose its learning rate; None: its own trials.
         first: changes to the run that provides its initial weights, where there is one (`Subject.first`).
+        full_trials: whether its trials are as long as its runs, because shorter ones do not tell rates apart.
     """
 
     name: str
     overrides: tuple[str, ...] = ()
     rate_of: str | None = None
     first: tuple[str, ...] = ()
+    full_trials: bool = False
 
     @property
     def settings(self) -> tuple[str, ...]:

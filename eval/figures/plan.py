@@ -263,9 +263,10 @@ def line_of(
     with torch.device("meta"):
         network = build_model(cfg.model, measure.vocab_size(cfg))
     capacity = next((mixer.capacity for mixer in network.mixers() if mixer.capacity), None)
-    short = [f"trainer.steps={max(1, round(options.search_share * cfg.trainer.steps))}"]
+    share = 1.0 if model.full_trials else options.search_share
+    short = [f"trainer.steps={max(1, round(share * cfg.trainer.steps))}"]
     if curriculum := cfg.data.task.get("short_steps"):
-        short.append(f"data.task.short_steps={max(1, round(options.search_share * curriculum))}")
+        short.append(f"data.task.short_steps={max(1, round(share * curriculum))}")
     trial = replaced(settings, short)
     line = Line(subject, model.name, settings, cfg, compose(trial), network, capacity, measure, records)
     if first := subject.first.get(scale.name):
