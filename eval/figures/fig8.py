@@ -43,8 +43,8 @@ RECURRENT_FIRST = tuple(
 ABOUT_ORDER = (
     "In `gdn_sw`, `mamba2_sw` and `mesa_sw`, the recurrent layer comes before the window. Its own convolution can put "
     "a key beside its value; with a window before it, Gated DeltaNet did not learn recall "
-    "(docs/results/fig8/order.json). Trials of these models are as long as their runs: after 240 steps, none has begun "
-    "to recall.",
+    "(docs/results/fig8/order.json). Trials of these models are as long as their runs: the 36 steps at 16 tokens of "
+    "shorter ones are too few to begin to recall.",
 )
 
 
