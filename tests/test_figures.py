@@ -436,6 +436,15 @@ def test_differences_between_documents_cancel_in_pairs() -> None:
     assert fig6.differences(points + withheld, (0, 128))["sw_nope", None] == mean
 
 
+def test_a_model_may_have_trials_as_long_as_its_runs() -> None:
+    options = replace(parse(fig8.Figure8Options, []), panels=["basic recall"], models=["sw_gdn", "gdn_sw"])
+    behind, before = make_plan(fig8.figure(options), options, []).lines
+    assert behind.cfg.trainer.steps == before.cfg.trainer.steps == 800
+    assert (behind.trial_cfg.trainer.steps, before.trial_cfg.trainer.steps) == (240, 800)
+    assert behind.trial_cfg.data.task.short_steps == 108 and before.trial_cfg == before.cfg
+    assert list(before.cfg.model.pattern) == [*reversed(behind.cfg.model.pattern)]
+
+
 def test_shares_of_full_attentions_gain_take_the_same_seeds() -> None:
     blank: dict[str, Any] = {item.name: 0 for item in dataclasses.fields(Point)} | {"num_centroids": None, "test": ""}
 
