@@ -143,5 +143,6 @@ def shared_legend(axes: list[Axes]) -> None:
 def note_missing(picture: Picture, missing: list[str]) -> None:
     """List below the panels what is missing from the figure."""
     if missing:
-        text = textwrap.shorten(f"missing: {'; '.join(missing)}", 200, placeholder=" ... (all in caption.md)")
+        fits = int(13.5 * picture.get_figwidth())  # characters of this size
+        text = textwrap.shorten(f"missing: {'; '.join(missing)}", fits, placeholder=" ... (all in caption.md)")
         picture.supxlabel(text, fontsize=7, color="#B00020")

@@ -67,7 +67,7 @@ class FigureRun:
                 return path
         if not own.exists():
             return own
-        made_of = json.dumps([self.settings(), self.text], sort_keys=True)
+        made_of = json.dumps([self.settings, self.text], sort_keys=True)
         return own.with_name(f"{own.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.json")
 
     def record(self) -> dict[str, Any] | None:
@@ -77,7 +77,7 @@ class FigureRun:
 
     def is_of(self, record: dict[str, Any] | None) -> bool:
         """Whether a record is of this run: with the same settings and the same text."""
-        if record is None or not same_settings(record.get("settings", {}), self.settings()):
+        if record is None or not same_settings(record.get("settings", {}), self.settings):
             return False
         return record.get("text", {}) == self.text  # the text is opened only if all else is equal
 
@@ -86,6 +86,7 @@ class FigureRun:
         """Fingerprints of the text that the config asks for, because settings only name its path."""
         return self.measure.text(self.cfg)
 
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """What determines the run's outcome."""
         return json.loads(json.dumps(identity(self.cfg) | {STEPS: self.cfg.trainer.steps}))
@@ -180,7 +181,7 @@ class FigureRun:
             return
         record = {
             "command": f"python train.py {' '.join(self.job.overrides)}",
-            "settings": self.settings(),
+            "settings": self.settings,
             **({"text": self.text} if self.text else {}),
             "training": training,
             "score": self.score(),
