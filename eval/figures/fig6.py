@@ -144,10 +144,15 @@ def losses(points: list[Point], span: tuple[int, int], test: str = "") -> dict[C
     return found
 
 
+def of_base(of_curve: dict[Curve, Losses], base: str) -> Losses:
+    """The losses of the model that others are compared with; empty if it was not tested."""
+    return next((of for (model, _), of in of_curve.items() if model == base), {})
+
+
 def differences(points: list[Point], span: tuple[int, int], base: str = BASE) -> dict[Curve, Mean]:
     """Curve -> its mean difference from `base` at the same seed, over the documents that both were tested on."""
     of_curve = losses(points, span)
-    reference = next((of for (model, _), of in of_curve.items() if model == base), {})
+    reference = of_base(of_curve, base)
     return {curve: mean for curve, own in of_curve.items() if (mean := paired(own, reference)) is not None}
 
 
@@ -162,7 +167,7 @@ def shares(points: list[Point], span: tuple[int, int], base: str) -> dict[Curve,
     """Curve -> its gain over `base` as a share of full attention's with the same seeds, "-" where that is not two
     standard errors above zero. Empty if there are no runs of `base` or of full attention."""
     of_curve = losses(points, span)
-    reference = next((of for (model, _), of in of_curve.items() if model == base), {})
+    reference = of_base(of_curve, base)
     full, found = of_curve.get((FULL, None), {}), {}
     for curve, own in of_curve.items():
         most = paired(reference, {at: loss for at, loss in full.items() if at in own})
