@@ -242,8 +242,9 @@ def test_gradients_after_a_carried_state_equal_the_reference() -> None:
     assert all(relative_error(x, y) < 1e-4 for x, y in zip(grads[:3], want_grads[:3]))
 
 
-@pytest.mark.parametrize("variant", [{}, {"seeding": "random"}, {"first_chunk": "nearest", "step": 0.3}], ids=str)
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    "variant, splits", [({}, 2), ({"seeding": "random"}, 1), ({"first_chunk": "nearest", "step": 0.3}, 2)], ids=str
+)
 def test_packed_documents_equal_documents_alone(variant: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents: shorter than a chunk, of whole chunks, empty, and with a remainder, in one launch of each kernel."""
     monkeypatch.setattr(assign, "splits", lambda walks, device: splits)

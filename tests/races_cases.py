@@ -211,10 +211,8 @@ CASES = {
     "tiles": Case({"chunk_size": 32, "assign_on": "key_value", "first_chunk": "nearest"}, pieces=(0, 100)),
     "small tables": Case({"seeding": "random"}, small_tables=True),
 }
-MAIN = ("plain", "packed", "carried", "nearest", "rate")  # with any number of programs; the others with 4
-SEEDS_OF = {2: (0,), 3: (3,), 4: (1, 2), 16: (4,)}  # by the number of programs per head
-RUNS = [(name, programs, seed) for name in MAIN for programs, seeds in SEEDS_OF.items() for seed in seeds]
-RUNS += [("tiles", 4, 5), ("small tables", 4, 6)]
+RUNS = [(name, 4, seed) for seed, name in enumerate(CASES)]  # case, programs per head, seed of the schedule
+RUNS += [("plain", 2, 0), ("carried", 2, 1), ("nearest", 3, 2), ("rate", 3, 3), ("packed", 16, 4), ("plain", 16, 5)]
 KERNELS = {kernel.__name__ for kernel in shipped.KERNELS.values()}
 DECODE = {"decode_kernel", "combine_kernel"}
 
