@@ -587,6 +587,28 @@ def test_rates_are_chosen_with_seeds_of_their_own() -> None:
     assert search.TRAIN_SEED not in plan.seeds
 
 
+def test_a_subject_says_how_rates_are_chosen_unless_the_command_does() -> None:
+    def searched(*words: str) -> set[tuple[str, int, float]]:
+        """(subject, steps, rate) of every trial."""
+        options = parse(fig8.Figure8Options, ["models=[sw_ovq,gdn_sw]", *words])
+        lines = make_plan(fig8.figure(options), options, []).lines
+        assert all(line.cfg.trainer.steps == 800 for line in lines)
+        return {
+            (f"{line.subject.name}: {line.model}", trial.cfg.trainer.steps, rate)
+            for line in lines
+            for rate, trial in line.trials.items()
+        }
+
+    regression, recall, first = "regression, 4 functions: sw_ovq", "basic recall: sw_ovq", "basic recall: gdn_sw"
+    both = {(regression, 800, rate) for rate in (3e-3, 1e-2)} | {(recall, 240, rate) for rate in (1e-3, 3e-3, 1e-2)}
+    assert searched() == both | {(first, 800, rate) for rate in (1e-3, 3e-3, 1e-2)}
+    assert searched("rates=[0.1]", "search_share=0.5") == {
+        (regression, 400, 0.1),
+        (recall, 400, 0.1),
+        (first, 800, 0.1),
+    }
+
+
 def test_the_best_rate_is_known_once_every_trial_is_scored_or_has_failed(tmp_path: Path) -> None:
     cfg = compose(["experiment=recall"])
     trials = {

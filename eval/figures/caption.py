@@ -120,23 +120,27 @@ def row(line: Line) -> str:
 
 def rates_section(plan: Plan, trials: list[dict[str, Any]]) -> list[str]:
     """How learning rates were chosen, and where the grid may not reach far enough."""
-    grid = [f"{rate:g}" for rate in plan.options.rates]
-    steps = sorted({line.trial_cfg.trainer.steps for line in plan.lines})
     data = " or ".join(dict.fromkeys(line.measure.chosen_on for line in plan.lines))
     text = [
         "## Learning rates",
         "",
-        f"Each model's learning rate is chosen from the same grid, {', '.join(grid)}: it is the one with the lowest "
-        f"loss after {' or '.join(f'{number:,}' for number in steps)} steps with seed {search.TRAIN_SEED}, measured at "
-        f"the training length on {data}, which this figure does not show. All training seeds use the chosen rate. All "
-        "scores are in [rates.csv](rates.csv).",
+        "All models of a panel choose their learning rates from the same grid. Each has the one with the lowest loss "
+        f"after a run with seed {search.TRAIN_SEED}, measured at the training length on {data}, which this figure does "
+        "not show. All training seeds use the chosen rate. All scores are in [rates.csv](rates.csv).",
+        "",
     ]
+    for subject in dict.fromkeys(line.subject.name for line in plan.lines):
+        lines = [line for line in plan.lines if line.subject.name == subject]
+        grid = sorted({rate for line in lines for rate in line.trials})
+        steps = sorted({line.trial_cfg.trainer.steps for line in lines if line.own_trials})
+        text += [
+            f"- {subject}: {', '.join(f'{rate:g}' for rate in grid)}, after "
+            f"{' or '.join(f'{number:,}' for number in steps)} steps"
+        ]
     edges = [
         line.name
         for line in plan.lines
-        if line.own_trials
-        and len(line.trials) > 1
-        and line.rate() in (min(plan.options.rates), max(plan.options.rates))
+        if line.own_trials and len(line.trials) > 1 and line.rate() in (min(line.trials), max(line.trials))
     ]
     if edges:
         text += ["", f"At an edge of the grid, so a better rate may lie outside it: {'; '.join(edges)}."]

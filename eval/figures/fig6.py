@@ -77,9 +77,6 @@ class Figure6Options(Options):
     restart: int = setting(
         512, "tokens that predictions see at least, and twice as many at most, where context is withheld", at_least=1
     )
-    search_share: float = setting(
-        0.1, "steps of a run that tries a learning rate, as a share of all steps", above=0, at_most=1
-    )
 
 
 def figure(options: Figure6Options) -> Figure:

@@ -172,9 +172,8 @@ def record(plan: Plan, results: Results, machine: dict[str, Any], commit: str) -
         "scale": plan.scale.name,
         "machine": machine,
         "commit": commit,
-        "grid": plan.options.rates,
         "seeds": plan.seeds,
-        "search": {"train_seed": search.TRAIN_SEED, "share": plan.options.search_share},
+        "search": {"train_seed": search.TRAIN_SEED, "rates": {line.name: list(line.trials) for line in plan.lines}},
         "missing": results.missing,
         **({"first": {run.run_dir.name: outcome(run) for run in first}} if first else {}),
         "trials": {run.run_dir.name: outcome(run) for run in trials},
@@ -207,13 +206,15 @@ def report(made: list[Point]) -> str:
     if not totals:
         return ""
     lengths = sorted({point.length for point in totals})
-    lines = [f"{'accuracy, %, mean over seeds':<44}" + "".join(f"{style.short(length):>8}" for length in lengths)]
     shares: dict[str, dict[int, list[float]]] = {}
     for point in totals:
         capacity = f", N = {point.num_centroids}" if point.num_centroids else ""
         words = f"{point.panel}{', ' if point.test else ''}{point.test}: {point.model}{capacity}"
         shares.setdefault(words, {}).setdefault(point.length, []).append(point.value)
+    title = "accuracy, %, mean over seeds"
+    width = max(map(len, [title, *shares]))
+    lines = [f"{title:<{width}}" + "".join(f"{style.short(length):>8}" for length in lengths)]
     for words, by_length in shares.items():
         mean = {length: f"{100 * sum(many) / len(many):8.1f}" for length, many in by_length.items()}
-        lines.append(f"{words:<44}" + "".join(mean.get(length, " " * 8) for length in lengths))
+        lines.append(f"{words:<{width}}" + "".join(mean.get(length, " " * 8) for length in lengths))
     return "\n".join(lines)

@@ -263,7 +263,7 @@ def line_of(
     with torch.device("meta"):
         network = build_model(cfg.model, measure.vocab_size(cfg))
     capacity = next((mixer.capacity for mixer in network.mixers() if mixer.capacity), None)
-    share = 1.0 if model.full_trials else options.search_share
+    share = 1.0 if model.full_trials else options.search_share or subject.search.share
     short = [f"trainer.steps={max(1, round(share * cfg.trainer.steps))}"]
     if curriculum := cfg.data.task.get("short_steps"):
         short.append(f"data.task.short_steps={max(1, round(share * curriculum))}")
@@ -275,7 +275,7 @@ def line_of(
         line.first = line_of(first, begins, scale, options, shared, trials=False)
         check_vocabulary(line, line.first)
     if trials and model.rate_of is None:
-        for rate in options.rates:
+        for rate in options.rates or subject.search.rates:
             line.trials[rate] = run_of(trial, line.trial_cfg, rate, search.TRAIN_SEED, line)
     return line
 
