@@ -297,6 +297,14 @@ def test_kernels_that_pass_are_used_and_are_tested_at_the_shape_of_the_run(monke
     assert problem.several_ranks
 
 
+def test_layers_that_hand_their_state_over_use_torch_untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels have no gradient for a carried state, and each rank mixes all heads."""
+    monkeypatch.setattr(OVQ, "hands_over", True)
+    for settings, backend in (((), "torch"), (("model.mixers.ovq.backend=triton",), "triton")):
+        backends, tested = run_with(BAD, monkeypatch, *settings)
+        assert set(backends) == {backend} and not tested
+
+
 def test_kernels_that_fail_are_replaced_and_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,13 +23,20 @@ def choose_backends(model: Transformer, cfg: Config, world: World) -> None:
     The first rank of each machine tests, while the others wait for its verdict. Without a GPU nothing is done. A
     collective.
 
+    Layers that hand their state over (`hand_over`) use "torch" in any case, unless the config names another backend.
+
     Raises:
         ConfigError: they fail, and the config asks for the kernels by name.
         BackendError: the config asks for the kernels by name, and they do not support this run.
     """
-    if world.device.type != "cuda" or not cfg.trainer.kernel_test_s:
+    if world.device.type != "cuda":
         return
     ours = [mixer for mixer in model.mixers() if isinstance(mixer, OVQ)]
+    for mixer in ours:
+        if mixer.hands_over and mixer.backend == "auto":
+            mixer.backend = "torch"  # the kernels have no gradient for a state that is handed over
+    if not cfg.trainer.kernel_test_s:
+        return
     layers = {mixer: problem for mixer in ours if (problem := problem_of(mixer, cfg, world)) is not None}
     failures = gather_objects(_first_failure(set(layers.values()), cfg, world) if world.local_rank == 0 else None)
     failure = next((what for what in failures if what is not None), None)
@@ -65,7 +72,9 @@ def _first_failure(problems: set[Problem], cfg: Config, world: World) -> str | N
 
 def problem_of(mixer: OVQ, cfg: Config, world: World) -> Problem | None:
     """The shape, dtype and settings that a layer needs from the kernels in this run; None if it does not use them."""
-    shape, trainer, ranks = mixer.shape, cfg.trainer, world.context.size
+    if mixer.hands_over:
+        return None
+    shape, trainer, ranks = mixer.shape, cfg.trainer, mixer.head_ranks
     dtype = torch.bfloat16 if world.precision == "bf16" else torch.float32
     packed = cfg.data.isolate_documents
     batch = 1 if packed else trainer.micro_batch
