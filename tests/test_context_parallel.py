@@ -293,6 +293,7 @@ def test_the_loss_of_each_data_set_is_that_of_all_shards(rows: int, ranks: int, 
     [
         ("sw_vq", [*HEADS, "model.num_kv_heads=2"], 4, "model.num_kv_heads, which is 2"),
         ("vq", HEADS, 3, "model.num_heads, which is 8"),
+        ("vq", [*HEADS, "model.num_heads=12", "model.num_kv_heads=6"], 8, "model.num_heads, which is 12"),
     ],
 )
 def test_ranks_that_cannot_share_heads_nor_hand_a_state_over_are_one_line(
@@ -300,6 +301,8 @@ def test_ranks_that_cannot_share_heads_nor_hand_a_state_over_are_one_line(
 ) -> None:
     problem = undivided(small_model(model, *overrides), ranks)
     assert problem.startswith(f"trainer.context_parallel={ranks} must divide {says}") and "\n" not in problem
+    advised = int(problem.partition("use trainer.context_parallel=")[2].split()[0])
+    assert undivided(small_model(model, *overrides), advised) == ""
     assert undivided(small_model(model, *overrides), 1) == ""
 
 
@@ -308,6 +311,17 @@ def test_ranks_that_do_not_divide_the_heads_hand_the_state_over(model: str, rank
     made = small_model(model, *HEADS)
     assert undivided(made, ranks) == ""
     assert not any(divides_heads(mixer, ranks) for mixer in made.mixers())
+
+
+def test_documents_stay_apart_in_evaluation_where_the_state_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Axis, "gather", lambda axis, x: x)  # one rank
+    model, x = small_model("std_att").eval(), torch.arange(9)[None] % 5
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with torch.no_grad():
+        want, joined = model(x, cu_seqlens=bounds).logits, model(x).logits
+        for mixer in model.mixers():
+            handing.hand_over(mixer, Axis("context"))
+        assert torch.equal(model(x, cu_seqlens=bounds).logits, want) and not torch.equal(want, joined)
 
 
 def test_a_mixer_that_knows_nothing_of_ranks_is_refused() -> None:

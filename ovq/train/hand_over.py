@@ -71,7 +71,7 @@ def hand_over(mixer: SequenceMixer, axis: Axis) -> None:
         if not mixer.training:
             T = x_BTD.shape[1]
             whole = axis.gather(x_BTD.transpose(0, 1)).transpose(0, 1)
-            y, state = forward(whole, state=state, return_state=return_state)
+            y, state = forward(whole, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
             return y[:, axis.rank * T : (axis.rank + 1) * T], state
         if cu_seqlens is not None:
             raise ConfigError(
