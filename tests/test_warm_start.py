@@ -183,7 +183,7 @@ def test_more_steps_do_not_raise_the_rate_unasked() -> None:
         saved = config(f"trainer.steps={before}", *(settings if was is None else was))
         check_extension(config(*settings), to_dict(saved), step)
 
-    with pytest.raises(ConfigError, match=r"trainer.steps: 100 -> 200 .*cosine -> cosine.* from 0.0001 to"):
+    with pytest.raises(ConfigError, match="^trainer.steps: 100 -> 200: the learning rate would jump from 0.0001 to"):
         extend(100, 100)
     extend(100, 100, "trainer.allow_rate_jump=true")
     extend(100, 200)
@@ -209,6 +209,8 @@ def test_a_branch_is_compared_with_the_rates_that_the_run_had() -> None:
     branch(1000, constant, [*constant, "optim.lr=2e-3"])  # the rise that was asked for
     with pytest.raises(ConfigError, match=r"cosine -> constant.* jump from 0.0001 to 0.001 at step 1000"):
         branch(1000, ["trainer.steps=1000"], ["optim.schedule=constant", "trainer.steps=2000"])
+    with pytest.raises(ConfigError, match=r"^optim.min_lr_ratio: 0.1 -> 1.0: the learning rate would jump from 0.000"):
+        branch(900, ["trainer.steps=1000"], ["trainer.steps=1000", "optim.min_lr_ratio=1"])
 
 
 def test_a_finished_run_with_more_steps_stops_before_the_jump(

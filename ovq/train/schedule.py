@@ -109,11 +109,14 @@ def check_extension(cfg: Config, saved: dict[str, Any], step: int) -> None:
     old, new = lr_at(step, before), lr_at(step, cfg)
     rises = new > 1.01 * old and new * before.optim.lr > 1.01 * old * cfg.optim.lr
     if rises and not cfg.trainer.allow_rate_jump:
+        shapes = ("schedule", "warmup_steps", "min_lr_ratio", "decay_share", "custom_schedule")
+        was_now = {"trainer.steps": (before.trainer.steps, cfg.trainer.steps)}
+        was_now |= {f"optim.{name}": (getattr(before.optim, name), getattr(cfg.optim, name)) for name in shapes}
+        changes = ", ".join(f"{name}: {was} -> {now}" for name, (was, now) in was_now.items() if was != now)
         raise ConfigError(
-            f"trainer.steps: {before.trainer.steps} -> {cfg.trainer.steps} (optim.schedule: {before.optim.schedule} -> "
-            f"{cfg.optim.schedule}): the learning rate would jump from {old:.3g} to {new:.3g} at step {step}. Start a "
-            "new run with init_from=DIR, resume a checkpoint from before the decay of optim.schedule=wsd, or accept "
-            "the jump with trainer.allow_rate_jump=true"
+            f"{changes}: the learning rate would jump from {old:.3g} to {new:.3g} at step {step}. Start a new run with "
+            "init_from=DIR, resume a checkpoint from before the decay of optim.schedule=wsd, or accept the jump with "
+            "trainer.allow_rate_jump=true"
         )
 
 
