@@ -20,9 +20,9 @@ class GatedDeltaNet(SequenceMixer):
     the token, and a head-wise RMSNorm gated by SiLU before the output projection.
 
     Values are twice as wide as keys, as in the paper. With half of attention's heads (the default), and keys as wide as
-    attention's heads, the projections have (1 + 2 + 1) dim x width weights, as many as attention, so that models are
-    comparable; the paper's own layer is half as large again. A starts in 1 .. 16, as in Mamba-2; in the published code
-    (flash-linear-attention) it starts in 0 .. 16.
+    attention's heads, the projections have (1 + 2 + 1) dim x width weights, as many as attention without grouped heads,
+    so that models are comparable; the paper's own layer is half as large again. A starts in 1 .. 16, as in Mamba-2; in
+    the published code (flash-linear-attention) it starts in 0 .. 16.
 
     Args:
         num_heads: heads of the memory; null for half of model.num_heads, but at least 1.

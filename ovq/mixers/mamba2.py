@@ -22,10 +22,10 @@ class Mamba2(SequenceMixer):
     B and C are shared by all heads. Computed as simple GLA with q = C, k = B, v = dt x, g = dt A.
 
     The paper's block (expansion 2) replaces attention and MLP together; here it replaces only attention, and the number
-    of heads is chosen so that the layer has as many weights as attention.
+    of heads is chosen so that the layer has as many weights as attention without grouped heads.
 
     Args:
-        num_heads: heads of width model.head_dim; null for the number that gives as many weights as attention.
+        num_heads: heads of width model.head_dim; null for the number that gives that many weights.
         state_dim: N, the width of B and C; null for 128 as in the paper, or half the width in models narrower than 256.
         conv_size: number of taps of the short convolution.
         chunk_size: tokens per chunk of the torch form; affects speed only.
