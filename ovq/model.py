@@ -110,7 +110,8 @@ class Transformer(nn.Module):
             tokens_BT: int64 [B, T].
             targets_BT: int64 [B, T], -100 where there is no label. With targets the loss is returned, otherwise the
                 logits.
-            cu_seqlens: int32, document boundaries in the flattened B x T tokens; no information crosses them.
+            cu_seqlens: int32, document boundaries in the flattened B x T tokens; no information crosses them. Excludes
+                `state` and `return_state`.
             state: `state` from the output of an earlier call; the new tokens follow that call's last token.
             return_state: return the state after the last token.
             reduction: "sum" over valid targets, or "none" for the loss of each token [B, T] (0 where ignored).
@@ -121,6 +122,8 @@ class Transformer(nn.Module):
         B, T = tokens_BT.shape
         x = self.embed(tokens_BT)
         if cu_seqlens is not None:
+            if state is not None or return_state:
+                raise ValueError("cu_seqlens excludes state and return_state: a carried state belongs to one document")
             x = x.flatten(0, 1)[None]
         states: list[Any] = []
         for index, layer in enumerate(self.layers):
@@ -234,9 +237,10 @@ def undivided(model: Transformer, ranks: int) -> str:
         if heads is None:
             return f"trainer.context_parallel={ranks} is not possible: {type(mixer).__name__} needs whole sequences"
         name, number = next((name, number) for name, number in heads.items() if number % ranks)
+        common = math.gcd(ranks, *heads.values())
         return (
             f"trainer.context_parallel={ranks} must divide {name}, which is {number}, since ranks share out the heads "
-            f"of {type(mixer).__name__}; use trainer.context_parallel={math.gcd(ranks, number)} or other heads"
+            f"of {type(mixer).__name__}; use trainer.context_parallel={common} or other heads"
         )
     return ""
 
@@ -251,13 +255,15 @@ def flops_per_token(model: Transformer, context: int, *, training: bool = True) 
     """Matmul FLOPs per token, averaged over a sequence of `context` tokens.
 
     Forward: 2 for each weight of every matrix that multiplies activations (the embedding is a look-up), plus each
-    mixer's own mixing. Training: three times that, because the backward pass does two products for each one in the
-    forward pass. Recomputation under activation checkpointing is not counted, as in PaLM's MFU (arXiv 2204.02311,
-    appendix B).
+    mixer's own mixing. The backward pass does two products for each one of the forward pass, except where the mixer's
+    `backward_flops` says otherwise. Recomputation under activation checkpointing is not counted, as in PaLM's MFU
+    (arXiv 2204.02311, appendix B).
     """
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    forward = 2 * weights + sum(mixer.mixing_flops(context) for mixer in model.mixers())
-    return forward * (3 if training else 1)
+    flops = 2 * weights + sum(mixer.mixing_flops(context) for mixer in model.mixers())
+    if training:
+        flops += 4 * weights + sum(mixer.backward_flops(context) for mixer in model.mixers())
+    return flops
 
 
 def state_size(model: Transformer, context: int) -> int:

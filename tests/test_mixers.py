@@ -166,6 +166,24 @@ def test_flops_count_what_each_token_sees(context: int) -> None:
     assert ovq.mixing_flops(context) == pytest.approx((predict + key * sum(sizes[:whole])) / context)
     kept = [min(12, t - t % L) for t in range(context)]
     assert fifo.mixing_flops(context) == pytest.approx(query * (sum(kept) + sum(own)) / context)
+    kvm, attend = make("kvm"), query * (sum(kept) + sum(own))
+    assert kvm.mixing_flops(context) == pytest.approx((attend + key * sum(kept[:whole])) / context)
+
+
+def test_flops_of_the_backward_pass_leave_out_what_has_no_gradient() -> None:
+    for name in ("fifo", "gated_deltanet"):
+        mixer = make(name)
+        assert mixer.backward_flops(T) == 2 * mixer.mixing_flops(T)
+    shape = make("ovq").shape
+    search = 2 * shape.num_kv_heads * shape.head_dim  # FLOPs per key and entry that it is compared with
+    vq, mesa = make("vq"), make("mesa_net")
+    assert vq.backward_flops(T) == 2 * (vq.mixing_flops(T) - search * vq.num_codes)
+    assert make("kvm").backward_flops(T) == make("fifo").backward_flops(T)  # of equal capacity
+    ovq = make("ovq")
+    found = sum(ovq.spec.size_at(t - t % 8) for t in range(T - T % 8)) / T
+    assert ovq.backward_flops(T) == pytest.approx(2 * (ovq.mixing_flops(T) - search * found))
+    solve = 2 * mesa.iterations * shape.num_heads * shape.head_dim**2
+    assert mesa.backward_flops(T) == 2 * mesa.mixing_flops(T) - solve  # its gradient is one solve, not two
 
 
 def held(state: Any) -> int:

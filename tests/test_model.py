@@ -52,6 +52,13 @@ def test_loss_is_the_sum_of_nats_over_valid_targets() -> None:
     assert relative_error(model(x, targets_BT=y, reduction="none").loss.flatten(), each) < 1e-5
 
 
+@pytest.mark.parametrize("model", ["std_att", "gdn", "sw_ovq"])
+def test_packed_documents_leave_no_state_to_continue_from(model: str) -> None:
+    x, bounds = torch.zeros(1, 8, dtype=torch.long), torch.tensor([0, 3, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens excludes state and return_state"):
+        small_model(model)(x, cu_seqlens=bounds, return_state=True)
+
+
 def test_packed_documents_give_the_loss_of_each_alone() -> None:
     model, x, y = small_model("sw_ovq").double(), tokens(4), tokens(5)
     bounds = torch.tensor([0, 13, 40, 47, 80], dtype=torch.int32)

@@ -66,8 +66,8 @@ class SequenceMixer(nn.Module):
 
         Args:
             x_BTD: float tensor [B, T, D]. T = 1 with a state is decoding.
-            cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no state. No information
-                may flow from one document to the next.
+            cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1, no state, and no
+                `return_state`. No information may flow from one document to the next.
             state: returned by an earlier call, or None at the start of the sequence. Not modified in place.
             return_state: also return the state after the last token.
 
@@ -144,6 +144,10 @@ class SequenceMixer(nn.Module):
     def mixing_flops(self, context: int) -> float:
         """Forward FLOPs per token of mixing (without projections), averaged over a sequence of `context` tokens."""
         raise NotImplementedError
+
+    def backward_flops(self, context: int) -> float:
+        """The same of the backward pass: two products for each one of the forward pass that carries a gradient."""
+        return 2 * self.mixing_flops(context)
 
     @property
     def capacity(self) -> int | None:

@@ -20,7 +20,8 @@ from ovq.ops.mesa import mesa
 
 class MesaNet(SequenceMixer):
     """Short convolutions on q and k, both with unit norm, decay and input gates computed from the token, the Mesa layer
-    with a learned ridge, a head-wise RMSNorm, and the output projection. It has attention's weights plus two gates.
+    with a learned ridge, a head-wise RMSNorm, and the output projection. It has as many weights as attention without
+    grouped heads, and two gates.
 
     The decay is Mamba's gate, exp(-A softplus(a)), whose decay is slow at initialisation. The published code
     (flash-linear-attention) has sigmoid(a), near 1/2 at the start: this gate with A = 1 and the opposite sign of a.
@@ -134,3 +135,8 @@ class MesaNet(SequenceMixer):
         """Per head, two K x K states written, one read, and a product with the other for every step of the solve."""
         E, K = width(self.shape), self.shape.head_dim
         return (4 + 2 + 2 * self.iterations) * E * K + 2 * self.conv.weight.numel()
+
+    def backward_flops(self, context: int) -> float:
+        """The solve is not differentiated step by step: its gradient is one more solve."""
+        solve = 2 * self.iterations * width(self.shape) * self.shape.head_dim
+        return 2 * (self.mixing_flops(context) - solve) + solve
