@@ -13,13 +13,13 @@ import hashlib
 import lzma
 import os
 import re
-import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ovq.errors import Failure, one_line
+from ovq.errors import ConfigError, Failure, one_line
 from ovq.files import replacing
 
 HEAD = 8192  # bytes at the start of a file that are examined
@@ -85,7 +85,8 @@ def plain(path: str) -> str:
 
     Raises:
         Unreadable: the compressed data are damaged or cut short.
-        OSError: it cannot be read, or its copy cannot be written.
+        ConfigError: the copy cannot be written.
+        OSError: it cannot be opened.
     """
     with open(path, "rb") as stream:
         compression = compression_of(stream.read(MAGIC))
@@ -110,14 +111,23 @@ def decompressed(stream: BinaryIO, compression: str, identity: str, shown: str) 
     print(f"decompressing {shown} to {copy}, once", file=sys.stderr)
     try:
         with replacing(copy) as scratch, open(scratch, "wb") as out:
-            shutil.copyfileobj(_opened(stream, compression), out, _BLOCK)
-    except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise Unreadable(f"cannot be decompressed ({compression}): {one_line(error)}") from None
-    except OSError as error:
-        if error.errno is not None:  # the disk, not the data
-            raise
-        raise Unreadable(f"cannot be decompressed ({compression}): {one_line(error)}") from None
+            for block in _blocks(stream, compression):
+                out.write(block)
+    except OSError as error:  # it must not count as a fault of the data
+        raise ConfigError(
+            f"the decompressed copy of {shown} cannot be written to {copy.parent} ({one_line(error)}); make room "
+            "there, or set OVQ_CACHE to another folder"
+        ) from None
     return str(copy)
+
+
+def _blocks(stream: BinaryIO, compression: str) -> Iterator[bytes]:
+    try:
+        source = _opened(stream, compression)
+        while block := source.read(_BLOCK):
+            yield block
+    except (EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
+        raise Unreadable(f"cannot be decompressed ({compression}): {one_line(error)}") from None
 
 
 def _opened(stream: BinaryIO, compression: str) -> Any:
@@ -133,7 +143,7 @@ def _opened(stream: BinaryIO, compression: str) -> Any:
 
 
 class _Frames:
-    """pyarrow's stream with the read method that copyfileobj calls; it reads one zstd frame after another."""
+    """pyarrow's stream with a read method that returns bytes; it reads one zstd frame after another."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

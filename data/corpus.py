@@ -30,7 +30,7 @@ from data.index import footer_hash
 from data.sources import ChangedError, DataError, Shard, open_file
 from data.tokenizer import Tokenizer
 from ovq.config_data import SourceConfig
-from ovq.errors import one_line
+from ovq.errors import ConfigError, one_line
 
 _READ_BYTES = 1 << 20  # of compressed column data read, and of text decoded, at a time
 _OPEN_FILES = 8
@@ -217,7 +217,7 @@ class ShardCorpus:
             )
             if not in_order:
                 self._ahead = None  # it keeps a page in memory, which is useless if the next document is elsewhere
-        except ChangedError:
+        except (ChangedError, ConfigError):
             raise
         except Exception as error:  # the readers of three formats raise a dozen types; the document is always named
             where, cause = f"{shard.file.path} {self._place(s, number)}", one_line(error)

@@ -144,6 +144,17 @@ def test_a_compressed_file_that_is_cut_short_is_a_bad_shard(tmp_path: Path, name
     assert read_all(data("jsonl", f"{tmp_path}/*.jsonl", on_bad_shard="skip")) == ["good"]
 
 
+@pytest.mark.parametrize("on_bad_shard", ["error", "skip"])
+def test_a_cache_that_cannot_be_written_is_no_bad_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_bad_shard: str
+) -> None:
+    monkeypatch.setenv("OVQ_CACHE", "/proc/nope")
+    write_jsonl(tmp_path / "b.jsonl", ["good"])
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "good, too"}'))
+    with pytest.raises(ConfigError, match="copy of .*a.jsonl cannot be written to /proc/nope.*set OVQ_CACHE"):
+        read_all(data("jsonl", tmp_path, on_bad_shard=on_bad_shard))
+
+
 # --- what is not text ------------------------------------------------------------------------------------------------
 
 
