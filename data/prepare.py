@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from data.build import build_corpus, build_tokenizer, shares_of, sources_of, splits_of
+from data.build import build_corpus, build_tokenizer, named, shares_of, sources_of, splits_of
 from data.corpus import FLAGS, TokenisedCorpus
 from data.files import AtomicFile, hold
 from data.prepared import (
@@ -363,7 +363,10 @@ def main(options: Options, overrides: list[str], words: list[str]) -> int:
             if name and not splits:
                 continue
             folders[name] = folder / name
-            index = prepare(source, folders[name], splits=splits, processes=options.processes, part_mb=options.part_mb)
+            with named(name):
+                index = prepare(
+                    source, folders[name], splits=splits, processes=options.processes, part_mb=options.part_mb
+                )
             print(*_summary(index), sep="\n")
             model = tokenizer_of(folders[name], index)
     except KeyboardInterrupt:

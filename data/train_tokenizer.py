@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.build import build_corpus, shares_of, sources_of
+from data.build import build_corpus, named, shares_of, sources_of
 from data.corpus import Corpus
 from data.order import permute
 from data.tokenizer import SentencePieceTokenizer
@@ -42,10 +42,12 @@ def main(options: Options, overrides: list[str]) -> int:
     """The command line in the module's docstring."""
     cfg = compose([*overrides, "tokenizer=byte"])
     shares = shares_of(cfg) or {"": 1.0}
-    corpora = {name: build_corpus(source, "train") for name, source in sources_of(cfg).items()}
-    for name, corpus in corpora.items():
-        if not len(corpus):
-            raise ConfigError(f"{f'data.mixture.{name}' if name else 'data'}.train holds no documents")
+    corpora = {}
+    for name, source in sources_of(cfg).items():
+        with named(name):
+            corpora[name] = build_corpus(source, "train")
+            if not len(corpora[name]):
+                raise ConfigError("data.train holds no documents")
     lines = itertools.chain.from_iterable(
         sample_lines(corpus, round(shares[name] * options.sample_mb * (1 << 20)), cfg.seed)
         for name, corpus in corpora.items()
@@ -125,9 +127,10 @@ def sample_lines(corpus: Corpus, num_bytes: int, seed: int) -> Iterator[str]:
         if left <= 0:
             return
         text = corpus.read(int(index)).text
+        of_each = len(text) / max(1, len(text.encode()))  # characters per byte
         # The middle of a book is more typical than its title page.
-        start = max(0, (len(text) - share) // 2)
-        stretch = text[start : start + min(share, left)]
+        start = max(0, (len(text) - round(share * of_each)) // 2)
+        stretch = text[start : start + max(1, round(min(share, left) * of_each))]
         left -= len(stretch.encode())
         for line in stretch.split("\n"):
             for cut in range(0, len(line), _LINE_LIMIT // 4):

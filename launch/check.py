@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import train
-from data.build import build_tokenizer
+from data.build import build_tokenizer, named
 from data.describe import describe
 from eval.preflight import check_held_out, check_room
 from launch.claims import trainer_of
@@ -59,10 +59,11 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
     train.check_vocabulary(cfg, tokenizer)
     hints = check_held_out(cfg, tokenizer)
     found = describe(cfg)
-    for facts in found.values():
+    for split, facts in found.items():
         if facts.get("error"):
-            raise ConfigError(str(facts["error"]))
-    if not any(split.partition(" ")[0] == "train" for split in found):  # a mixture has "train NAME"
+            with named(split.partition(" ")[2]):  # a mixture has "train NAME"
+                raise ConfigError(str(facts["error"]))
+    if not any(split.partition(" ")[0] == "train" for split in found):
         raise ConfigError("data.train is empty; give it files")
     if problem := indivisible(cfg, world_size):
         raise ConfigError(f"{world_size} processes: {problem}")

@@ -268,6 +268,9 @@ def test_a_mixture_has_training_data(tmp_path: Path) -> None:
     parts = "{a: {data: builtin, weight: 1}, b: {data: builtin, weight: 1}}"
     settings = [*QUICK, f"run_dir={tmp_path}", "data=mixture"]
     assert check.check([*settings, f"data.mixture={parts}"], 1).warnings == ()
+    parts = "{a: {data: builtin, weight: 1}, b: {data: text, train: [gone.txt], weight: 1}}"
+    with pytest.raises(ConfigError, match="^data.mixture.b: data.train: .*gone.txt"):
+        check.check([*settings, f"data.mixture={parts}"], 1)
     with pytest.raises(ConfigError, match="data.train is empty; give it files"):
         check.check([*QUICK, f"run_dir={tmp_path}", "data=jsonl", "eval.at_end=false", "trainer.eval_every=0"], 1)
 

@@ -473,6 +473,15 @@ def test_the_sample_is_spread_and_bounded() -> None:
     few = Books([1000, 0, 500])
     assert sum(len(line) for line in sample_lines(few, 1 << 20, seed=0)) == 1500
 
+    class Cyrillic(Books):
+        def read(self, index: int) -> Any:
+            self.read_at.append(index)
+            return type("Text", (), {"text": "ж" * (self.lengths[index] // 2)})
+
+    russian = Cyrillic([40_000] * 64)
+    assert sum(len(line.encode()) for line in sample_lines(russian, 1 << 20, seed=0)) == 1 << 20
+    assert len(russian.read_at) == 64, "a share is counted in bytes, not in characters"
+
 
 @pytest.mark.parametrize(
     "arguments,words",
@@ -494,7 +503,7 @@ def test_data_without_documents_are_refused_before_training(tmp_path: Path, caps
     empty, other = f"data: jsonl, train: [{tmp_path}/empty.jsonl]", "data: builtin"
     for words, where in (
         (["data=jsonl", f"data.train=[{tmp_path}/empty.jsonl]"], "data.train"),
-        (["data=mixture", f"data.mixture={{a: {{{other}}}, b: {{{empty}}}}}"], "data.mixture.b.train"),
+        (["data=mixture", f"data.mixture={{a: {{{other}}}, b: {{{empty}}}}}"], "data.mixture.b: data.train"),
     ):
         assert main([*words, f"out={tmp_path}/x.model"]) == 2
         assert capsys.readouterr().err == f"error: {where} holds no documents\n"
