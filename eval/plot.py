@@ -50,7 +50,8 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
     """
     fig, (ax,) = style.figure()
     longest = max(row["position_end"] for curve in curves for row in curve.rows)
-    drawn = [after_the_first(curve.rows, longest) if scale == "log" else curve.rows for curve in curves]
+    # A curve that ends before the first position shown is drawn whole.
+    drawn = [(after_the_first(curve.rows, longest) if scale == "log" else []) or curve.rows for curve in curves]
     same = equal_curves([[row["loss"] for row in rows] for rows in drawn])
     for index, (curve, rows) in enumerate(zip(curves, drawn)):
         x = [_middle(row, scale) for row in rows]

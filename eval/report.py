@@ -32,7 +32,7 @@ class Options:
     runs: list[str] = setting(
         [], "run folders, [a,b] or a pattern as in [runs/*]; empty: those of the sweep given instead", paths=True
     )
-    base: str | None = setting(None, "run folder that others are compared with; null: the first")
+    base: str | None = setting(None, "run folder that others are compared with; null: the first", paths=True)
     positions: list[int] = setting([4096, 16384, 65536], "positions of the table, in tokens", at_least=1)
     out: str = setting("report.html", "file to write", endings=(".html", ".htm"), writes="file")
 

@@ -97,7 +97,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--grace", type=positive, default=300, metavar="S", help="seconds to save in (default: 300)")
     made.add_argument("--sbatch", action="append", default=[], metavar="LINE", help="one more #SBATCH line; repeatable")
     made.add_argument("--setup", action="append", default=[], metavar="LINE", help="one more shell line before the run")
-    made.add_argument("--python", default=sys.executable, metavar="WORDS", help="Python, or container ... python")
+    made.add_argument(
+        "--python", default=shlex.quote(sys.executable), metavar="WORDS", help="Python, or container ... python"
+    )
     made.add_argument("--print", action="store_true", dest="only_print", help="print the file; submit nothing")
     return made
 

@@ -74,6 +74,13 @@ def test_a_figure_is_saved_atomically(tmp_path: Path) -> None:
     assert path.read_bytes() == before and [entry.name for entry in path.parent.iterdir()] == ["a.png"]
 
 
+def test_a_curve_that_ends_before_the_first_position_shown_is_drawn_whole(tmp_path: Path) -> None:
+    long = table(1)[:4]
+    short = [{**row, "position_start": 4 * i, "position_end": 4 * i + 4} for i, row in enumerate(long)]
+    assert short[-1]["position_end"] <= plot.FIRST_SHOWN < long[-1]["position_end"] / 16
+    plot.loss_by_position([Curve("long", long), Curve("short", short)], tmp_path / "a.png")
+
+
 def test_same_data_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         plot.loss_by_position([Curve("x", table(1)[:4])], tmp_path / name)

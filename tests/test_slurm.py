@@ -84,6 +84,14 @@ def test_a_finished_run_is_not_submitted_again_unless_it_gets_more_steps(
     assert capsys.readouterr().out.startswith("Submitted batch job 1: 1 run(s)")
 
 
+def test_a_python_in_a_folder_with_a_space_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/home/me/my env/bin/python")
+    assert slurm.main(["--print", "--cpu-ranks", "1", "--", *QUICK, f"run_dir={tmp_path}/a"]) == 0
+    assert "'/home/me/my env/bin/python' -m launch run" in capsys.readouterr().out
+
+
 def test_the_file_is_what_the_options_say_and_print_writes_nothing(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
