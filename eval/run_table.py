@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ovq.errors import ConfigError, one_line
-from ovq.files import replacing
+from ovq.files import exclusive, replacing
 from ovq.identity import FREE_AT_RESUME
 
 Row = dict[str, Any]
@@ -41,7 +41,8 @@ class RunTable:
         if not path.exists():
             return []
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            content = pa.BufferReader(path.read_bytes())  # read_table opens a path twice: it may be replaced in between
+            table = pq.read_table(content, page_checksum_verification=True)
             if table.schema.names != self.schema.names:
                 raise ValueError(f"its columns are {', '.join(table.schema.names)}")
             return table.cast(self.schema).to_pylist()
@@ -71,20 +72,22 @@ class RunTable:
         return text.getvalue()
 
     def write(self, run_dir: Path | str, rows: list[Row]) -> Path:
-        """Add rows, replacing earlier ones with the same keys; whole or not at all.
+        """Add rows, replacing earlier ones with the same keys; whole or not at all. Processes that write at the same
+        time wait for each other, so that no row is lost.
 
         A damaged table is renamed, with a warning, and a new one begun, so that the evaluation just made is not lost.
         """
         path = Path(run_dir) / self.file
-        try:
-            before = self.read(run_dir)
-        except ConfigError as error:
-            print(f"{error}: it is now {_set_aside(path)}", file=sys.stderr, flush=True)
-            before = []
-        fresh = {self.key_of(row) for row in rows}
-        kept = [row for row in before if self.key_of(row) not in fresh]
-        with replacing(path) as scratch:
-            pq.write_table(pa.Table.from_pylist(kept + rows, schema=self.schema), scratch, write_page_checksum=True)
+        with exclusive(run_dir):
+            try:
+                before = self.read(run_dir)
+            except ConfigError as error:
+                print(f"{error}: it is now {_set_aside(path)}", file=sys.stderr, flush=True)
+                before = []
+            fresh = {self.key_of(row) for row in rows}
+            kept = [row for row in before if self.key_of(row) not in fresh]
+            with replacing(path) as scratch:
+                pq.write_table(pa.Table.from_pylist(kept + rows, schema=self.schema), scratch, write_page_checksum=True)
         return path
 
 

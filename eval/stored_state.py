@@ -26,8 +26,8 @@ from data.build import build_task, is_task
 from eval.answers import test
 from eval.run_table import Row, changes
 from ovq.cli import command
-from ovq.errors import ConfigError, one_line
-from ovq.files import check_writable, write_whole
+from ovq.errors import ConfigError
+from ovq.files import exclusive, write_whole
 from ovq.inference.run import RunOptions, at_capacity
 from ovq.mixers.ovq import OVQ
 from ovq.ops.ovq_attention import OVQState
@@ -117,15 +117,8 @@ class Options(RunOptions):
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
     path = Path(options.out or options.run) / "stored_state.csv"
-    run = options.open(["trainer.precision=fp32", *overrides], writes=not options.out)
-    if options.out:
-        try:
-            check_writable(path.parent)  # before the work
-        except OSError as error:
-            raise ConfigError(
-                f"out={options.out} cannot be written to ({one_line(error)}); name another folder"
-            ) from None
-    before = read(path)
+    run = options.open(["trainer.precision=fp32", *overrides], out=options.out)
+    read(path)  # raises, before the work, if it is something else
     layers = [mixer for mixer in run.model.mixers() if isinstance(mixer, OVQ)]
     if not is_task(run.cfg) or not layers:
         raise ConfigError(f"{options.run} must be a run with OVQ layers that was trained on a generated task")
@@ -151,14 +144,20 @@ def main(options: Options, overrides: list[str]) -> int:
                 print(
                     f"{length:>7} tokens  {name:<22} {held:>4} bytes per centroid  {right / answers:7.2%}", flush=True
                 )
+    save(path, rows)
+    print(path)
+    return 0
+
+
+def save(path: Path, rows: list[Row]) -> None:
+    """Add rows to the file, in place of those of the same tests; whole or not at all."""
     fresh = {key_of(row) for row in rows}
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*(row for row in before if key_of(row) not in fresh), *rows])
-    write_whole(path, text.getvalue())
-    print(path)
-    return 0
+    with exclusive(path.parent):
+        writer.writerows([*(row for row in read(path) if key_of(row) not in fresh), *rows])
+        write_whole(path, text.getvalue())
 
 
 def key_of(row: Row) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ Only the standard library is imported, so that every command can use this module
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -48,6 +49,25 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
     """Write a whole file atomically through `replacing`; text is encoded as UTF-8."""
     with replacing(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path | str) -> Iterator[None]:
+    """Wait for every other process that holds this folder's lock, then hold it: for a read and write of the same file.
+
+    A file system without such locks, or a folder that cannot be opened, gives no protection.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 ABANDONED_S = 3600  # a temporary file whose writer cannot be looked up is a leftover after this time

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from ovq.inference.run import check_capacity, choose, load_run, override
 from ovq.model import ModelOutput
 from ovq.processes import Axis, World
 from ovq.train.checkpoint import Checkpointer
-from tests.helpers import relative_error, small_config, small_model
+from tests.helpers import extra_of, relative_error, small_config, small_model
 
 REPO = Path(__file__).resolve().parent.parent
 CONTEXT = 96
@@ -81,7 +82,7 @@ def run_folder(root: Path, model: str, texts: list[str], *overrides: str, steps:
     saver = Checkpointer(run_dir, asynchronous=False)
     for step in steps:
         built = small_model(model, *overrides, vocab_size=257, seed=step)
-        saver.save(step, built, torch.optim.SGD(built.parameters()), {"step": step})
+        saver.save(step, built, torch.optim.SGD(built.parameters()), extra_of(step))
     return run_dir
 
 
@@ -362,6 +363,18 @@ def test_fewer_documents_than_requested_are_used_and_reported(
     assert results is not None and results["documents"] == 4
     (line,) = capsys.readouterr().err.splitlines()
     assert "eval.documents=9: only 4 of 6 validation documents" in line
+
+
+def test_evaluations_that_write_at_the_same_time_keep_each_others_rows(tmp_path: Path) -> None:
+    def write(writer: int) -> None:
+        for step in range(8):
+            row = dict.fromkeys(loss_table.SCHEMA.names) | {"step": step, "split": str(writer), "loss": 1.0}
+            loss_table.write(tmp_path, [row])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(loss_table.read(tmp_path)) == 4 * 8
+    assert [path.name for path in tmp_path.iterdir()] == [loss_table.FILE]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 not a table PAR1", "foreign columns", "flipped bit"])

@@ -91,7 +91,10 @@ def test_the_command_tests_every_format(
     with monkeypatch.context() as patched:
         patched.setattr(stored_state, "test", lambda *_, **__: pytest.fail("measured before looking at out"))
         assert stored_state.main([f"run={run}", "out=/proc/nope"]) == 2
-        assert "out=/proc/nope cannot be written to" in (said := capsys.readouterr().err) and said.count("\n") == 1
+        assert (
+            "would go to /proc/nope, which cannot be written to" in (said := capsys.readouterr().err)
+            and said.count("\n") == 1
+        )
     other = run_folder(tmp_path / "other", "sw", ["data=recall", "data.task.key_vocab=244", "data.task.value_vocab=12"])
     assert stored_state.main([f"run={other}"]) == 2
     assert "must be a run with OVQ layers" in capsys.readouterr().err
