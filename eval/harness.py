@@ -29,7 +29,7 @@ from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.errors import ConfigError, one_line
-from ovq.files import write_whole
+from ovq.files import exclusive, write_whole
 from ovq.inference.run import Run, RunOptions, at_capacity
 from ovq.model import count_parameters, state_bytes, widest_window
 from ovq.schema import setting
@@ -61,7 +61,7 @@ def main(options: Options, overrides: list[str]) -> int:
         tasks = find(options)
         path = Path(options.out) if options.out else Path(options.run) / FILE
         read(path)
-        run = options.open(overrides, own=["batch"])
+        run = options.open(overrides, own=["batch"], out=options.out and path.parent)
         if is_task(run.cfg):
             raise ConfigError(f"{options.run} was trained on a generated task, whose ids stand for no text")
         results = measure(run, options, tasks, path, changes(overrides))
@@ -157,7 +157,7 @@ def about(run: Run, options: Options, changed: str) -> dict[str, Any]:
     return {
         "run": run.run_dir.resolve().name,
         "step": run.step,
-        "tokens": run.step * trainer.global_batch * trainer.context,
+        "tokens": run.tokens,
         "parameters": count_parameters(model)[0],
         "num_centroids": next((mixer.capacity for mixer in model.mixers() if mixer.capacity is not None), None),
         "model": cfg.model.name,
@@ -179,12 +179,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def save(path: Path, evaluation: dict[str, Any], scores: dict[str, Scores]) -> None:
     """Add scores to the tasks of an evaluation in a file, or a new evaluation to the file; whole or not at all."""
-    known = read(path)
-    same = [each for each in known if {**each, "tasks": None} == {**evaluation, "tasks": None}]
-    if not same:
-        known += (same := [{**evaluation, "tasks": {}}])
-    same[0]["tasks"] |= scores
-    write_whole(path, json.dumps(known, indent=1) + "\n")
+    with exclusive(path.parent):
+        known = read(path)
+        same = [each for each in known if {**each, "tasks": None} == {**evaluation, "tasks": None}]
+        if not same:
+            known += (same := [{**evaluation, "tasks": {}}])
+        same[0]["tasks"] |= scores
+        write_whole(path, json.dumps(known, indent=1) + "\n")
 
 
 def report(results: dict[str, Scores]) -> str:

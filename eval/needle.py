@@ -196,7 +196,7 @@ def about(run: Run, options: Options, haystack: str, length: int) -> Row:
         "state_numbers": state_size(run.model, length),
         "state_bytes": state_bytes(run.model, length, 2 if run.world.precision == "bf16" else 4),
         "train_context": trainer.context,
-        "train_tokens": run.step * trainer.global_batch * trainer.context,
+        "train_tokens": run.tokens,
     }
 
 

@@ -85,6 +85,11 @@ def started(base: Config, *words: str, start: Callable[[Config, Path], None]) ->
     return guarded(lambda: start(cfg, Path(cfg.run_dir)))
 
 
+def extra_of(step: int) -> dict[str, Any]:
+    """What a checkpoint of an evaluation test holds besides weights."""
+    return {"step": step, "tokens": 24 * step}
+
+
 def small_model(model: str, *overrides: str, vocab_size: int = 61, seed: int = 0) -> Transformer:
     built = build_model(small_config(model, *overrides).model, vocab_size)
     built.init_weights(seed)

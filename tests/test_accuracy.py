@@ -19,7 +19,7 @@ from ovq import config
 from ovq.inference.run import load_run
 from ovq.train.checkpoint import Checkpointer
 from ovq.train.summary import summary_text
-from tests.helpers import small_config, small_model
+from tests.helpers import extra_of, small_config, small_model
 
 TASK = ["data=task", "data/task=regression", "data.task.functions=3", "trainer.context=108"]
 
@@ -30,7 +30,7 @@ def trained(root: Path, model: str, *overrides: str) -> Path:
     config.save(cfg, root)
     vocabulary = build_task(cfg).vocab_size if cfg.data.kind == "task" else 257
     built = small_model(model, vocab_size=vocabulary)
-    Checkpointer(root, asynchronous=False).save(3, built, torch.optim.SGD(built.parameters()), {"step": 3})
+    Checkpointer(root, asynchronous=False).save(3, built, torch.optim.SGD(built.parameters()), extra_of(3))
     return root
 
 

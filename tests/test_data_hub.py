@@ -24,7 +24,7 @@ from ovq.errors import ConfigError
 from ovq.inference.run import load_run
 from ovq.train.checkpoint import Checkpointer
 from tests.data_helpers import config, loader, steps, texts, write_parquet
-from tests.helpers import small_config, small_model
+from tests.helpers import extra_of, small_config, small_model
 
 
 class Hub:
@@ -188,7 +188,7 @@ def test_an_evaluation_reads_the_commit_that_the_run_was_trained_on(hub: Hub, tm
     cfg = small_config("sw", "data=pg19", "data.revision=null", "data.num_workers=0", "tokenizer=byte")
     save(cfg, run_dir)
     model = small_model("sw", vocab_size=build_tokenizer(cfg).vocab_size)
-    extra = {"step": 1, "data": loader(cfg).state_dict()}
+    extra = extra_of(1) | {"data": loader(cfg).state_dict()}
     Checkpointer(run_dir, asynchronous=False).save(1, model, torch.optim.SGD(model.parameters()), extra)
     hub.commit("second", [texts()[::-1]], texts()[:3])
     forget()

@@ -40,7 +40,7 @@ from ovq.train.checkpoint_files import fingerprints, manifest_text, reading
 from ovq.train.metrics import Metrics, read_rows, start_wandb
 from tests import faults
 from tests.faults import Fault
-from tests.helpers import TINY, chosen, small_config, small_model
+from tests.helpers import TINY, chosen, extra_of, small_config, small_model
 from tests.test_toy_mixer import ADDED, MODULE
 from tests.training import trainer_for
 
@@ -95,7 +95,7 @@ def recall_run(tmp_path: Path) -> Path:
     tokenizer = build_tokenizer(cfg)
     tokenizer.save(run_dir / "tokenizer")
     model = small_model("sw", *RUN, vocab_size=tokenizer.vocab_size)
-    Checkpointer(run_dir, asynchronous=False).save(1, model, torch.optim.AdamW(model.parameters()), {"step": 1})
+    Checkpointer(run_dir, asynchronous=False).save(1, model, torch.optim.AdamW(model.parameters()), extra_of(1))
     return run_dir
 
 
@@ -122,7 +122,7 @@ def metadata_trap(run_dir: Path, made: Path) -> Path:
 
 def extra_trap(run_dir: Path, made: Path) -> Path:
     file = folder(run_dir, 1) / "extra.pt"
-    torch.save({"step": 1, "data": Trap(made)}, file)
+    torch.save({"step": 1, "tokens": 24 * 1, "data": Trap(made)}, file)
     return file
 
 
@@ -234,7 +234,7 @@ def test_what_lies_in_the_run_folder_cannot_be_imported_even_from_within(
     for entry in ("", str(stranger), str(stranger / "checkpoints" / "..")):
         sys.path.insert(0, entry)
     model = small_model("sw", *TINY, vocab_size=VOCAB)
-    Checkpointer(stranger, asynchronous=False).save(1, model, torch.optim.SGD(model.parameters()), {"step": 1})
+    Checkpointer(stranger, asynchronous=False).save(1, model, torch.optim.SGD(model.parameters()), extra_of(1))
     with pytest.raises(ConfigError, match=r"toy_mixer\.Leaky cannot be imported"):
         load_run(stranger, trust=["toy_mixer.Leaky"])
     assert not (tmp_path / "imported").exists()
@@ -534,7 +534,7 @@ def test_a_moment_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     parameter = next(iter(trainer.model.parameters()))
     trainer.optimizer.state[parameter]["exp_avg_sq"].view(-1)[-1] = float("inf")
     with pytest.raises(TrainingError, match=r"^after step 2, exp_avg_sq of embed\.weight is not finite"):
-        trainer.checkpointer.save(2, trainer.model, trainer.optimizer, {"step": 2})
+        trainer.checkpointer.save(2, trainer.model, trainer.optimizer, extra_of(2))
     assert steps_on_disk(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob("saving_*"))
 
 
@@ -543,7 +543,7 @@ def test_large_finite_weights_are_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(3e38)
-    Checkpointer(tmp_path, asynchronous=False).save(1, model, torch.optim.SGD(model.parameters()), {"step": 1})
+    Checkpointer(tmp_path, asynchronous=False).save(1, model, torch.optim.SGD(model.parameters()), extra_of(1))
     assert steps_on_disk(tmp_path) == [1]
 
 
@@ -651,10 +651,10 @@ def test_a_checkpoint_that_is_being_evaluated_is_not_removed_by_the_trainer(reca
         trainer = Checkpointer(recall_run, keep_last=1, asynchronous=False)
         model = small_model("sw", *RUN, vocab_size=VOCAB)
         optimizer = torch.optim.AdamW(model.parameters())
-        trainer.save(2, model, optimizer, {"step": 2})
+        trainer.save(2, model, optimizer, extra_of(2))
         assert steps_on_disk(recall_run) == [1, 2]
         checkpoint.load(folder(recall_run, 1), model)
-    trainer.save(3, model, optimizer, {"step": 3})
+    trainer.save(3, model, optimizer, extra_of(3))
     assert steps_on_disk(recall_run) == [3]
 
 
@@ -668,7 +668,7 @@ def test_a_checkpoint_removed_while_it_is_chosen_gives_way_to_the_newer_one(
     def slow(path: Path) -> Iterator[None]:
         if path == folder(recall_run, 1):
             trainer = Checkpointer(recall_run, keep_last=1, asynchronous=False)
-            trainer.save(2, model, torch.optim.AdamW(model.parameters()), {"step": 2})
+            trainer.save(2, model, torch.optim.AdamW(model.parameters()), extra_of(2))
         with reading(path):
             yield
 

@@ -346,7 +346,7 @@ def test_the_command_prints_a_table_and_saves_every_task(
     assert printed[-2].split() == ["tiny_acc", "6", f"{acc:.4f}", "+-", f"{error:.4f}", "-"]
     assert printed[-1] == str(run_dir / harness.FILE)
     about = {name: evaluation[name] for name in ("step", "tokens", "num_centroids", "train_context", "limit")}
-    assert about == {"step": 3, "tokens": 3 * 8 * TRAINED_AT, "num_centroids": 12, "train_context": 24, "limit": None}
+    assert about == {"step": 3, "tokens": 72, "num_centroids": 12, "train_context": 24, "limit": None}
     assert evaluation["parameters"] == sum(p.numel() for p in small_model("sw_ovq", vocab_size=257).parameters())
 
 

@@ -23,7 +23,7 @@ from ovq.train.checkpoint import CheckpointError
 from ovq.train.ema import WeightAverage
 from ovq.train.optim import build_optimizer, parameter_groups
 from ovq.train.schedule import Schedule, lr_at
-from tests.helpers import chosen, small_config, small_model
+from tests.helpers import chosen, extra_of, small_config, small_model
 from tests.training import losses, trainer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -263,7 +263,7 @@ def test_an_evaluation_imports_no_optimizer_or_schedule(tmp_path: Path) -> None:
     build_tokenizer(cfg).save(tmp_path / "run" / "tokenizer")
     model = small_model("sw", vocab_size=build_tokenizer(cfg).vocab_size)
     saver = checkpoint.Checkpointer(tmp_path / "run", asynchronous=False)
-    saver.save(1, model, torch.optim.SGD(model.parameters()), {"step": 1})
+    saver.save(1, model, torch.optim.SGD(model.parameters()), extra_of(1))
     (tmp_path / "trap.py").write_text("raise SystemExit('imported')\n")
     loaded = ovq.load(tmp_path / "run", device="cpu")
     assert torch.equal(loaded.module.head.weight, model.head.weight) and "trap" not in sys.modules
@@ -275,7 +275,7 @@ def test_a_loaded_model_has_the_averaged_weights_if_asked(tmp_path: Path) -> Non
     build_tokenizer(cfg).save(tmp_path / "run" / "tokenizer")
     model, other = (small_model("sw", vocab_size=build_tokenizer(cfg).vocab_size, seed=seed) for seed in (0, 1))
     saver = checkpoint.Checkpointer(tmp_path / "run", asynchronous=False)
-    saver.save(1, model, torch.optim.SGD(model.parameters()), {"step": 1}, WeightAverage(other, 0.9))
+    saver.save(1, model, torch.optim.SGD(model.parameters()), extra_of(1), WeightAverage(other, 0.9))
     for weights, want in (("trained", model), ("ema", other)):
         loaded = ovq.load(tmp_path / "run", device="cpu", weights=weights)
         assert torch.equal(loaded.module.head.weight, want.head.weight), weights

@@ -19,6 +19,7 @@ def card(
     run_dir: Path,
     *,
     step: int,
+    tokens: int,
     name: str,
     licence: str | None,
     tokenizer_note: str,
@@ -26,6 +27,7 @@ def card(
     """The text of the card.
 
     Args:
+        tokens: with a label, read in training.
         licence: licence of the weights, as an identifier of the Hub; None: the card says that none was given.
         tokenizer_note: how the exported tokenizer compares with the run's.
     """
@@ -64,8 +66,8 @@ def card(
             f"- State of one sequence (bf16 activations): {', '.join(sizes)}.",
             f"- Tokens: {tokenizer_note}",
             *("", "## Training", ""),
-            f"- Tokens read: {step * trainer.global_batch * trainer.context:,} ({step:,} steps of "
-            f"{trainer.global_batch} sequences of {trainer.context:,} tokens).",
+            f"- Tokens learned from: {tokens:,} ({step:,} steps of {trainer.global_batch} sequences of "
+            f"{trainer.context:,} tokens).",
             f"- Data: {described(cfg)}.",
             f"- Optimizer: {cfg.optim.name}, peak learning rate {cfg.optim.lr:g}, schedule {cfg.optim.schedule}; "
             f"seed {cfg.seed}.",

@@ -83,6 +83,10 @@ class Folder:
         return int(self.training.get("step", 0))
 
     @property
+    def tokens(self) -> int:
+        return int(self.training.get("tokens", 0))
+
+    @property
     def fingerprint(self) -> str | None:
         """The fingerprint of the tokenizer."""
         return self.training.get("tokenizer")

@@ -47,7 +47,7 @@ SAMPLE = 200_000  # characters of text on which the tokenizers are compared
 class Options:
     run: str = setting(REQUIRED, "the run folder", paths=True)
     out: str = setting(REQUIRED, "folder to write, which must not exist or be empty", writes="folder")
-    checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one")
+    checkpoint: str | None = setting(None, "a checkpoint's folder, name or step; null: the newest good one", paths=True)
     dtype: str = one_of("fp32", "bf16", help="of the weights that are written")
     license: str | None = setting(None, "licence of the weights for the card, an identifier of the Hub")
     name: str | None = setting(None, "name of the model in the card; null: that of the run folder")
@@ -89,7 +89,7 @@ def export(run: Run, out: Path, *, dtype: str = "fp32", licence: str | None = No
     values = to_settings(run.cfg)
     values["training"] |= {
         "step": run.step,
-        "tokens": run.step * run.cfg.trainer.global_batch * run.cfg.trainer.context,
+        "tokens": run.tokens,
         "tokenizer": run.tokenizer.fingerprint,
     }
     settings: dict[str, Any] = {"vocab_size": run.tokenizer.vocab_size, **ids, **rope(values["mixers"]), **values}
@@ -110,6 +110,7 @@ def export(run: Run, out: Path, *, dtype: str = "fp32", licence: str | None = No
         text = card(
             *(run.cfg, run.model, run.run_dir),
             step=run.step,
+            tokens=run.tokens,
             name=name or run.run_dir.resolve().name,
             licence=licence,
             tokenizer_note=note,

@@ -69,6 +69,7 @@ class RunOptions:
         overrides: Sequence[str] = (),
         *,
         writes: bool = True,
+        out: Path | str | None = None,
         shares: bool = False,
         reads: Collection[str] = (),
         own: Collection[str] = (),
@@ -76,14 +77,15 @@ class RunOptions:
         """Open the run; the options that are settings, and `overrides` (by full name), replace its own settings.
 
         Args:
-            writes: whether the tool writes its results to the run folder.
+            writes: whether the tool writes any results.
+            out: the existing folder that they go to instead of the run folder.
             shares: whether the tool lets trainer.context_parallel ranks share every document.
             reads: settings below `eval` that the tool reads, besides eval.weights and those that are options.
             own: options that have the name of a setting below `eval` but are read only as options.
 
         Raises:
             ConfigError, CheckpointError: as in `load_run`; an override that the tool does not read; or the results go
-                to the run folder, which is not writable.
+                to a folder which is not writable.
         """
         names = [item.name for item in fields(self)]
         settings = [item.name for item in fields(EvalConfig)]
@@ -101,11 +103,12 @@ class RunOptions:
             config.load(self.run)  # raises if this is not a run, before anything is written to it
         try:
             if writes:
-                check_writable(self.run)  # fail before an hour's work, not after it
+                check_writable(out or self.run)  # fail before an hour's work, not after it
         except OSError as error:
+            mend = "name another out=" if out else "evaluate a copy of the run folder"
             raise ConfigError(
-                f"the results would go to {self.run}, which cannot be written to ({one_line(error)}); nothing was "
-                "computed. Make room, or evaluate a copy of the run folder"
+                f"the results would go to {out or self.run}, which cannot be written to ({one_line(error)}); nothing "
+                f"was computed. Make room, or {mend}"
             ) from None
         checkpoint_at, trust = self.checkpoint, self.trust
         return load_run(Path(self.run), [*short, *overrides], checkpoint_at=checkpoint_at, trust=trust, shares=shares)
@@ -113,8 +116,8 @@ class RunOptions:
 
 @dataclass
 class Run:
-    """An opened run. `step` is that of the weights; `model` is in evaluation mode, on `world.device`, and sharded if
-    there are several processes."""
+    """An opened run. `step` is that of the weights, and `tokens` the labels read until then; `model` is in
+    evaluation mode, on `world.device`, and sharded if there are several processes."""
 
     run_dir: Path
     cfg: Config
@@ -122,6 +125,7 @@ class Run:
     model: Transformer
     world: World
     step: int
+    tokens: int
     checkpoint: Path
 
 
@@ -174,7 +178,7 @@ def load_run(
             raise ConfigError(f"the tokenizer in {run_dir} is not the one that the model was trained with")
         model = parallelize(build_model(cfg.model, folder.vocab_size), cfg.trainer, world)
         load_into(model, folder)
-        return Run(run_dir, cfg, tokenizer, model.eval(), world, folder.step, run_dir)
+        return Run(run_dir, cfg, tokenizer, model.eval(), world, folder.step, folder.tokens, run_dir)
     with contextlib.ExitStack() as lease:
         chosen = processes.on_main(lambda: choose(run_dir, checkpoint_at, lease))
         tokenizer = build_tokenizer(cfg, run_dir, own=True)
@@ -183,7 +187,7 @@ def load_run(
         if "data" in extra:
             pin_commits(stored, extra["data"]["fingerprint"])
         processes.gather_objects(None)  # rank 0 holds the lease until every rank has read its part
-    return Run(run_dir, cfg, tokenizer, model.eval(), world, int(extra["step"]), chosen)
+    return Run(run_dir, cfg, tokenizer, model.eval(), world, int(extra["step"]), int(extra["tokens"]), chosen)
 
 
 def no_imports_from(folder: Path) -> None:
