@@ -62,7 +62,8 @@ def tabulate(assignment: Tensor, plan: Plan, chunks: tuple[int, int], centroids:
             S, plan.spec.chunk_size, first, begin, low, high, plan.initial, size, **SCATTER,
         )  # fmt: skip
     documents = plan.document_ranges(chunks, device)
-    fill_kernel[triton.cdiv(high - low, FILL["BLOCK_N"]), len(documents), B * G](
+    # The first axis has no limit of 65,535: there may be more documents.
+    fill_kernel[len(documents), triton.cdiv(high - low, FILL["BLOCK_N"]), B * G](
         documents, host["sizes"], offsets, rows, first, low, high, plan.initial, size, **FILL,
     )  # fmt: skip
     return table
@@ -116,9 +117,9 @@ def fill_kernel(
 ):
     """One program per block of centroids of a document, over its chunks."""
     table_ptr += tl.cast(tl.program_id(2), tl.int64) * size
-    first = tl.load(documents_ptr + 2 * tl.program_id(1))
-    last = tl.load(documents_ptr + 2 * tl.program_id(1) + 1)
-    n = low + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.load(documents_ptr + 2 * tl.program_id(0))
+    last = tl.load(documents_ptr + 2 * tl.program_id(0) + 1)
+    n = low + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
     row = tl.where(n < initial, n, -1)
     for c0 in tl.range(first, last + 1, BLOCK_C, num_stages=1):
