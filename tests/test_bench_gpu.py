@@ -192,6 +192,8 @@ def test_a_task_that_hangs_is_named_and_the_rest_of_its_group_runs_in_a_new_proc
         "check: assignments are best",
     ]
     assert why(run, "assignments are best").startswith("killed after 60 s")
+    (verdict,) = [bar for bar in run.record.results["bars"] if bar["bar"] == "failed checks"]
+    assert verdict["verdict"] == "FAIL", "a check that hangs has not passed"
     others = [row for row in run.record.results["skipped"] if "is not installed" not in row["why"]]
     assert len(others) == 1
     assert child.of("bar") and run.record.results["status"] == "complete except for skipped tasks"

@@ -44,14 +44,14 @@ def test_kernels_pass_every_check(name: str, sizes: Sizes, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("heads", [1, 8, 25, 32, 200])
-def test_programs_that_share_a_head_agree_however_many_there_are(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_share_a_head_agree_however_many_there_are(heads: int) -> None:
     """The barrier between 16 down to 1 programs per head, over 256 chunks: bit-equal over runs and to one program."""
     sizes = Sizes(tokens=256 * 64, chunk_size=64, heads=heads, kv_heads=heads, num_centroids=1500)
     tensors = checks.random_inputs(sizes, torch.device("cuda"), torch.bfloat16)
     do = torch.randn_like(tensors[0])
     runs = [checks.run("triton", tensors, sizes.spec, do) for _ in range(3)]
-    monkeypatch.setattr("ovq.ops.ovq_attention.kernels.assign.splits", lambda walks, device: 1)
-    alone = checks.run("triton", tensors, sizes.spec, do)
+    with checks.programs_per_head(lambda usual: 1):
+        alone = checks.run("triton", tensors, sizes.spec, do)
     assert all(torch.equal(x, y) for together in runs for x, y in zip(together, alone))
 
 

@@ -164,6 +164,8 @@ class Runner:
             why = f"killed after {limit:.0f} s: it hung, or was too slow" if status is None else f"died: {how(status)}"
             if running is not None:
                 self.record.add({"kind": "skipped", "task": running, "why": why})
+                if running.startswith("check: "):
+                    self.record.add({"kind": "check", "check": running[7:], "passed": False, "found": why})
             elif status != SPOILT:
                 self.record.add({"kind": "skipped", "task": group.name, "why": f"{why}, between tasks"})
             if len(begun) == before:  # it does not even start
