@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,38 @@ def test_unsupported_inputs_are_explained(change: dict, message: str, monkeypatc
     reason = kernels.unsupported(q, q, v, OVQSpec(20, change.get("chunk_size", 16)))
     assert reason is not None and message in reason
     assert kernels.unsupported(torch.randn(1, 20, 1, 16), q, torch.randn(1, 20, 1, 32), OVQSpec(20, 16)) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "assign_on", "message"),
+    [
+        ((7, 5), 64, "key", "is made for sm_80 to sm_90 .*, and this is sm_75"),
+        ((10, 0), 64, "key", "is made for sm_80 to sm_90 .*, and this is sm_100"),
+        ((8, 9), 128, "key_value", "needs more shared memory than sm_89 has for assign_on=key_value"),
+        ((8, 9), 128, "key", None),
+        ((8, 0), 128, "key_value", None),
+    ],
+)
+def test_chips_that_cannot_run_the_kernels_are_named(
+    capability: tuple[int, int], width: int, assign_on: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with FakeTensorMode():
+        q = torch.empty(1, 64, 1, width, dtype=torch.bfloat16, device="cuda")
+        reason = kernels.unsupported(q, q, q, OVQSpec(20, 16, assign_on=assign_on))
+    assert reason is None if message is None else re.search(message, reason)
+
+
+def test_offsets_of_32_bits_limit_the_tokens_of_a_call() -> None:
+    kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "INTERPRETED", True)
+        q = torch.empty(1, 1, 1, 128).expand(1, 2**24, 1, 128)
+        assert "fewer than 16,777,216 centroids and tokens" in kernels.unsupported(q, q, q, OVQSpec(20, 16))
+        assert kernels.unsupported(q[:, :-20], q[:, :-21], q[:, :-20], OVQSpec(20, 16)) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -145,7 +178,7 @@ def test_a_training_step_at_64k_takes_at_most_three_times_q_k_and_v(D: int, N: i
         assert max(backward, forward) < 3 * 3 * q.numel() * q.itemsize
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "interpreter"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "gfx942", "interpreter"])
 def test_a_new_length_compiles_nothing(arch: str) -> None:
     """No compile-time argument depends on tokens, heads or centroids, and integer arguments are never specialised."""
     parameters = inspect.signature(configs.constants).parameters

@@ -64,6 +64,7 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip("cuda", 80, 32, 163, ("HMMA",), ("HMMA",)),
+    "sm_89": Chip("cuda", 89, 32, 99, ("HMMA",), ("HMMA",)),
     "sm_90": Chip("cuda", 90, 32, 227, ("HGMMA",), ("HGMMA", "HMMA")),
     "sm_100": Chip("cuda", 100, 32, 227, ("UTCHMMA",), ("UTCHMMA", "HMMA"), binding=False),
     "gfx942": Chip("hip", "gfx942", 64, 64, ("v_mfma",), ("v_mfma",)),

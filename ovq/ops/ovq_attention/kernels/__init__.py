@@ -28,14 +28,12 @@ from ovq.ops.ovq_attention.kernels.backward import (
     query_tiles,
 )
 from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED
-from ovq.ops.ovq_attention.kernels.configs import DTYPES, MAX_WIDTH, padded
+from ovq.ops.ovq_attention.kernels.configs import DTYPES, LITTLE_SHARED, MAX_WIDTH, padded
 from ovq.ops.ovq_attention.kernels.decode import decode
 from ovq.ops.ovq_attention.kernels.plan import Plan, make_plan, most_entries
 from ovq.ops.ovq_attention.kernels.predict import predict
 from ovq.ops.ovq_attention.kernels.tabulate import tabulate
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds, parse_spec
-
-LATEST_NVIDIA = 9  # compute capability; builds for sm_100 spill registers, and none has been tested
 
 MAX_HEADS = 65535  # batch x heads: the limit on a grid's second axis
 # A first call copies its plan to the device, which a CUDA graph must not capture (kernels/copies.py), so the
@@ -50,8 +48,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
     K, V, L = q.shape[3], v.shape[3], spec.chunk_size
     if not q.is_cuda and not INTERPRETED:
         return f"needs a GPU, got a tensor on {q.device.type} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] > LATEST_NVIDIA:
-        return f"has not been tested on chips newer than sm_{LATEST_NVIDIA}0, where builds spill (docs/kernels.md)"
+    nvidia = q.is_cuda and torch.version.hip is None
+    major, minor = torch.cuda.get_device_capability(q.device) if nvidia else (0, 0)
+    if nvidia and not 8 <= major <= 9:
+        return f"is made for sm_80 to sm_90 (docs/kernels.md), and this is sm_{major}{minor}"
     if q.dtype not in DTYPES:
         return f"needs float32, float16 or bfloat16, got {q.dtype}"
     if INTERPRETED and q.dtype == torch.bfloat16:
@@ -62,6 +62,11 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
         return f"needs at most {MAX_HEADS} heads in a batch, got {q.shape[0]} x {q.shape[2]}"
     if not 16 <= L <= 512:
         return f"needs a chunk_size in 16 .. 512, got {L}"
+    if (spec.num_centroids + k.shape[1]) * max(K, V) >= 2**31:
+        return f"needs fewer than {2**31 // max(K, V):,} centroids and tokens of this width (offsets have 32 bits)"
+    little = f"sm_{major}{minor}" in LITTLE_SHARED and q.dtype != torch.float32
+    if little and spec.assign_on == "key_value" and max(K, V) > 64:
+        return f"needs more shared memory than sm_{major}{minor} has for assign_on=key_value with widths above 64"
     return None
 
 

@@ -140,6 +140,13 @@ TILES = {
 
 # Replacements for tiles that would spill. On sm_80, with values wider than keys:
 WIDE_VALUES = {"query_grad": Tile(64, 32, 8, 3), "chunk_grad": Tile(32, 32, 8, 2)}
+# On chips with 99 KiB of shared memory (RTX 30 and 40, A10, A40, L4, L40S), where those of sm_80 cannot be launched:
+LITTLE_SHARED = ("sm_86", "sm_89")
+SMALLER = {
+    "predict": Tile(128, 32, 8, 2),
+    "query_grad": Tile(64, 32, 8, 2),
+    "dictionary_grad": Tile(64, 32, 8, 2),
+}
 # On sm_90, with the counts that a constant rate needs; on sm_100, which holds accumulators elsewhere, always:
 DICTIONARY_GRAD = {64: Tile(64, 128, 8, 3), 128: Tile(64, 64, 8, 2)}
 
@@ -167,6 +174,8 @@ def tile_of(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rate: boo
     wgmma = arch in ("sm_90", "sm_100", "sm_103")
     family = "gfx" if arch.startswith("gfx") else "sm_90" if wgmma else "sm_80"
     operands, width = "float" if dtype == torch.float32 else "half", 64 if max(K, V) <= 64 else 128
+    if (operands, width) == ("half", 128) and arch in LITTLE_SHARED and stage in SMALLER:
+        return SMALLER[stage]
     if (family, operands, width) == ("sm_80", "half", 128) and padded(K) < padded(V) and stage in WIDE_VALUES:
         return WIDE_VALUES[stage]
     if (family, operands, stage) == ("sm_90", "half", "dictionary_grad") and (rate or arch != "sm_90"):
