@@ -75,7 +75,7 @@ def draw(figure: Figure, points: list[Point]) -> Any:
     tests = list(dict.fromkeys(point.test for point in of_regression))
     picture, axes = panels.picture_of(max(1, len(tests) + (RECALL.name in figure.panel_names)))
     for ax, test in zip(axes, tests):
-        panels.regression(ax, [p for p in of_regression if p.test == test], names, f"tested with {test}")
+        panels.regression(ax, [p for p in of_regression if p.test == test], names, f"regression, tested with {test}")
     if RECALL.name in figure.panel_names:
         panels.accuracy_by_length(axes[-1], [p for p in points if p.panel == RECALL.name], names, RECALL.name)
     panels.shared_legend(axes)
