@@ -362,11 +362,9 @@ def main(options: Options, overrides: list[str], words: list[str]) -> int:
                 print(name)
             if name and not splits:
                 continue
-            folders[name] = folder / name
+            folders[name] = at = folder / name
             with named(name):
-                index = prepare(
-                    source, folders[name], splits=splits, processes=options.processes, part_mb=options.part_mb
-                )
+                index = prepare(source, at, splits=splits, processes=options.processes, part_mb=options.part_mb)
             print(*_summary(index), sep="\n")
             model = tokenizer_of(folders[name], index)
     except KeyboardInterrupt:
