@@ -306,7 +306,7 @@ def draw(figure: Figure, points: list[Point]) -> Any:
         for ax in axes:
             ax.axvline(length, color=panels.GREY, linewidth=0.8, linestyle=":")
     for ax in axes:
-        style.token_axis(ax, "position in the document (dotted: training length)")
+        style.token_axis(ax, "position (dotted: training length)")
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].set_title("loss by position", loc="left")
     axes[1].set_title(f"minus {BASE}'s on the same text, ± s.e.", loc="left")
