@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish too, without its faint yellow.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-COLORS += ("#8B4513", "#6A3D9A", "#808000", "#B22222")  # for figures with more curves
+COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"),
+    *("#8B4513", "#6A3D9A", "#808000", "#B22222"),  # for figures with more curves
+)
 LINES = ("-", "--", ":", "-.")  # advances once the colours are used up
 RC = {
     "font.size": 10,
