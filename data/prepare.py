@@ -366,7 +366,7 @@ def main(options: Options, overrides: list[str], words: list[str]) -> int:
             with named(name):
                 index = prepare(source, at, splits=splits, processes=options.processes, part_mb=options.part_mb)
             print(*_summary(index), sep="\n")
-            model = tokenizer_of(folders[name], index)
+            model = tokenizer_of(at, index)
     except KeyboardInterrupt:
         print("\nstopped; finished parts are kept, the same command continues", file=sys.stderr)
         return 130

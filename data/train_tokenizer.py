@@ -127,10 +127,10 @@ def sample_lines(corpus: Corpus, num_bytes: int, seed: int) -> Iterator[str]:
         if left <= 0:
             return
         text = corpus.read(int(index)).text
-        of_each = len(text) / max(1, len(text.encode()))  # characters per byte
+        per_byte = len(text) / max(1, len(text.encode()))  # characters
         # The middle of a book is more typical than its title page.
-        start = max(0, (len(text) - round(share * of_each)) // 2)
-        stretch = text[start : start + max(1, round(min(share, left) * of_each))]
+        start = max(0, (len(text) - round(share * per_byte)) // 2)
+        stretch = text[start : start + max(1, round(min(share, left) * per_byte))]
         left -= len(stretch.encode())
         for line in stretch.split("\n"):
             for cut in range(0, len(line), _LINE_LIMIT // 4):

@@ -29,7 +29,7 @@ from eval.run_table import changes
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.errors import ConfigError, one_line
-from ovq.files import exclusive, write_whole
+from ovq.files import locked, write_whole
 from ovq.inference.run import Run, RunOptions, at_capacity
 from ovq.model import count_parameters, state_bytes, widest_window
 from ovq.schema import setting
@@ -179,7 +179,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def save(path: Path, evaluation: dict[str, Any], scores: dict[str, Scores]) -> None:
     """Add scores to the tasks of an evaluation in a file, or a new evaluation to the file; whole or not at all."""
-    with exclusive(path.parent):
+    with locked(path.parent, wait=True):
         known = read(path)
         same = [each for each in known if {**each, "tasks": None} == {**evaluation, "tasks": None}]
         if not same:

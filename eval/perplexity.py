@@ -28,7 +28,7 @@ from ovq import peers, processes
 from ovq.cli import command
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.files import exclusive, write_whole
+from ovq.files import locked, write_whole
 from ovq.inference.losses import exp, losses_by_position
 from ovq.inference.run import RunOptions, at_capacity
 from ovq.model import Transformer
@@ -147,7 +147,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def save(run_dir: Path, results: dict[str, Any]) -> Path:
     """Add a result to perplexity_<split>.json, in place of one with the same `KEY`, atomically; returns the path."""
     path = path_of(run_dir, results["split"])
-    with exclusive(run_dir):
+    with locked(run_dir, wait=True):
         kept = [each for each in read(path) if any(each.get(name) != results[name] for name in KEY)]
         write_whole(path, json.dumps([*kept, results], indent=1) + "\n")
     return path

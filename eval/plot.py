@@ -50,8 +50,7 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
     """
     fig, (ax,) = style.figure()
     longest = max(row["position_end"] for curve in curves for row in curve.rows)
-    # A curve that ends before the first position shown is drawn whole.
-    drawn = [(after_the_first(curve.rows, longest) if scale == "log" else []) or curve.rows for curve in curves]
+    drawn = [after_the_first(curve.rows, longest) if scale == "log" else curve.rows for curve in curves]
     same = equal_curves([[row["loss"] for row in rows] for rows in drawn])
     for index, (curve, rows) in enumerate(zip(curves, drawn)):
         x = [_middle(row, scale) for row in rows]
@@ -80,10 +79,11 @@ def loss_by_position(curves: list[Curve], out: Path | str, *, scale: str = "log"
 
 
 def after_the_first(rows: list[loss_table.Row], longest: int | None = None) -> list[loss_table.Row]:
-    """Rows of logarithmic buckets without those of a token or two at the beginning, if the curve is long."""
+    """Rows of logarithmic buckets without those of a token or two at the beginning, if the curve is long; all rows of
+    one that ends there."""
     longest = longest or max((row["position_end"] for row in rows), default=0)
     first = FIRST_SHOWN if longest > 16 * FIRST_SHOWN else 0
-    return [row for row in rows if row["position_start"] >= first]
+    return [row for row in rows if row["position_start"] >= first] or rows
 
 
 def equal_curves(curves: list[list[float]]) -> dict[int, int]:

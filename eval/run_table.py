@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ovq.errors import ConfigError, one_line
-from ovq.files import exclusive, replacing
+from ovq.files import locked, replacing
 from ovq.identity import FREE_AT_RESUME
 
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ class RunTable:
         A damaged table is renamed, with a warning, and a new one begun, so that the evaluation just made is not lost.
         """
         path = Path(run_dir) / self.file
-        with exclusive(run_dir):
+        with locked(run_dir, wait=True):
             try:
                 before = self.read(run_dir)
             except ConfigError as error:

@@ -27,7 +27,7 @@ from eval.answers import test
 from eval.run_table import Row, changes
 from ovq.cli import command
 from ovq.errors import ConfigError
-from ovq.files import exclusive, write_whole
+from ovq.files import locked, write_whole
 from ovq.inference.run import RunOptions, at_capacity
 from ovq.mixers.ovq import OVQ
 from ovq.ops.ovq_attention import OVQState
@@ -155,7 +155,7 @@ def save(path: Path, rows: list[Row]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    with exclusive(path.parent):
+    with locked(path.parent, wait=True):
         writer.writerows([*(row for row in read(path) if key_of(row) not in fresh), *rows])
         write_whole(path, text.getvalue())
 

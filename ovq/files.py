@@ -52,20 +52,30 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path | str) -> Iterator[None]:
-    """Wait for every other process that holds this folder's lock, then hold it: for a read and write of the same file.
+def locked(folder: Path | str, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
+    """Hold an advisory lock on a folder, which follows it through a rename; yields False if it is taken.
 
-    A file system without such locks, or a folder that cannot be opened, gives no protection.
+    A file system without such locks, or a missing folder, yields True: nothing can be known.
+
+    Args:
+        shared: let others hold it too, if they also share it.
+        wait: until it is free.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
-        yield
+        yield True
         return
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        free = True
+        try:
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass
+        yield free
     finally:
         os.close(descriptor)
 

@@ -147,7 +147,11 @@ class SequenceMixer(nn.Module):
 
     def backward_flops(self, context: int) -> float:
         """The same of the backward pass: two products for each one of the forward pass that carries a gradient."""
-        return 2 * self.mixing_flops(context)
+        return 2 * (self.mixing_flops(context) - self.assignment_flops(context))
+
+    def assignment_flops(self, context: int) -> float:
+        """The part of `mixing_flops` that chooses an entry for each key, which carries no gradient."""
+        return 0.0
 
     @property
     def capacity(self) -> int | None:

@@ -61,11 +61,8 @@ class KVM(MemoryLayer):
 
     def mixing_flops(self, context: int) -> float:
         """Attention, and the product of every key with the memory to find the entry that it merges into."""
-        return super().mixing_flops(context) + self._search_flops(context)
+        return super().mixing_flops(context) + self.assignment_flops(context)
 
-    def backward_flops(self, context: int) -> float:
-        return 2 * super().mixing_flops(context)  # the choice of entries carries no gradient
-
-    def _search_flops(self, context: int) -> float:
+    def assignment_flops(self, context: int) -> float:
         held = (min(self.capacity, self.entries_after(c)) for c in range(context // self.chunk_size))
         return 2 * self.shape.num_kv_heads * self.shape.head_dim * self.chunk_size * sum(held) / context

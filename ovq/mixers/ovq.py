@@ -118,17 +118,12 @@ class OVQ(AttentionLayer):
 
     def mixing_flops(self, context: int) -> float:
         """Assignment (a product of each key with the centroids), prediction (two per query), and the current chunk."""
-        return self._assignment_flops(context) + self._prediction_flops(context)
+        L = self.spec.chunk_size
+        seen = sum(min(L, context - start) * self.spec.size_at(start) for start in range(0, context, L)) / context
+        predict = 4 * self.shape.num_heads * self.shape.head_dim * (seen + keys_in_chunk(context, L))
+        return self.assignment_flops(context) + predict
 
-    def backward_flops(self, context: int) -> float:
-        return 2 * self._prediction_flops(context)  # assignments carry no gradient
-
-    def _assignment_flops(self, context: int) -> float:
+    def assignment_flops(self, context: int) -> float:
         L = self.spec.chunk_size
         found = sum(L * self.spec.size_at(start) for start in range(0, context - L + 1, L))  # by whole chunks
         return 2 * self.shape.num_kv_heads * self.shape.head_dim * found / context
-
-    def _prediction_flops(self, context: int) -> float:
-        L = self.spec.chunk_size
-        seen = sum(min(L, context - start) * self.spec.size_at(start) for start in range(0, context, L)) / context
-        return 4 * self.shape.num_heads * self.shape.head_dim * (seen + keys_in_chunk(context, L))

@@ -203,12 +203,9 @@ class VQ(AttentionLayer):
         shape, L = self.shape, self.block_size
         # Keys in the query's own block and, from the second block on, in the previous one.
         near = keys_in_chunk(context, L) + L * max(0, context - L) / context
-        return self._assignment_flops() + 4 * shape.num_heads * shape.head_dim * (self.num_codes + near)
+        return self.assignment_flops(context) + 4 * shape.num_heads * shape.head_dim * (self.num_codes + near)
 
-    def backward_flops(self, context: int) -> float:
-        return 2 * (self.mixing_flops(context) - self._assignment_flops())  # assignments carry no gradient
-
-    def _assignment_flops(self) -> float:
+    def assignment_flops(self, context: int) -> float:
         return 2 * self.shape.num_kv_heads * self.shape.head_dim * self.num_codes
 
 

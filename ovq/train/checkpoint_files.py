@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from ovq import processes
 from ovq.errors import Failure, one_line
-from ovq.files import sync
+from ovq.files import locked, sync
 
 FORMAT = 1  # of the folder; any other value is refused
 MANIFEST, EXTRA, LATEST, METADATA = "manifest.json", "extra.pt", "latest", ".metadata"
@@ -91,7 +91,7 @@ def remove(path: Path) -> None:
 def prune(root: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` complete checkpoints. One that is being read stays until the next call."""
     for old in complete(root)[:-keep_last]:
-        with _locked(old, fcntl.LOCK_EX) as free:
+        with locked(old) as free:
             if free:
                 remove(old)
 
@@ -130,32 +130,8 @@ def hold(root: Path) -> None:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Keep `prune`, in any process, from removing a checkpoint while it is being read. Needs only read permission."""
-    with _locked(path, fcntl.LOCK_SH):
+    with locked(path, shared=True):
         yield
-
-
-@contextlib.contextmanager
-def _locked(path: Path, kind: int) -> Iterator[bool]:
-    """Hold an advisory lock on a checkpoint's folder, which follows it through a rename; yields False if it is taken.
-
-    A file system without such locks, or a missing folder, yields True: nothing can be known.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        yield True
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
-        except OSError:
-            free = True
-        yield free
-    finally:
-        os.close(descriptor)
 
 
 # --- manifests -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from typing import Any
 
 from eval.bench.gpu import bars
 from eval.bench.gpu.group import SPOILT
-from eval.bench.gpu.tasks import SANITIZER, START, Bench, Group, Row, Task, setting_at
+from eval.bench.gpu.tasks import CHECK, SANITIZER, START, Bench, Group, Row, Task, setting_at
 from eval.bench.rivals import SDPA
 from ovq.bounded import how, stream_bounded
 from ovq.errors import ConfigError
@@ -164,8 +164,9 @@ class Runner:
             why = f"killed after {limit:.0f} s: it hung, or was too slow" if status is None else f"died: {how(status)}"
             if running is not None:
                 self.record.add({"kind": "skipped", "task": running, "why": why})
-                if running.startswith("check: "):
-                    self.record.add({"kind": "check", "check": running[7:], "passed": False, "found": why})
+                if running.startswith(CHECK):
+                    failed = {"check": running.removeprefix(CHECK), "passed": False, "found": why}
+                    self.record.add({"kind": "check", **failed})
             elif status != SPOILT:
                 self.record.add({"kind": "skipped", "task": group.name, "why": f"{why}, between tasks"})
             if len(begun) == before:  # it does not even start

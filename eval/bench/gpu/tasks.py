@@ -25,6 +25,7 @@ from ovq.machine import describe_machine
 
 Row = dict[str, Any]
 K = 1024
+CHECK = "check: "  # how the names of tasks that check results begin
 START = 8  # seconds that a process takes to import torch and open the GPU
 PROGRAMS = (1, 2, 4, 16)  # per head, in the order in which they are tried
 TIMED = ("kernel", "measurement", "stage", "decode")  # kinds of rows that note the card's clock
@@ -226,7 +227,7 @@ class Bench:
                 found["found"] = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"[:500]
             self.emit(**{"kind": "check", **found})
 
-        return Task(f"check: {label}", 5, run)
+        return Task(f"{CHECK}{label}", 5, run)
 
     # --- times ---
 

@@ -140,7 +140,7 @@ TILES = {
 
 # Replacements for tiles that would spill. On sm_80, with values wider than keys:
 WIDE_VALUES = {"query_grad": Tile(64, 32, 8, 3), "chunk_grad": Tile(32, 32, 8, 2)}
-# On chips with 99 KiB of shared memory (RTX 30 and 40, A10, A40, L4, L40S), where those of sm_80 cannot be launched:
+# On chips with 99 KiB of shared memory (RTX 30 and 40, A10, A40, L4, L40S), where sm_80's do not fit or spill:
 LITTLE_SHARED = ("sm_86", "sm_89")
 SMALLER = {
     "predict": Tile(128, 32, 8, 2),
