@@ -114,6 +114,7 @@ def within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 
+@functools.cache
 def part_of(key: str) -> str:
     """`Rule.part` of a setting; one that no rule names is part of the identity."""
     return next((rule.part for rule in RULES if within(key, rule.settings)), VALUE)

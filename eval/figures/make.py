@@ -33,8 +33,8 @@ def make(figure: Figure, options: Options, overrides: list[str]) -> int:
         Stopped: by a signal, or at the end of a part's time; the same command continues.
     """
     plan = make_plan(figure, options, overrides)
-    print(table(plan), flush=True)
     wanted = plan.wanted()
+    print(table(plan), flush=True)
     if options.dry_run or plan.scale.only_plan:
         return 0
     with stopping(), time_limit(plan.scale.piece_minutes if options.part else None):

@@ -264,11 +264,14 @@ def line_of(
         network = build_model(cfg.model, measure.vocab_size(cfg))
     capacity = next((mixer.capacity for mixer in network.mixers() if mixer.capacity), None)
     share = 1.0 if model.full_trials else options.search_share or subject.search.share
-    short = [f"trainer.steps={max(1, round(share * cfg.trainer.steps))}"]
+    trial_cfg = copy.deepcopy(cfg)
+    trial_cfg.trainer.steps = max(1, round(share * cfg.trainer.steps))
+    short = [f"trainer.steps={trial_cfg.trainer.steps}"]
     if curriculum := cfg.data.task.get("short_steps"):
-        short.append(f"data.task.short_steps={max(1, round(share * curriculum))}")
+        trial_cfg.data.task["short_steps"] = max(1, round(share * curriculum))
+        short.append(f"data.task.short_steps={trial_cfg.data.task['short_steps']}")
     trial = replaced(settings, short)
-    line = Line(subject, model.name, settings, cfg, compose(trial), network, capacity, measure, records)
+    line = Line(subject, model.name, settings, cfg, trial_cfg, network, capacity, measure, records)
     if first := subject.first.get(scale.name):
         shared = [text for text in overrides if text.startswith(subject.shared)]
         begins = replace(model, overrides=(*model.settings, *model.first))
