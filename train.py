@@ -79,7 +79,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.train.metrics import Metrics
     from ovq.train.optim import build_optimizer
     from ovq.train.parallelize import parallelize
-    from ovq.train.rehearse import rehearse
+    from ovq.train.rehearse import naming_what_saves_memory, rehearse
     from ovq.train.schedule import check_extension
     from ovq.train.selftest import choose_backends
     from ovq.train.summary import finish
@@ -144,7 +144,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     for line in filter(None, [began, *hints]):
         trainer.say(line)
     with trainer.signal:  # until the end: a launcher may pass the signal on after the last step
-        with metrics:
+        with metrics, naming_what_saves_memory(cfg.trainer):
             summary = trainer.fit()
             if world.is_main:
                 finish(summary, cfg, run_dir)

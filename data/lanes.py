@@ -5,7 +5,8 @@ g + 2G, ... of an endless sequence (G rows in the global batch): ordinal o is do
 that epoch's own seeded permutation of all n documents. A lane's state is (ordinal, offset in that document, rows read).
 Ranks, workers and accumulation steps only divide the lanes differently, and resuming needs nothing else. Every ordinal
 belongs to one lane, which reads its document from the first token to the last, so nothing is read twice or lost (except
-what packing "document" truncates).
+what packing "document" truncates). Only with fewer documents than rows do several lanes begin with the same document;
+they begin at different places in it, evenly spaced, because their rows would otherwise be equal.
 
 A document d_1..d_n yields the n + 1 pairs (separator, d_1), (d_1, d_2), ..., (d_n, separator) of input and label.
 """
@@ -103,6 +104,8 @@ class LaneReader:
         while filled < context:
             stream, title, begun = self._document(lane, ordinal)
             pairs = len(stream) - 1
+            if packed and ordinal == lane and state["rows"] == 0:
+                offset = self._first_offset(lane, pairs)
             if offset == 0:
                 _count(row.counts, **begun)
             if pairs < 2:
@@ -133,6 +136,12 @@ class LaneReader:
         _count(row.counts, tokens=filled, bytes=self.num_bytes(labels))
         row.state = {"ordinal": ordinal, "offset": offset, "rows": state["rows"] + 1}
         return row
+
+    def _first_offset(self, lane: int, pairs: int) -> int:
+        """Where in its first document, of this many pairs, a lane begins: lane // n lanes before it begin with the same
+        document, and at most ceil(G / n) in all."""
+        documents = len(self.tokens)
+        return pairs * (lane // documents) // -(-self.global_batch // documents)
 
     def _document(self, lane: int, ordinal: int) -> tuple[np.ndarray, str, dict[str, int]]:
         """A document of the lane: its ids between two separators, its title, and the counts to add where it begins."""

@@ -140,7 +140,11 @@ def memory_lines(cfg: Config, network: Transformer, options: Options) -> Iterato
     fits = "fits" if plan.total <= room else "DOES NOT FIT"
     yield f"  {'together':<15} {format_bytes(plan.total)} of {room / GIB:.1f} GiB: {fits}"
     here, far = (measure_blocks(cfg, context) for context in (cfg.trainer.context, LONGEST))
-    rows = largest(lambda n: memory_of(cfg, network, options.gpus, rows=n, blocks=here), room, 1 << 16)
+    trainer = cfg.trainer  # whether it accumulates is not varied, so that the memory grows with the rows
+    several = trainer.global_batch * trainer.context_parallel > trainer.micro_batch * options.gpus
+    rows = largest(
+        lambda n: memory_of(cfg, network, options.gpus, rows=n, accumulated=several, blocks=here), room, 1 << 16
+    )
     yield f"  largest trainer.micro_batch at {cfg.trainer.context:,} tokens: {rows or 'none'}"
     context = largest(
         lambda n: memory_of(cfg, network, options.gpus, rows=1, context=1024 * n, blocks=far), room, 1 << 14

@@ -173,8 +173,10 @@ class MemoryPlan:
     """Bytes on one device at the worst moment of a training step.
 
     `gathered`: parameters of the blocks being computed and their gradients before reduction, in the compute precision
-    (FSDP). `optimizer`: moments, and the average of `optim.ema`. `working`: what the backward pass needs beyond what
-    the forward pass kept, or what the loss needs with a chunk of logits, whichever is larger.
+    (FSDP). `gradients`: a process's shard of them, or all of them where a step has several micro-batches: FSDP sums
+    these in float32 and reduces them once a step. `optimizer`: moments, and the average of `optim.ema`. `working`: what
+    the backward pass needs beyond what the forward pass kept, or what the loss needs with a chunk of logits, whichever
+    is larger.
     """
 
     weights: float
@@ -220,6 +222,7 @@ def memory_of(
     *,
     rows: int | None = None,
     context: int | None = None,
+    accumulated: bool | None = None,
     blocks: dict[str, BlockMemory] | None = None,
 ) -> MemoryPlan:
     """The memory of a training step.
@@ -228,6 +231,7 @@ def memory_of(
         network: the model, perhaps on the meta device.
         world_size: number of processes, one per device.
         rows, context: sequences of a micro-batch and their tokens, if not those of `trainer`.
+        accumulated: whether a step has several micro-batches; None: as `rows` and trainer.global_batch have it.
         blocks: what `measure_blocks` found; None: it is called.
     """
     trainer, model, dtype = cfg.trainer, cfg.model, compute_dtype(cfg)
@@ -247,11 +251,13 @@ def memory_of(
     loss = 2 * stream + 4 * table + chunk * network.vocab_size * (size + 4 + cast) + table * cast
     backward = max(layer.worst(rows, context) for layer in layers) / ranks
     sharded = dtype != torch.float32 or world_size > 1
+    if accumulated is None:
+        accumulated = trainer.global_batch * ranks > rows * world_size
     largest = max(layer.gradients for layer in layers)
     return MemoryPlan(
         weights=4 * total / shards,
         optimizer=optimizer_bytes(cfg, network) / shards,
-        gradients=4 * total / shards,
+        gradients=4 * total / (1 if accumulated else shards),
         # Two blocks (one is prefetched), what is outside the blocks, and one block's gradients in float32.
         gathered=2 * largest + outside * size + largest * 4 / size if sharded else 0,
         activations=sum(layer.kept(rows, context) for layer in layers) / ranks + stream,

@@ -130,6 +130,21 @@ def test_every_pair_of_every_document_is_read_once_an_epoch(world: int, workers:
         assert got == want, f"epoch {epoch}"
 
 
+@pytest.mark.parametrize("documents", [1, 3])
+def test_lanes_that_begin_with_the_same_document_begin_at_different_places(documents: int) -> None:
+    """A file of text is one document: if every lane began with its first token, all rows would be equal for ever."""
+    lanes, length = 8, 800
+    reader = LaneReader(Numbered((length,) * documents), 0, len, context=25, global_batch=lanes, seed=0)
+    states = [first_state(lane) for lane in range(lanes)]
+    seen: set[int] = set()
+    for _ in range(length * documents // (25 * lanes)):  # steps of about one epoch
+        rows = [reader.row(lane, state) for lane, state in enumerate(states)]
+        assert len({row.inputs.tobytes() for row in rows}) == lanes
+        seen.update(token for row in rows for token in row.targets.tolist() if token)
+        states = [row.state for row in rows]
+    assert len(seen) > 0.6 * length * documents  # 1 / lanes of it if they all began alike
+
+
 def test_labels_never_cross_documents() -> None:
     """A document's first token is predicted only from the separator, and its last token predicts only the separator."""
     reader = numbered(16, 4)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import train
 from launch import plan as planning
 from launch.plan import CARDS, Options, communication, largest, mean_flops_per_token, report
 from ovq import memory
@@ -16,9 +18,10 @@ from ovq.config import Config
 from ovq.memory import MemoryPlan, Meter, memory_of, optimizer_bytes
 from ovq.model import Transformer, build_model, count_parameters, flops_per_token
 from ovq.ops.ovq_attention.spec import OVQSpec
+from ovq.train.loop import Trainer
 from ovq.train.optim import build_optimizer
 from ovq.train.parallelize import recomputed
-from ovq.train.rehearse import moments_of
+from ovq.train.rehearse import moments_of, passes
 from tests.helpers import small_config, small_model
 
 TOLERANCE = 0.13  # of the measured peak; stated in docs/operations.md
@@ -109,6 +112,10 @@ def test_memory_is_divided_by_what_shares_it() -> None:
     one, eight = (memory_of(cfg, network, size) for size in (1, 8))
     assert (one.weights, one.optimizer) == (8 * eight.weights, 8 * eight.optimizer)
     assert one.activations == eight.activations and one.gathered == 0 < eight.gathered
+    cfg.trainer.global_batch = 2 * 8 * ROWS  # two micro-batches each: their gradients are summed before the reduction
+    accumulating = memory_of(cfg, network, 8)
+    assert (accumulating.gradients, eight.gradients) == (one.gradients, one.gradients / 8)
+    assert accumulating.weights == eight.weights
     twice = memory_of(cfg, network, 1, rows=2 * ROWS)
     assert twice.activations == pytest.approx(2 * one.activations) and twice.weights == one.weights
 
@@ -151,6 +158,23 @@ def test_a_plan_finds_the_size_of_the_vocabulary_or_says_how_to_give_it(capsys: 
     assert planning.main(["experiment=pg19_cpu", "tokenizer.model_path=gone.model"]) == 2
     said = capsys.readouterr().err
     assert "gone.model does not exist" in said and said.endswith("give the number of pieces: vocab_size=16384\n")
+
+
+def test_the_rehearsal_sums_gradients_where_a_step_does() -> None:
+    trainer = compose(["trainer.global_batch=16", "trainer.micro_batch=4"]).trainer
+    assert (passes(trainer, 4), passes(trainer, 2)) == ([True], [False, True])
+
+
+def test_a_step_that_does_not_fit_in_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    assert train.main(["experiment=cpu_demo", "trainer.steps=2", "eval.at_end=false", f"run_dir={tmp_path}/run"]) == 1
+    said = capsys.readouterr().err
+    assert "does not fit this GPU; lower trainer.micro_batch" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
