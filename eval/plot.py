@@ -14,7 +14,7 @@ import hashlib
 import math
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -204,6 +204,8 @@ def compare(
             parts += [of_split] if len(best) > 1 and len({other[2] for other in best}) > 1 else []
             chosen = [row for row in rows if loss_table.key_of(row) == (at, *same)]
             curves.append(Curve(", ".join(parts), chosen, cfg.trainer.context))
+    if len({curve.rows[0]["step"] for curve in curves}) > 1:
+        curves = [replace(curve, label=f"{curve.label}, step {curve.rows[0]['step']:,}") for curve in curves]
     return loss_by_position(curves, out, scale=scale)
 
 

@@ -250,8 +250,15 @@ def differences_to(
         found = [paired(together(usable, span), together(with_base, span)) for span in spans]
         if usable and not any(found):
             notes.append("no seed in common")
+        steps, steps_of_base = ({run.by_document[0]["step"] for run in each} for each in (usable, with_base))
+        if usable and steps != steps_of_base:
+            notes.append(f"evaluated at step {numbers(steps)}, the base at step {numbers(steps_of_base)}")
         made.append(Difference(label, found, "; ".join(notes)))
     return made
+
+
+def numbers(values: set[int]) -> str:
+    return ", ".join(f"{value:,}" for value in sorted(values))
 
 
 def together(runs: list[Facts], span: tuple[int, int]) -> Losses:

@@ -75,12 +75,12 @@ class Facts:
         return None
 
     def evaluated(self) -> str:
-        """'12 test documents of 65,536 tokens'; empty if nothing was."""
+        """'12 test documents of 65,536 tokens, at step 6,000'; empty if nothing was."""
         if not self.evaluation:
             return ""
         row = self.evaluation[0]
         number = row["tokens"] // (row["position_end"] - row["position_start"])
-        return f"{number} {row['split']} documents of {row['context']:,} tokens"
+        return f"{number} {row['split']} documents of {row['context']:,} tokens, at step {row['step']:,}"
 
     def document_losses(self, span: tuple[int, int], seed: int) -> Losses:
         """Mean loss of each document in `by_document` over a span of positions; a bucket counts if it begins there."""

@@ -171,14 +171,14 @@ def test_overlay_draws_the_newest_evaluation_of_each_run_at_the_context_they_sha
     assert plot.main([f"runs=[{a},{b}]", f"out={out}", "x=linear"]) == 0
     assert capsys.readouterr().out.strip() == str(out) and png_size(out)
     found = {label: y[0] for label, (_, y) in curves_in(drawn[0]).items()}
-    assert found == {"sw": 4.0, "sw_ovq": 5.0, "sw_ovq, N=64 in evaluation": 3.0}
-    assert len(curves_in(drawn[0])["sw"][0]) == 8  # linear buckets of 128
+    assert found == {"sw, step 20": 4.0, "sw_ovq, step 15": 5.0, "sw_ovq, N=64 in evaluation, step 15": 3.0}
+    assert len(curves_in(drawn[0])["sw, step 20"][0]) == 8  # linear buckets of 128
 
     changed = "model.mixers.ovq.chunk_size=64"
     loss_table.write(b, table(15, level=6.0, changes=changed))
     assert plot.main([f"runs=[{a},{b}]", f"out={out}", "x=linear"]) == 0
     found = {label: y[0] for label, (_, y) in curves_in(drawn.pop()).items()}
-    assert found["sw_ovq"] == 5.0 and found[f"sw_ovq, {changed}"] == 7.0
+    assert found["sw_ovq, step 15"] == 5.0 and found[f"sw_ovq, {changed}, step 15"] == 7.0
 
     assert plot.main([f"runs={a}", f"out={out}", "step=10"]) == 0
     assert list(curves_in(drawn[1])) == ["sw"]

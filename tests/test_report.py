@@ -89,7 +89,7 @@ def test_numbers_are_those_of_the_run_folders(tmp_path: Path) -> None:
     # The mean over three documents: the level, plus 0.1, minus the fall with position.
     assert first[7:9] == ["3.0898 ± 0.0500", "3.0795 ± 0.0500"] and second[8] == "2.9795 ± 0.0500"
     assert first[:4] == ["sw", "finished", "20", "2,000"] and first[6] == "4.0000"
-    assert first[9:] == ["3 validation documents of 4,096 tokens", "1,010", "0.50 GiB"]
+    assert first[9:] == ["3 validation documents of 4,096 tokens, at step 20", "1,010", "0.50 GiB"]
     assert "no loss at 64k; python -m eval.per_position run=" in html
     of = {run["label"]: run for run in data_of(html)}
     assert of["sw"]["parameters"] < of["sw_ovq"]["parameters"]
@@ -113,6 +113,19 @@ def test_a_seed_of_the_base_that_was_tested_on_other_documents_is_left_out(tmp_p
         file.write(runs[1], [row | {"split": "test", "loss": row["loss"] - 1} for row in rows])
     row = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference to sw")[1]
     assert [cell.strip() for cell in row[1:4]] == ["-100.0 ± 0.0"] * 3
+
+
+def test_models_that_were_evaluated_at_different_steps_are_said_to_be(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", "sw", 0), make_run(tmp_path / "b", "sw_ovq", 0)]
+    note = rows_of(report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]"), "Difference to sw")[1][-1]
+    for table in (loss_table, loss_table.BY_DOCUMENT):
+        rows = table.read(runs[1])
+        (runs[1] / (loss_table.FILE if table is loss_table else loss_table.BY_DOCUMENT.file)).unlink()
+        table.write(runs[1], [row | {"step": 10} for row in rows])
+    html = report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]")
+    row = rows_of(html, "Difference to sw")[1]
+    assert not note and row[1].strip() == "-100.0 ± 0.0" and row[-1] == "evaluated at step 10, the base at step 20"
+    assert "documents of 4,096 tokens, at step 10" in html
 
 
 def test_evaluations_of_a_changed_model_or_text_are_not_the_runs_own(tmp_path: Path) -> None:
