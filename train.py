@@ -111,7 +111,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     extra = checkpoint.load(start.path, model, optimizer, ema) if start.path else None
     if extra:
         check_extension(cfg, extra["config"], extra["step"])
-    began = start_from(cfg.init_from, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
+    began = start_from(cfg, model, tokenizer.fingerprint) if cfg.init_from.path and not extra else ""
     if ema is not None and began:
         ema.restart(model)
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)

@@ -80,6 +80,19 @@ def test_a_swapped_mixer_is_named_and_taken_as_far_as_it_fits(
     assert not [name for name in after if not torch.isfinite(after[name]).all()]
 
 
+def test_weights_that_fit_another_mixer_or_come_from_another_seed_are_said_to(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An exchange of mixers whose weights have the same names and shapes would otherwise go unnoticed."""
+    line = [*RUN, "trainer.steps=1", f"init_from={first}", "init_from.strict=false"]
+    assert train.main([*line, "model=sw_nope", f"run_dir={tmp_path}/same"]) == 0
+    said = capsys.readouterr().err
+    assert "began with" in said and "they were trained" not in said and "seed of their run" not in said
+    assert train.main([*line, "model=sw_fifo", "seed=1", f"run_dir={tmp_path}/other"]) == 0
+    said = capsys.readouterr().err
+    assert "; they were trained with FullAttention; the seed of their run was 0" in said
+
+
 def test_what_cannot_be_begun_with_is_one_line(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [*RUN, "model=sw_nope", "trainer.steps=1", f"run_dir={tmp_path}/run"]
     assert train.main([*line, f"init_from={tmp_path}/nothing"]) == 2

@@ -18,11 +18,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ovq import processes
-from ovq.config import Config, InitConfig
+from ovq.config import Config, to_dict
 from ovq.errors import ConfigError, one_line
 from ovq.export.stored import TOKENIZER, Folder, is_export
 from ovq.model import Transformer
-from ovq.train.checkpoint import FAILED, CheckpointError
+from ovq.train.checkpoint import FAILED, CheckpointError, read_extra
 from ovq.train.checkpoint_choice import check_branch, newest_good_leased, verify_leased
 from ovq.train.checkpoint_files import MANIFEST, SafePlanner, SafeReader
 from ovq.train.ema import local
@@ -32,8 +32,8 @@ SHOWN = 4  # names in a message
 TIED = ("embed.weight", "head.weight")  # one tensor with model.tie_embeddings
 
 
-def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
-    """Load the weights that fit; returns a line that says what was loaded. Collective.
+def start_from(cfg: Config, model: nn.Module, fingerprint: str) -> str:
+    """Load the weights of cfg.init_from that fit; returns a line that says what was loaded. Collective.
 
     Args:
         fingerprint: that of this run's tokenizer: an id must stand for the same text in both models.
@@ -42,12 +42,14 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
         ConfigError: there is no such run, its tokenizer differs, or, with `init_from.strict`, a weight does not fit.
         CheckpointError: there is no good checkpoint, or it holds something other than data.
     """
+    wanted = cfg.init_from
     assert wanted.path is not None
     with contextlib.ExitStack() as lease:
         path = processes.on_main(lambda: find(Path(wanted.path or ""), lease))
         folder = Folder(path) if is_export(path) else None
         processes.on_main(lambda: check_tokenizer(path, stored_fingerprint(path, folder), fingerprint))
         stored = folder.shapes() if folder else checkpoint_shapes(path)
+        before = config_of(path, folder)
         own: dict[str, Any] = get_model_state_dict(model)
         fitting = {name: value for name, value in own.items() if stored.get(name) == tuple(value.shape)}
         fresh = [name for name in own if name not in fitting]
@@ -71,8 +73,34 @@ def start_from(wanted: InitConfig, model: nn.Module, fingerprint: str) -> str:
             fill(fitting, path)
         processes.gather_objects(None)  # rank 0 holds the lease until every rank has read its part
     set_model_state_dict(model, fitting, options=StateDictOptions(strict=False, full_state_dict=folder is not None))
-    rest = f"; {what(own, stored, fresh, unused)}" if fresh or unused else ""
-    return f"began with {len(fitting)} of {len(own)} weights of {path}{rest}"
+    notes = [what(own, stored, fresh, unused)] if fresh or unused else []
+    return "; ".join(
+        [f"began with {len(fitting)} of {len(own)} weights of {path}", *notes, *(others(before, cfg) if before else [])]
+    )
+
+
+def config_of(path: Path, folder: Folder | None) -> dict[str, Any] | None:
+    """The config of the run that the weights come from, as `ovq.config.to_dict` has it; None if it cannot be used."""
+    try:
+        return to_dict(folder.config()) if folder else read_extra(path)["config"]
+    except (ConfigError, CheckpointError, OSError, KeyError):
+        return None
+
+
+def others(before: dict[str, Any], cfg: Config) -> list[str]:
+    """In what the run `before`, whose weights may fit, differs from this one: mixers, and the seed."""
+
+    def mixers(of: dict[str, Any]) -> list[str]:
+        pattern = [of["mixers"][name]["_target_"].rpartition(".")[2] for name in of["pattern"]]
+        return [pattern[index % len(pattern)] for index in range(of["num_layers"])]
+
+    there, here = mixers(before["model"]), mixers(to_dict(cfg)["model"])
+    notes = [f"they were trained with {' and '.join(sorted({*there} - {*here}))}"] if {*there} - {*here} else []
+    if not notes and there != here:
+        notes = ["they were trained with the mixers in another order"]
+    if before["seed"] != cfg.seed:
+        notes.append(f"the seed of their run was {before['seed']}")
+    return notes
 
 
 def _shared(own: dict[str, Any]) -> bool:
