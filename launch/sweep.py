@@ -46,6 +46,7 @@ from ovq.errors import ConfigError, Stopped
 from ovq.files import write_whole
 from ovq.overrides import sweep_values
 from ovq.signals import handled
+from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,11 +125,15 @@ def run(jobs: list[Job], *, gpus: int, per_job: int, stop_on_failure: bool, at_o
     sweep is running a job, this one waits for it and adopts its outcome.
 
     Raises:
-        ConfigError: there are fewer GPUs, or a job needs more than there are.
+        ConfigError: there are fewer GPUs, a job needs more than `gpus`, or `at_once` is given in addition.
         Stopped: by a signal, after the jobs have saved.
     """
-    if 0 < gpus < per_job:
+    if gpus < per_job and (gpus or per_job > 1):
         raise ConfigError(f"--per-job {per_job} is more than --gpus {gpus}: no job would start; raise --gpus")
+    if gpus and at_once > 1:
+        raise ConfigError(f"--at-once is for jobs without --gpus; with it, {gpus // per_job} run at a time (--per-job)")
+    if idle := gpus % per_job:
+        print(f"{idle} of {gpus} GPUs are not used: --per-job {per_job} does not divide --gpus {gpus}", flush=True)
     names = visible_gpus(gpus)
     free = [names[at : at + per_job] for at in range(0, gpus - per_job + 1, per_job)] or [[]] * at_once
     running = dict[subprocess.Popen[bytes], tuple[Job, list[str]]]()
@@ -294,6 +299,17 @@ def last_line(job: Job) -> str:
     return printed[-1] if printed else "(printed nothing)"
 
 
+def reached(job: Job) -> str:
+    """Its last step, the loss there, and how long ago that was; empty before the first step. A job of a sweep prints no
+    steps, so that its log ends with what is worth reading."""
+    path = job.run_dir / "metrics.jsonl"
+    row = next((row for row in reversed(read_rows(path)) if row.get("loss") is not None), None)
+    if row is None:
+        return ""
+    minutes = (time.time() - path.stat().st_mtime) / 60
+    return f", at step {row['step']:,} of {job.cfg.trainer.steps:,} (loss {row['loss']:.4f}, {minutes:.0f} minutes ago)"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch sweep",
@@ -320,7 +336,7 @@ def sweep(options: argparse.Namespace) -> int:
     if options.plan:
         for job in jobs:
             if job.status == "waiting" and any((job.run_dir / name).exists() for name in LOGS):
-                print(f"\n{job.run_dir} is not finished; its last line is:\n    {last_line(job)}")
+                print(f"\n{job.run_dir} is not finished{reached(job)}; its last line is:\n    {last_line(job)}")
         return 0
     try:
         run(

@@ -252,6 +252,21 @@ def test_a_gpu_is_used_by_one_job_at_a_time_and_only_those_that_are_visible(
         sweep.visible_gpus(3)
     with pytest.raises(ConfigError, match="--per-job 4 is more than --gpus 2: no job would start"):
         sweep.run([], gpus=2, per_job=4, stop_on_failure=False)
+    with pytest.raises(ConfigError, match="--per-job 4 is more than --gpus 0"):
+        sweep.run([], gpus=0, per_job=4, stop_on_failure=False)
+    with pytest.raises(ConfigError, match="--at-once is for jobs without --gpus; with it, 1 run at a time"):
+        sweep.run([], gpus=2, per_job=2, stop_on_failure=False, at_once=2)
+
+
+def test_the_plan_says_how_far_an_unfinished_job_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--plan", "experiment=cpu_demo", f"run_dir={tmp_path}"]
+    (tmp_path / "sweep.log").write_text("compiling kernels\n")
+    assert sweep.main(line) == 0
+    assert f"{tmp_path} is not finished; its last line is:\n    compiling kernels" in capsys.readouterr().out
+    rows = [{"step": 7, "loss": 3.25}, {"step": 7, "eval/loss": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sweep.main(line) == 0
+    assert "is not finished, at step 7 of 100 (loss 3.2500, 0 minutes ago); its last line" in capsys.readouterr().out
 
 
 def test_a_job_that_somebody_trains_by_hand_is_waited_for(
