@@ -73,6 +73,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq import processes, stacks
     from ovq.inference.run import check_capacity
     from ovq.model import build_model, flops_per_token
+    from ovq.optim_config import last_before_decay
     from ovq.train import checkpoint, loop
     from ovq.train.claim import check_continues, check_same_run, claim, elsewhere
     from ovq.train.ema import WeightAverage
@@ -117,7 +118,8 @@ def train(cfg: Config, run_dir: Path) -> None:
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
     hints += processes.on_main_slowly(lambda: check_training_data(cfg, loader.tokens, tokenizer))
     hints.append(elsewhere(run_dir, cfg))
-    checkpoint.settle(run_dir, start, cfg.trainer.keep_last)
+    keep_last, keep_at = cfg.trainer.keep_last, last_before_decay(cfg.optim, cfg.trainer.steps)
+    checkpoint.settle(run_dir, start, keep_last, keep_at)
     claim(run_dir, cfg, tokenizer)
 
     def loss_by_position(model: Transformer, step: int, should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -129,7 +131,9 @@ def train(cfg: Config, run_dir: Path) -> None:
         model,
         optimizer,
         loader,
-        checkpoint.Checkpointer(run_dir, keep_last=cfg.trainer.keep_last, asynchronous=cfg.trainer.async_checkpoint),
+        checkpoint.Checkpointer(
+            run_dir, keep_last=keep_last, keep_at=keep_at, asynchronous=cfg.trainer.async_checkpoint
+        ),
         metrics,
         world,
         run_dir=run_dir,

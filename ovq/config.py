@@ -95,7 +95,11 @@ class TrainerConfig:
     checkpoint_every: int = setting(
         500, "steps between checkpoints; 0: only at the end, or when a signal stops the run", at_least=0
     )
-    keep_last: int = setting(2, "number of complete checkpoints to keep", at_least=1)
+    keep_last: int = setting(
+        2,
+        "number of complete checkpoints to keep; with optim.schedule=wsd also the newest before the decay",
+        at_least=1,
+    )
     async_checkpoint: bool = setting(True, "write checkpoints in a background thread while training continues")
     timeout_s: int = setting(600, "seconds a collective or a row of data may take, after the first step", at_least=1)
     kernel_test_s: int = setting(

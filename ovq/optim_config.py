@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,3 +109,8 @@ def check_optim(optim: OptimConfig) -> None:
             raise ConfigError(
                 f"optim.groups.{pattern}={values} must be {{lr: factor, weight_decay: value}}, one or both, at least 0"
             )
+
+
+def last_before_decay(optim: OptimConfig, steps: int) -> int | None:
+    """The last of `steps` steps at the full rate of "wsd", from which a run can be extended; None if there is none."""
+    return math.floor(steps - optim.decay_share * steps) if optim.schedule == "wsd" else None

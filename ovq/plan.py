@@ -16,6 +16,7 @@ from ovq.identity import digest
 from ovq.lengths import phases
 from ovq.memory import MemoryPlan, checkpoint_bytes, memory_of
 from ovq.model import Transformer, build_model, count_parameters, flops_per_token, state_bytes, state_size, undivided
+from ovq.optim_config import last_before_decay
 from ovq.processes import wrong_replicas
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
@@ -127,7 +128,8 @@ def _memory(plan: MemoryPlan) -> str:
 def disk_bytes(cfg: Config, model: Transformer) -> tuple[float, float]:
     """Bytes of one checkpoint, and of all that are on disk at once: those kept and the one being written."""
     each = checkpoint_bytes(cfg, model)
-    return each, each * (cfg.trainer.keep_last + 1)
+    before_decay = last_before_decay(cfg.optim, cfg.trainer.steps) is not None
+    return each, each * (cfg.trainer.keep_last + before_decay + 1)
 
 
 def lacking_room(cfg: Config, model: Transformer, run_dir: Path) -> str:

@@ -190,6 +190,15 @@ def test_the_last_k_are_kept(tmp_path: Path, keep_last: int, on_disk: list[list[
         assert checkpointer.last == folder(tmp_path, want[-1])
 
 
+def test_the_newest_of_at_most_so_many_steps_is_kept_as_well(tmp_path: Path) -> None:
+    model, optimizer = trained(0)
+    checkpointer = Checkpointer(tmp_path, keep_last=1, keep_at=12)
+    for step, want in ((5, [5]), (10, [10]), (15, [10, 15]), (20, [10, 20])):
+        checkpointer.save(step, model, optimizer, EXTRA)
+        checkpointer.wait()
+        assert steps_on_disk(tmp_path) == want
+
+
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 

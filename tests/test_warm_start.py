@@ -211,6 +211,20 @@ def test_more_steps_do_not_raise_the_rate_unasked() -> None:
         extend(201, 400)
 
 
+def test_a_run_with_a_decay_keeps_the_checkpoint_that_it_can_be_extended_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*RUN, "model=sw", "optim.warmup_steps=0", "optim.schedule=wsd", "optim.decay_share=0.6"]
+    line += ["trainer.checkpoint_every=1", "trainer.keep_last=1"]
+    assert train.main([*line, "trainer.steps=5", f"run_dir={tmp_path}/run"]) == 0
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000005"]
+    branch = [f"resume={tmp_path}/run/checkpoints/{kept[0]}", f"run_dir={tmp_path}/longer"]
+    capsys.readouterr()
+    assert train.main([*line, "trainer.steps=8", *branch]) == 0
+    assert "resumed from" in capsys.readouterr().err
+
+
 def test_a_branch_is_compared_with_the_rates_that_the_run_had() -> None:
     def branch(step: int, was: list[str], now: list[str]) -> None:
         given = ["optim.warmup_steps=10", "optim.lr=1e-3"]

@@ -85,12 +85,15 @@ class Checkpointer:
     Args:
         run_dir: the run folder, on a file system that all ranks share.
         keep_last: number of complete checkpoints to keep on disk.
+        keep_at: also keep the newest of at most this many steps.
         asynchronous: write in a thread; False: `save` returns when the checkpoint is complete.
     """
 
-    def __init__(self, run_dir: Path | str, *, keep_last: int = 2, asynchronous: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path | str, *, keep_last: int = 2, keep_at: int | None = None, asynchronous: bool = True
+    ) -> None:
         self.root = Path(run_dir) / "checkpoints"
-        self.keep_last, self.asynchronous = keep_last, asynchronous
+        self.keep_last, self.keep_at, self.asynchronous = keep_last, keep_at, asynchronous
         self.last: Path | None = None  # the newest complete one that this process has saved or resumed from
         self._group = processes.background_group()
         self._writing: concurrent.futures.Future[Path] | None = None
@@ -212,7 +215,7 @@ class Checkpointer:
             set_aside(final)
         rename(scratch, final)
         point_latest(self.root)
-        prune(self.root, self.keep_last)
+        prune(self.root, self.keep_last, self.keep_at)
 
     def _failure(self, step: int, trouble: str) -> CheckpointError:
         kept = complete(self.root)

@@ -89,13 +89,13 @@ def _choose(root: Path, resume: str) -> Choice:
     return _to_resume_from(root) if resume == "auto" else _branch(root, resume)
 
 
-def settle(run_dir: Path | str, choice: Choice, keep_last: int | None = None) -> None:
+def settle(run_dir: Path | str, choice: Choice, keep_last: int | None = None, keep_at: int | None = None) -> None:
     """Make the folder fit a choice: set checkpoints aside with a message, record a branch, mend `latest`, and remove
-    checkpoints beyond the newest `keep_last` (None: all stay). Collective."""
-    processes.on_main(lambda: _settle(Path(run_dir) / "checkpoints", choice, keep_last))
+    checkpoints as `prune` does (keep_last=None: all stay). Collective."""
+    processes.on_main(lambda: _settle(Path(run_dir) / "checkpoints", choice, keep_last, keep_at))
 
 
-def _settle(root: Path, choice: Choice, keep_last: int | None) -> None:
+def _settle(root: Path, choice: Choice, keep_last: int | None, keep_at: int | None) -> None:
     if choice.keeps_folder:
         (root / ORIGIN).unlink(missing_ok=True)
         return
@@ -104,7 +104,7 @@ def _settle(root: Path, choice: Choice, keep_last: int | None) -> None:
     if choice.origin:  # last, so that after a kill before this line, the same command branches again
         write_whole(root / ORIGIN, json.dumps(asdict(choice.origin), indent=1) + "\n")
     if keep_last is not None:
-        prune(root, keep_last)
+        prune(root, keep_last, keep_at)
     point_latest(root)
 
 

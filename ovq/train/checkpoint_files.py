@@ -88,9 +88,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` complete checkpoints. One that is being read stays until the next call."""
-    for old in complete(root)[:-keep_last]:
+def prune(root: Path, keep_last: int, keep_at: int | None = None) -> None:
+    """Remove all complete checkpoints but the newest `keep_last` and the newest of at most `keep_at` steps. One that is
+    being read stays until the next call."""
+    whole = complete(root)
+    kept = [path for path in whole if keep_at is not None and step_of(path) <= keep_at][-1:]
+    for old in (path for path in whole[:-keep_last] if path not in kept):
         with locked(old) as free:
             if free:
                 remove(old)
