@@ -54,7 +54,7 @@ def below(module: str, room: str) -> bool:
 # room (a package or module) -> the rooms it may import from, besides itself. A nested room comes before its parent.
 SHARED = (
     *("ovq.config", "ovq.config_data", "ovq.compose", "ovq.identity", "ovq.cli", "ovq.errors", "ovq.schema"),
-    *("ovq.values", "ovq.overrides", "ovq.cpu"),
+    *("ovq.optim_config", "ovq.values", "ovq.overrides", "ovq.cpu"),
     *("ovq.files", "ovq.lengths", "ovq.machine", "ovq.report", "ovq.bounded", "ovq.signals"),
 )
 CORE = (*SHARED, "ovq.instantiate", "ovq.processes", "ovq.stacks")
