@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 @dataclass
 class Options(RunOptions):
     lengths: list[int] | None = setting(
-        None, "tokens of test sequences; null: 1, 2, 4, 8 and 16 times the training context", at_least=1
+        None,
+        "tokens of test sequences; null: 1, 2, 4, 8 and 16 times the training context, as far as the task allows",
+        at_least=1,
     )
     answers: int = setting(16384, "minimum answers per length, from whole sequences", at_least=1)
 
@@ -71,6 +73,18 @@ def main(options: Options, overrides: list[str]) -> int:
     return 0
 
 
+def possible(task: Task, lengths: list[int], report: bool) -> list[int]:
+    """The lengths of which the task has sequences, up to the first of which it has none; always the first."""
+    for index, length in enumerate(lengths[1:], 1):
+        try:
+            task.describe(length)
+        except ConfigError as error:
+            if report:
+                print(f"lengths of {length:,} tokens and more are left out: {error}", file=sys.stderr)
+            return lengths[:index]
+    return lengths
+
+
 def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[Row]:
     """The rows of all lengths: for each, the total and then every index that has answers. Collective.
 
@@ -82,7 +96,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
     """
     cfg, model = run.cfg, run.model
     context, itemsize = cfg.trainer.context, 2 if run.world.precision == "bf16" else 4
-    lengths = options.lengths or [factor * context for factor in (1, 2, 4, 8, 16)]
+    lengths = options.lengths or possible(task, [factor * context for factor in (1, 2, 4, 8, 16)], run.world.is_main)
     for length in lengths:
         task.describe(length)  # raises now, not after an hour's work
     rows = []

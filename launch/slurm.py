@@ -152,6 +152,13 @@ def check(jobs: list[sweep.Job], options: argparse.Namespace) -> None:
     """Check every run; if there is only one, print its report."""
     from launch.check import check as check_run
 
+    asked = ("--exclusive", "--cpus-per-", "-c")
+    if options.gpus_per_node and not options.cpus_per_node and not any(x.startswith(asked) for x in options.sbatch):
+        print(
+            "warning: without --cpus-per-node a job gets the cluster's default, often one core for all ranks and their "
+            "data workers; give it, or --sbatch=--exclusive",
+            file=sys.stderr,
+        )
     for job in jobs:
         checked = check_run(job.overrides, options.nodes * (options.gpus_per_node or options.cpu_ranks))
         if len(jobs) == 1 and not options.only_print:

@@ -74,6 +74,17 @@ def test_other_settings_and_capacities_are_added_and_the_same_test_is_replaced(t
     assert (run_dir / "plots" / "accuracy_regression_N3.png").exists()
 
 
+def test_lengths_that_the_task_cannot_have_are_left_out_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run says that this command is next, and it must work with the settings of any run."""
+    run_dir = trained(tmp_path / "run", "sw", "data=recall", "data.task.key_vocab=20", "trainer.context=32")
+    assert accuracy.main([f"run={run_dir}", "answers=10"]) == 0
+    assert "lengths of 128 tokens and more are left out: " in capsys.readouterr().err
+    assert {row["length"] for row in accuracy.TABLE.read(run_dir)} == {32, 64}
+    assert accuracy.main([f"run={run_dir}", "answers=10", "lengths=[128]"]) == 2
+
+
 def test_a_task_without_an_index_has_one_row_per_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = trained(tmp_path / "run", "sw", "data=recall", "data.task.value_vocab=4", "trainer.context=32")
     lengths: list[int] = []

@@ -99,7 +99,8 @@ def test_the_file_is_what_the_options_say_and_print_writes_nothing(
     words += ["--grace", "120", "--sbatch", "--partition=long", "--setup", "module load x", "--", *QUICK, "run_dir=a b"]
     settings = ["trainer.global_batch=64", "trainer.micro_batch=4"]
     assert slurm.main([*words, *settings]) == 0
-    text = capsys.readouterr().out
+    text, warned = capsys.readouterr()
+    assert "--cpus-per-node" not in warned
     for line in ("--nodes=2", "--gpus-per-node=8", "--cpus-per-task=64", "--time=12:00:00", "--signal=TERM@120"):
         assert f"\n#SBATCH {line}\n" in text
     for line in ("--requeue", "--open-mode=append", "--partition=long", "--dependency=singleton"):
@@ -107,6 +108,8 @@ def test_the_file_is_what_the_options_say_and_print_writes_nothing(
     assert "\nmodule load x\n" in text and "--gpus 8" in text and f"run='{tmp_path}/a b'\n" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert not (tmp_path / "a b").exists() and not list(cluster.folder.glob("job*"))
+    assert slurm.main(["--print", "--gpus-per-node", "2", "--", *QUICK, f"run_dir={tmp_path}/a"]) == 0
+    assert "without --cpus-per-node a job gets the cluster's default" in capsys.readouterr().err
 
 
 def test_an_array_hands_every_run_its_settings_whatever_is_in_them(
