@@ -342,6 +342,16 @@ def test_a_model_may_need_more_steps_for_its_initial_weights() -> None:
     assert "; for `std_att`, on lookup (`experiment=lookup`: 1,500 steps" in sentence
 
 
+def test_figure_6_tests_the_committed_capacities_unless_told_otherwise() -> None:
+    with (Path(__file__).parents[1] / "docs/results/fig6/fig6.csv").open(newline="") as file:
+        shown = {int(row["num_centroids"]) for row in csv.DictReader(file) if row["model"] == "sw_ovq"}
+    for arguments, wanted in (([], shown), (["num_centroids=[64]"], {512, 64})):
+        options = parse(fig6.Figure6Options, ["models=[sw_ovq]", *arguments])
+        (panel,) = fig6.figure(options).only(None, options.models).panels
+        tests = panel.tests(compose(["experiment=pg19_cpu", "model=sw_ovq"]), 512)
+        assert {test.num_centroids or 512 for test in tests} == wanted
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("trained_here")
 def test_figure_6_pairs_models_document_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,5 +41,5 @@ def test_a_mixer_in_a_file_of_its_own_computes_what_the_packages_does(name: str,
         y.square().sum().backward()
         later = mixer(x[:, 40:], state=state)[0]
         results.append([y, later, *(p.grad for p in mixer.parameters() if p.grad is not None)])
-    assert len(results[0]) == len(results[1]) > 4
+    assert len(results[0]) == len(results[1]) > 2  # outputs, and the gradient of one parameter at least
     assert max(relative_error(a, b) for a, b in zip(*results)) < 1e-12

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from eval import style
 from eval.figures import panels
-from eval.figures.declare import PG19, Figure, Model, Options, Panel, Point, Test, capacities, models
+from eval.figures.declare import PG19, SCALES, Figure, Model, Options, Panel, Point, Test, models, trained_and
 from eval.figures.make import make
 from eval.paired import Losses, Mean, means_in, paired
 from ovq.cli import command
@@ -55,6 +55,7 @@ ABOUT = {
         "either; `sw`'s window of 128 tokens has rotary positions, so it differs from them in more than reach.",
     ),
 }
+GROWN = {"cpu": (2048, 8192)}  # test-time capacities, if not those of the scale
 SHOWN_FROM = 64  # tokens; earlier losses are those of title pages
 BASE = "sw"  # the model that the others are compared with
 FULL = "sw_nope"  # whose gain from context is 100%
@@ -70,7 +71,7 @@ class Figure6Options(Options):
     documents: int = setting(32, "documents of the test split, at most", at_least=2)
     num_centroids: list[int] | None = setting(
         None,
-        "test-time capacities of a model with a dictionary, besides its own; null: those of the scale",
+        "test-time capacities of a dictionary, besides its own; null: those of the scale, but 2048, 8192 at cpu",
         at_least=1,
         empty=True,
     )
@@ -113,9 +114,13 @@ def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
 
 
 def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Test]]:
+    grown = options.num_centroids
+    if grown is None:
+        grown = list(GROWN.get(options.scale, SCALES[options.scale].num_centroids))
+
     def tests(cfg: Config, own: int | None) -> list[Test]:
         short = Test(options.length, options.documents, None, WITHHELD, (f"eval.restart={options.restart}",))
-        sizes = [None] if cfg.model.name == "sw_fifo" else capacities(options, own)  # there it is the window's length
+        sizes = [None] if cfg.model.name == "sw_fifo" else trained_and(grown, own)  # there it is the window's length
         return [*(Test(options.length, options.documents, size) for size in sizes), short]
 
     return tests
