@@ -46,6 +46,9 @@ class HFTokenizer(TableTokenizer):
         separator: the token that separates documents.
         origin: where the file comes from, for messages.
 
+    Attributes:
+        model, separator: as given.
+
     Raises:
         ConfigError: the file is not a tokenizer.json, lacks the separator, or its tokenizer changes text.
     """
@@ -54,7 +57,7 @@ class HFTokenizer(TableTokenizer):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
         from tokenizers import Tokenizer as Processor
 
-        self._model, self._separator, self._origin = model, separator, origin
+        self.model, self.separator, self._origin = model, separator, origin
         spec = parse(model, origin)
         try:
             decoders = _parts(spec.get("decoder"))
@@ -129,13 +132,25 @@ class HFTokenizer(TableTokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
+    def adapted(self) -> str:
+        """A tokenizer.json with which other tools give this tokenizer's ids and texts, except where a text spells an
+        added token, or a piece that stands for a byte or a space."""
+        spec = json.loads(self._processor.to_str())
+        # Without a space before its first word, a text has none there to take away.
+        decoders = [part for part in _parts(spec["decoder"]) if part["type"] != "Strip"]
+        for part in decoders:
+            if part["type"] == "Metaspace":
+                part["prepend_scheme"] = "never"
+        spec["decoder"] = {"type": "Sequence", "decoders": decoders}
+        return json.dumps(spec)
+
     def save(self, folder: Path | str) -> None:
-        write_whole(Path(folder) / "tokenizer.model", self._model)
-        write_whole(Path(folder) / SETTINGS, json.dumps({"eos_token": self._separator}).encode())
+        write_whole(Path(folder) / "tokenizer.model", self.model)
+        write_whole(Path(folder) / SETTINGS, json.dumps({"eos_token": self.separator}).encode())
         self._save(folder, "hf")
 
     def __reduce__(self) -> Any:  # a pickled processor would forget `encode_special_tokens`
-        return HFTokenizer, (self._model, self._separator, self._origin)
+        return HFTokenizer, (self.model, self.separator, self._origin)
 
 
 def load(path: str, separator: str | None = None) -> HFTokenizer:

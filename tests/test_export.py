@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -23,13 +24,13 @@ from ovq.errors import ConfigError
 from ovq.export import flatten, source
 from tests.helpers import MIXERS, small_config, small_model
 from tests.test_per_position import run_folder
-from tests.test_tokenizer import SPECIAL, prose
+from tests.test_tokenizer import SPECIAL, byte_level, hf, llama, prose, unigram
 from tests.test_warm_start import RUN
 
 pytest.importorskip("transformers")
 
 from ovq.export.code import write_code  # noqa: E402
-from ovq.export.fast_tokenizer import byte_tokenizer, sentencepiece_tokenizer  # noqa: E402
+from ovq.export.fast_tokenizer import byte_tokenizer, hf_tokenizer, sentencepiece_tokenizer  # noqa: E402
 from ovq.export.stored import Folder, to_settings  # noqa: E402
 from ovq.inference.export import main  # noqa: E402
 
@@ -283,16 +284,26 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
+HF = {"byte-level": (byte_level, "<|endoftext|>"), "byte fallback": (llama, "</s>"), "unigram": (unigram, "</s>")}
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", *HF])
 def test_the_exported_tokenizer_gives_our_ids(kind: str, sentencepiece_model: bytes, tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     own: Any = ByteTokenizer() if kind == "byte" else SentencePieceTokenizer(sentencepiece_model)
     made = byte_tokenizer() if kind == "byte" else sentencepiece_tokenizer(sentencepiece_model)
+    if kind in HF:
+        own = hf(HF[kind][0](), HF[kind][1])
+        made = hf_tokenizer(own.adapted(), own.separator, own.separator_id)
     made.save_pretrained(tmp_path)
     fast = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     texts = [prose(300, 1), *SPECIAL, "", " ", "\n\n  \n", "  a  b ", "\u65e5\u672c \U0001f9ea", "<unk>a<0x0A>b<s>"]
     odd = {"<document>"} if kind == "byte" else {"<document>", "\u2581"}  # as the model card says
+    if kind in HF:
+        names = [token["content"] for token in HF[kind][0]()["added_tokens"]]
+        odd = {text for text in texts if re.search("|".join([*map(re.escape, names), "<0x..>", "\u2581"]), text)}
+        texts = [text for text in texts if text not in odd]
     for text in texts:
         ids = own.encode(text).tolist()
         assert fast.decode(ids) == own.decode(ids) == text
@@ -301,6 +312,21 @@ def test_the_exported_tokenizer_gives_our_ids(kind: str, sentencepiece_model: by
             assert fast(text)["input_ids"] == [own.separator_id, *ids]
     assert fast.bos_token_id == fast.eos_token_id == fast.pad_token_id == own.separator_id
     assert fast.padding_side == "left" and len(fast) == own.vocab_size
+
+
+def test_a_run_with_a_tokenizer_json_is_exported_and_read_back(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level()))
+    texts = ["data=builtin", "tokenizer=hf", f"tokenizer.model_path={tmp_path}/tokenizer.json"]
+    run = run_folder(tmp_path, "sw", [*texts, "tokenizer.separator=<|endoftext|>"])
+    assert main([f"run={run}", f"out={tmp_path}/exported"]) == 0
+    (tmp_path / "tokenizer.json").unlink()
+    own, back = ovq.load(run), ovq.load(tmp_path / "exported")
+    assert back.tokenizer.fingerprint == own.tokenizer.fingerprint
+    ids = AutoTokenizer.from_pretrained(tmp_path / "exported")("Once more.")["input_ids"]
+    assert ids == [own.tokenizer.separator_id, *own.tokenizer.encode("Once more.").tolist()]
+    assert "tokenizer_of_run.json" in (tmp_path / "exported" / "README.md").read_text()
 
 
 # --- loading an export -----------------------------------------------------------------------------------------------

@@ -78,10 +78,11 @@ def run_folder(root: Path, model: str, texts: list[str], *overrides: str, steps:
     run_dir = root / f"default,model={model}"
     cfg = small_config(model, *texts, *overrides)
     config.save(cfg, run_dir)
-    build_tokenizer(cfg).save(run_dir / "tokenizer")
+    tokenizer = build_tokenizer(cfg)
+    tokenizer.save(run_dir / "tokenizer")
     saver = Checkpointer(run_dir, asynchronous=False)
     for step in steps:
-        built = small_model(model, *overrides, vocab_size=257, seed=step)
+        built = small_model(model, *overrides, vocab_size=tokenizer.vocab_size, seed=step)
         saver.save(step, built, torch.optim.SGD(built.parameters()), extra_of(step))
     return run_dir
 

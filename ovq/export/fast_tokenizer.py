@@ -1,8 +1,8 @@
 """A run's tokenizer as transformers' `PreTrainedTokenizerFast`: the same ids, but for what the model card states.
 
 The byte tokenizer becomes a BPE model without merges; SentencePiece's unigram and BPE models become those of the
-`tokenizers` library. As in this project's own tools, a text begins with the separator (bos);
-`add_special_tokens=False` leaves it out.
+`tokenizers` library; a tokenizer.json stays what it is, with the exceptions that `data.hf_tokenizer` lists. As in this
+project's own tools, a text begins with the separator (bos); `add_special_tokens=False` leaves it out.
 """
 
 from __future__ import annotations
@@ -68,6 +68,13 @@ def sentencepiece_tokenizer(model: bytes) -> Any:
     tokenizer.add_tokens([AddedToken(piece.replace(SPACE, " "), normalized=False, special=False) for piece in own])
     separator = spec.bos_id if spec.bos_id >= 0 else spec.eos_id
     return wrapped(tokenizer, pieces[separator].piece, separator)
+
+
+def hf_tokenizer(model: str, separator: str, separator_id: int) -> Any:
+    """The contents of a tokenizer.json that gives the run's ids."""
+    from tokenizers import Tokenizer
+
+    return wrapped(Tokenizer.from_str(model), separator, separator_id)
 
 
 def wrapped(tokenizer: Any, separator: str, separator_id: int) -> Any:

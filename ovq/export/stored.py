@@ -19,12 +19,9 @@ from ovq.config import Config
 from ovq.errors import ConfigError, one_line
 from ovq.instantiate import refuse_untrusted
 
-CONFIG, WEIGHTS, INDEX, TOKENIZER = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.model",
-)
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# The run's own tokenizer, by `tokenizer.kind`; transformers reads tokenizer.json, which may give other ids.
+TOKENIZERS = {"sentencepiece": "tokenizer.model", "hf": "tokenizer_of_run.json"}
 PREFIX = "model."  # of every weight's name: transformers' class has our model as its attribute `model`
 # transformers' names of a model's settings, and ours.
 NAMES = {
@@ -106,8 +103,8 @@ class Folder:
         fields = config.ModelConfig.__dataclass_fields__
         told["model"] = {**{name: known[name] for name in fields if name in known}, **told.get("model", {})}
         tokenizer = dict(told.get("tokenizer") or {})
-        if tokenizer.get("kind") == "sentencepiece":
-            tokenizer["model_path"] = str(self.path / TOKENIZER)
+        if name := TOKENIZERS.get(str(tokenizer.get("kind"))):
+            tokenizer["model_path"] = str(self.path / name)
         told["tokenizer"] = tokenizer
         trainer = dict(told.get("trainer") or {})
         if isinstance(lengths := trainer.get("lengths"), dict):  # JSON has made text of its keys

@@ -29,13 +29,14 @@ import torch
 
 from data.build import is_task
 from data.builtin import BuiltinCorpus
+from data.hf_tokenizer import HFTokenizer
 from data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from ovq import processes
 from ovq.cli import command
 from ovq.errors import ConfigError
 from ovq.export.card import card
 from ovq.export.code import targets
-from ovq.export.stored import TOKENIZER, to_settings
+from ovq.export.stored import TOKENIZERS, to_settings
 from ovq.files import write_whole
 from ovq.inference.run import Run, load_run
 from ovq.schema import REQUIRED, one_of, setting
@@ -138,7 +139,7 @@ def write_tokenizer(run: Run, folder: Path) -> str:
     own = run.tokenizer
     if is_task(run.cfg):
         return "symbols of a generated task; there is no tokenizer."
-    from ovq.export.fast_tokenizer import byte_tokenizer, sentencepiece_tokenizer
+    from ovq.export.fast_tokenizer import byte_tokenizer, hf_tokenizer, sentencepiece_tokenizer
 
     note = "a text that spells the separator's name is taken for it"
     if isinstance(own, ByteTokenizer):
@@ -146,13 +147,17 @@ def write_tokenizer(run: Run, folder: Path) -> str:
     elif isinstance(own, SentencePieceTokenizer):
         model = own.model
         fast, kind = sentencepiece_tokenizer(model), "SentencePiece"
-        write_whole(folder / TOKENIZER, model)
+        write_whole(folder / TOKENIZERS["sentencepiece"], model)
         note += (
             "; so is U+2581 for a space, which the run's tokenizer writes as bytes; and unigram models may break a tie "
             "of score differently (`tokenizer.model` is the run's own)"
         )
+    elif isinstance(own, HFTokenizer):
+        fast, kind = hf_tokenizer(own.adapted(), own.separator, own.separator_id), "tokenizer.json"
+        write_whole(folder / TOKENIZERS["hf"], own.model)
+        note += f", as is one that spells another special token's; the file that the run used is `{TOKENIZERS['hf']}`"
     else:
-        raise ConfigError(f"the tokenizer {type(own).__name__} cannot be exported; legal: byte, sentencepiece")
+        raise ConfigError(f"the tokenizer {type(own).__name__} cannot be exported; legal: byte, sentencepiece, hf")
     fast.save_pretrained(folder)
     different, total = compared(fast, own)
     return (

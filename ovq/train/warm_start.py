@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ovq import processes
 from ovq.config import Config, to_dict
 from ovq.errors import ConfigError, one_line
-from ovq.export.stored import TOKENIZER, Folder, is_export
+from ovq.export.stored import TOKENIZERS, Folder, is_export
 from ovq.model import Transformer
 from ovq.train.checkpoint import FAILED, CheckpointError, read_extra
 from ovq.train.checkpoint_choice import check_branch, newest_good_leased, verify_leased
@@ -211,7 +211,9 @@ def stored_fingerprint(path: Path, folder: Folder | None) -> str | None:
 def check_tokenizer(path: Path, stored: str | None, fingerprint: str) -> None:
     """Refuse weights that were trained with a different tokenizer."""
     if stored is not None and stored != fingerprint:
-        model = path / TOKENIZER if is_export(path) else path.parent.parent / "tokenizer" / TOKENIZER
+        kind = stored.partition(":")[0]
+        own = path.parent.parent / "tokenizer" / "tokenizer.model"
+        model = path / TOKENIZERS.get(kind, "") if is_export(path) else own
         raise ConfigError(
             f"init_from: {path} was trained with another tokenizer ({stored[:30]}, here {fingerprint[:30]}), so its "
             f"embeddings stand for other text; use that one: tokenizer.model_path={model}"
