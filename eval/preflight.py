@@ -36,6 +36,7 @@ from ovq.train.claim import elsewhere, same_run, unwritable
 from ovq.train.warm_start import check_weights
 
 WITHOUT = "or set eval.at_end=false trainer.eval_every=0"
+LOOKED_AT = 100  # documents that are read where the lengths are not known without reading all
 OPENED = 1 << 30  # most bytes of JSON lines or text that are opened only for a check
 
 # --- checks at a start; each on rank 0 only --------------------------------------------------------------------------
@@ -55,9 +56,16 @@ def check_held_out(cfg: Config, tokenizer: Tokenizer) -> list[str]:
         tokens = open_split(cfg, tokenizer, split)
     except ConfigError as error:
         raise ConfigError(f"{error}; for a run without an evaluation, {WITHOUT.removeprefix('or ')}") from None
-    most = None if tokens is None else longest(cfg, tokens)
-    if most is None or most >= cfg.eval.context:
+    if tokens is None:
         return []
+    most, among = longest(cfg, tokens)
+    if most >= cfg.eval.context:
+        return []
+    if among < len(tokens):
+        return [
+            f"none of the first {among} {split} documents has eval.context={cfg.eval.context} tokens (the longest: "
+            f"{most}); if no other has, there will be no loss by position: set eval.context to less"
+        ]
     return [
         f"no {split} document has eval.context={cfg.eval.context} tokens, so there will be no loss by position; the "
         f"longest has {most} at most: set eval.context to less"
@@ -172,10 +180,16 @@ def read_first(cfg: Config, tokens: Tokens) -> None:
         tokens.corpus.read(0)
 
 
-def longest(cfg: Config, tokens: Tokens) -> int | None:
-    """An upper bound on the ids of the longest document; None if none is known without reading all of them."""
+def longest(cfg: Config, tokens: Tokens) -> tuple[int, int]:
+    """An upper bound on the ids of the longest document, and among how many documents. If it is known only by reading
+    them, the first are read, until one is long enough for eval.context."""
     if isinstance(tokens, PreparedTokens):
-        return int(tokens.lengths().max(initial=0))
+        return int(tokens.lengths().max(initial=0)), len(tokens)
     if isinstance(tokens, TokenisedCorpus) and cfg.data.kind in ("jsonl", "text"):
-        return int(tokens.corpus.sizes().max(initial=0))  # bytes of a line or a file; an id stands for one or more
-    return None
+        # Bytes of a line or a file; an id stands for one or more.
+        return int(tokens.corpus.sizes().max(initial=0)), len(tokens)
+    most, among = 0, min(LOOKED_AT, len(tokens))
+    for index in range(among):
+        if most < cfg.eval.context:
+            most = max(most, len(tokens.read(index).ids))
+    return most, among

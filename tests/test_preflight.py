@@ -26,6 +26,7 @@ from ovq.train import claim, loop, summary
 from ovq.train.checkpoint import Checkpointer
 from ovq.train.ema import WeightAverage
 from ovq.train.optim import build_optimizer
+from tests.data_helpers import write_parquet
 from tests.helpers import TINY, small_config, small_model, started
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -119,6 +120,22 @@ def test_a_start_finds_it_before_the_first_step_and_a_dry_run_says_it(
     assert says in shown and "Traceback" not in shown
     assert len(shown.splitlines()) == (1 if says else 0)
     assert Path("run/config.yaml").exists() == (status == 0), "what is refused claims nothing"
+
+
+def test_documents_of_unknown_length_are_read_until_one_is_long_enough(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(folder / "held-out.parquet", ["a" * 10, "b" * 60, "c" * 20] * 3)
+    files = [f"data.train=[{path}]", f"data.validation=[{path}]", "tokenizer=byte"]
+    cfg = compose(["model=sw", "data=parquet", *files, "eval.context=60"])
+    tokenizer = build_tokenizer(cfg)
+    assert preflight.check_held_out(cfg, tokenizer) == []
+    cfg.eval.context = 61
+    (line,) = preflight.check_held_out(cfg, tokenizer)
+    assert line.startswith("no validation document has eval.context=61 tokens") and "the longest has 60" in line
+    monkeypatch.setattr(preflight, "LOOKED_AT", 4)
+    (line,) = preflight.check_held_out(cfg, tokenizer)
+    assert line.startswith("none of the first 4 validation documents has eval.context=61 tokens (the longest: 60)")
 
 
 def test_a_run_folder_without_permission_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
