@@ -52,7 +52,8 @@ def frame(ax: Axes, curves: list[list[float]]) -> None:
     def extent(curves: list[list[float]]) -> float:
         return max(map(max, curves)) - min(map(min, curves))
 
-    kept = [curve for curve in curves if curve]
+    curves = [curve for curve in curves if curve]
+    kept = list(curves)
     while len(kept) > 2:
         others = {number: kept[:number] + kept[number + 1 :] for number in range(len(kept))}
         widest = min(others, key=lambda number: extent(others[number]))
