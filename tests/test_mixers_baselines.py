@@ -221,6 +221,17 @@ def test_conjugate_gradients_converge_to_the_direct_solution() -> None:
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-9 < errors[1]
 
 
+@pytest.mark.parametrize("scale", [2.0**-48, 2.0**-64, 2.0**-80, 2.0**80])
+def test_gradients_of_any_size_are_solved_for(scale: float) -> None:
+    """The square of a small gradient underflows: the solve then divided by zero (recall at a rate of 1e-2, step 44)."""
+    tensors = [x.requires_grad_() for x in inputs("mesa", 8, 40, torch.float32)]
+    o = mesa(*tensors, backend="torch")[0]
+    direction = torch.randn(o.shape, generator=torch.Generator().manual_seed(3))
+    plain = torch.autograd.grad(o, tensors, direction, retain_graph=True)
+    scaled = torch.autograd.grad(o, tensors, scale * direction)
+    assert all(relative_error(got / scale, want) < 1e-6 for got, want in zip(scaled, plain))
+
+
 def test_memory_attention_equals_its_definition() -> None:
     generator = torch.Generator().manual_seed(9)
     sizes = [(2, 5, 4, 6), (2, 3, 2, 6), (2, 3, 2, 7), (2, 2, 3), (2, 8, 2, 6), (2, 8, 2, 7), (4,)]

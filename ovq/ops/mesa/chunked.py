@@ -81,6 +81,10 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
     The number of steps is fixed, and a system that has converged stops changing: one early-stopping decision for all
     systems would let one token's difficulty change another token's result.
     """
+    # A gradient may be so small that its square underflows, and A^-1 b would be NaN. Powers of two change no other bit.
+    exponent = torch.frexp(b.abs().amax(-1, keepdim=True)).exponent.clamp(-120, 120)
+    scale = torch.ldexp(torch.ones_like(b[..., :1]), exponent)
+    b = b / scale
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     rr = (r * r).sum(-1, keepdim=True)
     tolerance = rr * torch.finfo(b.dtype).eps ** 2
@@ -94,4 +98,4 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
         rr_new = (r * r).sum(-1, keepdim=True)
         p.mul_(torch.where(active, rr_new / rr, zero)).add_(r)
         rr = torch.where(active, rr_new, rr)
-    return x
+    return x.mul_(scale)
