@@ -129,6 +129,7 @@ def test_a_mistyped_split_is_found_before_the_first_step(books: Path, monkeypatc
     with pytest.raises(ConfigError, match="^data.validation: there is no split hedl; legal: train, held"):
         preflight.check_held_out(cfg, build_tokenizer(cfg))
     cfg.data.validation = ["held"]
+    cfg.eval.context = 14
     assert preflight.check_held_out(cfg, build_tokenizer(cfg)) == []
     monkeypatch.setattr(preflight, "build_tokens", lambda *_: pytest.fail("opened"))
     on_hub = of("owner/name", "data.validation=[validation]")
