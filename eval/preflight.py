@@ -190,6 +190,7 @@ def longest(cfg: Config, tokens: Tokens) -> tuple[int, int]:
         return int(tokens.corpus.sizes().max(initial=0)), len(tokens)
     most, among = 0, min(LOOKED_AT, len(tokens))
     for index in range(among):
-        if most < cfg.eval.context:
-            most = max(most, len(tokens.read(index).ids))
+        most = max(most, len(tokens.read(index).ids))
+        if most >= cfg.eval.context:
+            break
     return most, among

@@ -351,10 +351,12 @@ class RecallOptions(TaskOptions, Options):
 LONGEST = 65536
 
 
-def capacities(options: Any, own: int | None) -> list[int | None]:
+def capacities(options: Any, own: int | None, usual: Sequence[int] | None = None) -> list[int | None]:
     """The capacities of the tests (None: as trained) of a model with this own capacity (None: no dictionary). `options`
-    have `scale` and `num_centroids`."""
-    chosen = SCALES[options.scale].num_centroids if options.num_centroids is None else options.num_centroids
+    have `scale` and `num_centroids`; if the latter is null, the `usual` ones or else those of the scale are tested."""
+    chosen = options.num_centroids
+    if chosen is None:
+        chosen = usual or SCALES[options.scale].num_centroids
     return trained_and(chosen, own)
 
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from eval import style
 from eval.figures import panels
-from eval.figures.declare import PG19, SCALES, Figure, Model, Options, Panel, Point, Test, models, trained_and
+from eval.figures.declare import PG19, Figure, Model, Options, Panel, Point, Test, capacities, models
 from eval.figures.make import make
 from eval.paired import Losses, Mean, means_in, paired
 from ovq.cli import command
@@ -114,13 +114,11 @@ def models_on_text(scale: str, *names: str) -> tuple[Model, ...]:
 
 
 def tests_of(options: Figure6Options) -> Callable[[Config, int | None], list[Test]]:
-    grown = options.num_centroids
-    if grown is None:
-        grown = list(GROWN.get(options.scale, SCALES[options.scale].num_centroids))
-
     def tests(cfg: Config, own: int | None) -> list[Test]:
         short = Test(options.length, options.documents, None, WITHHELD, (f"eval.restart={options.restart}",))
-        sizes = [None] if cfg.model.name == "sw_fifo" else trained_and(grown, own)  # there it is the window's length
+        sizes: list[int | None] = [None]
+        if cfg.model.name != "sw_fifo":  # there it is the window's length
+            sizes = capacities(options, own, GROWN.get(options.scale))
         return [*(Test(options.length, options.documents, size) for size in sizes), short]
 
     return tests
