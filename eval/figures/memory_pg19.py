@@ -4,8 +4,8 @@
     python -m eval.figures.memory_pg19 scale=cpu             everything, on this machine
 
 The models of eval/figures/memory.py on the data of figure 6, whose runs are reused. Memories are tested with OVQ's
-number of entries and with its bytes; tests at equal bytes are named after OVQ's capacity. At CPU scale, OVQ trained
-with more centroids and a window without positions are shown beside them.
+number of entries and with its bytes; tests at equal bytes are named after OVQ's capacity. At CPU scale, OVQ and a FIFO
+trained with more entries and a window without positions are shown beside them.
 Runs are ordinary train.py runs, reused or resumed if they exist. Settings of train.py are passed on to every run.
 """
 
@@ -16,13 +16,27 @@ from collections.abc import Callable, Sequence
 
 from eval.figures.declare import PG19, Figure, Panel, Test
 from eval.figures.equal_bytes import capacities_of_ovq, equal_capacities, label
-from eval.figures.fig6 import ABOUT, CURVES, LARGER, RECENT, SMALL, Figure6Options, draw, findings, models_on_text
+from eval.figures.fig6 import (
+    ABOUT,
+    CURVES,
+    LARGER,
+    LARGER_FIFO,
+    RECENT,
+    SMALL,
+    Figure6Options,
+    draw,
+    findings,
+    models_on_text,
+)
 from eval.figures.fig6 import tests_of as tests_of_figure_6
 from eval.figures.make import make
 from ovq.cli import command
 from ovq.config import Config
 
-MODELS = ("sw", "sw_nope", RECENT, "sw_ovq", LARGER, "sw_fifo", "sw_reservoir", "sw_compression", "sw_kvm", "sw_vq")
+MODELS = (
+    *("sw", "sw_nope", RECENT, "sw_ovq", LARGER, "sw_fifo", LARGER_FIFO),
+    *("sw_reservoir", "sw_compression", "sw_kvm", "sw_vq"),
+)
 
 
 def figure(options: Figure6Options, overrides: Sequence[str] = ()) -> Figure:
