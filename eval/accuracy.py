@@ -9,8 +9,9 @@ vocabulary stays the same. The index is what the task counts, for instance the n
 (`Task.indices`).
 
 Writes accuracy.parquet and accuracy.csv (a row per length and index, and a row of totals per length, whose index is
-null) and a plot to the run folder: accuracy by index if the task has one, else by length. With several processes, each
-runs every sequence on its shard of the model.
+null) and a plot to the run folder: accuracy by index if the task has one, else by length. The standard error of a total
+is that of the mean over sequences, so it needs two of them (`answers`). With several processes, each runs every
+sequence on its shard of the model.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
         for length in lengths:
             tally = test(model, run.world.device, task, length, options.answers)
             right, answers = tally.total
+            error, sequences = tally.standard_error, len(tally.by_sequence)
             common = {
                 "run": run.run_dir.resolve().name,
                 "step": run.step,
@@ -112,6 +114,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
                 "num_centroids": cfg.eval.num_centroids,
                 "changes": changed,
                 "length": length,
+                "sequences": sequences,
                 "model": cfg.model.name,
                 "state_numbers": state_size(model, length),
                 "state_bytes": state_bytes(model, length, itemsize),
@@ -120,9 +123,13 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
             curve = tally.curve() if task.index_name else []
             for index, accuracy, count in [(None, right / answers, answers), *curve]:
                 row = common | {"index": index, "accuracy": accuracy, "answers": count}
+                row["standard_error"] = error if index is None else None
                 rows.append({name: row[name] for name in TABLE.schema.names})
             if run.world.is_main:
-                print(f"length {length:>7}: {right / answers:7.2%} of {answers} answers", file=sys.stderr, flush=True)
+                spread = "" if error is None else f" ± {100 * error:.2f}"
+                where = "in one sequence" if sequences == 1 else f"in {sequences} sequences"
+                said = f"{right / answers:7.2%}{spread} of {answers} answers {where}"
+                print(f"length {length:>7}: {said}", file=sys.stderr, flush=True)
     return rows
 
 

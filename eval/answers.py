@@ -2,7 +2,7 @@
 
 Logits are computed only from a piece's first label on, so memory grows with the context only by what the mixers keep.
 
-Shapes: B sequences in a batch, T positions, N values of an index.
+Shapes: B sequences in a batch, S in a test, T positions, N values of an index.
 """
 
 from __future__ import annotations
@@ -26,17 +26,24 @@ TOKENS_AT_ONCE = 16384  # tokens per forward pass, which bounds the memory of th
 
 @dataclass
 class Tally:
-    """Numbers of correct answers and of all answers by index (`Task.indices`), int64 [N] each; `loss` is the mean
-    negative log-probability of all labels, in nats, if it was measured."""
+    """Numbers of correct answers and of all answers by index (`Task.indices`), int64 [N] each, and the accuracy of each
+    sequence, float64 [S]; `loss` is the mean negative log-probability of all labels, in nats, if it was measured."""
 
     right: np.ndarray
     answers: np.ndarray
+    by_sequence: np.ndarray
     loss: float | None = None
 
     @property
     def total(self) -> tuple[int, int]:
         """(correct answers, answers)."""
         return int(self.right.sum()), int(self.answers.sum())
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean accuracy over sequences, which have equally many answers; None with a single sequence."""
+        count = len(self.by_sequence)
+        return float(self.by_sequence.std(ddof=1) / math.sqrt(count)) if count > 1 else None
 
     def curve(self) -> list[tuple[int, float, int]]:
         """(index, accuracy in 0 to 1, answers) of every index that has answers."""
@@ -91,7 +98,8 @@ def tally(task: Task, inputs: np.ndarray, targets: np.ndarray, predicted: np.nda
     grades = task.grade(predicted, targets)
     graded = grades != IGNORE
     index, right = task.indices(inputs)[graded], grades[graded] == 1
-    return Tally(np.bincount(index[right], minlength=count), np.bincount(index, minlength=count))
+    by_sequence = (grades == 1).sum(1) / graded.sum(1)
+    return Tally(np.bincount(index[right], minlength=count), np.bincount(index, minlength=count), by_sequence)
 
 
 def test(
@@ -118,4 +126,4 @@ def test(
         tallies.append(tally(task, batch.inputs.numpy(), batch.targets.numpy(), predicted, length))
         nats, labels = nats - log_p.sum(), labels + int((batch.targets != IGNORE).sum())
     right, answers = (np.sum([getattr(t, name) for t in tallies], axis=0) for name in ("right", "answers"))
-    return Tally(right, answers, float(nats / labels))
+    return Tally(right, answers, np.concatenate([t.by_sequence for t in tallies]), float(nats / labels))

@@ -91,7 +91,7 @@ def test_a_task_without_an_index_has_one_row_per_length(tmp_path: Path, monkeypa
 
     def half(model: Any, device: Any, task: Any, length: int, at_least: int) -> Tally:
         lengths.append(length)
-        return Tally(np.array([length // 2]), np.array([length]))
+        return Tally(np.array([length // 2]), np.array([length]), np.array([0.25, 0.75]))
 
     monkeypatch.setattr(accuracy, "test", half)
     assert accuracy.main([f"run={run_dir}"]) == 0
@@ -100,6 +100,7 @@ def test_a_task_without_an_index_has_one_row_per_length(tmp_path: Path, monkeypa
     assert [(row["length"], row["index"], row["accuracy"], row["answers"]) for row in rows] == [
         (length, None, 0.5, length) for length in lengths
     ]
+    assert {(row["sequences"], row["standard_error"]) for row in rows} == {(2, 0.25)}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,7 @@ def test_accuracy_counts_the_models_correct_answers(right: int) -> None:
     tally = answers.test(Oracle(task, right), CPU, task, 64, at_least=100)  # type: ignore[arg-type]
     assert tally.total == (112 // right, 112)  # 7 sequences of 16 queries
     assert tally.curve() == [(0, 1 / right, 112)]
+    assert tally.by_sequence.shape == (7,) and tally.by_sequence.mean() == pytest.approx(1 / right)
 
 
 def test_accuracy_is_by_the_index_of_each_answer() -> None:
@@ -104,6 +106,15 @@ def test_accuracy_is_by_the_index_of_each_answer() -> None:
     tally = answers.tally(task, inputs, targets, predicted)
     count = 5 * 4 * 4  # sequences, functions, tokens of y
     assert tally.curve() == [(i, {2: 0.0, 5: 1 - 1 / count}.get(i, 1.0), count) for i in range(1, 6)]
+    others = [1 - 1 / 5] * 4  # one of five examples of every function is wrong
+    assert tally.by_sequence == pytest.approx([others[0] - 1 / (5 * 4 * 4), *others])
+
+
+def test_the_standard_error_is_that_of_the_mean_over_sequences() -> None:
+    several = np.array([0.1, 0.4, 0.4, 0.9])
+    tally = answers.Tally(np.array([18]), np.array([40]), several)
+    assert tally.standard_error == pytest.approx(statistics.stdev(several) / 2)
+    assert answers.Tally(np.array([1]), np.array([10]), several[:1]).standard_error is None
 
 
 def test_the_curve_of_a_solver_of_regression_is_flat_at_one() -> None:
