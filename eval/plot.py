@@ -258,7 +258,8 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
 
 def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
     """Draw each run's accuracy on its generated task by length, at each capacity from the tests of its newest step.
-    Runs that differ only in the seed are thin lines of one colour, and their mean is a thick one.
+    Runs that differ only in the seed are thin lines of one colour, and their mean is a thick one; the band of a single
+    run is one standard error over test sequences.
 
     Returns:
         `out`, and a sentence with the accuracies at the longest length that all curves have.
@@ -295,6 +296,10 @@ def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
         each = [[100 * found[length]["accuracy"] for length in lengths] for found in runs.values()]
         for y in each if len(each) > 1 else ():
             ax.plot(lengths, y, linewidth=0.6, alpha=0.6, **look)
+        if len(each) == 1:
+            errors = [100 * (found[length]["standard_error"] or 0.0) for found in runs.values() for length in lengths]
+            low, high = ([y + side * error for y, error in zip(each[0], errors)] for side in (-1, 1))
+            ax.fill_between(lengths, low, high, color=style.color(index), alpha=0.15, linewidth=0)
         seeds = f" ({len(each)} seeds)" if len(each) > 1 else ""
         ax.plot(lengths, [fmean(ys) for ys in zip(*each)], label=label + seeds, marker="o", markersize=3, **look)
         if shared:

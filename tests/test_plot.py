@@ -248,6 +248,7 @@ def accuracies(
         row: dict[str, Any] = dict.fromkeys(TABLE.schema.names)
         row |= {"run": folder.name, "step": step, "task": "repeat", "settings": settings, "num_centroids": capacity}
         row |= {"changes": "", "length": int(name[1:]), "accuracy": value, "answers": 1000, "train_context": 128}
+        row |= {"sequences": 4, "standard_error": value / 10}
         rows += [row, row | {"index": 3, "accuracy": 0.0}]
     TABLE.write(folder, rows)
 
@@ -267,6 +268,8 @@ def test_accuracies_of_runs_are_curves_by_length_and_a_sentence(
         "sw_ovq, N=99 in the test": ([128, 1024], [100, 87.5]),
         "sw": ([128, 1024], [25, pytest.approx(0.78)]),
     }
+    band = drawn[-1].axes[0].collections[0].get_paths()[0].vertices
+    assert sorted({round(y, 6) for x, y in band if x == 1024}) == [67.5, 82.5]
     assert capsys.readouterr().out.splitlines()[0] == (
         "at 1,024 tokens, sw_ovq: 75.0% of 1,000 answers; sw_ovq, N=99 in the test: 87.5% of 1,000 answers; "
         "sw: 0.8% of 1,000 answers"
