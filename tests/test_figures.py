@@ -187,7 +187,7 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
     assert all(run["command"].startswith("python train.py experiment=") for run in plan["runs"].values())
     assert plan["machine"]["command"] and plan["machine"]["date"] and plan["commit"]
     text = (out / "caption.md").read_text()
-    for words in ("Scale cpu", "training seeds 0", plan["commit"], plan["machine"]["date"], "differs from the paper"):
+    for words in ("Scale cpu", "training seed 0", plan["commit"], plan["machine"]["date"], "differs from the paper"):
         assert words in text
     assert "| 64 | 2 | 512 |" in text and "Missing" not in text and "At an edge of the grid" in text
     assert (out / "fig4.png").stat().st_size > 20000 and "<svg" in (out / "fig4.svg").read_text()

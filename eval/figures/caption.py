@@ -33,7 +33,8 @@ def caption(
 ) -> str:
     """The text of caption.md."""
     name, scale = plan.figure.name, plan.scale.name
-    seeds = ", ".join(map(str, plan.seeds))
+    seeds = f"seed{'s' if len(plan.seeds) > 1 else ''} {', '.join(map(str, plan.seeds))}"
+    some = ", if not missing" if missing else ""
     described = dict.fromkeys(line.measure.described(line.tests[0]) for line in plan.lines)
     tuned = dict.fromkeys(line.subject.tuned for line in plan.lines)
     shown = (*plan.figure.panel_names, *plan.figure.models)
@@ -43,13 +44,13 @@ def caption(
         "",
         f"![{plan.figure.title}]({name}.png)",
         "",
-        f"Scale {scale}; training seeds {seeds}. {plan.figure.curves} "
+        f"Scale {scale}; training {seeds}{some}. {plan.figure.curves} "
         f"All numbers are in [{name}.csv]({name}.csv), and the command of every run in [plan.json](plan.json).",
         "",
         f"- Command: `{machine['command']}`",
-        f"- Code: commit {commit}; finished {machine['date']}",
-        f"- Machine: {machine.get('accelerator') or machine['processor']}, {machine['cores']} cores, "
-        f"torch {machine['torch']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}",
+        f"- Code: commit {commit}",
+        f"- Drawn: {machine['date']}, on {machine.get('accelerator') or machine['processor']}, "
+        f"{machine['cores']} cores, torch {machine['torch']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}",
         *(f"- Tests (in float32): {words}." for words in described),
         "- State sizes assume activations in bf16 and sums in float32.",
         *missing_section(missing),

@@ -273,7 +273,7 @@ class Figure:
     draw: Callable[[Figure, list[Point]], Any]
     findings: Callable[[list[Point]], list[str]] = lambda points: []
     about: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    curves: str = "Lines are means over seeds; bands span the lowest to the highest seed."
+    curves: str = "Lines are means over a model's seeds; bands span its lowest to its highest seed."
 
     @property
     def models(self) -> list[str]:

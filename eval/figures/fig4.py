@@ -34,9 +34,14 @@ def figure(options: RecallOptions) -> Figure:
         seeds={"cpu": 3, "gpu": 3, "paper": 1},
         differs=(
             "Trained at the length in the table (the paper: about 4k, as one reader says).",
-            "The answers are those of whole values.",
+            "An answer of several tokens is right only if all of them are.",
         ),
-        about={POSITIONAL.name: ("Positional recall asks for the n-th value of a key.",)},
+        about={
+            POSITIONAL.name: (
+                "In positional recall, every key occurs several times with different values, and a query asks for the "
+                "n-th of them.",
+            )
+        },
         draw=draw,
     )
 

@@ -48,7 +48,7 @@ CURVES = (
 )
 SMALL = (
     "The first layer of every model but std_att sees 4 tokens, and every run starts from weights trained to copy "
-    "random tokens: without both, models of this size gained nothing from what lies beyond a window, which was seen on "
+    "random tokens: with neither, models of this size gained nothing from what lies beyond a window, as was found on "
     "the test books (docs/results/fig6/fresh_weights.json). Both choices were made with sw_nope and sw on validation "
     "documents and may favour these models.",
 )

@@ -43,7 +43,7 @@ def figure(options: RecallOptions) -> Figure:
         seeds={"cpu": 1, "gpu": 3, "paper": 1},
         differs=("The paper has no such figure; its reviewers asked for it.",),
         draw=draw,
-        curves="Lines are means over seeds.",
+        curves="Lines are means over a model's seeds.",
     )
 
 
