@@ -35,6 +35,8 @@ def caption(
     name, scale = plan.figure.name, plan.scale.name
     seeds = f"seed{'s' if len(plan.seeds) > 1 else ''} {', '.join(map(str, plan.seeds))}"
     some = ", if not missing" if missing else ""
+    where = machine.get("accelerator") or machine["processor"]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     described = dict.fromkeys(line.measure.described(line.tests[0]) for line in plan.lines)
     tuned = dict.fromkeys(line.subject.tuned for line in plan.lines)
     shown = (*plan.figure.panel_names, *plan.figure.models)
@@ -49,8 +51,7 @@ def caption(
         "",
         f"- Command: `{machine['command']}`",
         f"- Code: commit {commit}",
-        f"- Drawn: {machine['date']}, on {machine.get('accelerator') or machine['processor']}, "
-        f"{machine['cores']} cores, torch {machine['torch']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}",
+        f"- Drawn: {machine['date']}, on {where}, {machine['cores']} cores, torch {machine['torch']}, {threads}",
         *(f"- Tests (in float32): {words}." for words in described),
         "- State sizes assume activations in bf16 and sums in float32.",
         *missing_section(missing),
