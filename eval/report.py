@@ -35,12 +35,14 @@ class Options:
     base: str | None = setting(None, "run folder that others are compared with; null: the first", paths=True)
     positions: list[int] = setting([4096, 16384, 65536], "positions of the table, in tokens", at_least=1)
     out: str = setting("report.html", "file to write", endings=(".html", ".htm"), writes="file")
+    trust: list[str] = setting([], "classes outside this project that the runs' configs may name; their code then runs")
 
 
 @command(Options, overrides=True)
 def main(options: Options, overrides: list[str]) -> int:
     """The command line shown in the module docstring."""
-    runs = [facts_of(folder) for folder in folders_of(expand(options.runs, holding="config.yaml"), overrides)]
+    folders = folders_of(expand(options.runs, holding="config.yaml"), overrides)
+    runs = [facts_of(folder, options.trust) for folder in folders]
     known = [run for run in runs if run.cfg is not None]
     if not known:
         raise ConfigError(f"none of the {len(runs)} folders is a run that has begun; first: {runs[0].run_dir}")

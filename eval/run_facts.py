@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -17,6 +18,7 @@ from eval.run_table import Row
 from ovq import config
 from ovq.config import Config
 from ovq.errors import Failure, one_line
+from ovq.inference.run import at_capacity, no_imports_from
 from ovq.model import build_model, count_parameters, state_bytes
 from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
@@ -91,8 +93,13 @@ class Facts:
         return means_in(span, buckets)
 
 
-def facts_of(run_dir: Path) -> Facts:
-    """Read a run folder. What cannot be read is reported in `why`, not raised."""
+def facts_of(run_dir: Path, trust: Collection[str] = ()) -> Facts:
+    """Read a run folder. What cannot be read is reported in `why`, not raised.
+
+    Args:
+        trust: classes from outside this project that the run's config may name; a run with another one is reported
+            without parameters and state.
+    """
     problems: list[str] = []
 
     def attempt(read: Any, otherwise: Any) -> Any:
@@ -123,21 +130,25 @@ def facts_of(run_dir: Path) -> Facts:
         by_document=[row for row in documents if is_plain(row, own) and loss_table.key_of(row) in chosen],
         answers=[row for row in attempt(lambda: accuracy.TABLE.read(run_dir), []) if row["index"] is None],
     )
-    attempt(lambda: measure(made), None)
+    attempt(lambda: measure(made, trust), None)
     if not finished:
         problems.append(log_line(run_dir) or "no log in its folder; it may be running, or was killed")
     made.why = "; ".join(problems)
     return made
 
 
-def measure(facts: Facts) -> None:
+def measure(facts: Facts, trust: Collection[str]) -> None:
     """Fill in what follows from the settings: parameters, and the state of a sequence of 65,536 tokens."""
     assert facts.cfg is not None
+    no_imports_from(facts.run_dir)
+    config.load(facts.run_dir, trust)  # raises if it names a class that is not trusted, before any is imported
     tokenizer = build_tokenizer(facts.cfg, facts.run_dir, own=True)
     facts.fingerprint = tokenizer.fingerprint
     with torch.device("meta"):
         model = build_model(facts.cfg.model, tokenizer.vocab_size)
-    facts.parameters, facts.state_bytes = count_parameters(model)[0], state_bytes(model, 65536)
+    facts.parameters = count_parameters(model)[0]
+    with at_capacity(model, facts.cfg):
+        facts.state_bytes = state_bytes(model, 65536)
 
 
 def best_evaluation(rows: list[Row], capacity: int | None) -> list[Row]:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 import train
 from data.build import build_tokenizer
 from eval import per_position
+from eval.run_facts import facts_of
 from ovq import config, files, identity
 from ovq.compose import compose
 from ovq.errors import ConfigError, TrainingError
@@ -89,13 +90,18 @@ def seal(path: Path) -> None:
 @pytest.fixture
 def recall_run(tmp_path: Path) -> Path:
     """A run folder as train.py leaves it."""
-    run_dir = tmp_path / "run"
-    cfg = small_config("sw", *RUN)
+    return saved(tmp_path / "run")
+
+
+def saved(run_dir: Path, *overrides: str) -> Path:
+    """A run folder with a checkpoint of step 1, whose weights are untrained."""
+    cfg = small_config("sw", *RUN, *overrides)
     config.save(cfg, run_dir)
     tokenizer = build_tokenizer(cfg)
     tokenizer.save(run_dir / "tokenizer")
     model = small_model("sw", *RUN, vocab_size=tokenizer.vocab_size)
-    Checkpointer(run_dir, asynchronous=False).save(1, model, torch.optim.AdamW(model.parameters()), extra_of(1))
+    extra = extra_of(1) | {"config": config.to_dict(cfg)}
+    Checkpointer(run_dir, asynchronous=False).save(1, model, torch.optim.AdamW(model.parameters()), extra)
     return run_dir
 
 
@@ -189,6 +195,15 @@ def test_a_manifest_of_another_shape_is_damage(recall_run: Path) -> None:
             verify(folder(recall_run, 1))
 
 
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """It has the same shapes, and what was measured with it would count as this run's."""
+    runs = [saved(tmp_path / f"seed{seed}", f"seed={seed}") for seed in (0, 1)]
+    with pytest.raises(ConfigError, match=r"step_00000001 is not of .*seed0, whose settings are others: seed: 1 -> 0"):
+        load_run(runs[0], checkpoint_at=str(folder(runs[1], 1)))
+    copied = shutil.copytree(folder(runs[0], 1), tmp_path / "kept")
+    assert load_run(runs[0], checkpoint_at=str(copied)).step == 1
+
+
 # --- classes named by a stored config --------------------------------------------------------------------------------
 
 
@@ -215,6 +230,13 @@ def test_a_class_from_outside_that_a_stored_config_names_is_not_imported(strange
         RunOptions(run=str(stranger), trust=["toy_mixer.Leaky"]).open()
     with pytest.raises(ConfigError, match="not part of this project"):
         RunOptions(run=str(stranger), trust=["toy_mixer.Other"]).open()
+
+
+def test_a_report_imports_no_class_from_outside_that_is_not_trusted(stranger: Path, tmp_path: Path) -> None:
+    found = facts_of(stranger)
+    assert found.parameters is None and "toy_mixer.Leaky, which is not part of this project" in found.why
+    assert not (tmp_path / "imported").exists()
+    assert facts_of(stranger, ["toy_mixer.Leaky"]).parameters
 
 
 def test_train_py_resumes_a_mixer_from_outside_as_its_command_line_names_it(stranger: Path) -> None:

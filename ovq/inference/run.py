@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.build import build_tokenizer, pin_commits
 from data.tokenizer import Tokenizer
-from ovq import config, processes
+from ovq import config, identity, processes
 from ovq.config import Config, EvalConfig
 from ovq.config_data import check_used
 from ovq.errors import ConfigError, one_line
@@ -184,10 +184,20 @@ def load_run(
         tokenizer = build_tokenizer(cfg, run_dir, own=True)
         model = parallelize(build_model(cfg.model, tokenizer.vocab_size), cfg.trainer, world)
         extra = checkpoint.load(chosen, model, weights=cfg.eval.weights)
+        if checkpoint_at is not None:
+            check_of_run(chosen, extra, stored, run_dir)
         if "data" in extra:
             pin_commits(stored, extra["data"]["fingerprint"])
         processes.gather_objects(None)  # rank 0 holds the lease until every rank has read its part
     return Run(run_dir, cfg, tokenizer, model.eval(), world, int(extra["step"]), int(extra["tokens"]), chosen)
+
+
+def check_of_run(path: Path, extra: dict[str, Any], cfg: Config, run_dir: Path) -> None:
+    """Raise ConfigError if a checkpoint was saved by a run with other settings than `cfg`, those of `run_dir`."""
+    if "config" not in extra:
+        return
+    if changed := identity.differences(config.flatten(extra["config"]), config.flatten(cfg), contents=False):
+        raise ConfigError(f"checkpoint={path} is not of {run_dir}, whose settings are others: {'; '.join(changed)}")
 
 
 def no_imports_from(folder: Path) -> None:
