@@ -167,7 +167,10 @@ def about(run: Run, options: Options, changed: str) -> dict[str, Any]:
         "state_bytes_at_train_context": state_bytes(model, trainer.context, 2 if run.world.precision == "bf16" else 4),
         "precision": run.world.precision,
         "changes": changed,
+        "weights": cfg.eval.weights,
         "limit": options.limit,
+        "metadata": options.metadata,
+        "include_path": options.include_path,
         "lm_eval": version("lm-eval"),
     }
 

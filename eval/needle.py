@@ -32,7 +32,7 @@ from data.tasks.rows import sequences_for_test
 from data.tokenizer import Tokenizer
 from eval import style
 from eval.answers import TEST_SEED, TOKENS_AT_ONCE, predict
-from eval.run_table import Row, RunTable, changes
+from eval.run_table import Row, RunTable, changes, mark
 from ovq import peers, processes
 from ovq.cli import command
 from ovq.compose import compose
@@ -60,6 +60,7 @@ TABLE = RunTable(
             ("haystack", pa.string()),  # hash of its tokens
             ("seed", pa.int64()),  # of the sequences
             ("num_centroids", pa.int64()),  # eval.num_centroids; null: as trained
+            ("weights", pa.string()),  # trained | ema
             ("changes", pa.string()),  # other settings that differ from the run's
             ("kind", pa.string()),
             ("length", pa.int64()),  # tokens of every sequence, answer included
@@ -78,7 +79,7 @@ TABLE = RunTable(
             ("train_tokens", pa.int64()),
         ]
     ),
-    ("step", "data", "split", "haystack", "seed", "num_centroids", "changes", "kind", "length", "depth"),
+    ("step", "data", "split", "haystack", "seed", "num_centroids", "weights", "changes", "kind", "length", "depth"),
     "needles",
 )
 
@@ -187,6 +188,7 @@ def about(run: Run, options: Options, haystack: str, length: int) -> Row:
         "haystack": haystack,
         "seed": options.seed,
         "num_centroids": cfg.eval.num_centroids,
+        "weights": cfg.eval.weights,
         "length": length,
         "sequences": options.sequences,
         "model": cfg.model.name,
@@ -239,6 +241,8 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
     """Save a heat map of each score; returns the files."""
     first = rows[0]
     variant = f"_{first['data']}_{first['split']}" + (f"_N{first['num_centroids']}" if first["num_centroids"] else "")
+    seed = f"seed={first['seed']}" if first["seed"] != TEST_SEED else ""
+    variant += mark(first["changes"], seed)
     return [style.save(heat_map(rows, name), folder / f"needle{variant}_{name}.png") for name in SCORES]
 
 

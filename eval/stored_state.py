@@ -135,7 +135,8 @@ def main(options: Options, overrides: list[str]) -> int:
                 right, answers = tally.total
                 shape = layers[0].shape
                 held = 2 * FORMATS[name].bytes_of(shape.head_dim) + 4
-                row = {"run": Path(options.run).name, "step": run.step, "changes": changes(overrides), "format": name}
+                row = {"run": run.run_dir.resolve().name, "step": run.step, "format": name}
+                row["changes"] = changes(overrides, text=True)
                 row |= {"num_centroids": layers[0].spec.num_centroids, "length": length}
                 row |= {"accuracy": round(right / answers, 6), "answers": answers}
                 row |= {"bytes_of_a_centroid": held}

@@ -310,6 +310,17 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(
     assert "niah_multikey_1" in shown.out and "needle.parquet" in shown.out
 
 
+def test_averaged_weights_are_not_taken_for_the_trained_ones(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eval.weights` may change when a run is resumed, so scores of the weights before it are not those to report."""
+    monkeypatch.setattr(needle, "predict", Perfect())
+    assert needle.main([f"run={run_dir}", *SMALL]) == 0
+    opened = load_run(run_dir)
+    opened.cfg.eval.weights = "ema"
+    options = needle.Options(run=str(run_dir), kinds=["niah_single_2"], lengths=[512], depths=[0], sequences=3)
+    needle.measure(opened, options, compose(["data=builtin"]))
+    assert [row["weights"] for row in needle.TABLE.read(run_dir)] == ["trained"] * 8 + ["ema"]
+
+
 def test_a_damaged_table_is_set_aside_and_a_new_one_begun(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,9 @@ def test_the_command_tests_every_format(
     changed = list(csv.DictReader((run / "stored_state.csv").open()))
     assert changed[:-1] == more and changed[-1]["changes"] == "model.mixers.ovq.seeding=random"
     assert {row["step"] for row in changed} == {"3"}
+    assert stored_state.main([*line[:-1], "data.task.queried=0.5"]) == 0
+    other_task = list(csv.DictReader((run / "stored_state.csv").open()))
+    assert other_task[:-1] == changed and other_task[-1]["changes"] == "data.task.queried=0.5"
     capsys.readouterr()
     with monkeypatch.context() as patched:
         patched.setattr(stored_state, "test", lambda *_, **__: pytest.fail("measured before looking at out"))

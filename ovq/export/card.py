@@ -123,8 +123,10 @@ def losses(run_dir: Path, step: int, capacity: int | None) -> list[str]:
     chosen = [row for row in own if all(row[name] == longest[name] for name in key)]
     while len(chosen) > ROWS:  # halve the resolution, weighting buckets by their tokens
         chosen = [merged(chosen[at : at + 2]) for at in range(0, len(chosen), 2)]
+    with_n = f", with dictionaries of N = {capacity:,}" if capacity else ""
     lines = [
-        *("", f"Loss on held-out documents ({longest['split']}), by position in a context of {longest['context']:,}:"),
+        "",
+        f"Loss on held-out documents ({longest['split']}), by position in a context of {longest['context']:,}{with_n}:",
         *("", "| positions | nats per token | standard error | tokens |", "| --- | --- | --- | --- |"),
     ]
     for row in chosen:
