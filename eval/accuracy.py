@@ -16,7 +16,6 @@ sequence on its shard of the model.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,11 @@ from typing import TYPE_CHECKING
 from data.build import build_task, is_task
 from data.tasks.base import Task
 from eval import style
-from eval.accuracy_table import TABLE
+from eval.accuracy_table import TABLE, task_settings
 from eval.answers import test
-from eval.run_table import Row, changes
+from eval.run_table import Row, changes, mark
 from ovq import peers, processes
 from ovq.cli import command
-from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.inference.run import Run, RunOptions, at_capacity
@@ -67,7 +65,7 @@ def main(options: Options, overrides: list[str]) -> int:
             write_whole(run.run_dir / "accuracy.csv", TABLE.as_csv(run.run_dir))
             print(run.run_dir / TABLE.file, run.run_dir / "accuracy.csv", sep="\n")
             with reporting("the plot of the accuracy"):
-                print(style.save(draw(rows, task), run.run_dir / "plots" / picture_name(rows)))
+                print(style.save(draw(rows, task), run.run_dir / "plots" / picture_name(rows[0], overrides)))
 
         processes.on_main(publish)
         processes.shutdown()
@@ -133,14 +131,11 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
     return rows
 
 
-def task_settings(cfg: Config) -> str:
-    """The settings of a config's task in JSON, as the table stores them."""
-    return json.dumps({name: value for name, value in cfg.data.task.items() if name != "_target_"}, sort_keys=True)
-
-
-def picture_name(rows: list[Row]) -> str:
-    capacity = rows[0]["num_centroids"]
-    return f"accuracy_{rows[0]['task']}" + (f"_N{capacity}" if capacity else "") + ".png"
+def picture_name(row: Row, overrides: list[str]) -> str:
+    """File name of the plot of a test, given one of its rows. Other settings than the run's add a hash of them."""
+    capacity = f"_N{row['num_centroids']}" if row["num_centroids"] else ""
+    of_task = sorted(text for text in overrides if text.startswith("data."))
+    return f"accuracy_{row['task']}{capacity}{mark(row['changes'], *of_task)}.png"
 
 
 def draw(rows: list[Row], task: Task) -> Figure:
@@ -160,7 +155,8 @@ def draw(rows: list[Row], task: Task) -> Figure:
         style.token_axis(ax, "tokens in the sequence; dotted line: training length")
     ax.set_ylim(-2, 102)
     ax.set_ylabel("correct answers, %")
-    ax.set_title(f"{rows[0]['model']}, step {rows[0]['step']:,}: {task.name}")
+    changed = f", {rows[0]['changes']}" if rows[0]["changes"] else ""
+    ax.set_title(f"{rows[0]['model']}, step {rows[0]['step']:,}: {task.name}{changed}")
     style.legend(ax)
     return fig
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 
 from eval.run_table import RunTable
+from ovq.config import Config
 
 TABLE = RunTable(
     "accuracy.parquet",
@@ -34,3 +37,8 @@ TABLE = RunTable(
     ("step", "settings", "num_centroids", "changes", "length"),
     "accuracy",
 )
+
+
+def task_settings(cfg: Config) -> str:
+    """The settings of a config's task in JSON, as the table stores them."""
+    return json.dumps({name: value for name, value in cfg.data.task.items() if name != "_target_"}, sort_keys=True)

@@ -10,7 +10,6 @@ Runs are labelled by the settings in which they differ.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 import sys
@@ -20,8 +19,9 @@ from statistics import fmean
 from typing import Any
 
 from eval import loss_table, style
-from eval.accuracy_table import TABLE
+from eval.accuracy_table import TABLE, task_settings
 from eval.run_labels import by_seeds, labels
+from eval.run_table import mark
 from ovq import config
 from ovq.cli import command
 from ovq.errors import ConfigError
@@ -148,8 +148,7 @@ def picture_name(context: int, split: str, num_centroids: int | None, changed: s
     changes."""
     parts = ["loss_by_position", style.short(context), *(["test"] if split == "test" else [])]
     parts += [f"N{num_centroids}"] if num_centroids else []
-    parts += [hashlib.sha256(changed.encode()).hexdigest()[:8]] if changed else []
-    return "_".join(parts) + ".png"
+    return "_".join(parts) + mark(changed) + ".png"
 
 
 # --- several runs ----------------------------------------------------------------------------------------------------
@@ -257,7 +256,8 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
 
 
 def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
-    """Draw each run's accuracy on its generated task by length, at each capacity from the tests of its newest step.
+    """Draw each run's accuracy on its generated task by length, at each capacity from the tests of its newest step with
+    the settings of the task in training, if there are any.
     Runs that differ only in the seed are thin lines of one colour, and their mean is a thick one; the band of a single
     run is one standard error over test sequences.
 
@@ -275,6 +275,8 @@ def accuracy(run_dirs: list[Path], out: Path) -> tuple[Path, str]:
     for index, run_dir in enumerate(run_dirs):
         label = next(label for label, members in groups if index in members)
         rows = sorted((row for row in TABLE.read(run_dir) if row["index"] is None), key=lambda row: row["step"])
+        own = task_settings(configs[index])
+        rows = [row for row in rows if row["settings"] == own] or rows
         if not rows:
             raise ConfigError(f"{run_dir} has no accuracies; make them with: python -m eval.accuracy run={run_dir}")
         newest = {(row["num_centroids"], row["changes"]): row["step"] for row in rows}

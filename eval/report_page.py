@@ -18,6 +18,7 @@ from data.build import sources_of
 from eval import plot, run_labels, style
 from eval.paired import Losses, Mean, paired
 from eval.run_facts import Facts, as_json
+from eval.run_table import Row
 from ovq import config
 from ovq.config import Config
 from ovq.config_data import NAMED_SPLITS
@@ -146,7 +147,7 @@ def accuracies(runs: list[Facts], labels: list[str]) -> tuple[list[str], list[li
         tests: dict[tuple[str, int | None], dict[int, str]] = {}
         for row in (row for row in plain if row["step"] == newest):
             of_length = tests.setdefault((row["settings"], row["num_centroids"]), {})
-            of_length[row["length"]] = percent(row["accuracy"], row["answers"])
+            of_length[row["length"]] = percent(row)
         several = len({settings for settings, _ in tests}) > 1
         for (settings, capacity), of_length in tests.items():
             parts = [label, *([settings] if several else []), *([] if capacity is None else [f"N = {capacity:,}"])]
@@ -154,9 +155,13 @@ def accuracies(runs: list[Facts], labels: list[str]) -> tuple[list[str], list[li
     return ["run", *(f"{length:,} tokens" for length in lengths)], rows
 
 
-def percent(accuracy: float, answers: int) -> str:
-    """'93.1 ± 0.3': an accuracy and its standard error in per cent, as if all answers were independent."""
-    return f"{100 * accuracy:.1f} ± {100 * math.sqrt(accuracy * (1 - accuracy) / max(1, answers)):.1f}"
+def percent(row: Row) -> str:
+    """'93.1 ± 0.3': an accuracy and its standard error in per cent: over sequences or, with a single one, as if all
+    answers were independent."""
+    accuracy, error = row["accuracy"], row["standard_error"]
+    if error is None:
+        error = math.sqrt(accuracy * (1 - accuracy) / max(1, row["answers"]))
+    return f"{100 * accuracy:.1f} ± {100 * error:.1f}"
 
 
 def settings_that_differ(runs: list[Facts], labels: list[str]) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import sys
@@ -100,6 +101,11 @@ def changes(overrides: list[str], *, text: bool = False) -> str:
     others = ("eval.", "logger.", "logger=", *NEUTRAL, *(() if text else ("data.",)))
     kept = [override for override in overrides if not override.startswith(others)]
     return " ".join(sorted([*kept, *(override for override in overrides if override.startswith("eval.weights="))]))
+
+
+def mark(*texts: str) -> str:
+    """The end of a picture's name: a short hash of what differs from the run's own settings; empty if nothing does."""
+    return f"_{hashlib.sha256(' '.join(texts).encode()).hexdigest()[:8]}" if any(texts) else ""
 
 
 def _set_aside(path: Path) -> str:

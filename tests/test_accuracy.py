@@ -72,6 +72,8 @@ def test_other_settings_and_capacities_are_added_and_the_same_test_is_replaced(t
     assert [json.loads(row["settings"])["functions"] for row in totals[-1]] == [3, 9, 3, 3]
     assert [row["num_centroids"] for row in totals[-1]] == [None, None, 3, None]
     assert (run_dir / "plots" / "accuracy_regression_N3.png").exists()
+    names = [path.name for path in (run_dir / "plots").glob("accuracy*.png")]
+    assert len(names) == 4, "those of other settings have a hash in their names"
 
 
 def test_lengths_that_the_task_cannot_have_are_left_out_unless_asked_for(

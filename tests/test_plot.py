@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from eval import loss_table, plot, style
-from eval.accuracy_table import TABLE
+from eval.accuracy_table import TABLE, task_settings
 from eval.plot import Curve, curves_of, running_mean
 from eval.run_labels import labels
 from ovq import config
@@ -284,6 +284,12 @@ def test_accuracies_of_runs_are_curves_by_length_and_a_sentence(
     accuracies(longer, n128=1.0, n1024=1.0)
     assert plot.main([f"runs=[{a},{longer}]", "kind=accuracy", f"out={tmp_path}/a.png"]) == 0
     assert curves_in(drawn[-1]).keys() >= {"sw_ovq", "sw_ovq, seed=1"}
+    accuracies(longer, settings='{"symbols": 9}', n128=0.0)
+    accuracies(longer, settings=task_settings(config.load(longer)), n128=0.5)
+    assert plot.main([f"runs=[{longer}]", "kind=accuracy", f"out={tmp_path}/a.png"]) == 0
+    assert list(curves_in(drawn[-1]).values()) == [([128], [50])], (
+        "the settings of training, if it was tested with them"
+    )
     accuracies(b, settings='{"symbols": 9}', n128=0.5)
     assert plot.main(line) == 2
     assert f"{a} and {b} were tested on different tasks" in capsys.readouterr().err

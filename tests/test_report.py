@@ -231,6 +231,7 @@ def test_accuracies_stand_by_length_with_their_error(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", "sw", 0)
     common = {"run": "a", "step": 20, "task": "recall", "settings": "{}", "changes": "", "index": None, "model": "sw"}
     common |= {"answers": 1600, "state_numbers": 1, "state_bytes": 2, "train_context": 128}
+    common |= {"sequences": 1, "standard_error": None}
     of = {(None, 128): 0.9, (None, 2048): 0.5, (4096, 2048): 0.8}
     rows = [common | {"num_centroids": n, "length": at, "accuracy": value} for (n, at), value in of.items()]
     ACCURACY.write(run, [{name: row[name] for name in ACCURACY.schema.names} for row in rows])
@@ -241,9 +242,10 @@ def test_accuracies_stand_by_length_with_their_error(tmp_path: Path) -> None:
     ]
     old = common | {"step": 10, "num_centroids": None, "length": 128, "accuracy": 0.1}
     other = common | {"settings": "functions=4", "num_centroids": None, "length": 128, "accuracy": 0.7}
+    other |= {"sequences": 4, "standard_error": 0.025}
     ACCURACY.write(run, [{name: row[name] for name in ACCURACY.schema.names} for row in (old, other)])
     found = [row[:2] for row in rows_of(report_of(tmp_path, f"runs=[{run}]"), "Accuracy")[1:]]
-    assert ["sw, functions=4", "70.0 ± 1.1"] in found and ["sw, {}", "90.0 ± 0.8"] in found
+    assert ["sw, functions=4", "70.0 ± 2.5"] in found and ["sw, {}", "90.0 ± 0.8"] in found
     assert not [row for row in found if row[1].startswith("10.0")], "an older step"
 
 

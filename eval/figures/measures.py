@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from data.build import build_task, build_tokenizer, build_tokens, is_task, sources_of, splits_of
 from eval import accuracy, answers, loss_table, per_position
+from eval.accuracy_table import task_settings
 from eval.figures.declare import Test
 from eval.run_table import Row, changes
 from ovq import config
@@ -135,7 +136,7 @@ class Accuracy:
         accuracy.TABLE.write(run_dir, accuracy.measure(run, build_task(run.cfg), wanted, changes(PRECISION)))
 
     def find(self, run_dir: Path, cfg: Config, step: int, test: Test) -> list[Value]:
-        settings = accuracy.task_settings(changed(cfg, test.overrides))
+        settings = task_settings(changed(cfg, test.overrides))
         key = (step, settings, test.num_centroids, changes(PRECISION), test.length)
         rows = [row for row in rows_of(accuracy.TABLE, run_dir) if accuracy.TABLE.key_of(row) == key]
         if not rows or rows[0]["answers"] < test.amount:
