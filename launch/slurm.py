@@ -7,7 +7,8 @@
 Settings, data, tokenizer and run folder are checked first. On each node srun starts `python -m launch run`, which is
 torchrun. --grace seconds before the time limit, and when the job is preempted, SLURM signals the ranks: they save and
 end, and the batch script requeues the job until summary.json says that the run is finished. A run that fails is not
-requeued, nor is a job that was cancelled. SLURM itself requeues a job that loses a node.
+requeued, nor is one that saved nothing in three starts, nor a job that was cancelled. SLURM itself requeues a job that
+loses a node.
 
 The same command continues a run that was cancelled or has failed, with any --nodes whose ranks divide the batch. A run
 has one job at a time: another waits for it (--dependency=singleton). Of a sweep, only unfinished runs are queued, and
@@ -35,6 +36,7 @@ from ovq.train.summary import read_finished
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "slurm.log"
+IDLE = 3  # starts in a row that save nothing, after which a job is not queued again
 
 SCRIPT = """\
 #!/bin/bash
@@ -50,6 +52,8 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
 # The first node, and a port from the job's number, below those that the system gives away.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((15000 + SLURM_JOB_ID % 15000))
+
+saved=$(readlink "$run/checkpoints/latest")
 
 # One launcher a node, which starts the ranks. SLURM's signals go to all of them, not to this script: the ranks save and
 # end with status 0, or 128 + the signal's number if they had not begun to train.
@@ -68,6 +72,19 @@ case $status in
     exit "$status"
     ;;
 esac
+# Without this, a job whose time is over before its first step would be queued for ever.
+if [ "$(readlink "$run/checkpoints/latest")" != "$saved" ]; then
+  rm -f "$run/slurm.idle"
+else
+  mkdir -p "$run"
+  echo "$SLURM_JOB_ID" >>"$run/slurm.idle"
+  if [ "$(wc -l <"$run/slurm.idle")" -ge {idle} ]; then
+    rm "$run/slurm.idle"
+    echo "job $SLURM_JOB_ID: {idle} starts in a row saved nothing (status $status). It is not queued again;" \\
+      "it may need more --time, or less --grace"
+    exit 1
+  fi
+fi
 # An array's own number is also that of one of its tasks, and would mean all of them.
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
@@ -79,7 +96,14 @@ fi
 
 
 def main(argv: list[str] | None = None) -> int:
-    return guarded(lambda: submit(arguments.read(parser(), argv, literal=("--sbatch", "--setup"))))
+    words = sys.argv[1:] if argv is None else argv
+
+    def run() -> int:
+        options = arguments.read(parser(), words, literal=("--sbatch", "--setup"))
+        options.command = shlex.join(["python", "-m", "launch", "slurm", *words]).replace("\n", " ")
+        return submit(options)
+
+    return guarded(run)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
         "--python", default=shlex.quote(sys.executable), metavar="WORDS", help="Python, or container ... python"
     )
     made.add_argument("--print", action="store_true", dest="only_print", help="print the file; submit nothing")
+    made.set_defaults(command="python -m launch slurm")  # `main` adds the words
     return made
 
 
@@ -213,12 +238,13 @@ def script(jobs: list[sweep.Job], options: argparse.Namespace, name: str, path: 
     lines += [f"#SBATCH {line}" for line in options.sbatch]
     ranks = f"--gpus {options.gpus_per_node}" if options.gpus_per_node else f"--cpu-ranks {options.cpu_ranks}"
     return SCRIPT.format(
-        command=shlex.join(["python", "-m", "launch", "slurm", *sys.argv[1:]]).replace("\n", " "),
+        command=options.command,
         directives="\n".join(lines),
         folder=shlex.quote(str(Path.cwd())),
         root=shlex.quote(str(ROOT)),
         file=shlex.quote(str(path)),
         setup="".join(f"{line}\n" for line in options.setup),
+        idle=IDLE,
         which=array(jobs) if swept else assignments(jobs[0]),
         cpus=f"--cpus-per-task={options.cpus_per_node} " if options.cpus_per_node else "",
         python=options.python,
