@@ -211,8 +211,8 @@ def optimizer_bytes(cfg: Config, network: Transformer) -> float:
 
 
 def checkpoint_bytes(cfg: Config, network: Transformer) -> float:
-    """Bytes of one checkpoint: float32 weights, and what the optimizer holds."""
-    return 4.0 * sum(p.numel() for p in network.parameters()) + optimizer_bytes(cfg, network)
+    """Bytes of one checkpoint: float32 weights, tied ones under each of their names, and what the optimizer holds."""
+    return 4.0 * sum(value.numel() for value in network.state_dict().values()) + optimizer_bytes(cfg, network)
 
 
 def memory_of(

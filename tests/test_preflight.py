@@ -146,7 +146,10 @@ def test_a_run_folder_without_permission_is_refused(folder: Path, monkeypatch: p
     )
 
 
-@pytest.mark.parametrize("settings", [[], ["optim=muon"], ["optim.ema=0.9"], ["optim=muon", "optim.ema=0.9"]])
+@pytest.mark.parametrize(
+    "settings",
+    [[], ["optim=muon"], ["optim.ema=0.9"], ["optim=muon", "optim.ema=0.9"], ["model.tie_embeddings=true"]],
+)
 def test_checkpoints_take_as_much_room_as_planned(folder: Path, settings: list[str]) -> None:
     cfg = small_config("sw", "model.dim=64", "model.ffn_dim=128", *settings)
     model = build_model(cfg.model, 500)
