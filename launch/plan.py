@@ -122,7 +122,8 @@ def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]
     yield f"  a checkpoint    {format_bytes(size)} (float32 weights and optimizer state); {trainer.keep_last} are kept"
     written = size / (nodes * options.disk_gb_per_s * 1e9)
     yield f"  to write one    {written:.2g} s with {nodes} nodes at {options.disk_gb_per_s:g} GB/s each"
-    yield f"  data            {tokens / seconds:,.0f} tokens/s; prepared, {format_bytes(2 * tokens / seconds)}/s"
+    width = 2 if network.vocab_size <= 1 << 16 else 4  # bytes of a prepared token
+    yield f"  data            {tokens / seconds:,.0f} tokens/s; prepared, {format_bytes(width * tokens / seconds)}/s"
     yield from ["", "assumed", *(f"  {line}" for line in assumptions(options))]
 
 

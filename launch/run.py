@@ -2,7 +2,7 @@
 
     python -m launch run --gpus 8 -- experiment=pg19_150m
     python -m launch run --gpus 8 --dry-run -- experiment=pg19_150m
-    python -m launch run --cpu-ranks 2 -- experiment=cpu_demo
+    python -m launch run --cpu-ranks 2 -- experiment=cpu_demo trainer.micro_batch=2
     python -m launch run --gpus 8 --nodes 4 --rendezvous node0:29400 -- experiment=pg19_480m     # on each of 4 machines
 
 This process is torchrun (torch.distributed.run), with these differences. Problems with the settings, the shards, the
