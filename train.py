@@ -56,6 +56,7 @@ def dry_run(cfg: Config, run_dir: Path) -> None:
 
     if os.environ.get("RANK", "0") != "0":
         return
+    check_classes(cfg)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     vocab_size = cfg.tokenizer.vocab_size or build_tokenizer(cfg).vocab_size
     found = describe(cfg)

@@ -6,6 +6,7 @@ both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,10 +30,11 @@ from data.sources import DataError, find_files
 from data.tokenizer import Tokenizer
 from ovq.config import Config
 from ovq.errors import ConfigError
+from ovq.inference.run import check_capacity
 from ovq.model import Transformer, build_model
 from ovq.plan import lacking_room
 from ovq.train.checkpoint_files import CheckpointError
-from ovq.train.claim import elsewhere, same_run, unwritable
+from ovq.train.claim import check_resume, elsewhere, same_run, unwritable
 from ovq.train.warm_start import check_weights
 
 WITHOUT = "or set eval.at_end=false trainer.eval_every=0"
@@ -118,10 +120,16 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
         model = build_model(cfg.model, vocab_size)
     lines = [unwritable(run_dir), elsewhere(run_dir, cfg), lacking_room(cfg, model, run_dir)]
     words = ""
-    try:
-        check_weights(cfg, model, same_run(run_dir, cfg))
-    except (ConfigError, CheckpointError) as error:
-        lines.append(str(error))
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: check_capacity(model, cfg),
+        lambda: check_weights(cfg, model, same_run(run_dir, cfg)),
+        lambda: check_resume(run_dir, cfg),
+    )
+    for check in checks:
+        try:
+            check()
+        except (ConfigError, CheckpointError) as error:
+            lines.append(str(error))
     try:
         tokenizer = build_tokenizer(cfg)
         if cfg.eval.split not in broken:

@@ -20,10 +20,11 @@ from launch.plan import HEADROOM
 from ovq.compose import compose, run_dir_of
 from ovq.config import Config
 from ovq.errors import ConfigError
+from ovq.inference.run import check_capacity
 from ovq.memory import memory_of
 from ovq.model import Transformer, build_model, undivided
 from ovq.plan import format_bytes, indivisible, report
-from ovq.train.claim import same_run, unwritable
+from ovq.train.claim import check_resume, same_run, unwritable
 from ovq.train.warm_start import check_weights
 
 
@@ -44,11 +45,12 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
         gpu_bytes: memory of each GPU that it will run on; None: unknown, or it runs on CPUs.
 
     Raises:
-        ConfigError, DataError: a setting, a data file, the tokenizer or the run folder cannot be used, the disk has too
-            little room for the checkpoints, the batch or the heads cannot be divided among the processes, or weights,
-            gradients and moments alone do not fit on a GPU.
+        ConfigError, DataError, CheckpointError: a setting, a data file, the tokenizer, the run folder or the checkpoint
+            to continue from cannot be used, the disk has too little room for the checkpoints, the batch or the heads
+            cannot be divided among the processes, or weights, gradients and moments alone do not fit on a GPU.
     """
     cfg = compose(overrides)
+    train.check_classes(cfg)
     run_dir = run_dir_of(cfg, overrides)
     if running := trainer_of(run_dir):
         raise ConfigError(f"{run_dir} is in use by another process ({running}); wait for it, or stop it")
@@ -71,7 +73,9 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
         model = build_model(cfg.model, tokenizer.vocab_size)
     if problem := undivided(model, cfg.trainer.context_parallel):
         raise ConfigError(problem)
+    check_capacity(model, cfg)
     check_weights(cfg, model, begun)
+    check_resume(run_dir, cfg)
     check_room(cfg, model, run_dir)
     text = report(cfg, tokenizer.vocab_size, found, world_size, run_dir)
     warnings = check_memory(cfg, model, world_size, gpu_bytes) if gpu_bytes else ()

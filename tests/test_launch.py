@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
+import train
 from launch import __main__ as launch_main
 from launch import check, claims, run
 from ovq.errors import ConfigError
@@ -236,13 +237,36 @@ def test_the_first_node_may_start_as_late_as_the_others(monkeypatch: pytest.Monk
     [
         (["init_from=nowhere"], "init_from=nowhere is neither a run folder nor a checkpoint"),
         (["optim.groups={nope:{lr:2}}"], "optim.groups"),
+        (["optim=custom", "+optim.custom._target_=torch.optim.Nope"], "torch.optim.Nope"),
+        (["model=sw", "eval.num_centroids=4096"], "eval.num_centroids=4096: no layer has a dictionary"),
+        (
+            ["data=task", "data/task=recall", "data.task.key_vocab=20", "trainer.context=512"],
+            "different keys in 512 tokens",
+        ),
     ],
 )
-def test_weights_that_are_not_there_are_refused_before_a_gpu_is_taken(
+def test_settings_that_cannot_be_used_are_refused_before_a_gpu_is_taken(
     tmp_path: Path, settings: list[str], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         check.check([*QUICK, f"run_dir={tmp_path}", *settings], 1)
+
+
+def test_a_checkpoint_that_cannot_be_continued_is_refused_before_a_gpu_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*QUICK, "trainer.steps=2", "optim.warmup_steps=1", "eval.at_end=false", f"run_dir={tmp_path / 'run'}"]
+    assert train.main(line) == 0
+    assert check.check(line, 1)
+    with pytest.raises(ConfigError, match="trainer.steps: 2 -> 9: the learning rate would jump"):
+        check.check([*line, "trainer.steps=9"], 1)
+    assert check.check([*line, "trainer.steps=9", "trainer.allow_rate_jump=true"], 1)
+    branch = [*QUICK, f"resume={tmp_path / 'run'}", f"run_dir={tmp_path / 'new'}", "trainer.steps=4"]
+    with pytest.raises(ConfigError, match="was made with other settings .seed: 0 -> 1"):
+        check.check([*branch, "seed=1"], 1)
+    capsys.readouterr()
+    assert train.main([*line, "trainer.steps=9", "dry_run=true"]) == 0
+    assert "before it starts: trainer.steps: 2 -> 9: the learning rate would jump" in capsys.readouterr().out
 
 
 def test_what_a_start_would_refuse_is_refused_before_a_gpu_is_taken(

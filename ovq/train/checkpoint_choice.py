@@ -195,10 +195,15 @@ def _branch(root: Path, resume: str) -> Choice:
     return Choice(path, aside, Origin(given, stored, step))
 
 
-def check_branch(resume: str) -> None:
-    """Raise CheckpointError if resume= names no checkpoint to branch from."""
+def check_branch(resume: str) -> Path:
+    """The checkpoint that resume= names, to branch from.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if not (path := _checkpoint_at(Path(resume)).resolve()).is_dir():
         raise CheckpointError(f"resume={resume}: there is no checkpoint {path}; name one, or a run folder with some")
+    return path
 
 
 def _checkpoint_at(path: Path) -> Path:

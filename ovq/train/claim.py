@@ -15,9 +15,11 @@ from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.processes import on_main, rank
 from ovq.report import typed
-from ovq.train.checkpoint_choice import ORIGIN
+from ovq.train.checkpoint import complete, read_extra
+from ovq.train.checkpoint_choice import ORIGIN, check_branch
 from ovq.train.checkpoint_files import hold
 from ovq.train.metrics import read_rows
+from ovq.train.schedule import check_extension
 from ovq.train.summary import FILE
 
 OPTIMIZER = ("optim.name", "optim.custom._target_")
@@ -86,6 +88,23 @@ def check_continues(stored: dict[str, Any], cfg: Config) -> None:
             f"resume={cfg.resume} was made with other settings ({'; '.join(changed)}), which a branch cannot change; "
             "init_from starts a new run with its weights"
         )
+
+
+def check_resume(run_dir: Path, cfg: Config) -> None:
+    """Raise what a start would raise on the way to its first step about the checkpoint that it continues from. The
+    checkpoint is not verified, and the folder is not locked.
+
+    Raises:
+        ConfigError: the checkpoint is of another run, or of a later step, or the learning rate would jump.
+        CheckpointError: resume= names no checkpoint, or it cannot be read.
+    """
+    own = complete(run_dir / "checkpoints")
+    named = cfg.resume not in ("auto", "never")
+    path = check_branch(cfg.resume) if named else own[-1] if own and cfg.resume == "auto" else None
+    if path:
+        extra = read_extra(path)
+        check_continues(extra["config"], cfg)
+        check_extension(cfg, extra["config"], extra["step"])
 
 
 def saved_in(run_dir: Path) -> list[Path]:

@@ -50,6 +50,14 @@ def build_optimizer(model: Transformer, cfg: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=optim.fused)
 
 
+def check_optimizer(model: Transformer, cfg: Config) -> None:
+    """Raise the errors of `build_optimizer` for a model on any device, also "meta"."""
+    groups = parameter_groups(model, cfg)
+    lr_at(cfg.trainer.steps, cfg)
+    if cfg.optim.name == "custom":
+        _custom(groups, cfg)
+
+
 def _custom(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
     settings: dict[str, Any] = to_dict(cfg)["optim"]["custom"]
     target = settings["_target_"]

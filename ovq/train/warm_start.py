@@ -26,7 +26,7 @@ from ovq.train.checkpoint import FAILED, CheckpointError, read_extra
 from ovq.train.checkpoint_choice import check_branch, newest_good_leased, verify_leased
 from ovq.train.checkpoint_files import MANIFEST, SafePlanner, SafeReader
 from ovq.train.ema import local
-from ovq.train.optim import parameter_groups
+from ovq.train.optim import check_optimizer
 
 SHOWN = 4  # names in a message
 TIED = ("embed.weight", "head.weight")  # one tensor with model.tie_embeddings
@@ -119,16 +119,17 @@ def _equal(own: dict[str, Any], path: Path, folder: Folder | None) -> bool:
 
 
 def check_weights(cfg: Config, model: Transformer, begun: bool) -> None:
-    """Check what the settings say about weights, before any are loaded; checkpoints in init_from.path are verified.
+    """Check what the settings say about weights and their optimizer, before any are loaded; checkpoints in
+    init_from.path are verified.
 
     Args:
         begun: whether the run folder holds steps of this run, which then has its own weights.
 
     Raises:
-        ConfigError: `optim.groups` names no parameter, or init_from.path is no run.
+        ConfigError: the optimizer or the schedule cannot be used, or init_from.path is no run.
         CheckpointError: there is no good checkpoint in init_from.path, or none where resume= says.
     """
-    parameter_groups(model, cfg)
+    check_optimizer(model, cfg)
     if begun:
         return
     if cfg.resume not in ("auto", "never"):
