@@ -16,8 +16,10 @@ import torch
 
 from ovq.report import tell_once
 
-# Dense bf16 tensor-core peak in TFLOP/s, from NVIDIA's and AMD's data sheets.
-PEAK_TFLOPS = {"H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "MI300X": 1307}
+# Dense bf16 tensor-core peak in TFLOP/s, from NVIDIA's and AMD's data sheets. The first whose words are all in a
+# device's name is used, so that longer names come first.
+PEAK_TFLOPS = {"H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200 NVL": 835, "H200": 989}
+PEAK_TFLOPS |= {"GB200": 2500, "B200": 2250, "A100": 312, "MI300X": 1307}
 
 MEASURED = "measured matrix product"
 
