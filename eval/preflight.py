@@ -6,7 +6,6 @@ both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -120,16 +119,12 @@ def look_ahead(cfg: Config, run_dir: Path, vocab_size: int, broken: list[str]) -
         model = build_model(cfg.model, vocab_size)
     lines = [unwritable(run_dir), elsewhere(run_dir, cfg), lacking_room(cfg, model, run_dir)]
     words = ""
-    checks: tuple[Callable[[], object], ...] = (
-        lambda: check_capacity(model, cfg),
-        lambda: check_weights(cfg, model, same_run(run_dir, cfg)),
-        lambda: check_resume(run_dir, cfg),
-    )
-    for check in checks:
-        try:
-            check()
-        except (ConfigError, CheckpointError) as error:
-            lines.append(str(error))
+    try:
+        check_capacity(model, cfg)
+        check_weights(cfg, model, same_run(run_dir, cfg))
+        check_resume(run_dir, cfg)
+    except (ConfigError, CheckpointError) as error:  # the first, at which a start would end
+        lines.append(str(error))
     try:
         tokenizer = build_tokenizer(cfg)
         if cfg.eval.split not in broken:

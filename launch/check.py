@@ -1,5 +1,5 @@
 """Checks made before a job takes a GPU or a place in a queue: settings, data, tokenizer, run folder and disk, initial
-weights, memory.
+weights or the checkpoint to continue from, memory.
 
 Nothing is written, no GPU is touched and the run folder is not locked.
 """

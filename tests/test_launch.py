@@ -20,6 +20,7 @@ from launch import __main__ as launch_main
 from launch import check, claims, run
 from ovq.errors import ConfigError
 from ovq.train import checkpoint
+from tests import faults
 from tests.helpers import TINY
 
 QUICK = ["experiment=cpu_demo", *TINY, "trainer.global_batch=4", "trainer.micro_batch=2"]
@@ -256,17 +257,32 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused_before_a_gpu_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [*QUICK, "trainer.steps=2", "optim.warmup_steps=1", "eval.at_end=false", f"run_dir={tmp_path / 'run'}"]
-    assert train.main(line) == 0
+    assert train.main([*line, "trainer.checkpoint_every=1"]) == 0
     assert check.check(line, 1)
     with pytest.raises(ConfigError, match="trainer.steps: 2 -> 9: the learning rate would jump"):
         check.check([*line, "trainer.steps=9"], 1)
     assert check.check([*line, "trainer.steps=9", "trainer.allow_rate_jump=true"], 1)
-    branch = [*QUICK, f"resume={tmp_path / 'run'}", f"run_dir={tmp_path / 'new'}", "trainer.steps=4"]
+    capsys.readouterr()
+    for more, says in (("trainer.steps=9", "trainer.steps: 2 -> 9: "), ("seed=1", f"{tmp_path / 'run'} was made with")):
+        assert train.main([*line, more, "dry_run=true"]) == 0
+        said = capsys.readouterr().out
+        assert f"before it starts: {says}" in said and said.count("before it starts: ") == 1
+    faults.truncate(tmp_path / "run" / "checkpoints" / "step_00000002" / "extra.pt", 9)
+    assert check.check([*line, "optim.schedule=cosine"], 1), "the start takes the checkpoint before"
+
+
+def test_a_branch_is_checked_as_it_would_continue(tmp_path: Path) -> None:
+    line = [*QUICK, "trainer.steps=2", "optim.schedule=constant", "eval.at_end=false"]
+    assert train.main([*line, f"run_dir={tmp_path / 'run'}"]) == 0
+    branch = [*line, f"resume={tmp_path / 'run'}", f"run_dir={tmp_path / 'new'}", "trainer.steps=4"]
     with pytest.raises(ConfigError, match="was made with other settings .seed: 0 -> 1"):
         check.check([*branch, "seed=1"], 1)
-    capsys.readouterr()
-    assert train.main([*line, "trainer.steps=9", "dry_run=true"]) == 0
-    assert "before it starts: trainer.steps: 2 -> 9: the learning rate would jump" in capsys.readouterr().out
+    assert train.main(branch) == 0
+    shutil.rmtree(tmp_path / "run")
+    assert check.check(branch, 1), "it goes on from its own checkpoints"
+    shutil.rmtree(tmp_path / "new")
+    with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint"):
+        check.check(branch, 1)
 
 
 def test_what_a_start_would_refuse_is_refused_before_a_gpu_is_taken(

@@ -150,12 +150,32 @@ def verify_leased(path: Path, lease: contextlib.ExitStack) -> None:
         lease.push(attempt.pop_all())
 
 
+def history(root: Path) -> list[Path]:
+    """The checkpoints that the run of a folder may continue from, oldest first, perhaps damaged; with the one elsewhere
+    that it branched from."""
+    own, origin = named(root), read_origin(root)
+    if origin is None or root / origin.checkpoint in own:
+        return own
+    # Checkpoints in the folder that are not newer than the origin belong to another history.
+    return [root / origin.checkpoint, *(path for path in own if step_of(path) > origin.step)]
+
+
+def has_branched(root: Path, resume: str) -> bool:
+    """Whether the run of a folder has branched from what resume= names, and saved since."""
+    origin = read_origin(root)
+    if origin is None or not any(step_of(own) > origin.step for own in named(root)):
+        return False
+    return origin.given == os.path.abspath(resume) or origin.checkpoint == _stored(root, resume)
+
+
+def _stored(root: Path, resume: str) -> str:
+    """The checkpoint that resume= names, as an origin records it: by name, if it is in this folder."""
+    path = _checkpoint_at(Path(resume)).resolve()
+    return path.name if path.parent == root.resolve() else str(path)
+
+
 def _to_resume_from(root: Path) -> Choice:
-    candidates, origin = named(root), read_origin(root)
-    if origin and root / origin.checkpoint not in candidates:
-        # Checkpoints in the folder that are not newer than the origin belong to another history.
-        candidates = [root / origin.checkpoint, *(path for path in candidates if step_of(path) > origin.step)]
-    path, damaged = newest_good(candidates)
+    path, damaged = newest_good(history(root))
     if path:  # if all are damaged, the folder stays as it is
         return Choice(path, tuple((bad, f"{why}; not used") for bad, why in damaged.items()))
     if damaged:
@@ -172,10 +192,7 @@ def _to_resume_from(root: Path) -> Choice:
 
 
 def _branch(root: Path, resume: str) -> Choice:
-    given, path, origin = os.path.abspath(resume), _checkpoint_at(Path(resume)).resolve(), read_origin(root)
-    stored = path.name if path.parent == root.resolve() else str(path)
-    again = origin is not None and (given == origin.given or stored == origin.checkpoint)
-    if origin and again and any(step_of(own) > origin.step for own in named(root)):
+    if has_branched(root, resume):
         chosen = _to_resume_from(root)
         print(
             f"{root.parent} has branched from {resume} already and resumes from {chosen.path}; to branch again, use "
@@ -184,7 +201,7 @@ def _branch(root: Path, resume: str) -> Choice:
             flush=True,
         )
         return chosen
-    check_branch(resume)
+    path = check_branch(resume)
     step = int(verify(path)["step"])
     elsewhere = path.parent != root.resolve()
     aside = tuple(  # what is not part of the branch's history must not be counted, or called intact
@@ -192,7 +209,7 @@ def _branch(root: Path, resume: str) -> Choice:
         for own in named(root)
         if own.resolve() != path and (elsewhere or step_of(own) >= step)
     )
-    return Choice(path, aside, Origin(given, stored, step))
+    return Choice(path, aside, Origin(os.path.abspath(resume), _stored(root, resume), step))
 
 
 def check_branch(resume: str) -> Path:

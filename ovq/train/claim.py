@@ -6,6 +6,7 @@ the data match the checkpoint and all files are found. A start that fails betwee
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.processes import on_main, rank
 from ovq.report import typed
-from ovq.train.checkpoint import complete, read_extra
-from ovq.train.checkpoint_choice import ORIGIN, check_branch
-from ovq.train.checkpoint_files import hold
+from ovq.train.checkpoint import read_extra
+from ovq.train.checkpoint_choice import ORIGIN, check_branch, has_branched, history
+from ovq.train.checkpoint_files import CheckpointError, hold
 from ovq.train.metrics import read_rows
 from ovq.train.schedule import check_extension
 from ovq.train.summary import FILE
@@ -91,20 +92,25 @@ def check_continues(stored: dict[str, Any], cfg: Config) -> None:
 
 
 def check_resume(run_dir: Path, cfg: Config) -> None:
-    """Raise what a start would raise on the way to its first step about the checkpoint that it continues from. The
-    checkpoint is not verified, and the folder is not locked.
+    """Raise what a start would raise about the checkpoint that it continues from. Checkpoints are not verified, and the
+    folder is not locked; one that cannot be read is left to the start, which takes the one before it.
 
     Raises:
         ConfigError: the checkpoint is of another run, or of a later step, or the learning rate would jump.
-        CheckpointError: resume= names no checkpoint, or it cannot be read.
+        CheckpointError: resume= names no checkpoint.
     """
-    own = complete(run_dir / "checkpoints")
-    named = cfg.resume not in ("auto", "never")
-    path = check_branch(cfg.resume) if named else own[-1] if own and cfg.resume == "auto" else None
-    if path:
-        extra = read_extra(path)
-        check_continues(extra["config"], cfg)
-        check_extension(cfg, extra["config"], extra["step"])
+    root = run_dir / "checkpoints"
+    if cfg.resume == "never":
+        return
+    goes_on = cfg.resume == "auto" or has_branched(root, cfg.resume)
+    for path in reversed(history(root)) if goes_on else [check_branch(cfg.resume)]:
+        with contextlib.suppress(CheckpointError):
+            extra = read_extra(path)
+            break
+    else:
+        return
+    check_continues(extra["config"], cfg)
+    check_extension(cfg, extra["config"], extra["step"])
 
 
 def saved_in(run_dir: Path) -> list[Path]:

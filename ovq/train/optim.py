@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import inspect
 from typing import Any
@@ -31,8 +32,7 @@ def build_optimizer(model: Transformer, cfg: Config) -> torch.optim.Optimizer:
         ConfigError: a custom optimizer or schedule cannot be used, the optimizer has no weight decay, or a pattern
             matches no parameter.
     """
-    optim, groups = cfg.optim, parameter_groups(model, cfg)
-    lr_at(cfg.trainer.steps, cfg)  # a schedule that cannot be used is refused now, not after the warm-up
+    optim, groups = cfg.optim, _groups(model, cfg)
     betas = (optim.betas[0], optim.betas[-1])
     if optim.name == "custom":
         return _custom(groups, cfg)
@@ -51,11 +51,16 @@ def build_optimizer(model: Transformer, cfg: Config) -> torch.optim.Optimizer:
 
 
 def check_optimizer(model: Transformer, cfg: Config) -> None:
-    """Raise the errors of `build_optimizer` for a model on any device, also "meta"."""
-    groups = parameter_groups(model, cfg)
-    lr_at(cfg.trainer.steps, cfg)
+    """Raise the errors of `build_optimizer` as far as a model on the "meta" device allows."""
+    groups = _groups(model, cfg)
     if cfg.optim.name == "custom":
-        _custom(groups, cfg)
+        with contextlib.suppress(RuntimeError):  # of a constructor that reads the weights, which have no values here
+            _custom(groups, cfg)
+
+
+def _groups(model: Transformer, cfg: Config) -> list[dict[str, Any]]:
+    lr_at(cfg.trainer.steps, cfg)  # a schedule that cannot be used is refused now, not after the warm-up
+    return parameter_groups(model, cfg)
 
 
 def _custom(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
