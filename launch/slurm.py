@@ -53,7 +53,8 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((15000 + SLURM_JOB_ID % 15000))
 
-saved=$(readlink "$run/checkpoints/latest")
+saved() {{ ls -d "$run"/checkpoints/step_*/manifest.json 2>/dev/null; }}
+before=$(saved)
 
 # One launcher a node, which starts the ranks. SLURM's signals go to all of them, not to this script: the ranks save and
 # end with status 0, or 128 + the signal's number if they had not begun to train.
@@ -63,6 +64,7 @@ status=$?
 
 if [ "$run/summary.json" -nt {file} ]; then  # the run's last file, and not that of a shorter run
   echo "job $SLURM_JOB_ID: finished"
+  rm -f "$run/slurm.idle"
   exit 0
 fi
 case $status in
@@ -72,8 +74,14 @@ case $status in
     exit "$status"
     ;;
 esac
+# An array's own number is also that of one of its tasks, and would mean all of them.
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
+if ! scontrol show job "$job" | grep -q "JobState=RUNNING"; then  # but, for instance, CANCELLED
+  exit 0
+fi
 # Without this, a job whose time is over before its first step would be queued for ever.
-if [ "$(readlink "$run/checkpoints/latest")" != "$saved" ]; then
+if [ "$(saved)" != "$before" ]; then
   rm -f "$run/slurm.idle"
 else
   mkdir -p "$run"
@@ -85,13 +93,8 @@ else
     exit 1
   fi
 fi
-# An array's own number is also that of one of its tasks, and would mean all of them.
-job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-job=${{job:-$SLURM_JOB_ID}}
-if scontrol show job "$job" | grep -q "JobState=RUNNING"; then  # and not, for instance, CANCELLED
-  echo "job $SLURM_JOB_ID: stopped before the end (status $status); queued again"
-  scontrol requeue "$job"
-fi
+echo "job $SLURM_JOB_ID: stopped before the end (status $status); queued again"
+scontrol requeue "$job"
 """
 
 
@@ -133,7 +136,7 @@ def submit(options: argparse.Namespace) -> int:
     """Check the runs, write the sbatch file, and pass it to sbatch; returns the exit status.
 
     Raises:
-        ConfigError: a run that cannot start, or a sweep that is queued already.
+        ConfigError, DataError, CheckpointError: a run that cannot start, or a sweep that is queued already.
         Failure: there is no sbatch here, or it refused the file.
     """
     if bool(options.gpus_per_node) == bool(options.cpu_ranks):

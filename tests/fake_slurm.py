@@ -79,7 +79,7 @@ class Cluster:
             if meanwhile and not statuses:
                 meanwhile(batch)
             statuses.append(batch.wait(timeout=240))
-            assert len(statuses) < 5, "queued again and again"
+            assert len(statuses) < 7, "queued again and again"
         return statuses
 
 

@@ -71,22 +71,26 @@ def test_a_job_is_queued_again_when_it_was_stopped_and_not_when_it_finished_fail
     assert log.count("job 100: ") == (0 if state == "CANCELLED" else len(statuses)), log
 
 
-SAVES = "n=$(cat n || echo 0); echo $((n + 1)) > n; ln -sfn step_$n run/checkpoints/latest; [ $n != 3 ] || exit 3"
+ONCE = """
+n=$(cat n || echo 0); echo $((n + 1)) > n
+[ $n = 2 ] && { mkdir -p run/checkpoints/step_9; touch run/checkpoints/step_9/manifest.json; }
+[ $n = 5 ] && exit 3
+exit 0
+"""
 
 
-@pytest.mark.parametrize(("body", "statuses"), [("exit 143", [0, 0, 1]), (SAVES, [0, 0, 0, 3])])
+@pytest.mark.parametrize(("body", "statuses"), [("exit 143", [0, 0, 1]), (ONCE, [0, 0, 0, 0, 0, 3])])
 def test_a_job_that_never_gets_to_save_is_not_queued_for_ever(
     cluster: Cluster, tmp_path: Path, body: str, statuses: list[int]
 ) -> None:
     """As where --time is hardly longer than --grace: every start is told to end before its first step."""
     options = arguments.read(slurm.parser(), ["--cpu-ranks", "2", *launcher(tmp_path, body)])
     job = sweep.Job(["seed=0"], compose(["seed=0"]), tmp_path / "run")
-    (job.run_dir / "checkpoints").mkdir(parents=True)
+    job.run_dir.mkdir()
     cluster.submit(slurm.script([job], options, "name", job.run_dir / "job.sbatch", swept=False))
     assert cluster.run() == statuses
     said = "3 starts in a row saved nothing (status 143). It is not queued again; it may need more --time"
-    assert (said in (job.run_dir / "slurm.log").read_text()) == (statuses[-1] == 1)
-    assert not (job.run_dir / "slurm.idle").exists()
+    assert (said in (job.run_dir / "slurm.log").read_text()) == (statuses[-1] == 1), "only starts in a row count"
 
 
 def test_a_finished_run_is_not_submitted_again_unless_it_gets_more_steps(
