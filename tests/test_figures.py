@@ -139,6 +139,7 @@ def test_figure_4_leaves_a_folder_that_can_be_checked(
         assert fig4.main(line_of(tmp_path, *BASIC, *KEYS)) == 130
     assert used == [measures.CHOOSING_SEED] * 8 + [answers.TEST_SEED] * 3
     trained = files(tmp_path / "runs")
+    assert {path.stem for path in (tmp_path / "records").iterdir()} == set(trained), "what was done before is recorded"
     made = {path: TABLE.read(path) for path in (tmp_path / "runs").iterdir()}
     assert sum(row["index"] is None for rows in made.values() for row in rows) == 3
 

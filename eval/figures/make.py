@@ -37,14 +37,16 @@ def make(figure: Figure, options: Options, overrides: list[str]) -> int:
     print(table(plan), flush=True)
     if options.dry_run or plan.scale.only_plan:
         return 0
-    with stopping(), time_limit(plan.scale.piece_minutes if options.part else None):
-        failed = begin(plan, wanted)
-        failed += choose_rates(plan, wanted)
-        failed += train(plan, wanted)
-        test(plan, wanted)
+    try:
+        with stopping(), time_limit(plan.scale.piece_minutes if options.part else None):
+            failed = begin(plan, wanted)
+            failed += choose_rates(plan, wanted)
+            failed += train(plan, wanted)
+            test(plan, wanted)
+    finally:  # also what was done before a signal is not done again, even without the run folders
+        folder.write_records(plan)
     results = folder.gather(plan)
     out = Path(options.out) if options.out else folder.default(plan)
-    folder.write_records(plan)
     folder.write(out, plan, results)
     print(f"\n{folder.report(results.points)}\n\n{out}: {', '.join(folder.names(plan))}")
     if failed:
