@@ -24,10 +24,7 @@ TABLE = RunTable(
             ("accuracy", pa.float64()),  # 0 to 1
             ("answers", pa.int64()),
             ("sequences", pa.int64()),
-            (
-                "standard_error",
-                pa.float64(),
-            ),  # over sequences; null: one sequence, or a row of an index
+            ("standard_error", pa.float64()),  # over sequences; null: only one, or of an index
             ("model", pa.string()),
             ("state_numbers", pa.int64()),  # elements of one sequence's state at this length
             ("state_bytes", pa.int64()),  # and its bytes, at the precision of this evaluation
