@@ -134,8 +134,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
 def picture_name(row: Row, overrides: list[str]) -> str:
     """File name of the plot of a test, given one of its rows. Other settings than the run's add a hash of them."""
     capacity = f"_N{row['num_centroids']}" if row["num_centroids"] else ""
-    of_task = sorted(text for text in overrides if text.startswith("data."))
-    return f"accuracy_{row['task']}{capacity}{mark(row['changes'], *of_task)}.png"
+    return f"accuracy_{row['task']}{capacity}{mark(changes(overrides, text=True))}.png"
 
 
 def draw(rows: list[Row], task: Task) -> Figure:

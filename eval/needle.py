@@ -114,8 +114,7 @@ def main(options: Options, overrides: list[str]) -> int:
             print(report(rows))
             print(run.run_dir / TABLE.file, run.run_dir / "needle.csv", sep="\n")
             with reporting("the plots of the needles"):
-                of_data = sorted(text for text in overrides if text.startswith("data."))
-                print(*draw(rows, run.run_dir / "plots", *of_data), sep="\n")
+                print(*draw(rows, run.run_dir / "plots", changes(overrides, text=True)), sep="\n")
 
         processes.on_main(publish)
         processes.shutdown()
@@ -238,14 +237,13 @@ def report(rows: list[Row]) -> str:
 SCORES = {"exact": "exact answers, %", "log_p": "log-probability of the answer, nats per token"}
 
 
-def draw(rows: list[Row], folder: Path, *of_data: str) -> list[Path]:
-    """Save a heat map of each score; returns the files, whose names have a hash of settings other than the run's, with
-    those `of_data`."""
+def draw(rows: list[Row], folder: Path, changed: str) -> list[Path]:
+    """Save a heat map of each score; returns the files, whose names have a hash of what is `changed`."""
     first = rows[0]
     variant = f"_{first['data']}_{first['split']}" + (f"_N{first['num_centroids']}" if first["num_centroids"] else "")
     seed = f"seed={first['seed']}" if first["seed"] != TEST_SEED else ""
     weights = first["weights"] if first["weights"] != "trained" else ""
-    variant += mark(first["changes"], seed, weights, *of_data)
+    variant += mark(changed, seed, weights)
     return [style.save(heat_map(rows, name), folder / f"needle{variant}_{name}.png") for name in SCORES]
 
 

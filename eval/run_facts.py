@@ -19,6 +19,7 @@ from ovq import config
 from ovq.config import Config
 from ovq.errors import Failure, one_line
 from ovq.inference.run import at_capacity, no_imports_from
+from ovq.instantiate import refuse_untrusted
 from ovq.model import build_model, count_parameters, state_bytes
 from ovq.train.metrics import read_rows
 from ovq.train.summary import read_finished
@@ -141,7 +142,7 @@ def measure(facts: Facts, trust: Collection[str]) -> None:
     """Fill in what follows from the settings: parameters, and the state of a sequence of 65,536 tokens."""
     assert facts.cfg is not None
     no_imports_from(facts.run_dir)
-    config.load(facts.run_dir, trust)  # raises if it names a class that is not trusted, before any is imported
+    refuse_untrusted(config.targets(facts.cfg), trust, facts.run_dir, facts.run_dir / "config.yaml")
     tokenizer = build_tokenizer(facts.cfg, facts.run_dir, own=True)
     facts.fingerprint = tokenizer.fingerprint
     with torch.device("meta"):
