@@ -26,7 +26,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "capacity N in training": {f"N={n}": (f"ovq.num_centroids={n}",) for n in (64, 128, 512)},
     "chunk L": {f"L={n}": (f"ovq.chunk_size={n}",) for n in (8, 16, 64)},
     "inverse temperature at the start": {f"beta={n}": (f"ovq.beta_init={n}",) for n in (0.5, 2, 4)},
-    "window": {f"window={n}": (f"sliding_window.window={n}",) for n in (2, 8, 16, 64)},
+    "window": {f"window={n}": (f"sliding_window.window={n}",) for n in (2, 8, 16, 64, 512)},
     "layers": {
         f"layers={words}": (f"model.pattern=[{','.join(pattern)}]", f"model.num_layers={len(pattern)}")
         for words, pattern in {"1to1x2": (S, O, S, O), "3to1": (S, S, S, O), "1to3": (S, O, O, O)}.items()
