@@ -26,17 +26,18 @@ Row = dict[str, Any]
 def ovq_flops(case: Case) -> tuple[int, int]:
     """(forward, forward + backward) FLOPs of OVQ-attention from the start of a sequence.
 
-    For a chunk of l tokens that finds n centroids, the forward pass makes one product of each key with the n (if the
-    chunk is whole: an unfinished one is not assigned) and two of each query with all n + l entries; the backward pass
-    makes five with all n + l (it recomputes the probabilities).
+    In a chunk that finds n centroids, the forward pass makes one product of each key with the n (if the chunk is
+    whole: an unfinished one is not assigned) and two of each query with the n and with the keys of the chunk up to its
+    own; the backward pass makes five with the same (it recomputes the probabilities).
     """
     spec = OVQSpec(case.num_centroids, case.chunk_size)
     forward = backward = 0
     for start in range(0, case.tokens, case.chunk_size):
         length, held = min(case.chunk_size, case.tokens - start), spec.size_at(start)
-        assigned = held if length == case.chunk_size else 0
-        forward += length * (assigned + 2 * (held + length))
-        backward += length * 5 * (held + length)
+        assigned = length * held if length == case.chunk_size else 0
+        pairs = length * held + length * (length + 1) // 2
+        forward += assigned + 2 * pairs
+        backward += 5 * pairs
     each = 2 * case.batch * case.heads * case.width
     return each * forward, each * (forward + backward)
 
