@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eval.bench import decode
+from eval.bench.reading import Reader
+from eval.bench.steps import Plan, config_of
+from ovq.mixers import attention_layer
 from tests.helpers import TINY, small_model
 
 SMALL = [*TINY, "threads=1", "contexts=[16,100,600]", "read_limit=100", "piece=32", "tokens=3"]
@@ -53,8 +57,22 @@ def test_what_fails_is_a_row_and_a_graph_that_cannot_be_captured_a_note(
 def test_a_filled_cache_continues_like_one_that_was_read() -> None:
     """Same sizes and positions, so that the next token costs the same."""
     model = small_model("sw_nope").eval()
-    import torch
-
     _, state = (out := model(torch.zeros(1, 20, dtype=torch.int64), return_state=True)).logits, out.state
     filled = [decode._fill(mixer, held, 50) for mixer, held in zip(model.mixers(), state)]
     assert [(each.key.shape[1], each.position) for each in filled] == [(6, 50), (50, 50)]
+
+
+def test_a_repeated_step_copies_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that follows the same context again is written where it was before."""
+    cfg = config_of("std_att", 1100, Plan("tiny", 1, 1, 0, tuple(TINY)))
+    text_BT = torch.randint(257, (1, 1100), generator=torch.Generator().manual_seed(0))
+    reader = Reader(cfg, text_BT, 1100)
+    reader.read()
+    reader.write()
+    token_BT, before = reader.next_BT, reader.state
+    reader.run(token_BT, before)
+    expected_BT = reader.next_BT
+    reader.run(text_BT, None)
+    once = decode._same_token(reader)
+    monkeypatch.setattr(attention_layer, "Room", None)  # a new one could not be made
+    assert [once().tolist() for _ in range(3)] == [expected_BT.tolist()] * 3
