@@ -42,8 +42,8 @@ class LinearAttention(AttentionLayer):
         return_state: bool = False,
     ) -> tuple[Tensor, State | None]:
         q, k, v = self.project(x_BTD)
-        shared = self.shape.num_heads // self.shape.num_kv_heads
-        k, v = (x.repeat_interleave(shared, dim=2) for x in (k, v))
+        if (shared := self.shape.num_heads // self.shape.num_kv_heads) > 1:  # even once would be a copy
+            k, v = (x.repeat_interleave(shared, dim=2) for x in (k, v))
         o, state = linear_attention(
             F.elu(q) + 1,
             F.elu(k) + 1,

@@ -58,7 +58,8 @@ def _kernel(
     from fla.ops.simple_gla import chunk_simple_gla
 
     H = v.shape[2]
-    q, k = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (q, k))
+    if (G := q.shape[2]) != H:  # a copy, even if there is nothing to repeat
+        q, k = (x.repeat_interleave(H // G, dim=2) for x in (q, k))
     return chunk_simple_gla(
         q,
         k,
