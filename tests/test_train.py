@@ -62,12 +62,13 @@ def evaluation_rows(run_dir: Path) -> list[dict[str, Any]]:
         ("cosine", {1: 0.1, 5: 0.5, 10: 1.0, 55: 0.55, 100: 0.1}),
         ("linear", {1: 0.1, 10: 1.0, 55: 0.55, 100: 0.1}),
         ("wsd", {5: 0.5, 10: 1.0, 55: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
+        ("wsd optim.decay_share=0", {10: 1.0, 99: 1.0, 100: 1.0}),  # to be extended later
         ("constant", {5: 0.5, 10: 1.0, 100: 1.0}),
     ],
 )
 def test_the_learning_rate_follows_its_schedule(schedule: str, at: dict[int, float]) -> None:
     settings = ["trainer.steps=100", "optim.warmup_steps=10", "optim.lr=2", "optim.min_lr_ratio=0.1"]
-    cfg = small_config("sw", *settings, "optim.decay_share=0.2", f"optim.schedule={schedule}")
+    cfg = small_config("sw", *settings, "optim.decay_share=0.2", *f"optim.schedule={schedule}".split())
     assert {step: lr_at(step, cfg) / 2 for step in at} == pytest.approx(at)
 
 

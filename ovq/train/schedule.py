@@ -57,7 +57,8 @@ def lr_at(step: int, cfg: Config) -> float:
     elif optim.schedule == "linear":
         height = 1 - share
     elif optim.schedule == "wsd":
-        height = min(1.0, (steps - step) / max(1.0, optim.decay_share * steps))
+        decay = optim.decay_share * steps
+        height = min(1.0, (steps - step) / decay) if decay else 1.0
     else:
         height = 1.0
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * max(0.0, height))
