@@ -20,11 +20,12 @@ import pytest
 import torch
 from torch import nn
 
+import train
 from ovq import processes
 from ovq.train import checkpoint, checkpoint_choice, checkpoint_files
 from ovq.train.checkpoint import Checkpointer, CheckpointError, load, verify
 from ovq.train.optim import build_optimizer
-from tests.helpers import chosen, small_config, small_model
+from tests.helpers import TINY, chosen, small_config, small_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 NAME = "sw_vq"  # has buffers that change in training
@@ -434,6 +435,25 @@ def test_a_failure_in_the_background_is_reported_and_the_next_save_is_made(
     checkpointer.save(7, model, optimizer, EXTRA)  # there is room again
     assert steps_on_disk(run_dir) == [2, 7] and chosen(run_dir) == folder(run_dir, 7)
     assert "step 6 could not be written" in capsys.readouterr().err
+
+
+def test_the_last_checkpoint_is_tried_again_if_its_first_write_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, failing = checkpoint.write_manifest, [4]
+
+    def fail_once(path: Path, *rest: Any) -> None:
+        if failing and path.name.endswith(f"{failing[0]:08d}"):
+            failing.clear()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", fail_once)
+    run = [*TINY, "model=sw", "trainer.steps=4", "trainer.checkpoint_every=2", "eval.at_end=false"]
+    run += ["trainer.context=64", "trainer.global_batch=2", "trainer.micro_batch=2", "trainer.progress=false"]
+    assert train.main([*run, f"run_dir={tmp_path}/run"]) == 0
+    assert not failing and steps_on_disk(tmp_path / "run") == [2, 4]
+    assert "warning: the checkpoint of step 4 could not be written" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_latest_is_a_folder_or_cannot_be_a_link(
