@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from ovq.errors import ConfigError
 from ovq.processes import FIRST_STEP_TIMEOUT_S
 
 Fingerprint = dict[str, Any]
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass
@@ -294,14 +296,26 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
-    """Raise ConfigError if the data of a saved state and of this run differ, naming every difference."""
+    """Raise ConfigError if the data of a saved state and of this run differ, naming every difference.
+
+    Commits count only where both are known and the files' hashes do not cover their whole contents (data=datasets).
+    """
     keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
-    if keys:
+    if not all(_of_same_files(key, saved, current) for key in keys):
         changes = "; ".join(f"{key}: {_short(saved.get(key))} -> {_short(current.get(key))}" for key in keys)
         raise ConfigError(
             f"the data differ from those of the checkpoint ({changes}), and a run keeps its data; start another run "
             "with run_dir=NEW, from the weights of this one with init_from=DIR"
         )
+
+
+def _of_same_files(key: str, saved: Fingerprint, current: Fingerprint) -> bool:
+    """Whether a key is that of a Hub commit whose change says nothing about the files, which are compared as well."""
+    source, _, name = key.rpartition("commit")
+    if name or (source and not source.endswith(".")):
+        return False
+    resolved = all(COMMIT.fullmatch(str(each.get(key))) for each in (saved, current))  # and no branch, tag or None
+    return not (resolved and saved.get(f"{source}kind") == "datasets")
 
 
 def _add(counts: dict[str, int], more: dict[str, int]) -> None:

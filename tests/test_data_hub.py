@@ -16,7 +16,7 @@ from data import prepare as preparing
 from data import sources
 from data.build import build_corpus, build_tokenizer, heldout_documents
 from data.describe import describe
-from data.loader import merge_states
+from data.loader import check_fingerprint, merge_states
 from ovq import processes
 from ovq.compose import compose
 from ovq.config import Config, save
@@ -181,6 +181,24 @@ def test_a_resumed_run_reads_the_commit_it_started_with(hub: Hub) -> None:
     forget()
     with pytest.raises(ConfigError, match="commit: first -> second"):
         loader(pg19("second"), state=merge_states([state]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "was", "now", "same"),
+    [
+        ("parquet", "a" * 40, "b" * 40, True),  # only the card of the data set has changed
+        ("datasets", None, "a" * 40, True),  # begun without a network
+        ("datasets", "a" * 40, "main", True),  # resumed without one
+        ("datasets", "a" * 40, "b" * 40, False),  # its hash covers a sample of the documents
+    ],
+)
+def test_another_commit_of_the_same_files_is_no_other_data(kind: str, was: Any, now: Any, same: bool) -> None:
+    saved, current = ({"b.kind": kind, "b.files": "1", "b.commit": commit} for commit in (was, now))
+    if same:
+        check_fingerprint(saved, current)
+        current["b.files"] = "2"
+    with pytest.raises(ConfigError, match="b.commit: .* -> "):
+        check_fingerprint(saved, current)
 
 
 def test_an_evaluation_reads_the_commit_that_the_run_was_trained_on(hub: Hub, tmp_path: Path) -> None:
