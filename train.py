@@ -100,7 +100,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     model = build_model(cfg.model, tokenizer.vocab_size)
     processes.on_main(lambda: check_room(cfg, model, run_dir))
     model.init_weights(cfg.seed)
-    model = parallelize(model, cfg.trainer, world)
+    model = parallelize(model, cfg.trainer, world, cfg.data.isolate_documents)
     choose_backends(model, cfg, world)
     optimizer = build_optimizer(model, cfg)
     ema = WeightAverage(model, cfg.optim.ema) if cfg.optim.ema else None

@@ -71,7 +71,7 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
         raise ConfigError(f"{world_size} processes: {problem}")
     with torch.device("meta"):
         model = build_model(cfg.model, tokenizer.vocab_size)
-    if problem := undivided(model, cfg.trainer.context_parallel):
+    if problem := undivided(model, cfg.trainer.context_parallel, cfg.data.isolate_documents):
         raise ConfigError(problem)
     check_capacity(model, cfg)
     check_weights(cfg, model, begun)

@@ -113,7 +113,9 @@ def report(cfg: Config, network: Transformer, options: Options) -> Iterator[str]
             f"  trainer.global_batch={trainer.global_batch} has no sequence, or part of one, for each of "
             f"{options.gpus} GPUs: what is shown would need a larger batch or trainer.context_parallel"
         )
-    elif problem := indivisible(cfg, options.gpus) or undivided(network, trainer.context_parallel):
+    elif problem := indivisible(cfg, options.gpus) or undivided(
+        network, trainer.context_parallel, cfg.data.isolate_documents
+    ):
         yield f"  training would refuse {options.gpus} GPUs: {problem}"
     yield from ["", *communication_lines(cfg, network, options)]
     size = checkpoint_bytes(cfg, network)

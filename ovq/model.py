@@ -228,19 +228,24 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
     return total, total - sum(tables.values())
 
 
-def undivided(model: Transformer, ranks: int) -> str:
-    """Why the model cannot be trained with trainer.context_parallel=`ranks`, as one line; empty if it can."""
+def undivided(model: Transformer, ranks: int, isolated: bool = False) -> str:
+    """Why the model cannot be trained with trainer.context_parallel=`ranks`, as one line; empty if it can.
+
+    Args:
+        isolated: data.isolate_documents, with which no layer can hand its state from rank to rank.
+    """
     for mixer in model.mixers() if ranks > 1 else ():
         heads = mixer.head_counts()
-        if mixer.differentiable_state or divides_heads(mixer, ranks):
+        if divides_heads(mixer, ranks) or (mixer.differentiable_state and not isolated):
             continue
         if heads is None:
             return f"trainer.context_parallel={ranks} is not possible: {type(mixer).__name__} needs whole sequences"
         name, number = next((name, number) for name, number in heads.items() if number % ranks)
         common = math.gcd(ranks, *heads.values())
+        packed = ", as data.isolate_documents=true does not let it hand its state over" if isolated else ""
         return (
             f"trainer.context_parallel={ranks} must divide {name}, which is {number}, since ranks share out the heads "
-            f"of {type(mixer).__name__}; use trainer.context_parallel={common} or other heads"
+            f"of {type(mixer).__name__}{packed}; use trainer.context_parallel={common} or other heads"
         )
     return ""
 

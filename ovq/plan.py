@@ -50,7 +50,10 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
         ("training FLOPs", f"{each}; {total_flops:.3g} in total"),
         ("tokens", f"{tokens_per_step:,} per step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in total"),
         ("steps", f"{trainer.steps:,}" + (f", {epochs}" if epochs else "")),
-        ("processes", _processes(cfg, world_size, undivided(model, trainer.context_parallel))),
+        (
+            "processes",
+            _processes(cfg, world_size, model),
+        ),
         ("device memory", _memory(memory_of(cfg, model, world_size))),
         ("checkpoints", "{} each, {} at most at once".format(*map(format_bytes, disk_bytes(cfg, model)))),
     ]
@@ -67,10 +70,10 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
     return "\n".join(lines)
 
 
-def _processes(cfg: Config, world_size: int, problem: str) -> str:
-    """How the batch is divided among the processes, or why it cannot be: `problem`, if the model is the reason."""
+def _processes(cfg: Config, world_size: int, model: Transformer) -> str:
+    """How the batch is divided among the processes, or why it or the model cannot be."""
     trainer, ranks = cfg.trainer, cfg.trainer.context_parallel
-    if problem := problem or indivisible(cfg, world_size):
+    if problem := undivided(model, ranks, cfg.data.isolate_documents) or indivisible(cfg, world_size):
         return f"{world_size}: impossible, {problem}"
     accumulation = trainer.global_batch * ranks // (trainer.micro_batch * world_size)
     sharing = f", {ranks} share each sequence" if ranks > 1 else ""

@@ -317,6 +317,8 @@ def test_ranks_that_do_not_divide_the_heads_hand_the_state_over(model: str, rank
     made = small_model(model, *HEADS)
     assert undivided(made, ranks) == ""
     assert not any(divides_heads(mixer, ranks) for mixer in made.mixers())
+    problem = undivided(made, ranks, isolated=True)  # packed documents have states of their own
+    assert problem.startswith(f"trainer.context_parallel={ranks} must divide") and "isolate_documents=true" in problem
 
 
 def test_documents_stay_apart_in_evaluation_where_the_state_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,17 +28,21 @@ from ovq.processes import World, wrong_replicas
 from ovq.train.hand_over import hand_over
 
 
-def parallelize(model: Transformer, trainer: TrainerConfig, world: World) -> Transformer:
+def parallelize(model: Transformer, trainer: TrainerConfig, world: World, isolated: bool = False) -> Transformer:
     """Apply activation checkpointing, compilation and sharding, and move the model to the device.
 
     Parameter names do not change, so checkpoints do not depend on how a run was parallelised. In a single process,
     nothing is wrapped in FSDP, unless a GPU or the compiler computes in bf16: these leave the casts to FSDP.
 
+    Args:
+        isolated: the model will be trained with data.isolate_documents.
+
     Raises:
         ConfigError: replicas do not fit the sharding or the number of processes, a mixer can neither divide its heads
             over the context axis nor hand over its state, or there is no C++ compiler.
     """
-    if problem := undivided(model, world.context.size) or wrong_replicas(trainer.shard, trainer.replicas, world.size):
+    problem = undivided(model, world.context.size, isolated)
+    if problem := problem or wrong_replicas(trainer.shard, trainer.replicas, world.size):
         raise ConfigError(problem)
     if trainer.compile and world.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
         raise ConfigError("trainer.compile=true needs a C++ compiler on a CPU and found none; install g++ or set CXX")
