@@ -27,6 +27,7 @@ from data.describe import epochs, is_remote
 from data.prepared import PreparedTokens
 from data.sources import DataError, find_files
 from data.tokenizer import Tokenizer
+from eval.overlap import trained_on
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.inference.run import check_capacity
@@ -57,19 +58,22 @@ def check_held_out(cfg: Config, tokenizer: Tokenizer) -> list[str]:
         tokens = open_split(cfg, tokenizer, split)
     except ConfigError as error:
         raise ConfigError(f"{error}; for a run without an evaluation, {WITHOUT.removeprefix('or ')}") from None
+    lines = list(filter(None, [trained_on(cfg, split)]))
     if tokens is None:
-        return []
+        return lines
     most, among = longest(cfg, tokens)
     if most >= cfg.eval.context:
-        return []
+        return lines
     if among < len(tokens):
         return [
+            *lines,
             f"none of the first {among} {split} documents has eval.context={cfg.eval.context} tokens (the longest: "
-            f"{most}); if no other has, there will be no loss by position: set eval.context to less"
+            f"{most}); if no other has, there will be no loss by position: set eval.context to less",
         ]
     return [
+        *lines,
         f"no {split} document has eval.context={cfg.eval.context} tokens, so there will be no loss by position; the "
-        f"longest has {most} at most: set eval.context to less"
+        f"longest has {most} at most: set eval.context to less",
     ]
 
 

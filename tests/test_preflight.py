@@ -16,6 +16,7 @@ from data.build import build_tokenizer
 from data.describe import describe
 from data.sources import find_files
 from eval import preflight
+from eval.overlap import trained_on
 from ovq import machine, report
 from ovq.compose import compose
 from ovq.config import Config
@@ -90,6 +91,16 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
         0,
         "no validation document has eval.context=4096",
     ),
+    "validation documents that are trained on": (
+        ["data.validation=[./books.jsonl,held-out.jsonl]"],
+        0,
+        "books.jsonl, is also trained on (data.train), so the loss would not be that of unseen text",
+    ),
+    "a vocabulary of another size": (
+        ["tokenizer.vocab_size=300"],
+        2,
+        "tokenizer.vocab_size=300, but tokenizer=byte has 257 pieces",
+    ),
     "a schedule longer than the data": (["trainer.steps=90"], 0, "trainer.steps=90 is longer than the data: about 1"),
     "a schedule longer than the documents": (
         ["trainer.steps=3", "data.packing=document"],
@@ -126,7 +137,7 @@ def test_documents_of_unknown_length_are_read_until_one_is_long_enough(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_parquet(folder / "held-out.parquet", ["a" * 10, "b" * 60, "c" * 20] * 3)
-    files = [f"data.train=[{path}]", f"data.validation=[{path}]", "tokenizer=byte"]
+    files = ["data.train=[books.parquet]", f"data.validation=[{path}]", "tokenizer=byte"]
     cfg = compose(["model=sw", "data=parquet", *files, "eval.context=60"])
     tokenizer = build_tokenizer(cfg)
     assert preflight.check_held_out(cfg, tokenizer) == []
@@ -260,3 +271,30 @@ def test_no_share_of_the_peak_is_above_one(
         assert found == share
     assert len(calls) == (measured_again is not None), "measured again once, not at every step"
     assert (shown := capsys.readouterr().err).count("left out") == bool(told) and told in shown
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "meet"),
+    [
+        ("train", "train[90%:]", True),
+        ("train[:95%]", "train[90%:]", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("train[:100]", "train[99:]", True),
+        ("train[:100]", "train[100:]", False),
+        ("train[:100]", "train[90%:]", False),  # depends on the size of the split
+        ("train+validation", "validation[:5%]", True),
+        ("train", "validation", False),
+    ],
+)
+def test_slices_that_share_documents_are_noticed(train: str, held_out: str, meet: bool) -> None:
+    cfg = compose(["data=datasets", "data.path=x", f"data.train=['{train}']", f"data.validation=['{held_out}']"])
+    assert ("are also trained on (data.train)" in trained_on(cfg, "validation")) == meet
+
+
+def test_a_file_of_one_data_set_of_a_mixture_may_be_held_out_by_another(folder: Path) -> None:
+    (folder / "inside").mkdir()
+    (folder / "inside" / "link.jsonl").symlink_to("../held-out.jsonl")
+    sources = "a: {data: jsonl, train: [inside]}, b: {data: jsonl, train: [books.jsonl], validation: [held-out.jsonl]}"
+    cfg = compose(["data=mixture", f"data.mixture={{{sources}}}"])
+    assert trained_on(cfg, "validation").startswith(f"1 of the 1 validation files, such as {folder}/held-out.jsonl, is")
+    assert trained_on(compose(BASE), "validation") == ""
