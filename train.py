@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported inside functions: Ctrl-C during an import prints one line, a typo needs no torch
-    from data.tokenizer import Tokenizer
     from ovq.config import Config
     from ovq.model import Transformer
 
@@ -93,7 +92,6 @@ def train(cfg: Config, run_dir: Path) -> None:
     processes.seed_everything(cfg.seed, cfg.trainer.deterministic)
     begun = check_same_run(run_dir, cfg)
     tokenizer = build_tokenizer(cfg, run_dir if begun else None)
-    check_vocabulary(cfg, tokenizer)
     stacks.register(run_dir)
     hints = processes.on_main_slowly(lambda: check_held_out(cfg, tokenizer))
 
@@ -177,17 +175,6 @@ def choose_threads(cfg: Config, run_dir: Path) -> None:
         with contextlib.suppress(ConfigError):  # reported where the folder is claimed
             cfg.trainer.threads = config.load(run_dir).trainer.threads
     cfg.trainer.threads = cpu.choose_threads(cfg.trainer.threads)
-
-
-def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer whose size differs from the config's."""
-    from ovq.errors import ConfigError
-
-    if cfg.tokenizer.vocab_size not in (None, tokenizer.vocab_size):
-        raise ConfigError(
-            f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but {cfg.tokenizer.model_path} has "
-            f"{tokenizer.vocab_size} pieces; set it to that, or to null"
-        )
 
 
 if __name__ == "__main__":

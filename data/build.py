@@ -175,8 +175,24 @@ def heldout_documents(cfg: Config, tokenizer: Tokenizer, split: str) -> Iterator
 
 
 def build_tokenizer(cfg: Config, run_dir: Path | str | None = None, *, own: bool = False) -> Tokenizer:
-    """The tokenizer of a run: for its text, or for the symbols of its task; see `build_text_tokenizer`."""
-    return TaskTokenizer(build_task(cfg)) if is_task(cfg) else build_text_tokenizer(cfg.tokenizer, run_dir, own=own)
+    """The tokenizer of a run: for its text (see `build_text_tokenizer`), or for the symbols of its task.
+
+    Raises:
+        ConfigError: its size is not tokenizer.vocab_size, if that is set.
+    """
+    if not is_task(cfg):
+        return build_text_tokenizer(cfg.tokenizer, run_dir, own=own)
+    tokenizer = TaskTokenizer(build_task(cfg))
+    _check_size(cfg.tokenizer, tokenizer, "the task")
+    return tokenizer
+
+
+def _check_size(cfg: TokenizerConfig, tokenizer: Tokenizer, name: str) -> None:
+    if cfg.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"tokenizer.vocab_size={cfg.vocab_size}, but {name} has {tokenizer.vocab_size} pieces; set it to that, or "
+            "to null"
+        )
 
 
 def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None, *, own: bool = False) -> Tokenizer:
@@ -186,7 +202,7 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
         own: also use the copy if the model file has become another since the run was trained.
 
     Raises:
-        ConfigError: there is no model file, or the run was made with another tokenizer.
+        ConfigError: there is no model file, the run was made with another tokenizer, or the size is not the config's.
     """
     folder = Path(run_dir) / "tokenizer" if run_dir else None
     expected = _fingerprint_in(folder) if folder else None
@@ -204,6 +220,7 @@ def build_text_tokenizer(cfg: TokenizerConfig, run_dir: Path | str | None = None
         folder_given = cfg.model_path and Path(cfg.model_path).expanduser().is_dir()
         problem = "is a folder; name the model's file in it" if folder_given else "does not exist"
         raise ConfigError(f"tokenizer.model_path={cfg.model_path} {problem}; make one: python -m data.train_tokenizer")
+    _check_size(cfg, tokenizer, cfg.model_path if cfg.kind != "byte" and cfg.model_path else f"tokenizer={cfg.kind}")
     if expected not in (None, tokenizer.fingerprint):
         if own and folder and stored and stored.is_file():
             kept = copy.deepcopy(cfg)

@@ -58,7 +58,6 @@ def check(overrides: list[str], world_size: int, gpu_bytes: int | None = None) -
         raise ConfigError(problem)
     begun = same_run(run_dir, cfg)
     tokenizer = build_tokenizer(cfg, run_dir if begun else None)
-    train.check_vocabulary(cfg, tokenizer)
     hints = check_held_out(cfg, tokenizer)
     found = describe(cfg)
     for split, facts in found.items():

@@ -22,11 +22,11 @@ from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ovq.config import Config, check
-from ovq.config_data import DataConfig, MixtureSource, check_used
+from ovq.config_data import DataConfig, MixtureSource, check_tokenizer_used, check_used
 from ovq.environment import plain
 from ovq.errors import ConfigError, omegaconf_message, one_line
 from ovq.identity import FREE_AT_RESUME, within
-from ovq.overrides import CONFIG_DIR, Dirs, canonical, directories, file_of, groups, literal, options
+from ovq.overrides import CONFIG_DIR, Dirs, canonical, directories, file_of, groups, literal, options, parts_of
 from ovq.schema import columns, describe
 
 # Overrides left out of a run folder's name: they say where and how the run executes, not what it computes.
@@ -51,6 +51,7 @@ def compose(overrides: list[str]) -> Config:
             }
     check(cfg)
     check_used(cfg.data)
+    check_tokenizer_used(cfg.tokenizer, [parts_of(override)[1] for override in overrides])
     # An experiment may configure mixers that the chosen model does not use; a run's config keeps only those it builds.
     with open_dict(composed):
         cfg.model.mixers = {name: cfg.model.mixers[name] for name in dict.fromkeys(cfg.model.pattern)}

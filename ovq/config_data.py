@@ -151,6 +151,21 @@ def check_tokenizer(cfg: TokenizerConfig) -> None:
         )
 
 
+def check_tokenizer_used(cfg: TokenizerConfig, typed: Collection[str]) -> None:
+    """Raise ConfigError if a command sets what its tokenizer ignores. An experiment may set it for another one.
+
+    Args:
+        typed: full names of the settings that the command sets.
+    """
+    for key, kinds in {"model_path": ("sentencepiece", "hf"), "separator": ("hf",)}.items():
+        if getattr(cfg, key) and cfg.kind not in kinds and f"tokenizer.{key}" in typed:
+            mend = " or ".join(f"tokenizer={kind}" for kind in kinds)
+            raise ConfigError(
+                f"tokenizer.{key}={getattr(cfg, key)} is ignored with tokenizer={cfg.kind}; choose {mend}, or leave it "
+                "out"
+            )
+
+
 def mixture_sources(data: DataConfig) -> dict[str, MixtureSource]:
     """The data sets of a mixture, by name; empty for other data.
 

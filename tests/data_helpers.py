@@ -83,7 +83,7 @@ def _base(overrides: tuple[str, ...]) -> Config:
         "trainer.context=16",
         "trainer.global_batch=4",
         "trainer.micro_batch=1",
-        "tokenizer.model_path=unset",
+        *(["tokenizer.model_path=unset"] if {"tokenizer=sentencepiece", "tokenizer=hf"} & {*overrides} else []),
         *(["data.path=unset"] if "data=datasets" in overrides else []),
     ]
     return compose([*small, *overrides])

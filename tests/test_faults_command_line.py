@@ -47,6 +47,7 @@ def test_all_of_them_reach_the_config(tmp_path: Path, monkeypatch: pytest.Monkey
     line = [
         "run_dir=~/übung, a=b [1] ~x", "init_from=runs/x,model=sw", "resume='quoted, text'", "data.title_field=null",
         "data=text", "data.train=[a,model=sw,b c.txt,'d,e.txt',~/f.txt]", "tokenizer.model_path=${oc.env:HOME}/ü.model",
+        "tokenizer=sentencepiece",
     ]  # fmt: skip
     cfg = compose(line)
     assert run_dir_of(cfg, line) == tmp_path / "home" / "übung, a=b [1] ~x"

@@ -56,6 +56,7 @@ WRONG = {
     "data.train=null": "data.train=null: a list is expected, as in data.train=[a,b]",
     "data.words={train:abc}": "data.words={train:abc}: Value 'abc' of type 'str' could not be converted to Integer",
     "logger.project=${oc.env:OVQ_UNSET}": "logger.project: the environment variable OVQ_UNSET is not set; set it, or",
+    "tokenizer.model_path=a.model": "is ignored with tokenizer=byte; choose tokenizer=sentencepiece or tokenizer=hf",
     "data.train=[a.txt]": "data.train is ignored with data.kind=builtin; leave it out (or null",
     "+data.task={_target_:data.tasks.recall.RecallTask}": "data.task is ignored with data.kind=builtin; leave it out",
     "data=recall data.packing=document": "data.packing is ignored with data.kind=task; leave it out",

@@ -172,8 +172,7 @@ class Trainer:
             if self.step % GARBAGE_EVERY == 0:
                 gc.collect(1)
         self.flush()
-        if not self.checkpointer.wait_for_previous():  # this step may not have been saved, as saved_step has it
-            self.saved_step = None
+        self.saved_step = self.saved_step if self.checkpointer.wait_for_previous() else None  # try this step again
         self.save()
         self.checkpointer.wait()
 
