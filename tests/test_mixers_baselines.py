@@ -563,3 +563,10 @@ def test_a_large_ridge_begins_as_set() -> None:
     layer = MesaNet(SHAPE, lambda_init=1000.0)
     layer.init_weights(0.02)
     torch.testing.assert_close(F.softplus(layer.ridge) + layer.lambda_min, torch.full_like(layer.ridge, 1000.0))
+
+
+def test_the_skip_of_mamba2_starts_as_set() -> None:
+    for settings, wanted in (({}, 1), ({"skip_init": 0}, 0)):
+        mixer = Mamba2(SHAPE, **settings)
+        mixer.init_weights(0.02)
+        assert mixer.skip.eq(wanted).all()

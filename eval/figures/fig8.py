@@ -37,14 +37,21 @@ from ovq.schema import setting
 
 MODELS = models("sw_ovq", "sw_gdn", "sw_mamba2", "sw_mesa", "sw_linear")
 RECURRENT_FIRST = tuple(
-    Model(f"{name}_sw", (f"model=sw_{name}", f"model.pattern=[{mixer},sliding_window]"), full_trials=True)
-    for name, mixer in (("gdn", "gated_deltanet"), ("mamba2", "mamba2"), ("mesa", "mesa_net"))
+    Model(name, (f"model=sw_{mixed}", f"model.pattern=[{mixer},sliding_window]", *changes), full_trials=True)
+    for name, mixed, mixer, *changes in (
+        ("gdn_sw", "gdn", "gated_deltanet"),
+        ("mamba2_sw", "mamba2", "mamba2"),
+        ("mamba2_d0_sw", "mamba2", "mamba2", "model.mixers.mamba2.skip_init=0"),
+        ("mesa_sw", "mesa", "mesa_net"),
+    )
 )
 ABOUT_ORDER = (
-    "In `gdn_sw`, `mamba2_sw` and `mesa_sw`, the recurrent layer comes before the window. Its own convolution can put "
-    "a key beside its value; with a window before it, Gated DeltaNet did not learn recall "
+    "In models whose names end with `_sw`, the recurrent layer comes before the window. Its own convolution can put a "
+    "key beside its value; with a window before it, Gated DeltaNet did not learn recall "
     "(docs/results/fig8/order.json). Trials of these models are as long as their runs: the 36 steps at 16 tokens of "
     "shorter ones are too few to begin to recall.",
+    "`mamba2_d0_sw` is `mamba2_sw` with an initial D (the weight of a token's own x in the output) of 0 instead of 1 "
+    "(docs/results/fig8/why.json).",
 )
 
 

@@ -28,6 +28,7 @@ class Mamba2(SequenceMixer):
         num_heads: heads of width model.head_dim; null for the number that gives that many weights.
         state_dim: N, the width of B and C; null for 128 as in the paper, or half the width in models narrower than 256.
         conv_size: number of taps of the short convolution.
+        skip_init: initial value of D, the weight of a token's own x in the output; 1 as in the published code.
         chunk_size: tokens per chunk of the torch form; affects speed only.
         backend: auto (fla's kernels on a GPU in half precision, if fla-core is installed) | reference | torch | fla.
 
@@ -44,6 +45,7 @@ class Mamba2(SequenceMixer):
         num_heads: int | None = None,
         state_dim: int | None = None,
         conv_size: int = 4,
+        skip_init: float = 1.0,
         chunk_size: int = 64,
         backend: str = "auto",
     ) -> None:
@@ -55,7 +57,7 @@ class Mamba2(SequenceMixer):
         require_positive("mamba2", num_heads=num_heads, state_dim=N, conv_size=conv_size, chunk_size=chunk_size)
         self.num_heads, self.state_dim, self.inner = num_heads, N, num_heads * shape.head_dim
         check_backend("mamba2", backend, "fla")
-        self.chunk_size, self.backend = chunk_size, backend
+        self.skip_init, self.chunk_size, self.backend = skip_init, chunk_size, backend
         self.in_proj = nn.Linear(shape.dim, 2 * self.inner + 2 * N + num_heads, bias=False)
         self.conv = ShortConv(self.inner + 2 * N, conv_size, bias=True)
         self.decay = DecayGate(num_heads)
@@ -67,7 +69,7 @@ class Mamba2(SequenceMixer):
         super().init_weights(std)
         self.conv.init_weights()
         self.decay.init_weights()
-        nn.init.ones_(self.skip)
+        nn.init.constant_(self.skip, self.skip_init)
         nn.init.ones_(self.norm.weight)
 
     def forward(
