@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString, Transformer
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -34,6 +34,7 @@ DICTIONARIES = (
     *("optim.custom", "optim.custom_schedule", "optim.groups"),
     *("trainer.lengths", "data.mixture", "data.data_files", "data.words"),
 )
+_SPECIAL = re.compile(r"""[][{}()'",]|^\s|\s$|^$""")  # in a text: not to be read as it stands
 _PARTS = re.compile(r"(\+\+|\+|~|)([^=]*)(?:(=)(.*))?", re.DOTALL)
 Dirs = Sequence[Path]
 
@@ -97,9 +98,18 @@ def sweep_values(override: str) -> list[str]:
     if parsed is None or not parsed.is_sweep_override():
         return [override]
     try:
-        return [f"{override.partition('=')[0]}={value}" for value in parsed.sweep_string_iterator()]
+        return [f"{override.partition('=')[0]}={_as_typed(value)}" for value in parsed.sweep_iterator()]
     except HydraException:
         raise ConfigError(f"{override} lists no values; a sweep takes key=a,b, choice(a,b) or range(1,4)") from None
+
+
+def _as_typed(value: Any) -> str:
+    """One value of a sweep as a user would type it alone; Hydra's own text has escapes, which are part of a path here."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_as_typed, value)) + "]"
+    if not isinstance(value, str):
+        return str(Transformer.str(value))
+    return value if "${" in value or not _SPECIAL.search(value) else _for_hydra(value)
 
 
 def canonical(overrides: Iterable[str], dirs: Dirs = ()) -> list[str]:

@@ -70,8 +70,18 @@ def test_a_sweep_reads_a_path_as_one_value_and_a_list_as_several(tmp_path: Path)
         with pytest.raises(ConfigError, match="lists no values; a sweep takes key=a,b, choice"):
             sweep_values(endless)
     assert sweep_values("init_from='a,b','c'") == ["init_from='a,b'", "init_from='c'"]
+    assert sweep_values("data.train=[hf://x/y,z],[y z]") == ["data.train=[hf://x/y,z]", "data.train=[y z]"]
     jobs = jobs_of([f"runs_root={tmp_path}/ü,x=1", "seed=0,1"])
     assert [job.run_dir.parent for job in jobs] == [tmp_path / "ü,x=1"] * 2 and jobs[0].run_dir != jobs[1].run_dir
+
+
+@pytest.mark.parametrize("paths", [["hf://a/b@c", "hf://c/d"], ["my runs/a:1", "b"], ["a\\b", "c"], ["'a,b'", "'c'"]])
+def test_a_swept_path_is_the_one_given_alone(paths: list[str]) -> None:
+    swept = sweep_values(f"init_from={','.join(paths)}")
+    alone = [f"init_from={path}" for path in paths]
+    for each, one in zip(swept, alone, strict=True):
+        assert compose([each]).init_from.path == compose([one]).init_from.path
+        assert run_dir_of(compose([each]), [each]) == run_dir_of(compose([one]), [one])
 
 
 def test_a_pattern_in_runs_stands_for_the_run_folders_it_matches(
