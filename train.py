@@ -75,7 +75,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.model import build_model, flops_per_token
     from ovq.optim_config import last_before_decay
     from ovq.train import checkpoint, loop
-    from ovq.train.claim import check_continues, check_same_run, claim, elsewhere
+    from ovq.train.claim import check_continues, check_same_run, claim, elsewhere, other_precision
     from ovq.train.ema import WeightAverage
     from ovq.train.metrics import Metrics
     from ovq.train.optim import build_optimizer
@@ -116,7 +116,7 @@ def train(cfg: Config, run_dir: Path) -> None:
         ema.restart(model)
     loader = build_loader(cfg, tokenizer, world, extra["data"] if extra else None)
     hints += processes.on_main_slowly(lambda: check_training_data(cfg, loader.tokens, tokenizer))
-    hints.append(elsewhere(run_dir, cfg))
+    hints += [elsewhere(run_dir, cfg), other_precision(extra, cfg, world)]
     keep_last, keep_at = cfg.trainer.keep_last, last_before_decay(cfg.optim, cfg.trainer.steps)
     checkpoint.settle(run_dir, start, keep_last, keep_at)
     claim(run_dir, cfg, tokenizer)

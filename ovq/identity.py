@@ -86,7 +86,8 @@ RULES = (
         ),
         FREE,
         "The same steps on the same tokens, equal up to the rounding of sums; not so with VQ, whose codebook is "
-        "updated after each micro-batch.",
+        "updated after each micro-batch, nor where `trainer.precision=auto` means another precision, which a line "
+        "says.",
     ),
     Rule(
         (

@@ -104,7 +104,7 @@ def sweep_values(override: str) -> list[str]:
 
 
 def _as_typed(value: Any) -> str:
-    """One value of a sweep as a user would type it alone; Hydra's own text has escapes, which are part of a path here."""
+    """One value of a sweep as a user would type it alone. Hydra's text has escapes, which would be part of a path."""
     if isinstance(value, list):
         return "[" + ",".join(map(_as_typed, value)) + "]"
     if not isinstance(value, str):

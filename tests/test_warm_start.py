@@ -13,7 +13,7 @@ import torch
 import ovq
 import ovq.config
 import train
-from ovq import processes
+from ovq import cpu, processes
 from ovq.compose import compose, run_dir_of
 from ovq.config import to_dict
 from ovq.errors import ConfigError
@@ -250,3 +250,14 @@ def test_a_finished_run_with_more_steps_stops_before_the_jump(
     said = capsys.readouterr().err
     assert "the learning rate would jump" in said and said.count("\n") == 1
     assert train.main([*line, "trainer.steps=4", "trainer.allow_rate_jump=true"]) == 0
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*RUN, "model=sw", "optim.schedule=constant", "trainer.precision=auto", f"run_dir={tmp_path}/run"]
+    for steps, chosen, says in ((1, "fp32", False), (2, "bf16", True), (3, "bf16", False)):
+        monkeypatch.setattr(cpu, "choose_precision", lambda _, chosen=chosen: chosen)
+        assert train.main([*line, f"trainer.steps={steps}"]) == 0
+        said = "trainer.precision=auto is bf16 here, and the run has computed in fp32 so far" in capsys.readouterr().err
+        assert said == says

@@ -14,7 +14,7 @@ from typing import Any
 from ovq import config, identity
 from ovq.config import Config
 from ovq.errors import ConfigError
-from ovq.processes import on_main, rank
+from ovq.processes import World, on_main, rank
 from ovq.report import typed
 from ovq.train.checkpoint import read_extra
 from ovq.train.checkpoint_choice import ORIGIN, check_branch, has_branched, history
@@ -111,6 +111,21 @@ def check_resume(run_dir: Path, cfg: Config) -> None:
         return
     check_continues(extra["config"], cfg)
     check_extension(cfg, extra["config"], extra["step"])
+
+
+def other_precision(extra: dict[str, Any] | None, cfg: Config, world: World) -> str:
+    """A line if trainer.precision=auto means another precision here than where the checkpoint was made; else empty.
+
+    Args:
+        extra: what the checkpoint holds besides tensors; None: there is none.
+    """
+    before = (extra or {}).get("precision", world.precision)
+    if cfg.trainer.precision != "auto" or before == world.precision:
+        return ""
+    return (
+        f"trainer.precision=auto is {world.precision} here, and the run has computed in {before} so far; its losses "
+        "will not be those of an uninterrupted run"
+    )
 
 
 def saved_in(run_dir: Path) -> list[Path]:

@@ -337,12 +337,12 @@ class Trainer:
         self.flush()  # raises if a step was not finite: such a state must never be saved
         self.metrics.sync()
         states = processes.gather_objects(self.loader.state_dict())
-        data = self.merge_states(states[:: self.world.context.size])  # one per set of ranks with the same rows
         extra = {
             "step": self.step,
             "tokens": self.tokens,
+            "precision": self.world.precision,
             "skipped_in_row": self.skipped_in_row,
-            "data": data,
+            "data": self.merge_states(states[:: self.world.context.size]),  # one per set of ranks with the same rows
             "config": to_dict(self.cfg),
         }
         self.checkpointer.save(self.step, self.model, self.optimizer, extra, self.ema)
