@@ -476,6 +476,20 @@ def test_shares_of_full_attentions_gain_take_the_same_seeds() -> None:
     assert not any("as a share" in line for line in fig6.findings(losing))
 
 
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_all_memories_are_trained_with_ovqs_number_of_entries(scale: str) -> None:
+    options = parse(RecallOptions, [f"scale={scale}"])
+    lines = make_plan(memory.figure(options), options, []).lines
+    held = {
+        mixer[key]
+        for line in lines
+        for mixer in line.cfg.model.mixers.values()
+        for key in ("num_centroids", "num_codes", "capacity")
+        if key in mixer
+    }
+    assert len(lines) == 6 and len(held) == 1
+
+
 def test_memories_of_equal_bytes_take_at_most_those_of_ovq() -> None:
     options = parse(RecallOptions, [])
     plan = make_plan(memory.figure(options), options, [])
