@@ -25,7 +25,7 @@ from ovq.errors import ConfigError
 from ovq.lengths import phases
 from ovq.machine import PEAK_TFLOPS
 from ovq.memory import LONGEST, MemoryPlan, checkpoint_bytes, measure_blocks, memory_of
-from ovq.model import Transformer, build_model, count_parameters, flops_per_token, undivided
+from ovq.model import Transformer, build_model, count_parameters, divides_heads, flops_per_token, undivided
 from ovq.plan import format_bytes, indivisible
 from ovq.schema import setting
 
@@ -181,6 +181,12 @@ def communication_lines(cfg: Config, network: Transformer, options: Options) -> 
         bound = "  bound by communication" if moved > computation else ""
         ratio = f"{moved / computation:.2f}"
         yield f"  {gpus:>6,}  {rounds:>13,.0f}  {computation:>10.3g} s  {moved:>11.3g} s  {ratio:>5}{bound}"
+    ranks = trainer.context_parallel
+    if handed := sorted({type(m).__name__ for m in network.mixers() if ranks > 1 and not divides_heads(m, ranks)}):
+        yield (
+            f"  not so where trainer.context_parallel={ranks} does not divide the heads ({', '.join(handed)}): these "
+            "layers hand their state over, so that ranks mix one after another, which takes longer"
+        )
 
 
 def communication(cfg: Config, network: Transformer, gpus: int, node: int, card: Card, rounds: float) -> float:
@@ -220,7 +226,10 @@ def assumptions(options: Options) -> Iterator[str]:
     )
     yield f"{HEADROOM:.0%} of the memory is usable: the rest goes to the runtime, collectives and fragmentation"
     yield "the MFU counts matrix products and mixing, forward and twice that backward; recomputation comes on top of it"
-    yield "attention keeps what FlashAttention does, OVQ-attention what this project's Triton kernels do"
+    torch_only = (
+        ", which do not run on a b200: there it runs in torch, and more slowly" if options.gpu == "b200" else ""
+    )
+    yield f"attention keeps what FlashAttention does, OVQ-attention what this project's Triton kernels do{torch_only}"
 
 
 if __name__ == "__main__":

@@ -148,6 +148,10 @@ def test_the_plan_of_a_cluster_follows_from_the_settings() -> None:
     exchanged = 2 * 2 * 4 * layers * (ROWS * TOKENS / 2) * dim * 2 * (1 / 2) / 450e9
     assert communication(cfg, network, 16, 8, CARDS["h100"], 2) == pytest.approx(moved + exchanged)
     assert f"{moved:.3g} s" in next(line for line in text.splitlines() if line.split()[:2] == ["16", "2"])
+    for ranks, handed in ((2, False), (3, True)):  # of two heads
+        cfg.trainer.context_parallel = ranks
+        said = "does not divide the heads (SlidingWindow)" in "\n".join(report(cfg, network, Options(gpus=48)))
+        assert said == handed
 
 
 def test_a_plan_finds_the_size_of_the_vocabulary_or_says_how_to_give_it(capsys: pytest.CaptureFixture[str]) -> None:
