@@ -191,6 +191,8 @@ def check(jobs: list[sweep.Job], options: argparse.Namespace) -> None:
         checked = check_run(job.overrides, options.nodes * (options.gpus_per_node or options.cpu_ranks))
         if len(jobs) == 1 and not options.only_print:
             print(checked.report, end="\n\n")
+        for warning in checked.warnings:
+            print(f"warning: {job.run_dir}: {warning}", file=sys.stderr)
         last = last_save_s(job.run_dir)
         if last and last > options.grace / 2:
             print(

@@ -206,6 +206,14 @@ def test_a_save_that_takes_longer_than_the_grace_allows_is_a_warning(
         assert capsys.readouterr().err.count("took 31 s and --grace is 60 s") == count
 
 
+def test_what_is_worth_knowing_about_a_run_is_said_when_it_is_queued(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--print", "--cpu-ranks", "1", "--", *QUICK, "run_dir=run", "eval.at_end=true", "eval.context=100000000"]
+    assert slurm.main(line) == 0
+    assert "warning: run: no validation document has eval.context=100000000 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_losses_of_an_unbroken_run(
     cluster: Cluster, tmp_path: Path
