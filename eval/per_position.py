@@ -2,7 +2,7 @@
 
     python -m eval.per_position run=runs/cpu_demo context=65536
     torchrun --nproc_per_node 8 -m eval.per_position run=runs/pg19_480m context=65536 documents=32
-    torchrun --nproc_per_node 8 -m eval.per_position run=runs/pg19_480m context=1048576 trainer.context_parallel=8
+    torchrun --nproc_per_node 4 -m eval.per_position run=runs/pg19_480m context=1048576 trainer.context_parallel=4
 
 Writes per_position_loss.parquet (every evaluation, in logarithmic and in linear buckets), loss_by_document.parquet and
 plots/loss_by_position_*.png to the run folder. A document is its separator followed by its ids. The first `context`

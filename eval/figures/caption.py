@@ -12,8 +12,8 @@ from ovq.model import widest_window
 AT_SCALE = {
     "cpu": "Size: models of two or four layers of width 128 and minutes of training; the paper's have 70M to 480M "
     "parameters.",
-    "gpu": "Size: models of eight layers of width 512 and minutes of training; the paper's have 70M to 480M "
-    "parameters.",
+    "gpu": "Size: models of eight or sixteen layers of width 512 (at most 70M parameters) and minutes of training; the "
+    "paper's have 70M to 480M parameters.",
     "paper": "Size: one of the paper's sizes; the paper's widths, windows, capacities and numbers of tokens are not "
     "known.",
 }
