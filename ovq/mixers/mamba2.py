@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D model width, H heads, P head width, N state width, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class Mamba2(SequenceMixer):
         backend: auto (fla's kernels on a GPU in half precision, if fla-core is installed) | reference | torch | fla.
 
     Raises:
-        ValueError: a size that is not positive.
+        ValueError: a size that is not positive, or a skip_init below 0 or infinite.
     """
 
     differentiable_state = True
@@ -55,6 +57,8 @@ class Mamba2(SequenceMixer):
             # Attention has 4 x width columns of weights; this layer has 3 E (z, x, out) + 2 N.
             num_heads = max(1, round((4 * width(shape) - 2 * N) / (3 * shape.head_dim)))
         require_positive("mamba2", num_heads=num_heads, state_dim=N, conv_size=conv_size, chunk_size=chunk_size)
+        if not 0 <= skip_init < math.inf:
+            raise ValueError(f"skip_init={skip_init} of mamba2 must be a finite number of at least 0")
         self.num_heads, self.state_dim, self.inner = num_heads, N, num_heads * shape.head_dim
         check_backend("mamba2", backend, "fla")
         self.skip_init, self.chunk_size, self.backend = skip_init, chunk_size, backend
