@@ -15,7 +15,7 @@ from ovq.config import Config
 from ovq.config_data import FROM_FILES
 from ovq.errors import ConfigError
 
-SCALE = 1_000_000  # rows that a split is taken to have, to compare percentages with each other
+SCALE = 10**12  # rows that a split is taken to have, to compare percentages with each other
 
 
 def trained_on(cfg: Config, split: str) -> str:
