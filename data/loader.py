@@ -311,11 +311,10 @@ def check_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
 
 def _of_same_files(key: str, saved: Fingerprint, current: Fingerprint) -> bool:
     """Whether a key is that of a Hub commit whose change says nothing about the files, which are compared as well."""
-    source, _, name = key.rpartition("commit")
-    if name or (source and not source.endswith(".")):
+    if key.rpartition(".")[2] != "commit":
         return False
     resolved = all(COMMIT.fullmatch(str(each.get(key))) for each in (saved, current))  # and no branch, tag or None
-    return not (resolved and saved.get(f"{source}kind") == "datasets")
+    return not (resolved and saved.get(key.removesuffix("commit") + "kind") == "datasets")
 
 
 def _add(counts: dict[str, int], more: dict[str, int]) -> None:
