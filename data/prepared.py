@@ -94,6 +94,13 @@ class PreparedTokens:
         """Ids of each document, int64 [documents]."""
         return np.concatenate([self._part(p).documents["tokens"] for p in range(len(self._parts))]).astype(np.int64)
 
+    def checksums(self) -> np.ndarray:
+        """A number for each document, uint64 [documents]: 0 if it is empty, and equal for documents of equal ids."""
+        parts = (self._part(p).documents for p in range(len(self._parts)))
+        return np.concatenate(
+            [rows["crc32"].astype(np.uint64) << 32 | rows["tokens"].astype(np.uint64) for rows in parts]
+        )
+
     def fingerprint(self) -> dict[str, Any]:
         sources = [source["source"] for source in self._sources]
         if len(sources) == 1:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import train
 from data.build import build_tokenizer
 from data.describe import describe
+from data.prepare import prepare
 from data.sources import find_files
 from eval import preflight
 from eval.overlap import trained_on
@@ -298,3 +299,23 @@ def test_a_file_of_one_data_set_of_a_mixture_may_be_held_out_by_another(folder: 
     cfg = compose(["data=mixture", f"data.mixture={{{sources}}}"])
     assert trained_on(cfg, "validation").startswith(f"1 of the 1 validation files, such as {folder}/held-out.jsonl, is")
     assert trained_on(compose(BASE), "validation") == ""
+
+
+def test_copies_of_a_document_in_other_files_are_noticed_once_prepared(folder: Path) -> None:
+    (folder / "others.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("new", "document 2 " * 5, ""))
+    )
+    (folder / "books.jsonl").write_text((folder / "books.jsonl").read_text() + json.dumps({"text": ""}) + "\n")
+    cfg = compose(["data=jsonl", "data.train=[books.jsonl]", "data.validation=[others.jsonl]"])
+    assert trained_on(cfg, "validation") == ""
+    prepare(cfg, "prepared", processes=1)
+    cfg = compose(["data=memmap", "data.train=[prepared]"])
+    line = trained_on(cfg, "validation")
+    assert line.startswith("1 of the 3 validation documents, such as prepared/validation-00000.tokens document 1, is")
+    mixture = "a: {data: memmap, train: [only]}, b: {data: memmap, train: [only], validation: [prepared]}"
+    prepare(compose(["data=jsonl", "data.train=[books.jsonl]"]), "only", processes=1)
+    assert trained_on(compose(["data=mixture", f"data.mixture={{{mixture}}}"]), "validation") == line
+    prepare(compose(["data=jsonl", "data.train=[no-text.jsonl]", "data.text_field=body"]), "another", processes=1)
+    assert (
+        trained_on(compose(["data=memmap", "data.train=[another]", "data.validation=[prepared]"]), "validation") == line
+    )
