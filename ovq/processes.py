@@ -41,9 +41,7 @@ BACKGROUND_TIMEOUT_S = 6 * 3600  # for writing a checkpoint: a shared disk may b
 @dataclass(frozen=True)
 class Axis:
     """One dimension of the process mesh: "data" (each process holds different rows of the batch) or "context" (each
-    holds different tokens of the same rows).
-
-    `group` is None if the axis spans all processes, or only this one.
+    holds different tokens of the same rows). `group` is None if the axis spans all processes, or only this one.
     """
 
     name: str
@@ -93,6 +91,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.precision == "bf16" else 4
 
     def local_tokens(self, tokens: int) -> int:
         """How many tokens of a sequence of `tokens` this process holds."""
@@ -187,9 +190,7 @@ def lower_timeout(seconds: int) -> None:
     """From now on, make a collective that waits longer than this fail: a process is assumed lost.
 
     Called after this process's first step, when nothing slow (compiling, resolving data) is left.
-
-    NCCL gets more time. When its time is over, its watchdog aborts the process, which then cannot say which rank was
-    lost; so the host is to notice it first, in a collective of gloo or in `await_device`.
+    NCCL gets more time, because its watchdog aborts the process, which then cannot say which rank was lost.
     """
     global _timeout_s
     if distributed():
@@ -207,23 +208,26 @@ _timeout_s = FIRST_STEP_TIMEOUT_S
 
 
 def await_device(device: torch.device) -> None:
-    """Wait until the device has done the work queued so far; no longer than a collective may take, if ranks are many.
+    """Wait until the devices of all ranks have done the work queued so far, no longer than a collective may take.
 
-    Copying a result to the host would also wait, but inside a CUDA call, in which Python can handle no signal and tell
-    no one that another rank is lost.
+    A collective. NCCL does not notice that a rank is lost, and inside a CUDA call Python can handle no signal; so the
+    hosts wait here, and keep asking each other through gloo, which does notice.
 
     Raises:
-        torch.distributed.DistError: the time is over.
+        torch.distributed.DistError: a rank is lost, or the time is over.
     """
     if device.type != "cuda" or not distributed():
         return
-    event = torch.cuda.Event()
-    event.record()
+    event = torch.cuda.current_stream(device).record_event()
     end = time.monotonic() + _timeout_s
-    while not event.query():
-        if time.monotonic() > end:
+    busy = True
+    while busy:
+        ask_at = time.monotonic() + WAITING_S
+        while not event.query() and time.monotonic() < ask_at:
+            time.sleep(POLL_S)
+        busy = any_flag(not event.query())
+        if busy and time.monotonic() > end:
             raise dist.DistError(f"{device} has not finished its work within {_timeout_s} s")
-        time.sleep(POLL_S)
 
 
 def background_group() -> dist.ProcessGroup | None:

@@ -80,24 +80,65 @@ def test_a_compiled_model_in_bf16_gets_its_group_although_the_processor_chose_bf
 
 
 class NeverDone:
-    """Stands in for torch.cuda.Event, on a GPU that waits for a rank that is lost."""
+    """Stands in for the stream and the event of a GPU that waits for a rank that is lost."""
 
-    def record(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         pass
+
+    def record_event(self) -> NeverDone:
+        return self
 
     def query(self) -> bool:
         return False
 
 
 def test_a_gpu_that_waits_for_a_lost_rank_is_given_up_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", NeverDone)
+    monkeypatch.setattr(torch.cuda, "current_stream", NeverDone)
     monkeypatch.setattr(processes, "_timeout_s", 0.05)
     processes.await_device(torch.device("cuda"))  # alone, it may take as long as it likes
     monkeypatch.setattr(processes, "distributed", lambda: True)
+    monkeypatch.setattr(processes, "any_flag", lambda flag: flag)  # as if the other ranks answered
+    monkeypatch.setattr(processes, "WAITING_S", 0.01)
     processes.await_device(torch.device("cpu"))
     with pytest.raises(DistError) as caught:
         processes.await_device(torch.device("cuda"))
     assert peers.is_communication_error(caught.value)
+
+
+KILLED_BESIDE_A_BUSY_GPU = """
+import os, threading, time
+import torch
+from ovq import peers, processes
+from ovq.config import TrainerConfig
+
+class Stream:  # and event of a GPU that is busy until `done`
+    done = 0.0
+    def __init__(self, device): pass
+    def record_event(self): return self
+    def query(self): return time.monotonic() > self.done
+
+torch.cuda.current_stream = Stream
+world = processes.init(TrainerConfig(device="cpu"))
+Stream.done = time.monotonic() + 1.5 * world.rank
+processes.await_device(torch.device("cuda"))
+began = time.monotonic()
+Stream.done = began + 3600
+if world.rank == 1:
+    threading.Timer(0.5, os._exit, [9]).start()
+try:
+    processes.await_device(torch.device("cuda"))
+except Exception as error:
+    print(peers.is_communication_error(error), time.monotonic() - began < 30, flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_rank_that_is_killed_is_noticed_although_the_gpu_goes_on_waiting(tmp_path: Path) -> None:
+    """NCCL does not notice it, and its timeout is ten minutes."""
+    survivor, killed = two_ranks(KILLED_BESIDE_A_BUSY_GPU, tmp_path)
+    out, error = survivor.communicate(timeout=300)
+    assert (survivor.returncode, out) == (0, "True True\n"), error
+    assert killed.wait(60) == 9
 
 
 def test_a_background_thread_uses_the_gpu_of_the_thread_that_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
