@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import re
 import tempfile
@@ -17,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data.build import sources_of
 from eval import plot, run_labels, style
 from eval.paired import Losses, Mean, paired
-from eval.run_facts import Facts, as_json
+from eval.run_facts import Facts
 from eval.run_table import Row
 from ovq import config
 from ovq.config import Config
@@ -325,8 +326,7 @@ def training_curve(run: Facts, points: int) -> list[tuple[int, float]]:
 
 def svg(save: Callable[[Path], object]) -> str:
     """A picture as an SVG element, without the parts that refer to other files: prolog, document type and metadata."""
-    import matplotlib
-
+    matplotlib = style.library()
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context({"svg.fonttype": "none"}):
         path = Path(folder) / "picture.svg"
         save(path)
@@ -360,3 +360,8 @@ def entry(run: Facts, label: str, points: int) -> dict[str, Any]:
             for row in run.answers
         ],
     }
+
+
+def as_json(value: Any) -> str:
+    """JSON that is safe inside an HTML element."""
+    return json.dumps(value).replace("</", "<\\/")

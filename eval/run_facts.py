@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from data.build import build_tokenizer
-from eval import accuracy, loss_table
+from eval import accuracy_table, loss_table
 from eval.paired import Losses, means_in
 from eval.run_table import Row
 from ovq import config
@@ -21,7 +20,7 @@ from ovq.errors import Failure, one_line
 from ovq.inference.run import at_capacity, no_imports_from
 from ovq.instantiate import refuse_untrusted
 from ovq.model import build_model, count_parameters, state_bytes
-from ovq.train.metrics import read_rows
+from ovq.train.metrics import training_rows
 from ovq.train.summary import read_finished
 
 LAST_SHARE = 0.02  # share of the steps over which the final training loss is averaged
@@ -82,7 +81,7 @@ class Facts:
         if not self.evaluation:
             return ""
         row = self.evaluation[0]
-        number = row["tokens"] // (row["position_end"] - row["position_start"])
+        number = loss_table.documents_of(row)
         return f"{number} {row['split']} documents of {row['context']:,} tokens, at step {row['step']:,}"
 
     def document_losses(self, span: tuple[int, int], seed: int) -> Losses:
@@ -115,7 +114,7 @@ def facts_of(run_dir: Path, trust: Collection[str] = ()) -> Facts:
     cfg = attempt(lambda: config.load(run_dir), None)
     if cfg is None:
         return Facts(run_dir, None, "unreadable", problems[0])
-    steps = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("loss") is not None]
+    steps = training_rows(run_dir)
     finished = read_finished(run_dir) is not None
     rows = attempt(lambda: loss_table.read(run_dir), [])
     documents = attempt(lambda: loss_table.BY_DOCUMENT.read(run_dir), [])
@@ -129,7 +128,7 @@ def facts_of(run_dir: Path, trust: Collection[str] = ()) -> Facts:
         steps=steps,
         evaluation=evaluation,
         by_document=[row for row in documents if is_plain(row, own) and loss_table.key_of(row) in chosen],
-        answers=[row for row in attempt(lambda: accuracy.TABLE.read(run_dir), []) if row["index"] is None],
+        answers=[row for row in attempt(lambda: accuracy_table.TABLE.read(run_dir), []) if row["index"] is None],
     )
     attempt(lambda: measure(made, trust), None)
     if not finished:
@@ -176,8 +175,3 @@ def log_line(run_dir: Path) -> str:
         if lines:
             return f"{path.name} ends with: {lines[-1][:300]}"
     return ""
-
-
-def as_json(value: Any) -> str:
-    """JSON that is safe inside an HTML element."""
-    return json.dumps(value).replace("</", "<\\/")

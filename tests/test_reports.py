@@ -186,8 +186,9 @@ def test_a_logger_that_never_finishes_is_not_waited_for(
 def test_a_run_folder_that_stdout_cannot_encode_is_trained_in_and_summed_up(tmp_path: Path) -> None:
     """With PYTHONIOENCODING=ascii, and MPLBACKEND as Jupyter exports it, without its package."""
     code = (
-        "import sys; from pathlib import Path; from ovq.cli import guarded; from eval import style\n"
+        "import sys; from pathlib import Path; from ovq.cli import guarded; from eval import report_page, style\n"
         "def work():\n"
+        "    assert '<svg' in report_page.svg(lambda path: style.save(style.figure()[0], path))\n"
         "    fig, _ = style.figure()\n"
         "    print(style.save(fig, Path('gr\\u00f6\\u00dfe') / 'a.png'))\n"
         "sys.exit(guarded(work))"
