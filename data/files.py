@@ -15,7 +15,6 @@ from typing import TextIO
 from data.sources import DataError
 from ovq.files import replacing
 
-HASH_BLOCK = 1 << 20
 LOCK = ".lock"
 
 
@@ -51,11 +50,8 @@ class AtomicFile:
 
 def sha256_of(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file, in bounded memory."""
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while block := stream.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def measure(run: Run, task: Task, options: Options, changed: str = "") -> list[R
         ConfigError: the task has no sequence of a length, or no layer has a dictionary for eval.num_centroids.
     """
     cfg, model = run.cfg, run.model
-    context, itemsize = cfg.trainer.context, 2 if run.world.precision == "bf16" else 4
+    context, itemsize = cfg.trainer.context, run.world.itemsize
     lengths = options.lengths or possible(task, [factor * context for factor in (1, 2, 4, 8, 16)], run.world.is_main)
     for length in lengths:
         task.describe(length)  # raises now, not after an hour's work

@@ -31,7 +31,7 @@ from ovq.cli import command
 from ovq.errors import ConfigError, one_line
 from ovq.files import locked, write_whole
 from ovq.inference.run import Run, RunOptions, at_capacity
-from ovq.model import count_parameters, state_bytes, widest_window
+from ovq.model import count_parameters, own_capacity, state_bytes, widest_window
 from ovq.schema import setting
 
 if TYPE_CHECKING:
@@ -159,12 +159,12 @@ def about(run: Run, options: Options, changed: str) -> dict[str, Any]:
         "step": run.step,
         "tokens": run.tokens,
         "parameters": count_parameters(model)[0],
-        "num_centroids": next((mixer.capacity for mixer in model.mixers() if mixer.capacity is not None), None),
+        "num_centroids": own_capacity(model),
         "model": cfg.model.name,
         "pattern": ",".join(cfg.model.pattern),
         "window": widest_window(cfg.model),
         "train_context": trainer.context,
-        "state_bytes_at_train_context": state_bytes(model, trainer.context, 2 if run.world.precision == "bf16" else 4),
+        "state_bytes_at_train_context": state_bytes(model, trainer.context, run.world.itemsize),
         "precision": run.world.precision,
         "changes": changed,
         "weights": cfg.eval.weights,

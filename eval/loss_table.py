@@ -55,3 +55,8 @@ BY_DOCUMENT = RunTable(
     ("step", "context", "num_centroids", "split", "restart", "changes"),
     "loss by document and position",
 )
+
+
+def documents_of(row: Row) -> int:
+    """The number of documents that a bucket averages over."""
+    return row["tokens"] // (row["position_end"] - row["position_start"])

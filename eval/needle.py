@@ -196,7 +196,7 @@ def about(run: Run, options: Options, haystack: str, length: int) -> Row:
         "window": widest_window(cfg.model),
         "parameters": count_parameters(run.model)[0],
         "state_numbers": state_size(run.model, length),
-        "state_bytes": state_bytes(run.model, length, 2 if run.world.precision == "bf16" else 4),
+        "state_bytes": state_bytes(run.model, length, run.world.itemsize),
         "train_context": trainer.context,
         "train_tokens": run.tokens,
     }

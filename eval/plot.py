@@ -26,6 +26,7 @@ from ovq import config
 from ovq.cli import command
 from ovq.errors import ConfigError
 from ovq.schema import REQUIRED, one_of, setting
+from ovq.train.metrics import training_rows
 from ovq.values import expand
 
 FIRST_SHOWN = 16  # earlier positions have almost no context, and their high losses would flatten the rest of the curve
@@ -117,16 +118,11 @@ def _middle(row: loss_table.Row, scale: str) -> float:
 
 def _title(curves: list[Curve]) -> str:
     """'4 validation documents', or a range where curves differ; a single curve's label comes first (no legend)."""
-    counts = [documents_of(row) for curve in curves for row in curve.rows]
+    counts = [loss_table.documents_of(row) for curve in curves for row in curve.rows]
     number = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
     splits = sorted({row["split"] for curve in curves for row in curve.rows})
     documents = f"{number} {' / '.join(splits)} document{'s' if number != '1' else ', so no standard error'}"
     return documents if len(curves) > 1 else f"{curves[0].label}: {documents}"
-
-
-def documents_of(row: loss_table.Row) -> int:
-    """The number of documents that a bucket averages over."""
-    return row["tokens"] // (row["position_end"] - row["position_start"])
 
 
 def curves_of(rows: list[loss_table.Row], *, scale: str, train_context: int, key: tuple[Any, ...]) -> list[Curve]:
@@ -216,7 +212,7 @@ def best_steps(rows: list[loss_table.Row]) -> dict[tuple[Any, ...], tuple[int, s
     """
     documents: dict[tuple[Any, ...], dict[int, int]] = {}
     for row in rows:
-        documents.setdefault(loss_table.key_of(row)[1:], {})[row["step"]] = documents_of(row)
+        documents.setdefault(loss_table.key_of(row)[1:], {})[row["step"]] = loss_table.documents_of(row)
     found = {}
     for same, of_step in documents.items():
         step = max(of_step, key=lambda step: (of_step[step], step))
@@ -232,13 +228,11 @@ def training(run_dirs: list[Path], out: Path, *, scale: str) -> Path:
     Raises:
         ConfigError: a folder is not a run, or has no metrics yet.
     """
-    from ovq.train.metrics import read_rows
-
     fig, (ax,) = style.figure()
     configs = [config.load(run_dir) for run_dir in run_dirs]
     names, means = labels(configs, [d.name for d in run_dirs]), []
     for index, run_dir in enumerate(run_dirs):
-        rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("loss") is not None]
+        rows = training_rows(run_dir)
         if not rows:
             raise ConfigError(f"{run_dir} has no training loss yet: its metrics.jsonl has no steps")
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from data.build import (
-    FROM_FILES,
     build_tokenizer,
     build_tokens,
     check_names_held_out,
@@ -29,6 +28,7 @@ from data.sources import DataError, find_files
 from data.tokenizer import Tokenizer
 from eval.overlap import trained_on
 from ovq.config import Config
+from ovq.config_data import FROM_FILES
 from ovq.errors import ConfigError
 from ovq.inference.run import check_capacity
 from ovq.model import Transformer, build_model

@@ -66,11 +66,7 @@ class RunTable:
 
     def as_csv(self, run_dir: Path | str) -> str:
         """The whole table as CSV; an empty field is a null."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.schema.names)
-        writer.writerows([["" if value is None else value for value in row.values()] for row in self.read(run_dir)])
-        return text.getvalue()
+        return as_csv(self.schema.names, [list(row.values()) for row in self.read(run_dir)])
 
     def write(self, run_dir: Path | str, rows: list[Row]) -> Path:
         """Add rows, replacing earlier ones with the same keys; whole or not at all. Processes that write at the same
@@ -114,3 +110,12 @@ def _set_aside(path: Path) -> str:
         number += 1
     os.replace(path, target)
     return target.name
+
+
+def as_csv(head: list[str], rows: list[list[Any]]) -> str:
+    """A table as CSV; an empty field is a None."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([["" if value is None else value for value in row] for row in rows])
+    return text.getvalue()

@@ -51,7 +51,8 @@ def release(descriptors: list[int]) -> None:
 def trainer_of(run_dir: Path) -> str:
     """The process that trains in a run folder, as "process 12 on HOST"; empty if none does.
 
-    Tests the lock of `ovq.train.checkpoint.hold` without taking it, which could make a run that is just starting fail.
+    Tests the lock of `ovq.train.checkpoint_files.hold` without taking it, which could make a run that is just
+    starting fail.
     """
     lock = run_dir.resolve() / "checkpoints" / ".lock"
     linux = sys.platform == "linux"  # elsewhere struct flock has the field order of macOS and the BSDs

@@ -46,7 +46,7 @@ from ovq.errors import ConfigError, Stopped
 from ovq.files import write_whole
 from ovq.overrides import sweep_values
 from ovq.signals import handled
-from ovq.train.metrics import read_rows
+from ovq.train.metrics import training_rows
 from ovq.train.summary import read_finished
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,11 +302,10 @@ def last_line(job: Job) -> str:
 def reached(job: Job) -> str:
     """Its last step, the loss there, and how long ago that was; empty before the first step. A job of a sweep prints no
     steps, so that its log ends with what is worth reading."""
-    path = job.run_dir / "metrics.jsonl"
-    row = next((row for row in reversed(read_rows(path)) if row.get("loss") is not None), None)
-    if row is None:
+    if not (rows := training_rows(job.run_dir)):
         return ""
-    minutes = (time.time() - path.stat().st_mtime) / 60
+    row = rows[-1]
+    minutes = (time.time() - (job.run_dir / "metrics.jsonl").stat().st_mtime) / 60
     return f", at step {row['step']:,} of {job.cfg.trainer.steps:,} (loss {row['loss']:.4f}, {minutes:.0f} minutes ago)"
 
 

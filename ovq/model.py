@@ -276,6 +276,11 @@ def state_size(model: Transformer, context: int) -> int:
     return sum(mixer.state_size(context) for mixer in model.mixers())
 
 
+def own_capacity(model: Transformer) -> int | None:
+    """The dictionary capacity of the first layer that has one; None without one."""
+    return next((mixer.capacity for mixer in model.mixers() if mixer.capacity is not None), None)
+
+
 def widest_window(cfg: ModelConfig) -> int | None:
     """The widest window of the model's layers, in tokens; None without one."""
     windows = [cfg.mixers[name].get("window") for name in cfg.pattern]

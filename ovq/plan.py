@@ -27,7 +27,7 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
 
     Args:
         vocab_size: number of pieces in the tokenizer.
-        data: what `data.build.describe` found for each split (shards, bytes, documents), or its error.
+        data: what `data.describe.describe` found for each split (shards, bytes, documents), or its error.
         epochs: how often the schedule reads the training data, in words, if that is known.
         world_size: number of processes the run would use; to plan for 8, setting torchrun's WORLD_SIZE=8 is enough.
     """
@@ -50,10 +50,7 @@ def report(cfg: Config, vocab_size: int, data: dict[str, Any], world_size: int, 
         ("training FLOPs", f"{each}; {total_flops:.3g} in total"),
         ("tokens", f"{tokens_per_step:,} per step ({trainer.global_batch} x {trainer.context:,}); {tokens:,} in total"),
         ("steps", f"{trainer.steps:,}" + (f", {epochs}" if epochs else "")),
-        (
-            "processes",
-            _processes(cfg, world_size, model),
-        ),
+        ("processes", _processes(cfg, world_size, model)),
         ("device memory", _memory(memory_of(cfg, model, world_size))),
         ("checkpoints", "{} each, {} at most at once".format(*map(format_bytes, disk_bytes(cfg, model)))),
     ]

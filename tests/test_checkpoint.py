@@ -57,7 +57,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def steps_on_disk(run_dir: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in sorted((run_dir / "checkpoints").glob("step_*"))]
+    return [checkpoint_files.step_of(path) for path in sorted((run_dir / "checkpoints").glob("step_*"))]
 
 
 def folder(run_dir: Path, step: int) -> Path:

@@ -37,7 +37,7 @@ from ovq.inference.run import RunOptions, load_run
 from ovq.instantiate import is_ours
 from ovq.train import checkpoint, checkpoint_choice, loop
 from ovq.train.checkpoint import Checkpointer, CheckpointError, verify, write_manifest
-from ovq.train.checkpoint_files import fingerprints, manifest_text, reading
+from ovq.train.checkpoint_files import fingerprints, manifest_text, reading, step_of
 from ovq.train.metrics import Metrics, read_rows, start_wandb
 from tests import faults
 from tests.faults import Fault
@@ -60,7 +60,7 @@ def folder(run_dir: Path, step: int) -> Path:
 
 
 def steps_on_disk(run_dir: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.complete(run_dir / "checkpoints")]
+    return [step_of(path) for path in checkpoint.complete(run_dir / "checkpoints")]
 
 
 def names(run_dir: Path) -> list[str]:

@@ -205,7 +205,7 @@ def test_a_run_folder_that_is_in_use_is_refused_and_looking_does_not_disturb_its
 
     def hold() -> int:
         os.close(end)
-        checkpoint.hold(tmp_path / "checkpoints")
+        hold(tmp_path / "checkpoints")
         os.write(tell, b"held")
         return len(os.read(wait, 1))
 

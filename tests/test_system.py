@@ -23,6 +23,7 @@ import torch
 
 import train
 from ovq.train import checkpoint
+from ovq.train.checkpoint_files import step_of
 from ovq.train.metrics import read_rows
 from tests.helpers import TINY, chosen
 from tests.training import losses, trainer_for
@@ -143,7 +144,7 @@ def test_a_run_killed_twice_resumes_bit_exact(whole: Path, tmp_path: Path, corpu
         least = f"step_{kill_at // 5 * 5:08d}"  # steps may be ahead of the checkpoint still being written
         reached = lambda rows: there(rows) and latest.exists() and latest.resolve().name >= least  # noqa: B023, E731
         assert job.when(reached, signal.SIGKILL) == -signal.SIGKILL
-        resumed_at.append(checkpoint.step_of(latest.resolve()))
+        resumed_at.append(step_of(latest.resolve()))
         assert resumed_at[-2] < resumed_at[-1] < max(row["step"] for row in record(run_dir)) < STEPS
     job = Job(run_dir, corpus)
     assert job.status() == 0, job.lines()

@@ -12,14 +12,15 @@ from ovq.compose import compose
 from ovq.config import Config
 from ovq.errors import ConfigError
 from ovq.mixers.base import other_capacity
-from ovq.model import Transformer, build_model, state_bytes
+from ovq.model import Transformer, build_model, own_capacity, state_bytes
 
 
 def capacities_of_ovq(
     subject: Subject, scale: str, chosen: list[int] | None, overrides: Sequence[str] = ()
 ) -> list[int]:
     """sw_ovq's own capacity at a scale with these settings, and the `chosen` ones of the tests (None: the scale's)."""
-    own = next(mixer.capacity for mixer in sw_ovq(subject, scale, overrides).mixers() if mixer.capacity)
+    own = own_capacity(sw_ovq(subject, scale, overrides))
+    assert own is not None, "it has a dictionary"
     return sorted({own, *(SCALES[scale].num_centroids if chosen is None else chosen)})
 
 

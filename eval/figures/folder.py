@@ -9,8 +9,6 @@ caption.md            what the picture shows, and how it differs from the paper'
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
@@ -26,6 +24,7 @@ from eval.figures.measures import Value
 from eval.figures.panels import note_missing
 from eval.figures.plan import Line, Plan, tokens_of
 from eval.figures.runs import FigureRun
+from eval.run_table import as_csv
 from ovq.files import write_whole
 from ovq.machine import code_commit, describe_machine
 from ovq.model import widest_window
@@ -136,15 +135,6 @@ def write(out: Path, plan: Plan, results: Results) -> None:
         note_missing(picture, results.missing)
         for kind in ("png", "svg"):
             style.save(picture, out / f"{name}.{kind}")
-
-
-def as_csv(head: list[str], rows: list[list[Any]]) -> str:
-    """A table as CSV; an empty field is a None."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows([["" if value is None else value for value in row] for row in rows])
-    return text.getvalue()
 
 
 def rates(plan: Plan) -> list[dict[str, Any]]:

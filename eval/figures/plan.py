@@ -23,7 +23,7 @@ from ovq.compose import compose, run_dir_of
 from ovq.config import Config, check
 from ovq.errors import ConfigError
 from ovq.mixers.base import other_capacity
-from ovq.model import Transformer, build_model, count_parameters, flops_per_token, state_bytes, state_size
+from ovq.model import Transformer, build_model, count_parameters, flops_per_token, own_capacity, state_bytes, state_size
 
 INSTEAD = {
     "experiment": "the figure has its own",
@@ -262,7 +262,7 @@ def line_of(
     measure, records = measure_of(cfg), None if options.records is None else Path(options.records)
     with torch.device("meta"):
         network = build_model(cfg.model, measure.vocab_size(cfg))
-    capacity = next((mixer.capacity for mixer in network.mixers() if mixer.capacity), None)
+    capacity = own_capacity(network)
     share = 1.0 if model.full_trials else options.search_share or subject.search.share
     trial_cfg = copy.deepcopy(cfg)
     trial_cfg.trainer.steps = max(1, round(share * cfg.trainer.steps))

@@ -24,7 +24,7 @@ from ovq.errors import ConfigError
 from ovq.files import write_whole
 from ovq.identity import VALUE, default_of, identity, part_of
 from ovq.machine import processor_name
-from ovq.train.metrics import read_rows
+from ovq.train.metrics import training_rows
 from ovq.train.summary import read_finished
 
 SCORE = "held_out.json"  # in the run folder of a run that tried a learning rate
@@ -147,7 +147,7 @@ class FigureRun:
 
     def training(self) -> dict[str, Any]:
         """How training went: steps, labels, losses, minutes, commit and processor; empty if it has not begun."""
-        rows = [row for row in read_rows(self.run_dir / "metrics.jsonl") if row.get("loss") is not None]
+        rows = training_rows(self.run_dir)
         if not rows:
             return (self.record() or {"training": {}})["training"]
         every = max(1, len(rows) // SHOWN_LOSSES)

@@ -61,7 +61,7 @@ def sentencepiece_tokenizer(model: bytes) -> Any:
         raise ConfigError("only unigram and BPE models of SentencePiece can be exported")
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     # Text that looks like the name of a byte or of a special piece stays ordinary text.
-    names = "|".join(["0x[0-9A-F]{2}", *(piece.piece[1:-1] for piece in pieces if piece.type in (kinds.UNKNOWN,))])
+    names = "|".join(["0x[0-9A-F]{2}", *(piece.piece[1:-1] for piece in pieces if piece.type == kinds.UNKNOWN)])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"<(?=(?:{names})>)"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     own = [piece.piece for piece in pieces if piece.type == kinds.USER_DEFINED]

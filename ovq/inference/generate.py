@@ -260,7 +260,7 @@ def check_memory(run: Run, context: int, rows: int) -> None:
     Raises:
         ConfigError: the state of `rows` sequences of `context` tokens takes more memory than is free.
     """
-    need = rows * state_bytes(run.model, context, itemsize=2 if run.world.precision == "bf16" else 4)
+    need = rows * state_bytes(run.model, context, itemsize=run.world.itemsize)
     free = free_memory(run.world.device)
     if need > free:
         raise ConfigError(

@@ -97,8 +97,8 @@ class RunOptions:
             if group == "eval" and name in settings and name not in read:
                 legal = f"use {name}=" if name in names else "legal: " + ", ".join(f"eval.{each}" for each in read)
                 raise ConfigError(f"{text}: this tool does not read eval.{name}; {legal}")
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in settings}
-        short = [f"eval.{name}={value}" for name, value in own.items() if value is not None]
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in settings}
+        short = [f"eval.{name}={value}" for name, value in given.items() if value is not None]
         if not is_export(self.run):
             config.load(self.run)  # raises if this is not a run, before anything is written to it
         try:

@@ -68,9 +68,7 @@ from ovq.train.checkpoint_files import (
     verify,
     write_manifest,
 )
-from ovq.train.checkpoint_files import hold as hold
-from ovq.train.checkpoint_files import step_of as step_of
-from ovq.train.ema import WeightAverage
+from ovq.train.ema import WeightAverage, local
 
 ADVICE = ". Remove the cause and start the same command again"
 FAILED = (Exception, dcp.CheckpointException)  # the latter is not a subclass of Exception
@@ -240,11 +238,11 @@ def nonfinite(model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> l
     names, finite = [], []
     for name, value in candidates:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            local = value.to_local() if hasattr(value, "to_local") else value
-            if local.numel():
+            shard = local(value)
+            if shard.numel():
                 names.append(name)
                 # Both extremes are NaN if any element is. Unlike isfinite, this needs no temporary of the full size.
-                finite.append(torch.isfinite(torch.stack(local.detach().aminmax())).all())
+                finite.append(torch.isfinite(torch.stack(shard.aminmax())).all())
     if not names:
         return []
     good = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()  # the host waits once

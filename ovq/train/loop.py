@@ -71,12 +71,12 @@ class Trainer:
         cfg: the run's config.
         model: after `parallelize`.
         optimizer: over the model's parameters.
-        loader: `data.Loader`, positioned where the run continues.
+        loader: `data.loader.Loader`, positioned where the run continues.
         checkpointer: `ovq.train.checkpoint.Checkpointer`.
         metrics: the run's log.
         world: this process and its device.
         run_dir: the run folder.
-        merge_states: `data.merge_states`, which merges the data states of all ranks into one.
+        merge_states: `data.loader.merge_states`, which merges the data states of all ranks into one.
         evaluate: called as evaluate(model, step, should_stop); returns its metrics, or None once should_stop() is true.
             With several processes should_stop is a collective: every rank must call it equally often.
         flops_per_token: training FLOPs per token of sequences of a given length, for MFU.

@@ -138,6 +138,11 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     return _parse(Path(path))[0]
 
 
+def training_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl that are training steps."""
+    return [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("loss") is not None]
+
+
 def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows, and the number of damaged lines."""
     if not path.is_file():

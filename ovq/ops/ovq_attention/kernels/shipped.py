@@ -46,6 +46,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "decode": {"SPLITS": SPLITS},
     "combine": {"SPLITS": SPLITS, "PADDED": padded(SPLITS + 1)},
 }
+WIDTHS = (64, 128)  # of keys and of values
 # What is launched besides the default variant: other chunks, values wider or narrower than keys, other numbers of
 # programs per walk, a given assignment, and the settings that the kernels know at compile time.
 OTHER_CHUNKS = (16, 64, 256, 512)
@@ -93,9 +94,7 @@ class ShippedKernel:
         return self.stage in ATTENTION
 
 
-def shipped_kernels(
-    arch: str, dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = (64, 128), chunk_size: int = 128
-) -> Iterator[ShippedKernel]:
+def shipped_kernels(arch: str) -> Iterator[ShippedKernel]:
     """Every kernel for an architecture ("sm_80", "sm_90", "sm_100", "gfx942"), with the default variant's flags.
 
     On AMD chips one program walks a head (`assign.splits`), so MOST is 1 there.
@@ -103,28 +102,28 @@ def shipped_kernels(
     The kernels that build the table depend on neither dtype nor width: they are listed once, under the last dtype.
     """
     for stage in KERNELS:
-        for width in widths:
-            for dtype in dtypes:
-                rows = 1 if stage in ("decode", "combine") else chunk_size
-                if stage not in TABULATE or (width, dtype) == (widths[0], dtypes[-1]):
+        for width in WIDTHS:
+            for dtype in DTYPES:
+                rows = 1 if stage in ("decode", "combine") else 128
+                if stage not in TABULATE or (width, dtype) == (WIDTHS[0], DTYPES[-1]):
                     yield _kernel(stage, arch, dtype, width, width, rows)
 
 
-def variants(arch: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[ShippedKernel]:
+def variants(arch: str) -> Iterator[ShippedKernel]:
     """Stages A to C with chunks, widths and flags other than the default variant's; see `OTHER_CHUNKS` and below."""
     stages = ("assign", *ATTENTION)
     for stage in stages:
         for L in OTHER_CHUNKS:
-            yield _kernel(stage, arch, dtype, 64, 64, L)
+            yield _kernel(stage, arch, torch.bfloat16, 64, 64, L)
         for K, V in MIXED_WIDTHS:
-            yield _kernel(stage, arch, dtype, K, V, 128)
+            yield _kernel(stage, arch, torch.bfloat16, K, V, 128)
         if stage == "dictionary_grad":
-            yield _kernel(stage, arch, dtype, 128, 128, 128, RATE=True)
+            yield _kernel(stage, arch, torch.bfloat16, 128, 128, 128, RATE=True)
         for flags in OTHER_FLAGS.get(stage, []):
             if "MOST" not in flags or not arch.startswith("gfx"):
-                yield _kernel(stage, arch, dtype, 64, 64, 128, **flags)
+                yield _kernel(stage, arch, torch.bfloat16, 64, 64, 128, **flags)
     for L in OTHER_CHUNKS if not arch.startswith("gfx") else ():
-        yield _kernel("assign", arch, dtype, 64, 64, L, MOST=16)
+        yield _kernel("assign", arch, torch.bfloat16, 64, 64, L, MOST=16)
 
 
 def _kernel(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: int, **flags: Any) -> ShippedKernel:
@@ -133,7 +132,7 @@ def _kernel(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: int
         settings = TABULATE[stage]
     else:
         amd = {"MOST": 1} if stage == "assign" and arch.startswith("gfx") else {}
-        settings = constants(tile, arch, dtype, K, V, rows, **FLAGS.get(stage, {}) | amd | flags)
+        settings = constants(tile, arch, torch.bfloat16, K, V, rows, **FLAGS.get(stage, {}) | amd | flags)
     options = {name: settings[name] for name in ("num_warps", "num_stages")}
     settings = {name: value for name, value in settings.items() if name in kernel.arg_names}
     signature = {name: _type(name, dtype, settings) for name in kernel.arg_names}
