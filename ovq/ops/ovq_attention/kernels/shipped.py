@@ -132,7 +132,7 @@ def _kernel(stage: str, arch: str, dtype: torch.dtype, K: int, V: int, rows: int
         settings = TABULATE[stage]
     else:
         amd = {"MOST": 1} if stage == "assign" and arch.startswith("gfx") else {}
-        settings = constants(tile, arch, torch.bfloat16, K, V, rows, **FLAGS.get(stage, {}) | amd | flags)
+        settings = constants(tile, arch, dtype, K, V, rows, **FLAGS.get(stage, {}) | amd | flags)
     options = {name: settings[name] for name in ("num_warps", "num_stages")}
     settings = {name: value for name, value in settings.items() if name in kernel.arg_names}
     signature = {name: _type(name, dtype, settings) for name in kernel.arg_names}
