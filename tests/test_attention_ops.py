@@ -261,3 +261,16 @@ def test_first_max_equals_torchs(n: int, case: str) -> None:
     assert torch.equal(best.isnan(), want.isnan())
     strided = x.transpose(0, 1)
     assert torch.equal(first_max(strided)[1], strided.max(-1).indices)
+
+
+def test_on_a_gpu_flex_attention_is_wanted_where_gradients_must_be_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's own kernels for CUDA only warn if they may warn."""
+    asked = []
+    monkeypatch.setattr(flex, "takes", lambda *_, wanted: asked.append(wanted))
+    x = torch.randn(1, 4, 2, 8)
+    full_attention(x, x, x)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    full_attention(x, x, x)
+    assert asked == [False, True]

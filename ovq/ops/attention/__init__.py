@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ovq.ops.attention import chunked, flex, reference
@@ -26,8 +27,8 @@ def full_attention(
         q_BTHK: [B, T, H, K].
         k_BSGK, v_BSGV: [B, S, G, K or V], S >= T, G divides H; keys before the last T are carried over.
         cu_seqlens: int32 [documents + 1], bounds of packed documents; requires B = 1 and no carried keys.
-        backend: auto | reference | torch | flex. auto is torch's scaled_dot_product_attention, or FlexAttention for
-            packed documents on CUDA.
+        backend: auto | reference | torch | flex. auto is torch's scaled_dot_product_attention, or on CUDA FlexAttention
+            for packed documents and for deterministic gradients.
 
     Returns:
         o [B, T, H, V] in q's dtype.
@@ -37,7 +38,9 @@ def full_attention(
     """
     check(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, backend, "full_attention")
     forward = reference.forward if backend == "reference" else chunked.forward
-    if flex.takes(backend, q_BTHK, v_BSGV, wanted=cu_seqlens is not None):
+    # With warn_only, torch's own kernels for CUDA only warn that their gradients are not deterministic.
+    wanted = cu_seqlens is not None or torch.are_deterministic_algorithms_enabled()
+    if flex.takes(backend, q_BTHK, v_BSGV, wanted=wanted):
         fallback = None if backend == "flex" else forward
         return flex.forward(q_BTHK, k_BSGK, v_BSGV, None, cu_seqlens, fallback=fallback)
     if cu_seqlens is None:
