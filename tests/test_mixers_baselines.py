@@ -177,6 +177,12 @@ def test_references_agree_with_those_of_flash_linear_attention(op: str) -> None:
     assert relative_error(got, want) < 1e-5
 
 
+class OnGPU:
+    """Stands in for a CUDA tensor where there is no GPU."""
+
+    is_cuda, dtype, shape, device, requires_grad = True, torch.bfloat16, (1, 64, 2, 8), "cuda:0", True
+
+
 def test_kernels_that_cannot_run_here_fail_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs("gated_delta_rule", 7, 20)
     with pytest.raises(ValueError, match="backend=fla of gated_delta_rule needs a CUDA tensor, got cpu") as error:
@@ -184,9 +190,6 @@ def test_kernels_that_cannot_run_here_fail_in_one_line(monkeypatch: pytest.Monke
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="backend=triton of mesa is not a legal value; legal: auto, "):
         mesa(*inputs("mesa", 7, 9), backend="triton")
-
-    class OnGPU:  # stands in for a CUDA tensor where there is no GPU
-        is_cuda, dtype, shape = True, torch.bfloat16, (1, 64, 2, 8)
 
     monkeypatch.setattr(fla_backend, "installed", lambda: False)
     with pytest.raises(ValueError, match=r"needs fla-core; install it with: pip install -e '\.\[fla\]'"):
@@ -199,6 +202,35 @@ def test_kernels_that_cannot_run_here_fail_in_one_line(monkeypatch: pytest.Monke
         assert not fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
     monkeypatch.setattr(fla_backend, "installed", lambda: True)
     assert fla_backend.uses_fla("auto", OnGPU(), "mesa")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("version", "chip", "op", "grad", "used"),
+    [
+        ((3, 6, 0), 9, "simple_gla", True, False),
+        ((3, 6, 0), 9, "gated_delta_rule", True, False),
+        ((3, 6, 0), 9, "gated_delta_rule", False, True),
+        ((3, 6, 0), 9, "mesa", True, True),
+        ((3, 6, 0), 9, "linear_attention", True, True),  # without a gate
+        ((3, 7, 1), 9, "simple_gla", True, True),
+        ((3, 3, 1), 9, "simple_gla", True, True),
+        ((3, 6, 0), 8, "simple_gla", True, True),
+    ],
+)
+def test_kernels_whose_gradients_fla_refuses_are_not_chosen(
+    version: tuple[int, ...], chip: int, op: str, grad: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fla_backend, "installed", lambda: True)
+    monkeypatch.setattr(fla_backend, "_triton_version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (chip, 0))
+    fla_backend._warn_refused.cache_clear()
+    with torch.set_grad_enabled(grad), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert fla_backend.uses_fla("auto", OnGPU(), op) == used  # type: ignore[arg-type]
+        assert ["has no gradients on this GPU" in str(warning.message) for warning in told] == [True] * (not used)
+        if not used:
+            with pytest.raises(ValueError, match=f"backend=fla of {op} has no gradients .*or set backend=torch"):
+                fla_backend.uses_fla("fla", OnGPU(), op)  # type: ignore[arg-type]
 
 
 def test_train_py_rejects_a_backend_that_cannot_run_in_one_line(
