@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ovq.ops import ovq_attention
+from ovq.ops.common import document_bounds
 from ovq.ops.ovq_attention import reference
-from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec
 from tests.exact_products import exact_products as exact_products
 from tests.helpers import relative_error, spec_of
 

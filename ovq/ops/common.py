@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 GRAIN = 32  # elements that CPU code processes at a time: a few vector registers of float32
 
 
@@ -21,19 +24,59 @@ def require_tokens(x: Tensor, op: str) -> None:
         raise ValueError(f"{op} needs at least one token, got shape {tuple(x.shape)}")
 
 
+def once_per_tensor(make: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
+    """`make`, which is not called again for the tensor of the last call: layers ask the same of a tensor they share."""
+    last: tuple[weakref.ref[Tensor], int, T] | None = None
+
+    def made(x: Tensor) -> T:
+        nonlocal last
+        if torch.compiler.is_compiling() or x.is_inference():  # inference tensors have no version counter
+            return make(x)
+        known = last  # backward passes run in other threads
+        if known is None or known[0]() is not x or known[1] != x._version:
+            known = last = weakref.ref(x), x._version, make(x)
+        return known[2]
+
+    return made
+
+
+@once_per_tensor
+def _on_host(cu_seqlens: Tensor) -> tuple[int, ...]:
+    return tuple(cu_seqlens.tolist())
+
+
+@once_per_tensor
+def as_int64(cu_seqlens: Tensor) -> Tensor:
+    """The bounds of packed documents as fla expects them; one tensor, by whose identity fla caches what it derives."""
+    return cu_seqlens.long()
+
+
+def document_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
+    """The bounds of packed documents as Python integers, copied to the host once for all layers, which share a tensor.
+
+    Raises:
+        ValueError: the bounds do not rise from 0 to the number of tokens.
+    """
+    bounds = _on_host(cu_seqlens)
+    if bounds[0] != 0 or bounds[-1] != tokens or list(bounds) != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got {list(bounds)}")
+    return bounds
+
+
 def each_document(
     run: Callable[..., Tensor], cu_seqlens: Tensor, tensors: Sequence[Tensor], state: object = None
 ) -> Tensor:
     """Apply `run` to the tokens (dimension 1) of each document separately and concatenate the outputs.
 
     Raises:
-        ValueError: more than one row, or a carried state together with packed documents.
+        ValueError: more than one row, a carried state together with packed documents, or bounds that do not rise from 0
+            to the number of tokens.
     """
     if state is not None:
         raise ValueError("state and cu_seqlens are mutually exclusive: a carried state belongs to one document")
     if tensors[0].shape[0] != 1:
         raise ValueError(f"cu_seqlens needs a batch of 1 with the documents concatenated, got {len(tensors[0])}")
-    bounds = cu_seqlens.tolist()
+    bounds = document_bounds(cu_seqlens, tensors[0].shape[1])
     return torch.cat([run(*(x[:, a:b] for x in tensors)) for a, b in zip(bounds, bounds[1:]) if b > a], dim=1)
 
 

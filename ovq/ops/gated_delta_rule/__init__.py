@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops import fla_backend
-from ovq.ops.common import each_document, require_tokens
+from ovq.ops.common import as_int64, each_document, require_tokens
 from ovq.ops.gated_delta_rule import chunked, reference
 
 
@@ -66,5 +66,5 @@ def _kernel(
         scale=q.shape[-1] ** -0.5,
         initial_state=state,
         output_final_state=cu_seqlens is None,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+        cu_seqlens=None if cu_seqlens is None else as_int64(cu_seqlens),
     )

@@ -7,7 +7,7 @@ import functools
 from torch import Tensor
 
 from ovq.ops import fla_backend
-from ovq.ops.common import each_document, require_tokens
+from ovq.ops.common import as_int64, each_document, require_tokens
 from ovq.ops.mesa import chunked, reference
 
 State = tuple[Tensor, Tensor]
@@ -84,6 +84,6 @@ def _kernel(
         h_kv_init=kv,
         output_final_state=cu_seqlens is None,
         max_CG_iteration=iterations,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+        cu_seqlens=None if cu_seqlens is None else as_int64(cu_seqlens),
     )
     return o, (kk, kv) if cu_seqlens is None else None

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.common import BackendError, each_document, require_tokens, work_dtype
-from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState, check_step_size, document_bounds
+from ovq.ops.common import BackendError, document_bounds, each_document, require_tokens, work_dtype
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState, check_step_size
 
 MODULES = {"reference": "reference", "torch": "chunked", "triton": "kernels"}  # sibling module of each backend
 BACKENDS = ("auto", *MODULES)

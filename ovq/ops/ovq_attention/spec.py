@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -175,23 +174,3 @@ pytree.register_pytree_node(
     lambda leaves, context: OVQState(*[*leaves, *context]),
     serialized_type_name="ovq.OVQState",
 )
-
-
-_last_bounds: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
-
-
-def document_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
-    """The bounds of packed documents as Python integers, copied to the host once for all layers, which share a tensor.
-
-    Raises:
-        ValueError: the bounds do not rise from 0 to the number of tokens.
-    """
-    global _last_bounds
-    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version  # inference tensors have no version counter
-    last = _last_bounds
-    if last is None or last[0]() is not cu_seqlens or last[1] != version or version < 0:
-        last = _last_bounds = weakref.ref(cu_seqlens), version, tuple(cu_seqlens.tolist())
-    bounds = last[2]
-    if bounds[0] != 0 or bounds[-1] != tokens or list(bounds) != sorted(bounds):
-        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got {list(bounds)}")
-    return bounds

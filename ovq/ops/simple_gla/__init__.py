@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops import fla_backend
-from ovq.ops.common import each_document, require_tokens
+from ovq.ops.common import as_int64, each_document, require_tokens
 from ovq.ops.simple_gla import chunked, reference
 
 
@@ -68,5 +68,5 @@ def _kernel(
         scale=1.0,
         initial_state=state,
         output_final_state=cu_seqlens is None,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+        cu_seqlens=None if cu_seqlens is None else as_int64(cu_seqlens),
     )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovq.ops.common import document_bounds
 from ovq.ops.ovq_attention.kernels.assign import assign
 from ovq.ops.ovq_attention.kernels.backward import (
     centroid_block,
@@ -33,7 +34,7 @@ from ovq.ops.ovq_attention.kernels.decode import decode
 from ovq.ops.ovq_attention.kernels.plan import Plan, make_plan, most_entries
 from ovq.ops.ovq_attention.kernels.predict import predict
 from ovq.ops.ovq_attention.kernels.tabulate import tabulate
-from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, document_bounds, parse_spec
+from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, parse_spec
 
 MAX_HEADS = 65535  # batch x heads: the limit on a grid's second axis
 # A first call copies its plan to the device, which a CUDA graph must not capture (kernels/copies.py), so the
