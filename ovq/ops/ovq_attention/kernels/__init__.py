@@ -29,7 +29,7 @@ from ovq.ops.ovq_attention.kernels.backward import (
     query_tiles,
 )
 from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED
-from ovq.ops.ovq_attention.kernels.configs import DTYPES, LITTLE_SHARED, MAX_WIDTH, padded
+from ovq.ops.ovq_attention.kernels.configs import DTYPES, KEY_VALUE_WIDTHS, MAX_WIDTH, padded
 from ovq.ops.ovq_attention.kernels.decode import decode
 from ovq.ops.ovq_attention.kernels.plan import Plan, make_plan, most_entries
 from ovq.ops.ovq_attention.kernels.predict import predict
@@ -65,9 +65,11 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec) -> str | None:
         return f"needs a chunk_size in 16 .. 512, got {L}"
     if (spec.num_centroids + k.shape[1]) * max(K, V) >= 2**31:
         return f"needs fewer than {2**31 // max(K, V):,} centroids and tokens of this width (offsets have 32 bits)"
-    little = f"sm_{major}{minor}" in LITTLE_SHARED and q.dtype != torch.float32
-    if little and spec.assign_on == "key_value" and max(K, V) > 64:
-        return f"needs more shared memory than sm_{major}{minor} has for assign_on=key_value with widths above 64"
+    half, float32 = KEY_VALUE_WIDTHS.get(arch := f"sm_{major}{minor}", (MAX_WIDTH, MAX_WIDTH))
+    widest = float32 if q.dtype == torch.float32 else half
+    if spec.assign_on == "key_value" and max(K, V) > widest:
+        dtype = str(q.dtype).removeprefix("torch.")
+        return f"needs more shared memory than {arch} has for assign_on=key_value with {dtype} widths above {widest}"
     return None
 
 
