@@ -149,7 +149,7 @@ def test_programs_that_share_a_head_change_no_bit(splits: int, monkeypatch: pyte
     tensors, spec = inputs(T=300, H=1, G=1), OVQSpec(400, 100)
     with torch.no_grad():
         alone = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
-        monkeypatch.setattr(assign, "splits", lambda walks, device: splits)
+        monkeypatch.setattr(assign, "splits", lambda walks, device, blocks: splits)
         together = kernels.forward(*tensors, spec, empty(*tensors[1:3], spec))
     assert alone[1].size > 2 * 64  # several blocks
     assert torch.equal(alone[0], together[0]) and torch.equal(alone[2], together[2])
@@ -248,7 +248,7 @@ def test_gradients_after_a_carried_state_equal_the_reference() -> None:
 )
 def test_packed_documents_equal_documents_alone(variant: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents: shorter than a chunk, of whole chunks, empty, and with a remainder, in one launch of each kernel."""
-    monkeypatch.setattr(assign, "splits", lambda walks, device: splits)
+    monkeypatch.setattr(assign, "splits", lambda walks, device, blocks: splits)
     tensors = inputs(T=120, H=2, G=1)
     bounds = torch.tensor([0, 3, 35, 67, 67, 120], dtype=torch.int32, device=DEVICE)
     settings = {"num_centroids": 20, "chunk_size": 16, "cu_seqlens": bounds, **variant}

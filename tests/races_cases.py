@@ -237,7 +237,7 @@ def outputs(case: Case, programs: int, backward: bool) -> dict[str, Tensor]:
         settings["cu_seqlens"] = torch.tensor(case.documents, dtype=torch.int32)
     state, loss = None, torch.zeros(())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assign, "splits", lambda walks, device: programs)
+        patch.setattr(assign, "splits", lambda walks, device, blocks: programs)
         patch.setattr(assign, "CONCURRENT", programs > 1)
         if case.small_tables:
             patch.setattr(plans, "TABLE_SHARE", 1e-3)

@@ -225,10 +225,18 @@ def test_the_documentation_quotes_this_model() -> None:
 def test_programs_per_head_equal_those_the_kernel_is_launched_with() -> None:
     assign = pytest.importorskip("ovq.ops.ovq_attention.kernels.assign")
     with pytest.MonkeyPatch.context() as patch:
-        for heads, processors in ((1, 132), (8, 132), (32, 132), (64, 132), (256, 132), (8, 108)):
-            properties = type("Properties", (), {"multi_processor_count": processors})
+        for heads, N, programs in (
+            (1, 2048, 16),
+            (8, 2048, 16),
+            (32, 2048, 4),
+            (256, 2048, 1),
+            (1, 256, 4),
+            (1, 64, 1),
+        ):
+            shape, chip = dataclasses.replace(BAR, batch=1, kv_heads=heads, spec=OVQSpec(N)), cost.CHIPS["h200"]
+            properties = type("Properties", (), {"multi_processor_count": chip.processors})
             patch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
-            assert assign.splits(heads, torch.device("cuda")) == cost.splits(heads, processors)
+            assert assign.splits(heads, torch.device("cuda"), -(-N // 64)) == cost.splits(shape, chip) == programs
 
 
 def test_the_command_prints_every_stage(capsys: pytest.CaptureFixture[str]) -> None:

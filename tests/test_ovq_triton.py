@@ -62,24 +62,33 @@ def test_unsupported_inputs_are_explained(change: dict, message: str, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("capability", "width", "assign_on", "message"),
+    ("capability", "dtype", "width", "assign_on", "message"),
     [
-        ((7, 5), 64, "key", "is made for sm_80 to sm_90 .*, and this is sm_75"),
-        ((10, 0), 64, "key", "is made for sm_80 to sm_90 .*, and this is sm_100"),
-        ((8, 9), 128, "key_value", "needs more shared memory than sm_89 has for assign_on=key_value"),
-        ((8, 9), 128, "key", None),
-        ((8, 0), 128, "key_value", None),
+        ((7, 5), torch.bfloat16, 64, "key", "is made for sm_80 to sm_90 .*, and this is sm_75"),
+        ((10, 0), torch.bfloat16, 64, "key", "is made for sm_80 to sm_90 .*, and this is sm_100"),
+        ((8, 9), torch.bfloat16, 128, "key_value", "memory than sm_89 has for assign_on=key_value .* above 64"),
+        ((8, 9), torch.float32, 64, "key_value", "memory than sm_89 .* with float32 widths above 32"),
+        ((8, 0), torch.float32, 128, "key_value", "memory than sm_80 .* with float32 widths above 64"),
+        ((8, 9), torch.float32, 128, "key", None),
+        ((8, 9), torch.float16, 64, "key_value", None),
+        ((8, 0), torch.bfloat16, 128, "key_value", None),
+        ((9, 0), torch.float32, 128, "key_value", None),
     ],
 )
 def test_chips_that_cannot_run_the_kernels_are_named(
-    capability: tuple[int, int], width: int, assign_on: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    width: int,
+    assign_on: str,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernels = importlib.import_module("ovq.ops.ovq_attention.kernels")
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     with FakeTensorMode():
-        q = torch.empty(1, 64, 1, width, dtype=torch.bfloat16, device="cuda")
+        q = torch.empty(1, 64, 1, width, dtype=dtype, device="cuda")
         reason = kernels.unsupported(q, q, q, OVQSpec(20, 16, assign_on=assign_on))
     assert reason is None if message is None else re.search(message, reason)
 
@@ -192,12 +201,16 @@ def test_a_new_length_compiles_nothing(arch: str) -> None:
 
 def test_any_number_of_programs_that_fits_the_card_shares_a_walk_and_nccl_keeps_room() -> None:
     assign = importlib.import_module("ovq.ops.ovq_attention.kernels.assign")
-    splits = assign.splits
+
+    def splits(walks: int, device: torch.device) -> int:
+        return assign.splits(walks, device, 32)
+
     with pytest.MonkeyPatch.context() as patch:
         properties = type("Properties", (), {"multi_processor_count": 132})
         patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
         device = torch.device("cuda")
         assert [splits(walks, device) for walks in (1, 8, 16, 32, 34, 64, 67)] == [16, 16, 8, 4, 3, 2, 1]
+        assert [assign.splits(1, device, blocks) for blocks in (0, 1, 4, 32)] == [1, 1, 4, 16]
         patch.setattr(assign, "several_ranks", True)
         tested_alone = {walks: splits(walks, device) for walks in range(1, 300)}
         patch.setattr(assign, "several_ranks", None)

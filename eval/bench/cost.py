@@ -234,16 +234,17 @@ def memory_ratio(shape: Shape) -> float:
 # --- the sequential stage --------------------------------------------------------------------------------------------
 
 
-def splits(heads: int, processors: int) -> int:
+def splits(shape: Shape, chip: Chip) -> int:
     """Programs that share a head: as `kernels.assign.splits`, but for a chip that need not be present."""
     from ovq.ops.ovq_attention.kernels.configs import BUILDS
 
-    return min(max(processors // heads, 1), BUILDS[-1])
+    blocks = math.ceil(shape.spec.size_at(shape.tokens) / _tile(shape, chip, "assign")["BLOCK_N"])
+    return min(max(chip.processors // (shape.batch * shape.kv_heads), 1), max(blocks, 1), BUILDS[-1])
 
 
 def step_parts_us(shape: Shape, n: int, chip: Chip) -> dict[str, float]:
     """Microseconds of one chunk of one head at n centroids: its instructions' stalls, trips to L2, and the barrier."""
-    programs = splits(shape.batch * shape.kv_heads, chip.processors)
+    programs = splits(shape, chip)
     columns = max(1, math.ceil(n / (_tile(shape, chip, "assign")["BLOCK_N"] * programs)))
     return {
         "instructions": 1e6 * compiled.step_cycles(chip.arch, shape, columns, programs) / chip.clock,
@@ -322,7 +323,7 @@ def main(o: Options) -> int:
     print(table(shape, chip))
     step = step_parts_us(shape, spec.size_at(shape.tokens), chip)
     parts = ", ".join(f"{name} {us:.1f}" for name, us in step.items())
-    programs = splits(shape.batch * shape.kv_heads, chip.processors)
+    programs = splits(shape, chip)
     print(f"the last chunk's assignment: {sum(step.values()):.1f} us ({programs} programs per head): {parts}")
     print(f"memory beyond q, k and v: {memory_ratio(shape):.2f} times their size")
     return 0

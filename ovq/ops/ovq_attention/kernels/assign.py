@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ovq.ops.ovq_attention.kernels.blocks import INTERPRETED, Rows, load_rows, load_tokens, store_rows, token_at
-from ovq.ops.ovq_attention.kernels.configs import BUILDS, arch_of, constants
+from ovq.ops.ovq_attention.kernels.configs import BUILDS, arch_of, constants, tile_of
 from ovq.ops.ovq_attention.kernels.plan import Plan
 
 SCALARS = ["S", "L", "G", "M", "rows", "initial", "documents", "skipped", "most", "splits", "log2_keep"]
@@ -77,7 +77,8 @@ def assign(
         return assignment, rows
     documents = len(plan.walks)
     walks = B * G * documents
-    programs_each = splits(walks, device)
+    columns = tile_of("assign", arch_of(device), k.dtype, K, V).columns
+    programs_each = splits(walks, device, -(-int(plan.sizes.max()) // columns))
     flags = {
         "MOST": next(most for most in BUILDS if programs_each <= most),
         "FORCED": forced is not None,
@@ -116,8 +117,9 @@ def assign(
     return assignment, rows
 
 
-def splits(walks: int, device: torch.device) -> int:
-    """Programs per walk: no more than can run at the same time, since they wait for each other.
+def splits(walks: int, device: torch.device, blocks: int) -> int:
+    """Programs per walk: no more than can run at the same time, since they wait for each other, nor more than the
+    blocks of centroids that there will be, as those in excess would only wait.
 
     With several ranks, some multiprocessors are left to NCCL: otherwise its kernels could not start until the walk has
     ended, and other ranks would wait for them.
@@ -129,7 +131,7 @@ def splits(walks: int, device: torch.device) -> int:
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     if several if several_ranks is None else several_ranks:
         processors -= LEFT_TO_NCCL
-    return min(max(processors // walks, 1), BUILDS[-1])
+    return min(max(processors // walks, 1), max(blocks, 1), BUILDS[-1])
 
 
 def log2_keep(rate: float | None) -> float:
