@@ -383,7 +383,7 @@ def _object(line: str, text_field: str) -> dict[str, Any]:
     return record
 
 
-_JSON = {int: "a number", float: "a number", bool: "a truth value", str: "a text", list: "a list", dict: "an object"}
+_JSON = {int: "a number", float: "a number", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
 _JSON |= {type(None): "null"}
 
 

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     if given[:1] in (["--help"], ["-h"]):
         print((__doc__ or "").strip())
         return 0
-    named = f"'{given[0]}' is no command" if given else "no command was given"
+    named = f"'{given[0]}' is not a command" if given else "no command was given"
     print(f"error: {named}; legal: {', '.join(COMMANDS)}; see python -m launch --help", file=sys.stderr)
     return 2
 

@@ -55,7 +55,7 @@ class LockError(Failure):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.lock", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions instead of keeping the locked")
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions, not the locked ones")
     return guarded(lambda: lock(parser.parse_args(argv).upgrade))
 
 

@@ -74,7 +74,9 @@ class TrainerConfig:
     )
     shard: str = one_of("full", "hybrid", "none", help="FSDP, HSDP, or a full copy of the model on each device")
     replicas: int = setting(1, "groups of processes that each hold a copy of the model (shard=hybrid)", at_least=1)
-    context_parallel: int = setting(1, "ranks that share each sequence, and in mixers its heads or state", at_least=1)
+    context_parallel: int = setting(
+        1, "ranks that split each sequence; mixers split heads or pass on state", at_least=1
+    )
     activation_checkpointing: str = one_of("none", "selective", "full", help="what to recompute in the backward pass")
     compile: bool = setting(False, "apply torch.compile to each block")
     grad_clip: float = setting(1.0, "maximum global gradient norm; 0: no clipping", at_least=0)

@@ -98,7 +98,7 @@ def check_optim(optim: OptimConfig) -> None:
         if chosen == "custom" and not getattr(optim, own).get("_target_"):
             raise ConfigError(f"optim.{kind}=custom needs a class: optim.{own}={{_target_: package.Class, setting: 1}}")
     if optim.ema == 1:
-        raise ConfigError("optim.ema=1 would never take up a weight; it must be below 1, for instance 0.999")
+        raise ConfigError("optim.ema=1 would never update the average; it must be below 1, for instance 0.999")
     for pattern, values in optim.groups.items():
         entries = dict(values) if hasattr(values, "items") else {"": values}
         legal = all(

@@ -30,7 +30,7 @@ def said(kind: str, path: Path, *overrides: str) -> str:
     [
         (b"42", 'line 2: a number, where an object is needed: {"text": "..."}'),
         (b"[1, 2]", "line 2: a list, where an object is needed"),
-        (b'"words"', "line 2: a text, where an object is needed"),
+        (b'"words"', "line 2: a string, where an object is needed"),
         (b"null", "line 2: null, where an object is needed"),
         (b'{"text": 7}', "line 2: field 'text' holds a number, not text"),
         (b'{"text": ["a"]}', "line 2: field 'text' holds a list, not text"),

@@ -198,7 +198,7 @@ def test_a_manifest_of_another_shape_is_damage(recall_run: Path) -> None:
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     """It has the same shapes, and what was measured with it would count as this run's."""
     runs = [saved(tmp_path / f"seed{seed}", f"seed={seed}") for seed in (0, 1)]
-    with pytest.raises(ConfigError, match=r"step_00000001 is not of .*seed0, whose settings are others: seed: 1 -> 0"):
+    with pytest.raises(ConfigError, match=r"step_00000001 is not of .*seed0; these settings differ: seed: 1 -> 0"):
         load_run(runs[0], checkpoint_at=str(folder(runs[1], 1)))
     copied = shutil.copytree(folder(runs[0], 1), tmp_path / "kept")
     assert load_run(runs[0], checkpoint_at=str(copied)).step == 1
@@ -390,7 +390,9 @@ def test_all_damaged_is_refused_at_every_start_and_the_record_stays(tmp_path: Pa
         faults.flip(folder(run_dir, step) / "__0_0.distcp", 900)
     before, record = names(run_dir), (run_dir / "metrics.jsonl").read_bytes()
     for _ in range(3):  # as a requeued job does
-        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged, .*step_00000003/__0_0\.distcp"):
+        with pytest.raises(
+            CheckpointError, match=r"every checkpoint in .* is damaged \(the newest: .*step_00000003/__0_0\.distcp"
+        ):
             trained(run_dir, 4)
         assert names(run_dir) == before and (run_dir / "metrics.jsonl").read_bytes() == record
 

@@ -326,4 +326,4 @@ def test_memory_that_cannot_suffice_is_refused_and_memory_that_may_not_is_a_warn
 
 def test_a_launch_command_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch_main.main(["rnu"]) == 2
-    assert capsys.readouterr().err.startswith("error: 'rnu' is no command; legal: run, slurm, sweep, plan;")
+    assert capsys.readouterr().err.startswith("error: 'rnu' is not a command; legal: run, slurm, sweep, plan;")

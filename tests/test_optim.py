@@ -293,7 +293,7 @@ REFUSED = {
     ("optim.schedule=custom",): "optim.schedule=custom needs a class: optim.custom_schedule={_target_: ",
     ("optim.custom_schedule={_target_: outside.Sawtooth}",): "optim.schedule=cosine would ignore it",
     ("optim.betas=[0.9]",): "optim.betas=[0.9] must have 2 entries",
-    ("optim.ema=1",): "optim.ema=1 would never take up a weight",
+    ("optim.ema=1",): "optim.ema=1 would never update the average",
     ("eval.weights=ema",): "eval.weights=ema needs averaged weights",
     ("optim.groups={head.*: {rate: 2}}",): "must be {lr: factor, weight_decay: value}",
     ("optim.groups={haed.*: {lr: 2}}",): "optim.groups.haed.* matches no parameter",

@@ -99,7 +99,7 @@ def test_numbers_are_those_of_the_run_folders(tmp_path: Path) -> None:
 def test_models_are_compared_document_by_document_and_seed_by_seed(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"{model}{seed}", model, seed) for model in LEVEL for seed in (0, 1)]
     html = report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]")
-    head, row = rows_of(html, "Difference to sw on the same documents")
+    head, row = rows_of(html, "Difference from sw on the same documents")
     assert head[1:4] == ["0 to 128", "512 to 2,048", "2,048 to 4,096"]
     # The differences between documents, 0.1 to 0.2, cancel: only that between the models is left, without any error.
     assert row[0] == "sw_ovq" and [cell.strip() for cell in row[1:4]] == ["-100.0 ± 0.0"] * 3
@@ -111,19 +111,19 @@ def test_a_seed_of_the_base_that_was_tested_on_other_documents_is_left_out(tmp_p
         rows = file.read(runs[1])
         (runs[1] / (loss_table.FILE if file is loss_table else loss_table.BY_DOCUMENT.file)).unlink()
         file.write(runs[1], [row | {"split": "test", "loss": row["loss"] - 1} for row in rows])
-    row = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference to sw")[1]
+    row = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference from sw")[1]
     assert [cell.strip() for cell in row[1:4]] == ["-100.0 ± 0.0"] * 3
 
 
 def test_models_that_were_evaluated_at_different_steps_are_said_to_be(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", "sw", 0), make_run(tmp_path / "b", "sw_ovq", 0)]
-    note = rows_of(report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]"), "Difference to sw")[1][-1]
+    note = rows_of(report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]"), "Difference from sw")[1][-1]
     for table in (loss_table, loss_table.BY_DOCUMENT):
         rows = table.read(runs[1])
         (runs[1] / (loss_table.FILE if table is loss_table else loss_table.BY_DOCUMENT.file)).unlink()
         table.write(runs[1], [row | {"step": 10} for row in rows])
     html = report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]")
-    row = rows_of(html, "Difference to sw")[1]
+    row = rows_of(html, "Difference from sw")[1]
     assert not note and row[1].strip() == "-100.0 ± 0.0" and row[-1] == "evaluated at step 10, the base at step 20"
     assert "documents of 4,096 tokens, at step 10" in html
 
@@ -136,7 +136,7 @@ def test_evaluations_of_a_changed_model_or_text_are_not_the_runs_own(tmp_path: P
         table.write(runs[1], [row | {"loss": 9.0, "changes": changed} for row in table.read(runs[1])])
     after = report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]")
     assert data_of(after) == data_of(before)
-    for title in ("Runs", "Difference to sw"):
+    for title in ("Runs", "Difference from sw"):
         assert rows_of(after, title) == rows_of(before, title)
 
 
@@ -149,7 +149,7 @@ def test_a_run_that_is_evaluated_with_a_larger_dictionary_is_shown_with_it(tmp_p
         table.write(run, [row | {"num_centroids": 4096, "loss": row["loss"] - 1} for row in table.read(run)])
     html = report_of(tmp_path, f"runs=[{base},{run}]", "positions=[2048]")
     assert rows_of(html, "Runs")[2][7] == "1.9898 ± 0.0500"
-    assert rows_of(html, "Difference to sw")[1][1].strip() == "-1100.0 ± 0.0"
+    assert rows_of(html, "Difference from sw")[1][1].strip() == "-1100.0 ± 0.0"
 
 
 def test_seeds_that_began_with_weights_of_their_own_seed_are_one_model(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_seeds_that_began_with_weights_of_their_own_seed_are_one_model(tmp_path:
         cfg = config.load(run)
         cfg.init_from.path = f"runs/copying,model={cfg.model.name},seed={cfg.seed},lr=0.003-0000000{cfg.seed}"
         config.save(cfg, run)
-    head, *rows = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference to")
+    head, *rows = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference from")
     assert len(rows) == 1 and [cell.strip() for cell in rows[0][1:4]] == ["-100.0 ± 0.0"] * 3
 
 
@@ -170,7 +170,7 @@ def test_runs_of_other_lengths_are_not_one_model(tmp_path: Path) -> None:
     for table in (loss_table, loss_table.BY_DOCUMENT):
         table.write(long, [row | {"loss": row["loss"] - 1} for row in table.read(long)])
     runs = [short, long, make_run(tmp_path / "other", "sw_ovq", 0)]
-    head, *rows = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference to")
+    head, *rows = rows_of(report_of(tmp_path, f"runs=[{','.join(map(str, runs))}]"), "Difference from")
     assert [row[1].strip() for row in rows] == ["-1000.0 ± 0.0", "-100.0 ± 0.0"]
     assert "sw (short)" in head[0] or "sw (long)" in rows[0][0]
 
@@ -205,7 +205,7 @@ def test_documents_of_other_text_are_not_compared(
         for name, value in settings.items():
             setattr(cfg.data, name, value)
         config.save(cfg, run)
-    row = rows_of(report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]"), "Difference to sw")[1]
+    row = rows_of(report_of(tmp_path, f"runs=[{runs[0]},{runs[1]}]"), "Difference from sw")[1]
     assert [cell.strip() for cell in row[1:4]] == ([""] * 3 if differs else ["-100.0 ± 0.0"] * 3)
     assert row[-1] == (f"another {differs}" if differs else "")
 

@@ -214,8 +214,8 @@ def findings(points: list[Point]) -> list[str]:
     lines = [
         f"Loss in nats per token by position, mean over {documents} documents and all seeds:",
         *table({name: [f"{fmean(of[curve].values()):.3f}" for of in absolute] for curve, name in names.items()}),
-        f"Difference to `{BASE}` on the same documents, mean and its standard error over documents, in thousandths of "
-        "a nat; negative is better, **bold** where it is more than two standard errors from zero:",
+        f"Difference from `{BASE}` on the same documents, mean and its standard error over documents, in thousandths "
+        "of a nat; negative is better, **bold** where it is more than two standard errors from zero:",
         *table({names[curve]: [cell_of(mean) for mean in of] for curve, of in relative.items() if curve[0] != BASE}),
     ]
     if of_seeds := by_seed(points, spans):

@@ -81,7 +81,7 @@ def why_missing(line: Line, seed: int, lacking: int, tests: int) -> str:
     if run.job.status == "failed":
         return "its training failed"
     if not run.trained_here():
-        return "its training is not finished"
+        return "its training is not finished" if run.training() else "it has not been trained"
     return f"{lacking} of {tests} tests not made"
 
 

@@ -197,7 +197,7 @@ def check_of_run(path: Path, extra: dict[str, Any], cfg: Config, run_dir: Path) 
     if "config" not in extra:
         return
     if changed := identity.differences(config.flatten(extra["config"]), config.flatten(cfg), contents=False):
-        raise ConfigError(f"checkpoint={path} is not of {run_dir}, whose settings are others: {'; '.join(changed)}")
+        raise ConfigError(f"checkpoint={path} is not of {run_dir}; these settings differ: {'; '.join(changed)}")
 
 
 def no_imports_from(folder: Path) -> None:

@@ -166,8 +166,8 @@ class Checkpointer:
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise TrainingError(
-                f"after step {step}, {found[0]}{more} is not finite. This state was not saved and nothing was saved "
-                f"over: {ways_on(self.last)}"
+                f"after step {step}, {found[0]}{more} is not finite. This state was not saved, and no checkpoint was "
+                f"overwritten: {ways_on(self.last)}"
             )
 
     # --- in the thread -----------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def _to_resume_from(root: Path) -> Choice:
         return Choice(path, tuple((bad, f"{why}; not used") for bad, why in damaged.items()))
     if damaged:
         raise CheckpointError(
-            f"every checkpoint in {root} is damaged, the newest so: {next(iter(damaged.values()))}. Nothing was "
+            f"every checkpoint in {root} is damaged (the newest: {next(iter(damaged.values()))}). Nothing was "
             "changed; restore one, or start again with another run_dir"
         )
     if aside := sorted(path.name for path in root.glob("aside_step_*")):

@@ -55,8 +55,9 @@ def hand_over(mixer: SequenceMixer, axis: Axis) -> None:
         leaves = pytree.tree_leaves(state)
         if not any(leaf.requires_grad for leaf in leaves):
             raise ConfigError(
-                f"{type(mixer).__name__} cannot hand its state on, which has no gradient with this backend; use its "
-                f"backend=torch, or a trainer.context_parallel that divides the heads instead of {axis.size}"
+                f"{type(mixer).__name__} cannot pass its state on to the next rank: this backend computes no gradient "
+                "for it. Use its backend=torch, or a trainer.context_parallel that divides the heads instead of "
+                f"{axis.size}"
             )
         if made_from not in told:
             _send_object(axis, pytree.tree_map(lambda leaf: torch.empty_like(leaf, device="meta"), state))

@@ -327,7 +327,7 @@ class Trainer:
         skipping = ". In this one, such steps can be skipped: trainer.nonfinite=skip" if stops else ""
         raise TrainingError(
             f"step {record.step}: loss {loss:g}, gradient norm {norm:g}{skipped}; documents: {shown or 'untitled'}. "
-            f"The optimizer step was not made and nothing was saved over: {ways_on(self.checkpointer.last)}{skipping}"
+            f"The step was not made, and no checkpoint was overwritten: {ways_on(self.checkpointer.last)}{skipping}"
         )
 
     def save(self) -> None:

@@ -217,5 +217,5 @@ def check_tokenizer(path: Path, stored: str | None, fingerprint: str) -> None:
         model = path / TOKENIZERS.get(kind, "") if is_export(path) else own
         raise ConfigError(
             f"init_from: {path} was trained with another tokenizer ({stored[:30]}, here {fingerprint[:30]}), so its "
-            f"embeddings stand for other text; use that one: tokenizer.model_path={model}"
+            f"embeddings belong to other tokens; use that tokenizer: tokenizer.model_path={model}"
         )
