@@ -23,6 +23,7 @@ from data.corpus import Tokens
 from data.order import permute
 from data.sources import DataError
 
+IGNORE = -100  # target of a position that has no label, as in ovq.model
 LaneState = dict[str, int]  # ordinal, offset (pairs of that document already read), rows (read by this lane so far)
 
 
@@ -97,7 +98,7 @@ class LaneReader:
         """
         context, packed = self.context, self.packing == "packed"
         inputs = np.full(context, self.separator_id, np.int32)
-        targets = np.full(context, -100, np.int32)
+        targets = np.full(context, IGNORE, np.int32)
         row = Row(lane, inputs, targets, [], [], {})
         ordinal, offset, filled = state["ordinal"], state["offset"], 0
         empty, empties = set[int](), 0

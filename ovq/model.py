@@ -23,8 +23,7 @@ from ovq.config import ModelConfig
 from ovq.instantiate import instantiate
 from ovq.mixers.base import MixerShape, SequenceMixer
 from ovq.ops import chunked_cross_entropy, soft_cap
-
-IGNORE = -100  # target at a position that has no label
+from ovq.ops.cross_entropy.reference import IGNORE as IGNORE
 
 
 @dataclass

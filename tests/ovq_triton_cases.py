@@ -31,7 +31,7 @@ HALF = [torch.float16] if assign.INTERPRETED else [torch.float16, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def fresh_seed(request: pytest.FixtureRequest) -> None:
+def fresh_seed() -> None:
     seed = torch.seed() % 2**31
     torch.manual_seed(seed)
     print(f"seed {seed}")  # shown if the test fails

@@ -247,7 +247,7 @@ def test_what_a_kill_between_index_and_tidying_leaves_is_removed_later(
 
 
 def test_a_full_disk_stops_preparation_in_one_line_and_it_resumes_later(
-    source: Config, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Config, prepared: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -80,7 +80,7 @@ def test_a_link_to_nothing_is_an_error_or_skipped_and_counted(tmp_path: Path) ->
     assert (len(corpus), corpus.bad_shards) == (1, 1)
 
 
-def test_a_bucket_is_read_by_folder_and_by_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_is_read_by_folder_and_by_name_too() -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")

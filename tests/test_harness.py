@@ -167,7 +167,7 @@ def test_a_split_between_words_is_that_of_the_joint_encoding(pieces: SentencePie
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_what_is_scored_is_the_continuation_wherever_the_text_is_split(
-    kind: str, pieces: SentencePieceTokenizer, request: pytest.FixtureRequest
+    kind: str, pieces: SentencePieceTokenizer
 ) -> None:
     """Also where a token of the joint encoding spans the split, leaving less of the continuation, or nothing."""
     tokenizer: Tokenizer = ByteTokenizer() if kind == "bytes" else pieces

@@ -65,7 +65,7 @@ def short_buckets(context: int) -> list[loss_table.Row]:
 
 
 def test_perplexity_is_printed_in_few_digits_and_stored_with_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = {"split": "test", "tokens": 12345, "perplexity": 20.085536923187668, "word_perplexity": 3.85e15}
     path = perplexity.save(tmp_path, results)

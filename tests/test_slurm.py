@@ -94,7 +94,7 @@ def test_a_job_that_never_gets_to_save_is_not_queued_for_ever(
 
 
 def test_a_finished_run_is_not_submitted_again_unless_it_gets_more_steps(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(slurm, "check", lambda *_: None)
     line = ["--cpu-ranks", "1", "--", *QUICK, "run_dir=run", "trainer.steps=7"]

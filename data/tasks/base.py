@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from data.lanes import IGNORE as IGNORE
 from ovq.errors import ConfigError
 
-IGNORE = -100  # target of a position that is not part of an answer
 BLANK = 0  # fills positions left over at the start of a sequence
 TRAIN, TEST = 0, 1  # purposes of a sequence; part of the seed of its random numbers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovq.ops.common import work_dtype
 
-IGNORE = -100
+IGNORE = -100  # target of a token that has no label
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
