@@ -75,6 +75,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.model import build_model, flops_per_token
     from ovq.optim_config import last_before_decay
     from ovq.train import checkpoint, loop
+    from ovq.train.backends import choose_backends
     from ovq.train.claim import check_continues, check_same_run, claim, elsewhere, other_precision
     from ovq.train.ema import WeightAverage
     from ovq.train.metrics import Metrics
@@ -82,7 +83,6 @@ def train(cfg: Config, run_dir: Path) -> None:
     from ovq.train.parallelize import parallelize
     from ovq.train.rehearse import naming_what_saves_memory, rehearse
     from ovq.train.schedule import check_extension
-    from ovq.train.selftest import choose_backends
     from ovq.train.summary import finish
     from ovq.train.warm_start import start_from
 

@@ -274,6 +274,8 @@ def test_memory_attention_equals_its_definition() -> None:
     twice = [torch.cat([x, x], dim=1) for x in tensors[1:3]] + [torch.cat([tensors[3]] * 2, dim=2)]
     heavier = [*tensors[:3], tensors[3] + math.log(2), *tensors[4:]]
     assert relative_error(memory_attention(*heavier), memory_attention(tensors[0], *twice, *tensors[4:])) < 1e-12
+    with pytest.raises(ValueError, match="backend=triton of memory_attention is not a legal value; legal: auto, "):
+        memory_attention(*tensors, backend="triton")
 
 
 def test_short_convolution_equals_torchs() -> None:

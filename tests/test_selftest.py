@@ -24,8 +24,8 @@ from ovq.ops.ovq_attention.selftest import Verdict
 from ovq.ops.ovq_attention.spec import OVQSpec
 from ovq.ops.ovq_attention.verify import Problem, Wrong, judge
 from ovq.processes import World
-from ovq.train import selftest as before_training
-from ovq.train.selftest import choose_backends
+from ovq.train import backends as before_training
+from ovq.train.backends import choose_backends
 from tests.helpers import small_config, small_model
 
 CPU = torch.device("cpu")

@@ -176,13 +176,6 @@ class SequenceMixer(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
-def check_backend(mixer: str, backend: str, *legal: str) -> None:
-    """Raise ValueError unless a backend is "auto", "reference", "torch" or one of `legal`."""
-    legal = ("auto", "reference", "torch", *legal)
-    if backend not in legal:
-        raise ValueError(f"backend={backend} of {mixer} is not a legal value; legal: {', '.join(legal)}")
-
-
 def keys_in_chunk(context: int, chunk_size: int) -> float:
     """Keys of a query's own chunk up to the query itself, averaged over a sequence of `context` tokens."""
     chunks, rest = divmod(context, chunk_size)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape, check_backend
+from ovq.mixers.base import MixerShape
+from ovq.ops.common import check_backend
 from ovq.ops.linear_attention import linear_attention
 
 State = tuple[Tensor, Tensor]

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.mixers.base import MixerShape, SequenceMixer, check_backend
+from ovq.mixers.base import MixerShape, SequenceMixer
 from ovq.mixers.recurrent import DecayGate, RecurrentState, require_positive, width
 from ovq.mixers.short_conv import ShortConv
+from ovq.ops.common import check_backend
 from ovq.ops.simple_gla import simple_gla
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape, check_backend, keys_in_chunk
-from ovq.ops.common import each_document, require_tokens, work_dtype
+from ovq.mixers.base import MixerShape, keys_in_chunk
+from ovq.ops.common import check_backend, each_document, require_tokens, work_dtype
 from ovq.ops.memory_attention import memory_attention
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape, check_backend, keys_in_chunk
+from ovq.mixers.base import MixerShape, keys_in_chunk
+from ovq.ops.common import check_backend
 from ovq.ops.ovq_attention import OVQSpec, OVQState, attend
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.mixers.attention_layer import AttentionLayer
-from ovq.mixers.base import MixerShape, check_backend, keys_in_chunk
-from ovq.ops.common import work_dtype
+from ovq.mixers.base import MixerShape, keys_in_chunk
+from ovq.ops.common import check_backend, work_dtype
 from ovq.ops.vq_attention import VQState, assign, vq_attention
 
 REVIVED = 0.1  # count given to a code that replaces a dead one, as a multiple of the mean count

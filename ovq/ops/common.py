@@ -18,6 +18,13 @@ class BackendError(ValueError):
     """The requested backend cannot run here; the message is one line that names one that can."""
 
 
+def check_backend(op: str, backend: str, *more: str) -> None:
+    """Raise BackendError unless a backend is "auto", "reference", "torch" or one of `more`."""
+    legal = ("auto", "reference", "torch", *more)
+    if backend not in legal:
+        raise BackendError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(legal)}")
+
+
 def require_tokens(x: Tensor, op: str) -> None:
     """Raise ValueError if there are no rows or no tokens, [B, T, ...], which kernels would divide by."""
     if not (x.shape[0] and x.shape[1]):

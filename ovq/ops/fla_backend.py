@@ -11,9 +11,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from ovq.ops.common import BackendError
+from ovq.ops.common import BackendError, check_backend
 
-BACKENDS = ("auto", "reference", "torch", "fla")
 # With fewer tokens (decoding) the torch form is a handful of small matmuls, not worth compiling a kernel for.
 MIN_TOKENS = 16
 GATED = ("gated_delta_rule", "simple_gla")  # whose gradients are those of fla's chunk_bwd_dqkwg
@@ -28,8 +27,7 @@ def uses_fla(backend: str, x_BTHK: Tensor, op: str) -> bool:
     Raises:
         BackendError: an unknown backend, or "fla" where it cannot run.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(BACKENDS)}")
+    check_backend(op, backend, "fla")
     if backend == "fla":
         if not x_BTHK.is_cuda:
             raise BackendError(f"backend=fla of {op} needs a CUDA tensor, got {x_BTHK.device.type}; use backend=torch")

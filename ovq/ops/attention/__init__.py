@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from ovq.ops.attention import chunked, flex, reference
-from ovq.ops.common import each_document, require_tokens
+from ovq.ops.common import check_backend, each_document, require_tokens
 
 __all__ = ["full_attention"]
-
-BACKENDS = ("auto", "reference", "torch", "flex")
 
 
 def full_attention(
@@ -54,8 +52,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: s
     Raises:
         ValueError: an invalid backend, shapes that do not match, or cu_seqlens with carried keys or B > 1.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend} of {op} is not a legal value; legal: {', '.join(BACKENDS)}")
+    check_backend(op, backend, "flex")
     require_tokens(q, op)
     T, S = q.shape[1], k.shape[1]
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:

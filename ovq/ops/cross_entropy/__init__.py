@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ovq.ops.common import check_backend
 from ovq.ops.cross_entropy import chunked, reference
 from ovq.ops.cross_entropy.reference import soft_cap
 
@@ -43,8 +44,7 @@ def chunked_cross_entropy(
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction={reduction} of chunked_cross_entropy is not a legal value; legal: sum, none")
-    if backend not in ("auto", "reference", "torch"):
-        raise ValueError(f"backend={backend} of chunked_cross_entropy is not legal; legal: auto, reference, torch")
+    check_backend("chunked_cross_entropy", backend)
     if chunk < 1:
         raise ValueError(f"chunk={chunk} of chunked_cross_entropy must be at least 1")
     if not softcap >= 0:

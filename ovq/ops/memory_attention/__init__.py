@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ovq.ops.common import check_backend
 from ovq.ops.memory_attention import chunked, reference
 
 
@@ -33,6 +34,10 @@ def memory_attention(
 
     Returns:
         o [B, T, H, V] in the values' dtype.
+
+    Raises:
+        BackendError: an invalid backend.
     """
+    check_backend("memory_attention", backend)
     forward = reference.forward if backend == "reference" else chunked.forward
     return forward(q_BTHK, key_BMGK, value_BMGV, log_weight_BGM, own_key_BSGK, own_value_BSGV, beta_H)

@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.common import BackendError, document_bounds, each_document, require_tokens, work_dtype
+from ovq.ops.common import BackendError, check_backend, document_bounds, each_document, require_tokens, work_dtype
 from ovq.ops.ovq_attention.spec import Dictionary, OVQSpec, OVQState, check_step_size
 
 MODULES = {"reference": "reference", "torch": "chunked", "triton": "kernels"}  # sibling module of each backend
-BACKENDS = ("auto", *MODULES)
 
 
 def ovq_attention(
@@ -147,8 +146,7 @@ def _empty(k: Tensor, v: Tensor, spec: OVQSpec) -> Dictionary:
 
 def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, spec: OVQSpec, carried: bool = False) -> Any:
     """The backend module to use; with `carried`, it must pass gradients to a carried state."""
-    if backend not in BACKENDS:
-        raise BackendError(f"backend={backend} of ovq_attention is not a legal value; legal: {', '.join(BACKENDS)}")
+    check_backend("ovq_attention", backend, "triton")
     if backend == "auto":
         possible = q.is_cuda and "triton" in _MODULES and not carried
         fits = possible and not _unsupported(_MODULES["triton"], q, k, v, spec)

@@ -3,7 +3,7 @@
     python -m ovq.ops.ovq_attention.selftest                                          the 70m shape, bfloat16
     python -m ovq.ops.ovq_attention.selftest width=128 num_centroids=4096 packed=true
 
-A training run does this before its first step, at its own shape (`ovq.train.selftest`). The kernels run in a process of
+A training run does this before its first step, at its own shape (`ovq.train.backends`). The kernels run in a process of
 their own, so that neither an illegal memory access nor a hang can harm the caller. A pass is remembered in a file per
 GPU, driver, Triton version, kernel source and shape, in $XDG_CACHE_HOME/ovq or ~/.cache/ovq; a failure is not, since a
 busy GPU may have caused it. The tool itself always runs the test.

@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from ovq.ops.common import each_document, require_tokens
+from ovq.ops.common import check_backend, each_document, require_tokens
 from ovq.ops.vq_attention import chunked, reference
 from ovq.ops.vq_attention.state import VQState, assign
 
@@ -52,8 +52,7 @@ def vq_attention(
     Raises:
         ValueError: an invalid backend, no tokens, or cu_seqlens with a state or B > 1.
     """
-    if backend not in ("auto", "reference", "torch"):
-        raise ValueError(f"backend={backend} of vq_attention is not a legal value; legal: auto, reference, torch")
+    check_backend("vq_attention", backend)
     require_tokens(q_BTHK, "vq_attention")
     forward = reference.forward if backend == "reference" else chunked.forward
     attend = functools.partial(
