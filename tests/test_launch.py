@@ -20,6 +20,7 @@ from launch import __main__ as launch_main
 from launch import check, claims, run
 from ovq.errors import ConfigError
 from ovq.train import checkpoint
+from ovq.train.checkpoint_files import hold
 from tests import faults
 from tests.helpers import TINY
 
@@ -203,13 +204,13 @@ def test_a_run_folder_that_is_in_use_is_refused_and_looking_does_not_disturb_its
     assert claims.trainer_of(tmp_path) == ""
     (ready, tell), (wait, end) = os.pipe(), os.pipe()
 
-    def hold() -> int:
+    def own() -> int:
         os.close(end)
         hold(tmp_path / "checkpoints")
         os.write(tell, b"held")
         return len(os.read(wait, 1))
 
-    owner = forked(hold)
+    owner = forked(own)
     try:
         assert os.read(ready, 4) == b"held"
         for _ in range(2):
