@@ -617,7 +617,7 @@ def test_a_subject_says_how_rates_are_chosen_unless_the_command_does() -> None:
         """(subject, steps, rate) of every trial."""
         options = parse(fig8.Figure8Options, ["models=[sw_ovq,gdn_sw]", *words])
         lines = make_plan(fig8.figure(options), options, []).lines
-        assert all(line.cfg.trainer.steps == 800 for line in lines)
+        assert {line.cfg.trainer.steps for line in lines} == {800, 2400}
         return {
             (f"{line.subject.name}: {line.model}", trial.cfg.trainer.steps, rate)
             for line in lines
@@ -628,7 +628,7 @@ def test_a_subject_says_how_rates_are_chosen_unless_the_command_does() -> None:
     both = {(regression, 800, rate) for rate in (3e-3, 1e-2)} | {(recall, 240, rate) for rate in (1e-3, 3e-3, 1e-2)}
     assert searched() == both | {(first, 800, rate) for rate in (1e-3, 3e-3, 1e-2)}
     assert searched("rates=[0.1]", "search_share=0.5") == {
-        (regression, 400, 0.1),
+        (regression, 1200, 0.1),
         (recall, 400, 0.1),
         (first, 800, 0.1),
     }
