@@ -60,6 +60,8 @@ def _paths(source: Config, split: str) -> Iterator[str]:
 
 def _same_documents(cfg: Config, split: str) -> tuple[list[str], int]:
     """Where the prepared documents of a split are that are trained on as well, and how many the split has."""
+    if all(source.data.kind != "memmap" for source in sources_of(cfg).values()):
+        return [], 0
     try:
         tokenizer = build_tokenizer(cfg)
         trained = [tokens.checksums() for tokens in _prepared(cfg, tokenizer, "train")]
