@@ -205,7 +205,7 @@ def programs_per_head(choose: Callable[[int], int]) -> Iterator[None]:
         yield
         return
     usual = assign.splits
-    assign.splits = lambda walks, device: choose(usual(walks, device))
+    assign.splits = lambda walks, device, blocks: choose(usual(walks, device, blocks))
     try:
         yield
     finally:
