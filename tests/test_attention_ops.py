@@ -263,14 +263,19 @@ def test_first_max_equals_torchs(n: int, case: str) -> None:
     assert torch.equal(first_max(strided)[1], strided.max(-1).indices)
 
 
-def test_on_a_gpu_flex_attention_is_wanted_where_gradients_must_be_deterministic(
+def test_on_a_gpu_flex_attention_is_used_where_gradients_must_be_deterministic(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch's own kernels for CUDA only warn if they may warn."""
-    asked = []
-    monkeypatch.setattr(flex, "takes", lambda *_, wanted: asked.append(wanted))
-    x = torch.randn(1, 4, 2, 8)
-    full_attention(x, x, x)
+
+    class OnGPU:
+        is_cuda, dtype, shape = True, torch.bfloat16, (1, 256, 2, 64)
+
+    def taken() -> bool:
+        return flex.takes("auto", OnGPU(), OnGPU(), wanted=False)  # type: ignore[arg-type]
+
+    assert not taken()
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    full_attention(x, x, x)
-    assert asked == [False, True]
+    assert taken()
+    with torch.no_grad():  # an evaluation needs no kernel for every length
+        assert not taken()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ovq.ops.attention import chunked, flex, reference
@@ -36,9 +35,7 @@ def full_attention(
     """
     check(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, backend, "full_attention")
     forward = reference.forward if backend == "reference" else chunked.forward
-    # With warn_only, torch's own kernels for CUDA only warn that their gradients are not deterministic.
-    wanted = cu_seqlens is not None or torch.are_deterministic_algorithms_enabled()
-    if flex.takes(backend, q_BTHK, v_BSGV, wanted=wanted):
+    if flex.takes(backend, q_BTHK, v_BSGV, wanted=cu_seqlens is not None):
         fallback = None if backend == "flex" else forward
         return flex.forward(q_BTHK, k_BSGK, v_BSGV, None, cu_seqlens, fallback=fallback)
     if cu_seqlens is None:

@@ -31,7 +31,8 @@ MAX_SHAPES = 64
 
 
 def takes(backend: str, q_BTHK: Tensor, v_BSGV: Tensor, *, wanted: bool) -> bool:
-    """Whether to run FlexAttention: if the backend demands it, or by default on CUDA if it is `wanted` and supported.
+    """Whether to run FlexAttention: if the backend demands it, or by default on CUDA if it is supported and either
+    `wanted` or needed for deterministic gradients.
 
     Raises:
         ValueError: backend=flex for inputs that it does not support.
@@ -40,6 +41,8 @@ def takes(backend: str, q_BTHK: Tensor, v_BSGV: Tensor, *, wanted: bool) -> bool
         if reason := _cannot(q_BTHK, v_BSGV):
             raise ValueError(f"backend=flex {reason}; use backend=torch")
         return True
+    # With warn_only, torch's own kernels for CUDA only warn that their gradients are not deterministic.
+    wanted = wanted or (torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled())
     if backend != "auto" or not wanted or not q_BTHK.is_cuda or q_BTHK.shape[1] < MIN_QUERIES:
         return False
     if reason := _cannot(q_BTHK, v_BSGV):
