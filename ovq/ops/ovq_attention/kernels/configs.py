@@ -143,7 +143,12 @@ WIDE_VALUES = {"query_grad": Tile(64, 32, 8, 3), "chunk_grad": Tile(32, 32, 8, 2
 # On chips with 99 KiB of shared memory (RTX 30 and 40, A10, A40, L4, L40S), where sm_80's do not fit or spill:
 LITTLE_SHARED = ("sm_86", "sm_89")
 # Keys and values that are compared together must fit, too, with one program per walk.
-KEY_VALUE_WIDTHS = {"sm_80": (MAX_WIDTH, 64), "sm_86": (64, 32), "sm_89": (64, 32)}  # half precision, float32
+KEY_VALUE_WIDTHS = {  # half precision, float32
+    "sm_80": (MAX_WIDTH, 64),
+    "sm_86": (64, 32),
+    "sm_87": (MAX_WIDTH, 64),
+    "sm_89": (64, 32),
+}
 SMALLER = {
     "predict": Tile(128, 32, 8, 2),
     "query_grad": Tile(64, 32, 8, 2),
