@@ -119,7 +119,7 @@ def step_cycles(arch: str, shape: Shape, columns: int, programs: int) -> float:
     code, tile = build["code"], build["tile"]
     cycles = code["step"] + (columns - 1) * code["stalls"][0]
     if tile["BLOCK_W"] < tile["BLOCK_C"]:  # else one tile holds all, and there is no loop
-        cycles += (next(tiles for most, tiles in COMMIT_TILES.items() if programs <= most) - 1) * code["stalls"][1]
+        cycles += (next(tiles for of, tiles in COMMIT_TILES.items() if programs <= of) - 1) * code["stalls"][1]
     return float(cycles)
 
 
